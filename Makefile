@@ -1,0 +1,53 @@
+# Each target makes what it needs: a virtual environment in .venv, with this package in
+# editable mode and the extras that the target names. Needs Python >= 3.11 with pip.
+#   make test PYTHON=python3.12             another interpreter (remove .venv first)
+#   make test PYTEST_ARGS="-n 2 -k dense"   options for pytest
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest
+
+# JAX's own threads and OpenBLAS's would fight over the cores.
+export OPENBLAS_NUM_THREADS := 1
+
+.NOTPARALLEL:
+.PHONY: test test-slow doctest lint format types docs demo clean
+
+test: $(VENV)/test.stamp
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(VENV)/test.stamp
+	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+doctest: $(VENV)/test.stamp
+	$(PYTEST) --doctest-modules --doctest-glob="*.md" kfac_jax docs README.md
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/dev.stamp
+	$(BIN)/pyright
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/sphinx-build --fail-on-warning --keep-going docs site
+
+demo: $(VENV)/examples.stamp
+	$(BIN)/python examples/autoencoder.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist site
+
+# .venv/EXTRA.stamp: the package is installed with that extra of setup.cfg.
+$(VENV)/%.stamp: setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable ".[$*]"
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)

@@ -1,0 +1,29 @@
+"""K-FAC for JAX: curvature of neural networks as pure functional transformations."""
+
+from kfac_jax import blocks as blocks
+from kfac_jax import losses as losses
+from kfac_jax.curvature import BlockDiagonal as BlockDiagonal
+from kfac_jax.curvature import Curvature as Curvature
+from kfac_jax.curvature import Statistics as Statistics
+from kfac_jax.curvature import make_curvature as make_curvature
+from kfac_jax.layers import Layer as Layer
+from kfac_jax.tags import (
+    register_categorical_predictive_distribution as register_categorical_predictive_distribution,
+)
+from kfac_jax.tags import register_conv2d as register_conv2d
+from kfac_jax.tags import register_dense as register_dense
+from kfac_jax.tags import register_generic as register_generic
+from kfac_jax.tags import (
+    register_multi_bernoulli_predictive_distribution as register_multi_bernoulli_predictive_distribution,
+)
+from kfac_jax.tags import (
+    register_normal_predictive_distribution as register_normal_predictive_distribution,
+)
+from kfac_jax.tags import register_scale_and_shift as register_scale_and_shift
+from kfac_jax.tags import (
+    register_sigmoid_cross_entropy_loss as register_sigmoid_cross_entropy_loss,
+)
+from kfac_jax.tags import (
+    register_softmax_cross_entropy_loss as register_softmax_cross_entropy_loss,
+)
+from kfac_jax.tags import register_squared_error_loss as register_squared_error_loss

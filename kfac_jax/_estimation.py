@@ -1,0 +1,129 @@
+"""The cotangents that are pulled back from the registered outputs, for each mode.
+
+With `F_R = B Bᵀ` the Fisher over the outputs, a cotangent `u` with `E[u uᵀ] = F_R` (or a
+set with `Σ u uᵀ = F_R`) pulled back to the layers gives second moments that are (or add
+up to) the curvature's.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax._jaxpr.examples import Examples, State
+from kfac_jax.distributions import RegisteredLoss
+
+MODES = (
+    "fisher_gradients",
+    "fisher_exact",
+    "fisher_empirical",
+    "fisher_curvature_prop",
+    "ggn_exact",
+    "ggn_curvature_prop",
+)
+"""Sampled gradients; exact; at the targets; random signs. For the losses registered here
+the generalised Gauss-Newton matrix and the Fisher are equal, and so are their modes."""
+
+Pull = Callable[[list[Array]], Any]
+
+
+def is_exact(mode: str) -> bool:
+    """Whether the mode sums over all outputs."""
+    return mode in ("fisher_exact", "ggn_exact")
+
+
+def needs_rng(mode: str) -> bool:
+    """Whether the mode draws random numbers."""
+    return not is_exact(mode) and mode != "fisher_empirical"
+
+
+def _signs(losses: Sequence[RegisteredLoss], key: Array) -> list[Array]:
+    keys = jax.random.split(key, len(losses))
+    return [
+        loss.multiply_root(jax.random.rademacher(k, loss.z.shape, loss.z.dtype))
+        for loss, k in zip(losses, keys, strict=True)
+    ]
+
+
+def random_cotangents(
+    losses: Sequence[RegisteredLoss], mode: str, key: Array
+) -> list[Array]:
+    """One random set of cotangents with covariance `F_R`."""
+    if mode != "fisher_gradients":
+        return _signs(losses, key)
+    keys = jax.random.split(key, len(losses))
+    return [loss.sample_gradient(k) for loss, k in zip(losses, keys, strict=True)]
+
+
+def target_cotangents(losses: Sequence[RegisteredLoss]) -> list[Array]:
+    """The gradients at the registered targets.
+
+    Args:
+      losses: the registered losses.
+
+    Returns:
+      One cotangent for each.
+
+    Raises:
+      ValueError: if a loss was registered without targets.
+    """
+    if not all(loss.data for loss in losses):
+        raise ValueError(
+            'estimation_mode="fisher_empirical" needs the targets, but a loss was '
+            "registered without them. Pass targets to the register function."
+        )
+    return [loss.target_gradient() for loss in losses]
+
+
+def sum_over_outputs(
+    losses: Sequence[RegisteredLoss], states: Sequence[State], pull: Pull
+) -> Any:
+    """Sums `pull` over every column of `B`, one output of a case at a time.
+
+    Cases of one example (the tokens of a sequence) share the network's inner values, so
+    their columns are pulled back one by one; different examples go together.
+    """
+    total: Any = None
+    zeros = [jnp.zeros_like(loss.z) for loss in losses]
+    for index, (loss, state) in enumerate(zip(losses, states, strict=True)):
+        cases, *event = loss.z.shape
+        size = math.prod(event)
+        within = (1, cases, 1)
+        if isinstance(state, Examples) and state.axis == 0:
+            within = (state.outer, state.size, state.inner)
+        outer, _, inner = within
+
+        def column(
+            c: Array,
+            loss: RegisteredLoss = loss,
+            within: tuple[int, int, int] = within,
+            index: int = index,
+            size: int = size,
+        ) -> Any:
+            place, entry = c // size, c % size
+            outer, examples, inner = within
+            at_place = jnp.arange(outer * inner).reshape(outer, 1, inner) == place
+            case = jnp.broadcast_to(at_place, (outer, examples, inner)).reshape(-1, 1)
+            one = case & (jnp.arange(size) == entry)[None, :]
+            u = loss.multiply_root(one.reshape(loss.z.shape).astype(loss.z.dtype))
+            return pull([*zeros[:index], u, *zeros[index + 1 :]])
+
+        part = sum_over(column, outer * inner * size)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return total
+
+
+def sum_over(function: Callable[[Array], Any], count: int) -> Any:
+    """Sums a function of 0, ..., count - 1 in one compiled loop."""
+    if count == 1:
+        return function(jnp.zeros((), int))
+    shapes = jax.eval_shape(function, jnp.zeros((), int))
+    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    def body(total: Any, c: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(c)), None
+
+    return jax.lax.scan(body, start, jnp.arange(count))[0]

@@ -1,0 +1,1 @@
+"""Everything that reads jaxprs: nothing outside this package knows JAX's internals."""

@@ -1,0 +1,107 @@
+"""The only place that knows how JAX versions differ (0.8 to 0.12).
+
+Supported forms: `Jaxpr` and `ClosedJaxpr` apart (until 0.10) or merged (0.12); `scan` with
+`num_consts`/`num_carry` or with `ft_in`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend import core as extend_core
+from jax.extend import source_info_util
+from jax.interpreters import ad, batching, mlir
+
+Literal = extend_core.Literal
+Primitive = extend_core.Primitive
+Var = extend_core.Var
+Equation = extend_core.JaxprEqn
+
+
+def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """Splits a closed (or merged, or open) jaxpr into the open jaxpr and its constants."""
+    constants = tuple(getattr(jaxpr, "consts", ()) or ())
+    return getattr(jaxpr, "jaxpr", jaxpr), constants
+
+
+def evaluate(equation: Any, inputs: Sequence[Any]) -> list[Any]:
+    """Evaluates one equation on `inputs`, its operands that are not literals.
+
+    Goes through the public `jax.core.eval_jaxpr`, so custom derivative rules, effects and
+    the user's source lines are kept.
+    """
+    variables: dict[int, Any] = {}
+    for var, value in zip(equation.invars, inputs, strict=True):
+        if not isinstance(var, Literal):
+            variables[id(var)] = (var, value)
+    jaxpr = extend_core.Jaxpr(
+        (),
+        [var for var, _ in variables.values()],
+        list(equation.outvars),
+        [equation],
+        equation.effects,
+    )
+    return jax.core.eval_jaxpr(jaxpr, (), *(value for _, value in variables.values()))
+
+
+class ScanLayout(NamedTuple):
+    """How the operands of a `scan` equation are divided."""
+
+    num_consts: int
+    num_carry: int
+    length: int
+    reverse: bool
+    unroll: Any
+
+
+def scan_layout(params: dict[str, Any]) -> ScanLayout:
+    """Reads the layout of a `scan` from its equation's parameters."""
+    if "num_consts" in params:
+        consts, carry = params["num_consts"], params["num_carry"]
+    else:  # JAX 0.12: a flat tree of (consts, carry, xs)
+        consts, carry = (len(part) for part in tuple(params["ft_in"].unpack())[:2])
+    return ScanLayout(
+        consts, carry, params["length"], params["reverse"], params["unroll"]
+    )
+
+
+def source_line(equation: Any) -> str:
+    """Returns `file:line (function)` of the user's code that made the equation."""
+    return source_info_util.summarize(equation.source_info)
+
+
+def under(equation: Any) -> Any:
+    """Returns a context in which new equations get this one's source line."""
+    return source_info_util.user_context(equation.source_info.traceback)
+
+
+def identity_primitive(name: str) -> Any:
+    """Makes a primitive that returns its first operand, at no cost once compiled."""
+    primitive = Primitive(name)
+    primitive.def_impl(lambda operand, *_, **__: operand)
+    primitive.def_abstract_eval(lambda operand, *_, **__: operand)
+    mlir.register_lowering(primitive, lambda _, operand, *__, **___: [operand])
+    return primitive
+
+
+def set_jvp(primitive: Any, rule: Any) -> None:
+    """Registers `rule(primals, tangents, **params)`; a zero tangent is None there."""
+
+    def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
+        tangents = [None if type(t) is ad.Zero else t for t in tangents]
+        out, tangent = rule(primals, tangents, **params)
+        if tangent is None:
+            tangent = ad.Zero.from_primal_value(out)
+        return out, tangent
+
+    ad.primitive_jvps[primitive] = jvp
+
+
+def set_batching(primitive: Any, rule: Any) -> None:
+    """Registers `rule(operands, axes, **params) -> (out, axis)`; axes are int or None."""
+
+    def batcher(operands: Any, axes: Any, **params: Any) -> Any:
+        axes = [axis if isinstance(axis, int) else None for axis in axes]
+        return rule(operands, axes, **params)
+
+    batching.primitive_batchers[primitive] = batcher

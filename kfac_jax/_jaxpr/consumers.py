@@ -1,0 +1,361 @@
+"""Which equations are layers: one function for each primitive that consumes a parameter.
+
+A consumer gets the node, the views of its operands (None for data), the parameters'
+shapes and where the examples are in the result. It returns a linear site, or why not.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr.examples import LOST, Examples, State
+from kfac_jax._jaxpr.graph import Node
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.view import Axis, Layout, Piece, View, axis_size, layout, source_view
+
+Shapes = Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linear:
+    """A linear site, and its output as a view of what the site puts out."""
+
+    site: Site
+    view: View
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """Why an equation is not a layer."""
+
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Generic:
+    """The user's generic tag on a parameter."""
+
+    leaf: int
+
+
+Outcome = Linear | Refused | Generic
+
+
+def is_one(scale: Any) -> bool:
+    """Whether a scale is known to be one."""
+    return isinstance(scale, float | int) and scale == 1.0
+
+
+def _linear(node: Node, site: Site) -> Linear:
+    return Linear(site, source_view(-1, node.out_shape()), node.out_shape())
+
+
+def _row_examples(state: State, rows: Sequence[int]) -> State:
+    if isinstance(state, Examples) and state.axis not in rows:
+        return LOST
+    return state
+
+
+def dot_general(
+    node: Node, views: Sequence[View | None], shapes: Shapes, state: State
+) -> Outcome:
+    """A dense layer: contracted axes are inputs, free axes of the weight outputs.
+
+    Batch axes are independent layers, or rows where the weight is merely repeated.
+    """
+    if views[0] is not None and views[1] is not None:
+        return Refused("multiplied with another parameter")
+    side = 0 if views[0] is not None else 1
+    view = views[side]
+    assert view is not None
+    contract, batch = node.params["dimension_numbers"]
+    w_contract, x_contract = contract[side], contract[1 - side]
+    w_batch, x_batch = batch[side], batch[1 - side]
+    w_free = _free(len(view.axes), w_contract, w_batch)
+    x_free = _free(len(node.shape(1 - side)), x_contract, x_batch)
+    repeated = [_is_new(view.axes[a]) for a in w_batch]
+    independent = [i for i, new in enumerate(repeated) if not new]
+    y_batch, first, second = _output_axes(len(batch[0]), x_free, w_free, side)
+    found = layout(
+        view,
+        shapes[view.source],
+        [
+            *([a] for a in view.stacked),
+            *([view.axes[w_batch[i]]] for i in independent),
+            [view.axes[a] for a in w_contract],
+            [view.axes[a] for a in w_free],
+        ],
+    )
+    if found is None:
+        return Refused("repeated or only partly used by `dot_general`")
+    rows = (*(i for i in y_batch if repeated[i]), *first)
+    site = Site(
+        kind="dense",
+        output=node.outputs[0],
+        x=node.inputs[1 - side],
+        x_axes=(
+            tuple(x_batch[i] for i in independent),
+            (*(x_batch[i] for i in y_batch if repeated[i]), *x_free),
+            tuple(x_contract),
+        ),
+        y_axes=(tuple(independent), rows, second),
+        examples=_row_examples(state, rows),
+        weight=(view.source, found),
+        bias=None,
+        scale=view.scale,
+        source=_compat.source_line(node.equation),
+    )
+    return _linear(node, site)
+
+
+def _free(rank: int, *used: Sequence[int]) -> list[int]:
+    return [i for i in range(rank) if not any(i in axes for axes in used)]
+
+
+def _is_new(axis: Axis) -> bool:
+    return all(piece.new or piece.size == 1 for piece in axis) and axis_size(axis) > 1
+
+
+def _output_axes(
+    batch: int, x_free: Sequence[int], w_free: Sequence[int], side: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Axes of the product: batch axes, then those of the left, then of the right side."""
+    parts = [len(w_free), len(x_free)] if side == 0 else [len(x_free), len(w_free)]
+    left = tuple(range(batch, batch + parts[0]))
+    right = tuple(range(batch + parts[0], batch + sum(parts)))
+    rows, outs = (right, left) if side == 0 else (left, right)
+    return tuple(range(batch)), rows, outs
+
+
+def _feature_axes(view: View, shape: Sequence[int]) -> tuple[int, ...] | None:
+    """The axes along which an elementwise parameter varies; None if it cuts one."""
+    if len(view.axes) != len(shape):
+        return None
+    features: list[int] = []
+    for i, axis in enumerate(view.axes):
+        pieces = [p for p in axis if p.size != 1]
+        if pieces and not any(p.new for p in pieces):
+            features.append(i)
+        elif any(not p.new for p in pieces):
+            return None
+    return tuple(features)
+
+
+def _elementwise(
+    node: Node, views: Sequence[View | None], shapes: Shapes, state: State, kind: str
+) -> Outcome:
+    if views[0] is not None and views[1] is not None:
+        return Refused(f"combined with another parameter by `{node.name}`")
+    at = 0 if views[0] is not None else 1
+    view = views[at]
+    assert view is not None
+    shape = node.out_shape()
+    features = _feature_axes(view, shape)
+    if features is None or node.shape(1 - at) != shape:
+        return Refused(f"broadcast against data by `{node.name}` in an unusual way")
+    stacked = [[a] for a in view.stacked]
+    if kind == "scale":
+        groups = [*([view.axes[a]] for a in features), [], []]
+    else:
+        groups = [[view.axes[a] for a in features]]
+    found = layout(view, shapes[view.source], [*stacked, *groups])
+    if found is None:
+        return Refused(f"repeated or only partly used by `{node.name}`")
+    rows = tuple(i for i in range(len(shape)) if i not in features)
+    axes = (features, rows, ()) if kind == "scale" else ((), rows, features)
+    sign = -1.0 if node.name == "sub" and at == 1 else 1.0
+    site = Site(
+        kind=kind,
+        output=node.outputs[0],
+        x=node.inputs[1 - at] if kind == "scale" else None,
+        x_axes=axes if kind == "scale" else ((), (), ()),
+        y_axes=axes,
+        examples=_row_examples(state, rows),
+        weight=(view.source, found) if kind == "scale" else None,
+        bias=None if kind == "scale" else (view.source, found),
+        scale=view.scale if kind == "scale" else view.scale * sign,
+        source=_compat.source_line(node.equation),
+    )
+    return _linear(node, site)
+
+
+def scale(
+    node: Node, views: Sequence[View | None], shapes: Shapes, state: State
+) -> Outcome:
+    """An elementwise scale: each feature is an independent 1-to-1 layer."""
+    return _elementwise(node, views, shapes, state, "scale")
+
+
+def shift(
+    node: Node, views: Sequence[View | None], shapes: Shapes, state: State
+) -> Outcome:
+    """An elementwise shift: a layer whose only input is the constant one."""
+    return _elementwise(node, views, shapes, state, "shift")
+
+
+def generic(
+    node: Node, views: Sequence[View | None], shapes: Shapes, state: State
+) -> Outcome:
+    """A parameter under `register_generic`."""
+    view = views[0]
+    assert view is not None
+    return Generic(view.source)
+
+
+def tagged(
+    node: Node, views: Sequence[View | None], shapes: Shapes, state: State
+) -> Outcome:
+    """A layer under `register_dense`, `register_conv2d` or `register_scale_and_shift`."""
+    kind, names = node.params["kind"], node.params["names"]
+    given = dict(zip(names, views[1 + node.params["num_inputs"] :], strict=True))
+    if any(view is None for view in given.values()):
+        return Refused(f"tagged as {kind}, but an operand is not a view of a parameter")
+    if any(view is not None for view in views[:2]):
+        return Refused(f"tagged as {kind}, but the layer's input is a parameter")
+    build = TAGGED.get(kind)
+    if build is None:
+        return Refused(f"tagged as {kind}, for which there is no block yet")
+    return build(node, given, shapes, state)
+
+
+def _tagged_dense(
+    node: Node, given: dict[str, View], shapes: Shapes, state: State
+) -> Outcome:
+    n = node.params["independent"]
+    rank = len(node.out_shape())
+    w, b = given["w"], given.get("b")
+    stacked = [[a] for a in w.stacked]
+    ind = [[w.axes[i]] for i in range(n)]
+    weight = layout(
+        w, shapes[w.source], [*stacked, *ind, [w.axes[n]], [w.axes[n + 1]]]
+    )
+    bias = b and layout(
+        b,
+        shapes[b.source],
+        [*([a] for a in b.stacked), *([b.axes[i]] for i in range(n)), [b.axes[n]]],
+    )
+    if weight is None or (b is not None and bias is None):
+        return Refused("tagged as dense, but a parameter is repeated or partly used")
+    axes = (tuple(range(n)), tuple(range(n, rank - 1)), (rank - 1,))
+    site = Site(
+        kind="dense",
+        output=node.outputs[0],
+        x=node.inputs[1],
+        x_axes=axes,
+        y_axes=axes,
+        examples=_row_examples(state, axes[1]),
+        weight=(w.source, weight),
+        bias=(b.source, bias) if b is not None and bias is not None else None,
+        scale=w.scale,
+        source=_compat.source_line(node.equation),
+    )
+    return _linear(node, site)
+
+
+def _tagged_scale_and_shift(
+    node: Node, given: dict[str, View], shapes: Shapes, state: State
+) -> Outcome:
+    shape = node.out_shape()
+    if node.params["independent"] or node.shape(1) != shape:
+        return Refused("tagged as scale_and_shift under a vmap over its parameters")
+    wide = {
+        name: view.broadcast(shape, range(len(shape) - len(view.axes), len(shape)))
+        for name, view in given.items()
+    }
+    first = next(iter(wide.values()))
+    features = _feature_axes(first, shape)
+    if features is None or any(_feature_axes(v, shape) != features for v in wide.values()):
+        return Refused("tagged as scale_and_shift with shapes that do not match")
+    rows = tuple(i for i in range(len(shape)) if i not in features)
+    groups = [[first.axes[a]] for a in features]
+    scale_view, shift_view = wide.get("scale"), wide.get("shift")
+    axes = (features, rows, ())
+    weight = bias = None
+    if scale_view is not None:
+        groups = [[scale_view.axes[a]] for a in features]
+        stacked = [[a] for a in scale_view.stacked]
+        weight = layout(
+            scale_view, shapes[scale_view.source], [*stacked, *groups, [], []]
+        )
+    if shift_view is not None:
+        groups = [[shift_view.axes[a]] for a in features]
+        stacked = [[a] for a in shift_view.stacked]
+        if scale_view is None:
+            axes = ((), rows, features)
+            tail = [*stacked, [shift_view.axes[a] for a in features]]
+        else:
+            tail = [*stacked, *groups, []]
+        bias = layout(shift_view, shapes[shift_view.source], tail)
+    if (scale_view is not None and weight is None) or (shift_view and bias is None):
+        return Refused("tagged as scale_and_shift, but a parameter is partly used")
+    site = Site(
+        kind="scale" if scale_view is not None else "shift",
+        output=node.outputs[0],
+        x=node.inputs[1] if scale_view is not None else None,
+        x_axes=axes if scale_view is not None else ((), (), ()),
+        y_axes=axes,
+        examples=_row_examples(state, rows),
+        weight=None if scale_view is None else (scale_view.source, weight),
+        bias=None if shift_view is None else (shift_view.source, bias),
+        scale=first.scale,
+        source=_compat.source_line(node.equation),
+    )
+    return _linear(node, site)
+
+
+TAGGED = {"dense": _tagged_dense, "scale_and_shift": _tagged_scale_and_shift}
+
+
+def bias_layout(linear: Linear, bias: View, shapes: Shapes) -> Layout | None:
+    """The layout `[*independent, out]` of a bias added to a linear output, or None.
+
+    Each piece of the output's view must meet one axis of the bias: rows meet axes along
+    which the bias is repeated, independent and output axes meet entries of the bias.
+    """
+    site = linear.site
+    if len(bias.axes) != len(linear.view.axes):
+        return None
+    sizes: list[int] = []
+    pieces: list[Piece] = []
+    for y_axis, b_axis in zip(linear.view.axes, bias.axes, strict=True):
+        repeated = axis_size(b_axis) == 1
+        if not repeated and axis_size(b_axis) != axis_size(y_axis):
+            return None
+        pieces.extend(y_axis)
+        sizes.extend(1 if repeated else piece.size for piece in y_axis)
+    fine = bias.reshape(sizes)
+    if fine is None:
+        return None
+    meets = dict(zip(pieces, fine.axes, strict=True))
+    groups: dict[int, list[Axis]] = {}
+    kinds = {a: k for k, axes in enumerate(site.y_axes) for a in axes}
+    for piece, axis in _origin(linear):
+        met = meets.get(piece, ())
+        is_row = kinds[axis] == 1
+        varies = any(not p.new and p.size != 1 for p in met)
+        if is_row == varies:
+            return None
+        if not is_row:
+            groups.setdefault(axis, []).append(met)
+    independent = [groups.get(a, []) for a in site.y_axes[0]]
+    out = [axis for a in site.y_axes[2] for axis in groups.get(a, [])]
+    return layout(
+        fine,
+        shapes[bias.source],
+        [*([a] for a in fine.stacked), *independent, out],
+    )
+
+
+def _origin(linear: Linear) -> list[tuple[Piece, int]]:
+    """Pairs each piece of the linear output with the axis of `y` it came from."""
+    pieces = [piece for piece in linear.view.order if piece.size != 1]
+    result: list[tuple[Piece, int]] = []
+    for axis, size in enumerate(linear.shape):
+        rest = size
+        while rest > 1:
+            piece = pieces.pop(0)
+            result.append((piece, axis))
+            rest //= piece.size
+    return result

@@ -1,0 +1,279 @@
+"""Finds layers by dataflow: follows each parameter to the equation that consumes it.
+
+A parameter is followed through equations that only change its view and into every nested
+graph, until an equation combines it with data. The table `CONSUMERS` says which equations
+are layers; everything else is recorded as unmatched, with the equation and the line.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from kfac_jax._jaxpr import _compat, consumers
+from kfac_jax._jaxpr.examples import State
+from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value, needed, use_counts
+from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.tracking import track
+from kfac_jax._jaxpr.view import View, source_view
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Found:
+    """What discovery learns about a program.
+
+    Attributes:
+      graph: the program.
+      uses: every use of every parameter that a registered loss depends on.
+      scanned: for each scan (by its first result) the leaves it runs over.
+      losses: how many loss tags there are.
+      loss_examples: for each loss tag, where the examples are in the registered output.
+    """
+
+    graph: Graph
+    uses: tuple[Use, ...]
+    scanned: Mapping[Node, frozenset[int]]
+    losses: int
+    loss_examples: tuple[State, ...]
+
+
+def discover(
+    graph: Graph, leaf_shapes: Sequence[Sequence[int]], arguments: Sequence[State]
+) -> Found:
+    """Finds all uses of the first `len(leaf_shapes)` inputs of the program.
+
+    Args:
+      graph: the program; its inputs are the parameters, then the arguments.
+      leaf_shapes: the shapes of the parameters.
+      arguments: for each argument, which axis holds the examples.
+
+    Returns:
+      What was found.
+    """
+    losses = [node for node in graph.walk() if node.name == "kfac_loss"]
+    wanted = {n.inputs[0] for n in losses if is_value(n.inputs[0])}
+    states = track(graph, [*([None] * len(leaf_shapes)), *arguments])
+    finder = _Finder(needed(graph, wanted), use_counts(graph), states)
+    for leaf, (value, shape) in enumerate(
+        zip(graph.inputs[: len(leaf_shapes)], leaf_shapes, strict=True)
+    ):
+        finder.views[value] = source_view(leaf, shape)
+    finder.visit(graph, leaf_shapes)
+    return Found(
+        graph=graph,
+        uses=tuple(finder.uses),
+        scanned={node: frozenset(leaves) for node, leaves in finder.scanned.items()},
+        losses=len(losses),
+        loss_examples=tuple(
+            states.get(n.inputs[0]) if is_value(n.inputs[0]) else None for n in losses
+        ),
+    )
+
+
+class _Finder:
+    """The state of one walk over the program."""
+
+    def __init__(
+        self,
+        live: set[int],
+        counts: Mapping[int, int],
+        states: Mapping[int, State],
+    ) -> None:
+        self.live = live
+        self.counts = counts
+        self.states = states
+        self.views: dict[int, View] = {}
+        self.known: dict[int, Any] = {}
+        self.linear: dict[int, consumers.Linear] = {}
+        self.uses: list[Use] = []
+        self.scanned: dict[Node, set[int]] = {}
+
+    def view(self, atom: Atom) -> View | None:
+        return self.views.get(atom) if is_value(atom) else None
+
+    def value(self, atom: Atom) -> Any:
+        """The value of a literal or of a constant; None if it is not known."""
+        return self.known.get(atom) if is_value(atom) else atom.val
+
+    def visit(self, graph: Graph, shapes: Sequence[Sequence[int]]) -> None:
+        self.known.update(graph.constants)
+        for node in graph.nodes:
+            if not any(out in self.live for out in node.outputs) and not node.bodies:
+                continue
+            if node.bodies:
+                self._enter(node, shapes)
+            else:
+                self._step(node, shapes)
+
+    def _step(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
+        views = [self.view(atom) for atom in node.inputs]
+        if not any(views):
+            self._fold(node)
+            self._follow_linear(node)
+            return
+        rule = VIEW_RULES.get(node.name)
+        moved = rule(self, node, views) if rule is not None else None
+        if moved is not None:
+            self.views[node.outputs[0]] = moved
+            return
+        consumer = CONSUMERS.get(node.name)
+        outcome = (
+            consumers.Refused(f"consumed by `{node.name}`, which is not a layer")
+            if consumer is None
+            else consumer(node, views, shapes, self.states.get(node.outputs[0]))
+        )
+        if isinstance(outcome, consumers.Linear) and outcome.site.kind == "shift":
+            outcome = self._as_bias(node, outcome, shapes)
+        if isinstance(outcome, consumers.Linear):
+            self.uses.append(outcome.site)
+            self.linear[node.outputs[0]] = outcome
+        elif isinstance(outcome, consumers.Generic):
+            self.uses.append(
+                OtherUse(outcome.leaf, "generic", "", _compat.source_line(node.equation))
+            )
+        else:
+            self._refuse(node, views, outcome.reason)
+
+    def _refuse(self, node: Node, views: Sequence[View | None], reason: str) -> None:
+        line = _compat.source_line(node.equation)
+        for view in views:
+            if view is not None:
+                self.uses.append(OtherUse(view.source, "unmatched", reason, line))
+
+    def _as_bias(
+        self, node: Node, shift: consumers.Linear, shapes: Sequence[Sequence[int]]
+    ) -> consumers.Linear:
+        """Notes on the shift's site which linear output it is the bias of, if any."""
+        other = next((a for a in node.inputs if self.view(a) is None), None)
+        linear = self.linear.get(other) if is_value(other) else None
+        view = next(v for v in map(self.view, node.inputs) if v is not None)
+        if linear is None or self.counts.get(other) != 1 or node.name == "sub":
+            return shift
+        plain = consumers.is_one(view.scale) and consumers.is_one(linear.view.scale)
+        joint = consumers.bias_layout(linear, view, shapes) if plain else None
+        if joint is None:
+            return shift
+        index = next(i for i, use in enumerate(self.uses) if use is linear.site)
+        self.uses[index] = dataclasses.replace(linear.site, bias=(view.source, joint))
+        return shift
+
+    def _follow_linear(self, node: Node) -> None:
+        """Follows the output of a linear layer through views that keep it to itself."""
+        atom = node.inputs[0] if node.inputs else None
+        linear = self.linear.get(atom) if is_value(atom) else None
+        rule = VIEW_RULES.get(node.name)
+        if linear is None or rule is None or self.counts.get(atom) != 1:
+            return
+        moved = rule(self, node, [linear.view])
+        if moved is not None and len(node.inputs) == 1:
+            self.linear[node.outputs[0]] = dataclasses.replace(linear, view=moved)
+
+    def _fold(self, node: Node) -> None:
+        """Evaluates scalars that depend on literals and constants only."""
+        if len(node.outputs) != 1 or node.out_shape() != ():
+            return
+        values = [self.value(atom) for atom in node.inputs]
+        if any(value is None for value in values) or not values:
+            return
+        with jax.ensure_compile_time_eval():
+            (self.known[node.outputs[0]],) = _compat.evaluate(node.equation, values)
+
+    def _enter(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
+        views = [self.view(atom) for atom in node.inputs]
+        offset = BODY_OFFSETS.get(node.name)
+        if offset is None:
+            live = any(out in self.live for out in node.outputs)
+            if live and any(views):
+                self._refuse(
+                    node,
+                    views,
+                    f"enters `{node.name}`, which discovery does not look into",
+                )
+            return
+        if node.name == "scan":
+            views = self._scan_views(node, views)
+        for body in node.bodies:
+            for value, view, atom in zip(
+                body.inputs, views[offset:], node.inputs[offset:], strict=True
+            ):
+                if view is not None:
+                    self.views[value] = view
+                elif node.name != "scan" and self.value(atom) is not None:
+                    self.known[value] = self.value(atom)
+            self.visit(body, shapes)
+
+    def _scan_views(
+        self, node: Node, views: Sequence[View | None]
+    ) -> list[View | None]:
+        layout = _compat.scan_layout(node.params)
+        first_xs = layout.num_consts + layout.num_carry
+        result: list[View | None] = []
+        for i, view in enumerate(views):
+            if view is not None and layout.num_consts <= i < first_xs:
+                if node.bodies[0].inputs[i] in self.live:
+                    self._refuse(node, [view], "enters the carry of a scan")
+                view = None
+            elif view is not None and i >= first_xs:
+                self.scanned.setdefault(node, set()).add(view.source)
+                view = view.unstacked()
+            result.append(view)
+        return result
+
+
+ViewRule = Callable[[_Finder, Node, Sequence[View | None]], View | None]
+
+
+def _same(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
+    return views[0]
+
+
+def _multiply(finder: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
+    """A scalar constant factor is part of the view (W * 2.0, W / sqrt(d))."""
+    if len(views) != 2 or views[0] is None and views[1] is None:
+        return None
+    at = 0 if views[0] is not None else 1
+    view, factor = views[at], finder.value(node.inputs[1 - at])
+    if view is None or factor is None or getattr(factor, "size", 1) != 1:
+        return None
+    factor = factor.reshape(()) if getattr(factor, "ndim", 0) else factor
+    if node.name == "div":
+        if at:
+            return None
+        factor = 1.0 / factor
+    return view.scaled(factor)
+
+
+VIEW_RULES: dict[str, ViewRule] = {
+    "convert_element_type": _same,
+    "copy": _same,
+    "copy_p": _same,
+    "reduce_precision": _same,
+    "sharding_constraint": _same,
+    "name": _same,
+    "reshard": _same,
+    "pvary": _same,
+    "pcast": _same,
+    "transpose": lambda _, n, v: v[0] and v[0].transpose(n.params["permutation"]),
+    "squeeze": lambda _, n, v: v[0] and v[0].squeeze(n.params["dimensions"]),
+    "reshape": lambda _, n, v: v[0] and v[0].reshape(n.params["new_sizes"]),
+    "broadcast_in_dim": lambda _, n, v: v[0]
+    and v[0].broadcast(n.params["shape"], n.params["broadcast_dimensions"]),
+    "neg": lambda _, n, v: v[0] and v[0].scaled(-1.0),
+    "mul": _multiply,
+    "div": _multiply,
+}
+
+CONSUMERS: dict[str, Callable[..., consumers.Outcome]] = {
+    "dot_general": consumers.dot_general,
+    "mul": consumers.scale,
+    "add": consumers.shift,
+    "sub": consumers.shift,
+    "kfac_layer": consumers.tagged,
+    "kfac_generic": consumers.generic,
+}
+
+BODY_OFFSETS = {"scan": 0, "cond": 1, "checkpoint": 0, "remat2": 0, "remat": 0}
+"""Equations discovery looks into, and where their bodies' operands begin."""
+
+__all__ = ["CONSUMERS", "Found", "Site", "discover"]

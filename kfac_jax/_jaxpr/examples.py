@@ -1,0 +1,213 @@
+"""Which axis of a value holds the examples of the batch, tracked by dataflow.
+
+The leading axes of the loss function's array arguments are axes of examples. Each rule
+says where such an axis goes. A value that depends on the batch in a way no rule covers is
+`LOST`, and approximations that need to sum within an example are refused there.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kfac_jax._jaxpr.graph import Atom, Node, is_value
+
+LOST = "lost"
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """The axis `axis` runs over `outer × size × inner` entries, examples in the middle."""
+
+    axis: int
+    size: int
+    outer: int = 1
+    inner: int = 1
+
+
+State = Examples | str | None
+"""None: does not depend on the batch."""
+
+Rule = Callable[[Node, Sequence[State]], list[State]]
+
+
+def _merge(states: Sequence[State]) -> State:
+    found = {state for state in states if state is not None}
+    if not found:
+        return None
+    return found.pop() if len(found) == 1 else LOST
+
+
+def _elementwise(node: Node, states: Sequence[State]) -> list[State]:
+    """Operands of one shape (or of length one along an axis)."""
+    shape = node.out_shape()
+    for i, state in enumerate(states):
+        if isinstance(state, Examples):
+            operand = node.shape(i)
+            if len(operand) != len(shape) or operand[state.axis] != shape[state.axis]:
+                return [LOST] * len(node.outputs)
+    return [_merge(states)] * len(node.outputs)
+
+
+def _transpose(node: Node, states: Sequence[State]) -> list[State]:
+    (state,) = states
+    if isinstance(state, Examples):
+        axis = list(node.params["permutation"]).index(state.axis)
+        return [dataclasses.replace(state, axis=axis)]
+    return [state]
+
+
+def _broadcast(node: Node, states: Sequence[State]) -> list[State]:
+    state = states[0]
+    if isinstance(state, Examples):
+        axis = node.params["broadcast_dimensions"][state.axis]
+        if node.out_shape()[axis] != node.shape()[state.axis]:
+            return [LOST]
+        return [dataclasses.replace(state, axis=axis)]
+    return [state]
+
+
+def _drop(node: Node, state: State, axes: Sequence[int]) -> State:
+    if isinstance(state, Examples):
+        if state.axis in axes:
+            return LOST
+        return dataclasses.replace(
+            state, axis=state.axis - sum(a < state.axis for a in axes)
+        )
+    return state
+
+
+def _squeeze(node: Node, states: Sequence[State]) -> list[State]:
+    return [_drop(node, states[0], node.params["dimensions"])]
+
+
+def _reduce(node: Node, states: Sequence[State]) -> list[State]:
+    return [_drop(node, states[0], node.params["axes"])]
+
+
+def _reshape(node: Node, states: Sequence[State]) -> list[State]:
+    state = states[0]
+    if not isinstance(state, Examples):
+        return [state]
+    old, new = node.shape(), node.out_shape()
+    before = math.prod(old[: state.axis]) * state.outer
+    for axis, size in enumerate(new):
+        start = math.prod(new[:axis])
+        # the axis of examples must lie within one new axis: start·outer = before
+        if before % start == 0 and (start * size) % (before * state.size) == 0:
+            outer = before // start
+            inner = size // (outer * state.size)
+            if inner and outer * state.size * inner == size:
+                return [Examples(axis, state.size, outer, inner)]
+    return [LOST]
+
+
+def _dot_general(node: Node, states: Sequence[State]) -> list[State]:
+    (contract, batch) = node.params["dimension_numbers"]
+    results: list[State] = []
+    lhs_free = len(node.shape(0)) - len(contract[0])
+    for side, state in enumerate(states[:2]):
+        if not isinstance(state, Examples):
+            results.append(state)
+        elif state.axis in contract[side]:
+            results.append(LOST)
+        elif state.axis in batch[side]:
+            axis = list(batch[side]).index(state.axis)
+            results.append(dataclasses.replace(state, axis=axis))
+        else:
+            used = (*contract[side], *batch[side])
+            axis = state.axis - sum(a < state.axis for a in used)
+            axis += lhs_free if side else len(batch[0])
+            results.append(dataclasses.replace(state, axis=axis))
+    return [_merge(results)]
+
+
+def _convolution(node: Node, states: Sequence[State]) -> list[State]:
+    numbers = node.params["dimension_numbers"]
+    state = states[0]
+    if states[1] is not None or node.params["batch_group_count"] != 1:
+        return [LOST]
+    if isinstance(state, Examples):
+        if state.axis != numbers.lhs_spec[0]:
+            return [LOST]
+        return [dataclasses.replace(state, axis=numbers.out_spec[0])]
+    return [state]
+
+
+def _along(param: str) -> Rule:
+    """Works along one axis (or several), which must not be that of the examples."""
+
+    def rule(node: Node, states: Sequence[State]) -> list[State]:
+        value = node.params[param]
+        axes = value if isinstance(value, tuple | list) else (value,)
+        merged = _merge(states)
+        if isinstance(merged, Examples) and merged.axis in axes:
+            return [LOST] * len(node.outputs)
+        return [merged] * len(node.outputs)
+
+    return rule
+
+
+def _same_size(node: Node, states: Sequence[State]) -> list[State]:
+    """Slices and pads that leave the axis of examples as long as it was."""
+    state = states[0]
+    if isinstance(state, Examples):
+        if node.out_shape()[state.axis] != node.shape()[state.axis]:
+            return [LOST]
+        if any(other is not None for other in states[1:]):
+            return [LOST]
+    return [state] if isinstance(state, Examples) else [_merge(states)]
+
+
+RULES: dict[str, Rule] = {
+    "transpose": _transpose,
+    "broadcast_in_dim": _broadcast,
+    "squeeze": _squeeze,
+    "reshape": _reshape,
+    "dot_general": _dot_general,
+    "conv_general_dilated": _convolution,
+    "concatenate": _along("dimension"),
+    "rev": _along("dimensions"),
+    "sort": _along("dimension"),
+    "slice": _same_size,
+    "pad": _same_size,
+    "dynamic_slice": _same_size,
+    "reduce_window_max": _same_size,
+    "reduce_window_sum": _same_size,
+    "reduce_window_min": _same_size,
+}
+RULES.update({f"cum{name}": _along("axis") for name in ("sum", "prod", "max", "min")})
+RULES.update(
+    {
+        f"reduce_{name}": _reduce
+        for name in ("sum", "max", "min", "prod", "and", "or", "xor")
+    }
+)
+RULES.update({name: _reduce for name in ("argmax", "argmin")})
+
+_CONTROL = ("scan", "while", "cond", "shard_map", "gather", "scatter", "scatter-add")
+
+
+def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:
+    """Returns where the examples are in the results of an equation without bodies."""
+    states = [read(atom) if is_value(atom) else None for atom in node.inputs]
+    if all(state is None for state in states):
+        return [None] * len(node.outputs)
+    rule = RULES.get(node.name)
+    if rule is not None:
+        return rule(node, states)
+    same = all(node.out_shape(i) == node.out_shape() for i in range(len(node.outputs)))
+    if node.bodies or not same or node.name in _CONTROL:
+        return [LOST] * len(node.outputs)
+    return _elementwise(node, states) if _is_elementwise(node) else [LOST]
+
+
+def _is_elementwise(node: Node) -> bool:
+    """Equal shapes throughout; primitives that mix entries have a rule or are listed."""
+    shape: Any = node.out_shape()
+    mixing = ("fft", "cholesky", "eigh", "lu", "qr", "svd", "triangular_solve", "dot")
+    if node.name.startswith(mixing):
+        return False
+    return all(
+        len(node.shape(i)) in (0, len(shape)) for i, _ in enumerate(node.inputs)
+    )

@@ -1,0 +1,204 @@
+"""A jaxpr as a small graph with calls inlined and control flow kept as nested graphs.
+
+Every value of the whole program has its own integer id, also across repeated calls of one
+jitted function, so passes can keep what they learn in plain dictionaries.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kfac_jax._jaxpr import _compat
+
+Atom = Any
+"""A value's id (int), or a `Literal`."""
+
+_BODY_PARAMS: dict[str, tuple[str, ...]] = {
+    "scan": ("jaxpr",),
+    "cond": ("branches",),
+    "while": ("cond_jaxpr", "body_jaxpr"),
+    "checkpoint": ("jaxpr",),
+    "remat2": ("jaxpr",),
+    "remat": ("jaxpr",),
+    "custom_jvp_call": ("call_jaxpr",),
+    "custom_vjp_call": ("call_jaxpr",),
+    "custom_vjp_call_jaxpr": ("fun_jaxpr", "call_jaxpr"),
+    "shard_map": ("jaxpr",),
+    "xla_pmap": ("call_jaxpr",),
+}
+"""Equations that give their jaxprs a meaning of their own; any other is a plain call."""
+
+_CALL_PARAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Node:
+    """One equation, its operands and results by id, and its bodies if it has any."""
+
+    equation: Any
+    inputs: tuple[Atom, ...]
+    outputs: tuple[int, ...]
+    bodies: tuple["Graph", ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The primitive's name."""
+        return self.equation.primitive.name
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The equation's static parameters."""
+        return self.equation.params
+
+    def shape(self, index: int = 0) -> tuple[int, ...]:
+        """The shape of one operand."""
+        return tuple(self.equation.invars[index].aval.shape)
+
+    def out_shape(self, index: int = 0) -> tuple[int, ...]:
+        """The shape of one result."""
+        return tuple(self.equation.outvars[index].aval.shape)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Graph:
+    """Nodes in order of evaluation; `constants` are bound by value."""
+
+    inputs: tuple[int, ...]
+    constants: Mapping[int, Any]
+    nodes: tuple[Node, ...]
+    outputs: tuple[Atom, ...]
+
+    def walk(self) -> Iterator[Node]:
+        """Yields every node, also the nested ones."""
+        for node in self.nodes:
+            yield node
+            for body in node.bodies:
+                yield from body.walk()
+
+
+def is_value(atom: Atom) -> bool:
+    """Tells a value's id from a literal."""
+    return isinstance(atom, int)
+
+
+class _Builder:
+    def __init__(self) -> None:
+        self._ids = itertools.count()
+
+    def graph(self, closed: Any) -> Graph:
+        jaxpr, constants = _compat.open_jaxpr(closed)
+        env: dict[Any, Atom] = {}
+        inputs = tuple(self._define(env, var) for var in jaxpr.invars)
+        names = [self._define(env, var) for var in jaxpr.constvars]
+        bound = dict(zip(names, constants, strict=True))
+        nodes: list[Node] = []
+        outputs = self._body(jaxpr, env, nodes, bound)
+        return Graph(inputs, bound, tuple(nodes), outputs)
+
+    def _define(self, env: dict[Any, Atom], var: Any) -> int:
+        env[var] = next(self._ids)
+        return env[var]
+
+    def _body(
+        self, jaxpr: Any, env: dict[Any, Atom], nodes: list[Node], bound: dict[int, Any]
+    ) -> tuple[Atom, ...]:
+        def read(atom: Any) -> Atom:
+            return atom if isinstance(atom, _compat.Literal) else env[atom]
+
+        for equation in jaxpr.eqns:
+            inputs = tuple(read(atom) for atom in equation.invars)
+            callee = _plain_call(equation)
+            if callee is not None:
+                inner, constants = _compat.open_jaxpr(callee)
+                scope = dict(zip(inner.invars, inputs, strict=True))
+                for var, value in zip(inner.constvars, constants, strict=True):
+                    bound[self._define(scope, var)] = value
+                results = self._body(inner, scope, nodes, bound)
+                env.update(zip(equation.outvars, results, strict=True))
+                continue
+            outputs = tuple(self._define(env, var) for var in equation.outvars)
+            bodies = tuple(self.graph(body) for body in _bodies(equation))
+            nodes.append(Node(equation, inputs, outputs, bodies))
+        return tuple(read(atom) for atom in jaxpr.outvars)
+
+
+def _bodies(equation: Any) -> Sequence[Any]:
+    found: list[Any] = []
+    for name in _BODY_PARAMS.get(equation.primitive.name, ()):
+        value = equation.params.get(name)
+        if value is not None:
+            found.extend(value if isinstance(value, tuple | list) else [value])
+    return found
+
+
+def _plain_call(equation: Any) -> Any:
+    """Returns the jaxpr of an equation that only calls it, as `jit` does, or None.
+
+    Such an equation is recognised by its operands and results, which are the jaxpr's
+    own; reductions and kernels, whose jaxprs work on parts of the operands, are not.
+    """
+    if equation.primitive.name in _BODY_PARAMS:
+        return None
+    callee = next(
+        (equation.params[n] for n in _CALL_PARAMS if n in equation.params), None
+    )
+    if callee is None or equation.primitive.name.startswith(("reduce", "pallas")):
+        return None
+    inner, _ = _compat.open_jaxpr(callee)
+    if not hasattr(inner, "eqns"):
+        return None
+    ours = [v.aval.shape for v in (*equation.invars, *equation.outvars)]
+    theirs = [v.aval.shape for v in (*inner.invars, *inner.outvars)]
+    return callee if ours == theirs else None
+
+
+def build(closed: Any) -> Graph:
+    """Builds the graph of a closed jaxpr, with plain calls inlined."""
+    return _Builder().graph(closed)
+
+
+def needed(graph: Graph, wanted: set[int]) -> set[int]:
+    """Slices back: the ids of all values that the values in `wanted` depend on.
+
+    A nested graph counts as a whole where any of its results is needed, except that its
+    own dead equations do not count.
+    """
+    found = set(wanted)
+
+    def visit(graph: Graph) -> None:
+        for node in reversed(graph.nodes):
+            inside = any(
+                value in found for body in node.bodies for value in _defined(body)
+            )
+            if not (inside or any(out in found for out in node.outputs)):
+                continue
+            if any(out in found for out in node.outputs):
+                for body in node.bodies:
+                    found.update(a for a in body.outputs if is_value(a))
+            # A tagged layer stands for what its raw output `y` was computed from.
+            inputs = node.inputs[1:] if node.name == "kfac_layer" else node.inputs
+            found.update(a for a in inputs if is_value(a))
+            for body in node.bodies:
+                visit(body)
+
+    visit(graph)
+    return found
+
+
+def _defined(graph: Graph) -> Iterator[int]:
+    yield from graph.inputs
+    for node in graph.walk():
+        yield from node.outputs
+
+
+def use_counts(graph: Graph) -> dict[int, int]:
+    """Counts, for every value of the program, the places that read it."""
+    counts: dict[int, int] = {}
+    graphs = [graph, *(body for node in graph.walk() for body in node.bodies)]
+    for part in graphs:
+        atoms = [*part.outputs, *(a for node in part.nodes for a in node.inputs)]
+        for atom in atoms:
+            if is_value(atom):
+                counts[atom] = counts.get(atom, 0) + 1
+    return counts

@@ -1,0 +1,254 @@
+"""Evaluates a program with statistics gathered at its layers and its losses brought out.
+
+Every layer's output passes through the identity with one extra argument, a zero *probe*
+shaped like the layer's statistics. The identity's VJP rule returns, as the probe's
+cotangent, the statistics of the layer's input and the incoming cotangent. So JAX's own
+reverse mode sums them over uses, scans, rematerialisation and devices.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value
+from kfac_jax.distributions import RegisteredLoss
+
+Probe = dict[str, Array]
+Gather = Callable[[Array | None, Array], Probe]
+"""From a layer's input and output cotangent, as the program has them, to statistics."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tap:
+    """Statistics to gather at one value: for which layer, and how."""
+
+    layer: int
+    x: Atom | None
+    gather: Gather
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A graph with taps on the outputs of its layers.
+
+    Attributes:
+      graph: the program.
+      taps: by the id of the value.
+      scanned: for each scan the layers whose parameters (and probes) it runs over.
+    """
+
+    graph: Graph
+    taps: Mapping[int, Tap]
+    scanned: Mapping[Node, frozenset[int]]
+
+
+def run(
+    program: Program, inputs: Sequence[Any], probes: Mapping[int, Probe] | None
+) -> tuple[list[Any], list[RegisteredLoss]]:
+    """Evaluates the program.
+
+    Args:
+      program: what to run.
+      inputs: its inputs.
+      probes: zeros like each layer's statistics; None to run without gathering, which
+        keeps forward-mode differentiation possible.
+
+    Returns:
+      The program's outputs and its registered losses, in order of evaluation.
+    """
+    return _run(program, program.graph, inputs, probes)
+
+
+def _run(
+    program: Program,
+    graph: Graph,
+    inputs: Sequence[Any],
+    probes: Mapping[int, Probe] | None,
+) -> tuple[list[Any], list[RegisteredLoss]]:
+    env: dict[int, Any] = dict(graph.constants)
+    env.update(zip(graph.inputs, inputs, strict=True))
+    losses: list[RegisteredLoss] = []
+
+    def read(atom: Atom) -> Any:
+        return env[atom] if is_value(atom) else atom.val
+
+    for node in graph.nodes:
+        operands = [read(atom) for atom in node.inputs]
+        if node.name == "kfac_loss":
+            losses.append(_registered(node, operands))
+            outputs = [operands[0]]
+        elif node.name in ("kfac_layer", "kfac_generic"):
+            outputs = [operands[0]]
+        elif _interesting(program, node, probes):
+            rule = CONTROL.get(node.name)
+            if rule is None:
+                raise ValueError(
+                    f"A loss is registered inside `{node.name}` at "
+                    f"{_compat.source_line(node.equation)}, which kfac_jax cannot bring "
+                    "out. Register the loss outside of it."
+                )
+            with _compat.under(node.equation):
+                outputs, inner = rule(program, node, operands, probes)
+            losses.extend(inner)
+        else:
+            outputs = _compat.evaluate(node.equation, operands)
+        for value, result in zip(node.outputs, outputs, strict=True):
+            tap = program.taps.get(value) if probes is not None else None
+            if tap is not None and probes is not None and tap.layer in probes:
+                x = None if tap.x is None else read(tap.x)
+                with _compat.under(node.equation):
+                    result = _tag(tap.gather, result, x, probes[tap.layer])
+            env[value] = result
+    return [read(atom) for atom in graph.outputs], losses
+
+
+def _registered(node: Node, operands: Sequence[Any]) -> RegisteredLoss:
+    z, *rest, weight = operands
+    count = node.params["num_data"]
+    return RegisteredLoss(
+        distribution=node.params["distribution"],
+        z=jnp.asarray(z),
+        data=tuple(jnp.asarray(x) for x in rest[:count]),
+        mask=jnp.asarray(rest[count]) if node.params["has_mask"] else None,
+        weight=jnp.asarray(weight),
+    )
+
+
+def _tag(gather: Gather, y: Array, x: Array | None, probe: Probe) -> Array:
+    @jax.custom_vjp
+    def tag(y: Array, x: Array | None, probe: Probe) -> Array:
+        return y
+
+    def forward(y: Array, x: Array | None, probe: Probe) -> tuple[Array, Array | None]:
+        return y, x
+
+    def backward(x: Array | None, dy: Array) -> tuple[Array, None, Probe]:
+        gathered = gather(x, dy)
+        statistics = {
+            name: gathered[name].reshape(like.shape).astype(like.dtype)
+            for name, like in shapes.items()
+        }
+        return dy, None, statistics
+
+    shapes = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in probe.items()}
+    tag.defvjp(forward, backward)
+    return tag(y, x, probe)
+
+
+def _interesting(
+    program: Program, node: Node, probes: Mapping[int, Probe] | None
+) -> bool:
+    """Whether a nested graph holds taps or losses; otherwise it runs untouched."""
+    if not node.bodies:
+        return False
+    taps = program.taps if probes is not None else {}
+    return any(
+        inner.name == "kfac_loss" or any(out in taps for out in inner.outputs)
+        for body in node.bodies
+        for inner in body.walk()
+    )
+
+
+ControlRule = Callable[
+    [Program, Node, Sequence[Any], Mapping[int, Probe] | None],
+    tuple[list[Any], list[RegisteredLoss]],
+]
+
+
+def _checkpoint(
+    program: Program,
+    node: Node,
+    operands: Sequence[Any],
+    probes: Mapping[int, Probe] | None,
+) -> tuple[list[Any], list[RegisteredLoss]]:
+    def body(operands: Sequence[Any], probes: Mapping[int, Probe] | None) -> Any:
+        return _run(program, node.bodies[0], operands, probes)
+
+    return jax.checkpoint(
+        body,
+        prevent_cse=node.params["prevent_cse"],
+        policy=node.params["policy"],
+    )(operands, probes)
+
+
+def _scan(
+    program: Program,
+    node: Node,
+    operands: Sequence[Any],
+    probes: Mapping[int, Probe] | None,
+) -> tuple[list[Any], list[RegisteredLoss]]:
+    """Shared probes are closed over, so their cotangents sum; stacked ones are scanned."""
+    layout = _compat.scan_layout(node.params)
+    start, stop = layout.num_consts, layout.num_consts + layout.num_carry
+    consts = operands[:start]
+    stacked_layers = program.scanned.get(node, frozenset())
+    shared = {k: v for k, v in (probes or {}).items() if k not in stacked_layers}
+    stacked = {k: v for k, v in (probes or {}).items() if k in stacked_layers}
+
+    def body(carry: list[Any], xs: Any) -> Any:
+        values, stacked = xs
+        inner = None if probes is None else {**shared, **stacked}
+        outputs, losses = _run(
+            program, node.bodies[0], [*consts, *carry, *values], inner
+        )
+        split = layout.num_carry
+        return outputs[:split], (outputs[split:], losses)
+
+    carry, (ys, losses) = jax.lax.scan(
+        body,
+        list(operands[start:stop]),
+        (list(operands[stop:]), stacked),
+        length=layout.length,
+        reverse=layout.reverse,
+        unroll=layout.unroll,
+    )
+    return [*carry, *ys], [_unstack(loss) for loss in losses]
+
+
+def _unstack(loss: RegisteredLoss) -> RegisteredLoss:
+    """Brings the scanned axis behind the cases: a sum over steps, a mean over cases."""
+    data = tuple(jnp.moveaxis(x, 0, 1) for x in loss.data)
+    mask = loss.mask
+    if mask is not None:
+        mask = jnp.moveaxis(mask, 0, 1)
+    weight = loss.weight  # [t]: the factor of each step's loss
+    steps = weight.reshape(1, -1) if mask is None else weight.reshape(
+        1, -1, *([1] * (mask.ndim - 2))
+    )
+    z = jnp.moveaxis(loss.z, 0, 1)
+    mask = jnp.broadcast_to(steps, z.shape[:2]) if mask is None else mask * steps
+    return dataclasses.replace(
+        loss, z=z, data=data, mask=mask, weight=jnp.ones((), weight.dtype)
+    )
+
+
+def _cond(
+    program: Program,
+    node: Node,
+    operands: Sequence[Any],
+    probes: Mapping[int, Probe] | None,
+) -> tuple[list[Any], list[RegisteredLoss]]:
+    if any(n.name == "kfac_loss" for body in node.bodies for n in body.walk()):
+        raise ValueError(
+            f"A loss is registered inside `cond` at {_compat.source_line(node.equation)}, "
+            "so that it is not always computed. Register the loss outside of the cond."
+        )
+    branches = [
+        lambda *values, body=body: _run(program, body, values, probes)[0]
+        for body in node.bodies
+    ]
+    return list(jax.lax.switch(operands[0], branches, *operands[1:])), []
+
+
+CONTROL: dict[str, ControlRule] = {
+    "checkpoint": _checkpoint,
+    "remat2": _checkpoint,
+    "remat": _checkpoint,
+    "scan": _scan,
+    "cond": _cond,
+}

@@ -1,0 +1,288 @@
+"""Steps of making a plan: trace, group, apply the policy, check the loss, place taps."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kfac_jax import _batch, _estimation, _report
+from kfac_jax._jaxpr import graph as graph_lib
+from kfac_jax._jaxpr.discovery import Found, discover
+from kfac_jax._jaxpr.interpreter import Probe, Program, Tap, run
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax._trees import TreeSpec
+from kfac_jax._trees import tree_spec as tree_spec
+from kfac_jax.blocks import Block, Identity
+from kfac_jax.layers import BlocksSpec, Layer, group
+
+
+def check_options(
+    estimation_mode: str,
+    on_unmatched: str,
+    num_samples: int,
+    statistics_fraction: float,
+    l2: float,
+) -> None:
+    """Checks the options of `make_curvature` that stand alone.
+
+    Args:
+      estimation_mode: one of `_estimation.MODES`.
+      on_unmatched: "warn", "error" or "ignore".
+      num_samples: at least one.
+      statistics_fraction: in (0, 1].
+      l2: at least zero.
+
+    Raises:
+      ValueError: if one is out of its range.
+    """
+    if estimation_mode not in _estimation.MODES:
+        raise ValueError(
+            f"estimation_mode must be one of {', '.join(_estimation.MODES)}; got "
+            f"{estimation_mode!r}."
+        )
+    if on_unmatched not in ("warn", "error", "ignore"):
+        raise ValueError(
+            f'on_unmatched must be "warn", "error" or "ignore"; got {on_unmatched!r}.'
+        )
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"num_samples must be an integer ≥ 1; got {num_samples!r}.")
+    if not 0.0 < statistics_fraction <= 1.0:
+        raise ValueError(
+            f"statistics_fraction (τ1) must be in (0, 1]; got {statistics_fraction!r}."
+        )
+    if not 0.0 <= l2 < float("inf"):
+        raise ValueError(f"l2 (η) must be finite and at least 0; got {l2!r}.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A traced loss function, with what discovery found in it."""
+
+    found: Found
+    aux_tree: Any
+
+    def unflatten_aux(self, leaves: Sequence[Any]) -> Any:
+        """Rebuilds the auxiliary output."""
+        return jax.tree.unflatten(self.aux_tree, leaves)
+
+
+def trace(
+    loss_fn: Callable[..., Any],
+    has_aux: bool,
+    tree: TreeSpec,
+    params: Any,
+    args: Any,
+) -> Traced:
+    """Traces the loss function abstractly and finds its layers.
+
+    Args:
+      loss_fn: the user's loss function.
+      has_aux: whether it returns auxiliary data.
+      tree: the parameters' description.
+      params: the parameters, or their shapes.
+      args: the further arguments, or their shapes.
+
+    Returns:
+      The program and its layers.
+
+    Raises:
+      TypeError: if the loss is not a real scalar.
+      ValueError: if tracing fails on arguments whose leading axes disagree, or if no
+        loss is registered.
+    """
+    structure: list[Any] = []
+
+    def flat_loss(params: Any, *args: Any) -> list[Any]:
+        result = loss_fn(params, *args)
+        loss, aux = result if has_aux else (result, ())
+        _check_scalar(loss, has_aux)
+        leaves, treedef = jax.tree.flatten(aux)
+        structure.append(treedef)
+        return [loss, *leaves]
+
+    try:
+        closed = jax.make_jaxpr(flat_loss)(params, *args)
+    except (TypeError, ValueError) as error:
+        axes = _batch.leading_axes(args)
+        if len({size for _, size in axes}) > 1 and not isinstance(error, LossTypeError):
+            raise ValueError(
+                "The loss function fails on arguments whose leading (batch) axes "
+                f"disagree: {_batch.describe(axes)}. Expected one batch size. The loss "
+                f"function's own error: {error}"
+            ) from error
+        raise
+    program = graph_lib.build(closed)
+    states = [*_batch.examples(args)]
+    found = discover(program, tree.shapes, states)
+    if not found.losses:
+        raise ValueError(
+            "No loss is registered. Expected a call to a function of kfac_jax.losses or "
+            "kfac_jax.register_*_loss on the network's output inside the loss function; "
+            "add one, e.g. kfac_jax.register_softmax_cross_entropy_loss(logits, labels)."
+        )
+    return Traced(found, structure[-1])
+
+
+class LossTypeError(TypeError):
+    """The loss function does not return a real scalar."""
+
+
+def _check_scalar(loss: Any, has_aux: bool) -> None:
+    shape = getattr(loss, "shape", None)
+    if shape is None and isinstance(loss, float | int):
+        shape, dtype = (), jnp.result_type(float)
+    else:
+        dtype = getattr(loss, "dtype", None)
+    if shape != () or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        got = type(loss).__name__ if shape is None else f"{dtype}{list(shape)}"
+        hint = (
+            "" if has_aux else " If it returns (loss, aux), pass has_aux=True."
+        ) + " Average the loss over the cases, e.g. with .mean()."
+        raise LossTypeError(
+            f"The loss must be a real scalar; loss_fn returned {got}.{hint}"
+        )
+
+
+def group_layers(
+    traced: Traced, tree: TreeSpec, blocks: BlocksSpec
+) -> tuple[list[Layer], Mapping[int, list[Site]]]:
+    """Groups what was found into layers with blocks; see `layers.group`."""
+    return group(traced.found.uses, tree.paths, tree.shapes, tree.dtypes, blocks)
+
+
+def apply_policy(
+    layers: Sequence[Layer], on_unmatched: str, *, quiet: bool
+) -> list[Layer]:
+    """Applies `on_unmatched` to parameters that no layer covers.
+
+    Args:
+      layers: the layers.
+      on_unmatched: "warn", "error" or "ignore".
+      quiet: do not repeat warnings that the plan gave.
+
+    Returns:
+      The layers, those ignored with the identity.
+
+    Raises:
+      ValueError: with "error", naming each parameter, the reason and the line.
+    """
+    unmatched = [layer for layer in layers if layer.kind == "unmatched"]
+    if unmatched and not quiet:
+        listing = "\n".join(_report.explain(layer) for layer in unmatched)
+        if on_unmatched == "error":
+            raise ValueError(
+                f"No layer covers {len(unmatched)} parameter(s):\n{listing}\nRewrite the "
+                "use as a product, scale or shift, tag it with register_generic, or pass "
+                'on_unmatched="warn".'
+            )
+        if on_unmatched == "warn":
+            warnings.warn(
+                f"kfac_jax gives {len(unmatched)} parameter(s) that no layer covers a "
+                f"diagonal block:\n{listing}",
+                stacklevel=3,
+            )
+    if on_unmatched != "ignore":
+        return list(layers)
+    return [
+        dataclasses.replace(layer, block=Identity())
+        if layer.kind == "unmatched" and layer.block is not None
+        else layer
+        for layer in layers
+    ]
+
+
+def signature(layer: Layer) -> tuple[Any, ...]:
+    """What must not change between the plan and a later trace of the loss function."""
+    return layer.name, layer.kind, layer.block, layer.shape, layer.layouts
+
+
+def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
+    """Compares the returned loss with the registered one, where arrays are concrete.
+
+    Args:
+      traced: the traced loss function.
+      params: the parameters.
+      args: the further arguments.
+      l2: the weight of the declared penalty.
+
+    Raises:
+      ValueError: if they differ, with their ratio.
+    """
+    leaves = [*jax.tree.leaves(params), *jax.tree.leaves(args)]
+    concrete = all(
+        isinstance(x, Array | np.ndarray | np.generic | float | int)
+        and not isinstance(x, jax.core.Tracer)
+        for x in leaves
+    )
+    if not concrete:
+        return
+    program = bare_program(traced)
+    known: list[bool] = []
+
+    @jax.jit
+    def values(leaves: Sequence[Any]) -> tuple[Array, Array, Array]:
+        outputs, losses = run(program, leaves, None)
+        known.append(all(loss.data for loss in losses))
+        if not known[-1]:
+            return outputs[0], outputs[0], outputs[0]
+        n = len(jax.tree.leaves(params))
+        penalty = sum(jnp.vdot(x, x) for x in leaves[:n]) * (l2 / 2)
+        total = functools.reduce(jnp.add, [loss.value() for loss in losses])
+        low = min((loss.z.dtype for loss in losses), key=lambda d: jnp.finfo(d).bits)
+        tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
+        return outputs[0], total.astype(float) + penalty.astype(float), tolerance
+
+    returned, registered, tolerance = (float(x) for x in values(leaves))
+    if not known[-1] or not np.isfinite(returned):
+        return
+    if abs(returned - registered) <= max(tolerance, 1e-6) * max(
+        abs(registered), abs(returned), 1e-6
+    ):
+        return
+    ratio = returned / registered if registered else float("inf")
+    penalty_hint = f" plus (l2 / 2)·‖params‖² with l2={l2}" if l2 else ""
+    raise ValueError(
+        f"The loss function returned {returned:.6g}, but the registered loss is "
+        f"{registered:.6g}: ratio returned/registered = {ratio:.6g}. Expected the mean "
+        "over the leading axis of what is registered, of the sum within a case"
+        f"{penalty_hint}. Average over cases (not a sum), pass `weight={ratio:.6g}` to the "
+        "registered loss, register every term, or declare a penalty with `l2`."
+    )
+
+
+def bare_program(traced: Traced) -> Program:
+    """The program without taps."""
+    return Program(traced.found.graph, {}, {})
+
+
+def tapped_program(
+    traced: Traced, layers: Sequence[Layer], sites: Mapping[int, Sequence[Site]]
+) -> Program:
+    """The program with a tap at each site of each layer."""
+    taps: dict[int, Tap] = {}
+    owner: dict[int, int] = {}
+    for index, layer in enumerate(layers):
+        owner.update(dict.fromkeys(layer.leaves, index))
+        for site in sites[index]:
+            taps[site.output] = Tap(index, site.x, _gather(site, layer))
+    scanned = {
+        node: frozenset(owner[leaf] for leaf in leaves)
+        for node, leaves in traced.found.scanned.items()
+    }
+    return Program(traced.found.graph, taps, scanned)
+
+
+def _gather(site: Site, layer: Layer) -> Callable[[Array | None, Array], Probe]:
+    block: Block | None = layer.block
+
+    def gather(x: Array | None, dy: Array) -> Probe:
+        assert block is not None
+        return block.statistics(*site.canonical(x, dy, layer.homogeneous))
+
+    return gather

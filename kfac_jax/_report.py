@@ -1,0 +1,86 @@
+"""The report: the plan as a table a person can act on."""
+
+from collections.abc import Sequence
+
+from kfac_jax.layers import Layer
+
+_COLUMNS = ("parameter", "shape", "kind", "uses", "block", "factors", "bytes")
+
+
+def _rows(layer: Layer) -> list[tuple[str, ...]]:
+    factors = " ".join(
+        f"{name}{_dimensions(shape)}" for name, shape in layer.factor_shapes.items()
+    )
+    block = "none" if layer.block is None else type(layer.block).__name__
+    rows = [
+        (path, _dimensions(shape), "", "", "", "", "")
+        for path, shape in zip(layer.params, layer.shapes, strict=True)
+    ]
+    rows[0] = (
+        *rows[0][:2],
+        layer.kind,
+        str(layer.uses),
+        block,
+        factors,
+        _bytes(layer.factor_bytes),
+    )
+    return rows
+
+
+def _dimensions(shape: Sequence[int]) -> str:
+    return "[" + "×".join(map(str, shape)) + "]"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def explain(layer: Layer) -> str:
+    """Says why a parameter is not covered, and where the model uses it."""
+    at = f"\n    at {layer.source}" if layer.source else ""
+    return f"  {layer.name}: {layer.reason}{at}"
+
+
+def table(layers: Sequence[Layer]) -> str:
+    """Formats the layers.
+
+    Args:
+      layers: the plan's layers.
+
+    Returns:
+      The table, then totals, then what is not covered and why.
+    """
+    rows = [_COLUMNS, *(row for layer in layers for row in _rows(layer))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    lines = [line.rstrip() for line in lines]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    parameters = sum(_size(shape) for layer in layers for shape in layer.shapes)
+    covered = sum(
+        _size(shape) for layer in layers if not layer.reason for shape in layer.shapes
+    )
+    total = sum(layer.factor_bytes for layer in layers)
+    lines.append(
+        f"{len(layers)} layers, {parameters} parameters, {covered} of them covered; "
+        f"factors {_bytes(total)}, as much again for inverses."
+    )
+    uncovered = [layer for layer in layers if layer.reason]
+    if uncovered:
+        lines.append("Not covered by a layer:")
+        lines.extend(explain(layer) for layer in uncovered)
+    return "\n".join(lines)
+
+
+def _size(shape: Sequence[int]) -> int:
+    size = 1
+    for n in shape:
+        size *= n
+    return size

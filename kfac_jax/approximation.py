@@ -1,0 +1,281 @@
+"""The approximate curvature as a structured linear operator over the parameters."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.flatten_util import ravel_pytree
+
+from kfac_jax import linalg
+from kfac_jax._trees import TreeSpec
+from kfac_jax.blocks import Block, Spectrum
+from kfac_jax.layers import Layer
+
+Vector = Any
+"""A pytree like the parameters."""
+
+
+def layer_vectors(
+    layers: Sequence[Layer], leaves: Sequence[Array | None]
+) -> dict[str, Array]:
+    """Joins leaves to one matrix for each layer with a block.
+
+    A layer all of whose leaves are None (hidden by a mask) is left out; if only some are,
+    those count as zero.
+    """
+    result: dict[str, Array] = {}
+    for layer in layers:
+        own = [leaves[i] for i in layer.leaves]
+        if layer.block is None or all(x is None for x in own):
+            continue
+        like = next(x for x in own if x is not None)
+        parts = [
+            jnp.zeros(shape, like.dtype) if x is None else jnp.asarray(x)
+            for x, shape in zip(own, layer.shapes, strict=True)
+        ]
+        result[layer.name] = layer.to_matrix(parts)
+    return result
+
+
+def layer_leaves(
+    layers: Sequence[Layer], vectors: dict[str, Array], leaves: Sequence[Array | None]
+) -> list[Array | None]:
+    """Inverts `layer_vectors`; leaves of layers that are not in it stay as they are."""
+    result = list(leaves)
+    for layer in layers:
+        if layer.name not in vectors:
+            continue
+        parts = layer.from_matrix(vectors[layer.name])
+        for i, part in zip(layer.leaves, parts, strict=True):
+            old = result[i]
+            if old is not None:
+                result[i] = part.astype(old.dtype)
+    return result
+
+
+def invert(blocks: dict[str, Block], damped: dict[str, dict[str, Array]]) -> Any:
+    """Inverts what `Block.damp` returned, all matrices of one size as a batch."""
+    result: dict[str, dict[str, Array]] = {name: {} for name in damped}
+    matrices: list[tuple[str, str]] = []
+    for name, parts in damped.items():
+        for part, value in parts.items():
+            if part in blocks[name].elementwise:
+                result[name][part] = 1.0 / value
+            else:
+                matrices.append((name, part))
+    inverses = linalg.inverse_many([damped[n][p] for n, p in matrices])
+    for (name, part), value in zip(matrices, inverses, strict=True):
+        result[name][part] = value
+    return {
+        name: {part: result[name][part] for part in parts}
+        for name, parts in damped.items()
+    }
+
+
+def _check_damping(damping: Any) -> None:
+    if isinstance(damping, float | int) and not damping >= 0:
+        raise ValueError(f"damping (λ) must be at least 0; got {damping}.")
+
+
+def _check_mode(mode: str) -> None:
+    if mode not in ("factored", "exact"):
+        raise ValueError(f'damping_mode must be "factored" or "exact"; got {mode!r}.')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Approximation:
+    """A block-diagonal approximation of the Fisher, `F ≈ blkdiag(F_1, ..., F_l)`.
+
+    Vectors are pytrees like the parameters. With damping λ the operator is `F + λ I`;
+    `damping_mode="exact"` is that, `"factored"` damps each Kronecker factor (section 6.3).
+    Layers without a block count as the identity and take no damping.
+
+    Laws: `solve(matvec(v)) = v` without damping; `power(v, -1) = solve(v)` and
+    `to_dense() @ ravel(v) = ravel(matvec(v))`.
+    """
+
+    layers: tuple[Layer, ...] = dataclasses.field(metadata={"static": True})
+    tree: TreeSpec = dataclasses.field(metadata={"static": True}, repr=False)
+    factors: dict[str, dict[str, Array]]
+
+    def _map(self, v: Vector, function: Callable[[Layer, Array], Array]) -> Vector:
+        leaves = self.tree.leaves(v, "the vector")
+        vectors = layer_vectors(self.layers, leaves)
+        mapped = {
+            layer.name: function(layer, vectors[layer.name])
+            for layer in self.layers
+            if layer.block is not None
+        }
+        return jax.tree.unflatten(
+            self.tree.treedef, layer_leaves(self.layers, mapped, leaves)
+        )
+
+    def matvec(self, v: Vector) -> Vector:
+        """Returns `F v`.
+
+        Args:
+          v: like the parameters.
+
+        Returns:
+          The product.
+
+        Raises:
+          ValueError: if `v` is not like the parameters.
+        """
+        return self._map(
+            v, lambda layer, x: _block(layer).matvec(self.factors[layer.name], x)
+        )
+
+    def solve(
+        self, v: Vector, damping: Any = 0.0, damping_mode: str = "factored"
+    ) -> Vector:
+        """Returns `(F + λ I)⁻¹ v`.
+
+        Args:
+          v: like the parameters.
+          damping: λ, at least 0.
+          damping_mode: "factored" or "exact".
+
+        Returns:
+          The solution.
+
+        Raises:
+          ValueError: for negative damping, an unknown mode, or a vector of another shape.
+
+        References:
+          Martens & Grosse 2015, sections 4.2 and 6.3.
+        """
+        _check_damping(damping)
+        _check_mode(damping_mode)
+        if damping_mode == "exact":
+            return self.power(v, -1.0, damping, damping_mode)
+        blocks = {x.name: _block(x) for x in self.layers if x.block is not None}
+        damped = {
+            name: block.damp(self.factors[name], damping)
+            for name, block in blocks.items()
+        }
+        inverses = invert(blocks, damped)
+        return self._map(
+            v, lambda layer, x: _block(layer).solve(inverses[layer.name], x)
+        )
+
+    def power(
+        self,
+        v: Vector,
+        exponent: float,
+        damping: Any = 0.0,
+        damping_mode: str = "exact",
+    ) -> Vector:
+        """Returns `(F + λ I)^p v`.
+
+        Args:
+          v: like the parameters.
+          exponent: p; negative ones need a positive definite matrix.
+          damping: λ, at least 0.
+          damping_mode: "exact" or "factored".
+
+        Returns:
+          The product.
+
+        Raises:
+          ValueError: for negative damping, an unknown mode, or a vector of another shape.
+        """
+        _check_damping(damping)
+        _check_mode(damping_mode)
+
+        def apply(layer: Layer, x: Array) -> Array:
+            spectrum = self._spectrum(layer)
+            values = spectrum.eigenvalues(damping, damping_mode) ** exponent
+            return spectrum.from_basis(values * spectrum.to_basis(x))
+
+        return self._map(v, apply)
+
+    def to_dense(self) -> Array:
+        """Returns F as `[P, P]`, in the order of `jax.flatten_util.ravel_pytree(params)`."""
+        zeros = [
+            jnp.zeros(s, d)
+            for s, d in zip(self.tree.shapes, self.tree.dtypes, strict=True)
+        ]
+        flat, unravel = ravel_pytree(jax.tree.unflatten(self.tree.treedef, zeros))
+
+        def column(v: Array) -> Array:
+            return ravel_pytree(self.matvec(unravel(v)))[0]
+
+        return jax.vmap(column, out_axes=1)(jnp.eye(len(flat), dtype=flat.dtype))
+
+    def diagonal(self) -> Vector:
+        """Returns the diagonal of F, like the parameters."""
+        ones = [
+            jnp.ones(s, d)
+            for s, d in zip(self.tree.shapes, self.tree.dtypes, strict=True)
+        ]
+        tree = jax.tree.unflatten(self.tree.treedef, ones)
+        return self._map(
+            tree,
+            lambda layer, _: _block(layer).diagonal(
+                self.factors[layer.name], layer.shape
+            ),
+        )
+
+    def trace(self) -> Array:
+        """Returns the trace of F."""
+        parts = [leaf.sum() for leaf in jax.tree.leaves(self.diagonal())]
+        return sum(parts[1:], start=parts[0])
+
+    def logdet(self, damping: Any = 0.0, damping_mode: str = "exact") -> Array:
+        """Returns `log det(F + λ I)`.
+
+        Args:
+          damping: λ, at least 0.
+          damping_mode: "exact" or "factored".
+
+        Returns:
+          A scalar.
+
+        Raises:
+          ValueError: for negative damping or an unknown mode.
+        """
+        _check_damping(damping)
+        _check_mode(damping_mode)
+        parts = [
+            jnp.log(self._spectrum(layer).eigenvalues(damping, damping_mode)).sum()
+            for layer in self.layers
+            if layer.block is not None
+        ]
+        return sum(parts, start=jnp.zeros(()))
+
+    def sample(
+        self, key: Array, damping: Any = 0.0, damping_mode: str = "exact"
+    ) -> Vector:
+        """Draws from the normal distribution with mean 0 and covariance `(F + λ I)⁻¹`.
+
+        This is the Laplace approximation's posterior around a minimum, for one case; scale
+        it by `1 / √N` for a data set of N cases.
+
+        Args:
+          key: a random key.
+          damping: λ, at least 0.
+          damping_mode: "exact" or "factored".
+
+        Returns:
+          A vector like the parameters.
+        """
+        keys = jax.random.split(key, len(self.tree.paths))
+        noise = [
+            jax.random.normal(k, s, d)
+            for k, s, d in zip(keys, self.tree.shapes, self.tree.dtypes, strict=True)
+        ]
+        tree = jax.tree.unflatten(self.tree.treedef, noise)
+        return self.power(tree, -0.5, damping, damping_mode)
+
+    def _spectrum(self, layer: Layer) -> Spectrum:
+        return _block(layer).spectrum(self.factors[layer.name], layer.shape)
+
+
+def _block(layer: Layer) -> Block:
+    assert layer.block is not None
+    return layer.block

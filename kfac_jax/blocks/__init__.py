@@ -1,0 +1,9 @@
+"""Approximations of one layer's block of the curvature matrix."""
+
+from ._block import Block as Block
+from ._block import BlockShape as BlockShape
+from ._block import Spectrum as Spectrum
+from .diagonal import Diagonal as Diagonal
+from .full import Full as Full
+from .identity import Identity as Identity
+from .kronecker import Kronecker as Kronecker

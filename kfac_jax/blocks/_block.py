@@ -1,0 +1,128 @@
+"""What a block is: the approximation of one layer's diagonal block of the curvature.
+
+Blocks see one canonical layout and never reshape for a layer kind. Letters: `e` axes of
+independent layers (any number of them), `b` batch, `s` positions within an example, `i`
+inputs (with the homogeneous coordinate last if there is a bias), `o` outputs.
+"""
+
+import abc
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import ClassVar
+
+import jax.numpy as jnp
+from jax import Array
+
+Factors = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockShape:
+    """The shape of a layer: parameters are matrices `[*stacked, *independent, i, o]`.
+
+    Attributes:
+      stacked: axes that an enclosing scan runs over; a block sees one slice at a time.
+      independent: axes of further independent layers.
+      inputs: i.
+      outputs: o.
+    """
+
+    stacked: tuple[int, ...]
+    independent: tuple[int, ...]
+    inputs: int
+    outputs: int
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """All axes of independent layers."""
+        return (*self.stacked, *self.independent)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape of the parameters as matrices."""
+        return (*self.lead, self.inputs, self.outputs)
+
+    @property
+    def slice_size(self) -> int:
+        """The number of parameters that one slice of the stacked axes holds."""
+        return math.prod(self.independent) * self.inputs * self.outputs
+
+
+@dataclasses.dataclass(frozen=True)
+class Spectrum:
+    """An eigendecomposition of a block: what functions of its matrix are computed from.
+
+    Attributes:
+      eigenvalues: `(damping, mode) -> array` of the eigenvalues of the damped block.
+      to_basis: takes `[*e, i, o]` vectors to coordinates shaped like the eigenvalues.
+      from_basis: the transpose (and inverse) of `to_basis`.
+    """
+
+    eigenvalues: Callable[[Array, str], Array]
+    to_basis: Callable[[Array], Array]
+    from_basis: Callable[[Array], Array]
+
+
+class Block(abc.ABC):
+    """A frozen, hashable description of an approximation; all arrays are passed in.
+
+    A layer's statistics are sums over the batch which also add up over micro-batches and
+    devices; its factors are their normalised form, of which moving averages are kept.
+    `damp` gives what has to be inverted; those in `elementwise` by reciprocals, all others
+    as positive definite matrices. `solve(inverses, v)` applies the inverted damped block.
+
+    Laws: `solve` with inverses of `damp` inverts `matvec` plus damping (exactly, or in
+    factored form for `Kronecker`); `spectrum` agrees with `matvec`.
+    """
+
+    needs_examples: ClassVar[bool] = False
+    """Whether rows must be summed within an example."""
+
+    elementwise: ClassVar[frozenset[str]] = frozenset()
+    """Which results of `damp` are inverted by reciprocals."""
+
+    @abc.abstractmethod
+    def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of the statistics, each with the `stacked` axes in front."""
+
+    @abc.abstractmethod
+    def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of the factors."""
+
+    @abc.abstractmethod
+    def statistics(self, x: Array, dy: Array) -> Factors:
+        """Sums over the batch from `x [*e, b, s, i]` and `dy [*e, b, s, o]`.
+
+        `Σ_b dy dyᵀ` is already a mean over cases: the cotangents come scaled by √(1/N).
+        """
+
+    @abc.abstractmethod
+    def factors(self, statistics: Factors, weight: Array) -> Factors:
+        """Normalises statistics; `weight` is how many batches they are a sum of."""
+
+    @abc.abstractmethod
+    def damp(self, factors: Factors, damping: Array) -> Factors:
+        """Returns what is to be inverted for the block with damping λ."""
+
+    @abc.abstractmethod
+    def solve(self, inverses: Factors, v: Array) -> Array:
+        """Applies inverses (of the results of `damp`) to `v [*e, i, o]`."""
+
+    @abc.abstractmethod
+    def matvec(self, factors: Factors, v: Array) -> Array:
+        """Multiplies `v [*e, i, o]` by the undamped block."""
+
+    @abc.abstractmethod
+    def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
+        """The diagonal of the undamped block, `[*e, i, o]`."""
+
+    @abc.abstractmethod
+    def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
+        """An eigendecomposition of the block."""
+
+
+def per_example(x: Array, dy: Array) -> Array:
+    """Each example's gradient, `[*e, b, i, o]`, summed over its positions."""
+    dtype = jnp.promote_types(dy.dtype, jnp.float32)
+    return jnp.einsum("...bsi,...bso->...bio", x, dy, preferred_element_type=dtype)

@@ -1,0 +1,72 @@
+"""The diagonal block."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax.blocks._block import (
+    Block,
+    BlockShape,
+    Factors,
+    Spectrum,
+    per_example,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Diagonal(Block):
+    """The exact diagonal of the layer's Fisher block, from each example's gradient.
+
+    >>> Diagonal()
+    Diagonal()
+    """
+
+    needs_examples = True
+    elementwise = frozenset({"diagonal"})
+
+    def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+        """One number for each parameter."""
+        return self.factor_shapes(shape)
+
+    def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+        """`diagonal: [*e, i, o]`."""
+        return {"diagonal": shape.matrix}
+
+    def statistics(self, x: Array, dy: Array) -> Factors:
+        """`Σ_b (Σ_s x dy)²`; with one position, `(x²)ᵀ dy²` without more memory."""
+        if x.shape[-2] == 1:
+            dtype = jnp.promote_types(dy.dtype, jnp.float32)
+            x, dy = x.astype(dtype), dy.astype(dtype)
+            sums = jnp.einsum("...bsi,...bso->...io", jnp.square(x), jnp.square(dy))
+            return {"diagonal": sums}
+        return {"diagonal": jnp.square(per_example(x, dy)).sum(-3)}
+
+    def factors(self, statistics: Factors, weight: Array) -> Factors:
+        """Divides by the number of batches."""
+        return {"diagonal": statistics["diagonal"] / weight}
+
+    def damp(self, factors: Factors, damping: Array) -> Factors:
+        """Adds λ."""
+        d = factors["diagonal"]
+        return {"diagonal": d + jnp.asarray(damping, d.dtype)}
+
+    def solve(self, inverses: Factors, v: Array) -> Array:
+        """Divides elementwise."""
+        return inverses["diagonal"] * v
+
+    def matvec(self, factors: Factors, v: Array) -> Array:
+        """Multiplies elementwise."""
+        return factors["diagonal"] * v
+
+    def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
+        """The factor itself."""
+        return factors["diagonal"]
+
+    def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
+        """The standard basis."""
+        return Spectrum(
+            lambda damping, _: self.damp(factors, damping)["diagonal"],
+            to_basis=lambda v: v,
+            from_basis=lambda v: v,
+        )

@@ -1,0 +1,556 @@
+"""The plan: which layers a loss function has, and every computation that follows from it."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax import _batch, _estimation, _plan, _report, linalg
+from kfac_jax._jaxpr.interpreter import run
+from kfac_jax._trees import TreeSpec
+from kfac_jax.approximation import Approximation, layer_vectors
+from kfac_jax.blocks import Block
+from kfac_jax.distributions import RegisteredLoss, wide
+from kfac_jax.layers import BlocksSpec, Layer
+
+Params = Any
+Factors = dict[str, dict[str, Array]]
+
+
+class Statistics(NamedTuple):
+    """Second moments of one or more batches, as sums.
+
+    Statistics of micro-batches may be added, those of devices added or averaged: factors
+    are ratios of these sums.
+    """
+
+    weight: Array  # []: how many batches the sums are over; 0 means no information
+    layers: Factors  # for each layer the sums its block asks for, float32 or wider
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockDiagonal:
+    """Every layer has a block of its own; cross-layer curvature is dropped (section 4.2).
+
+    >>> BlockDiagonal()
+    BlockDiagonal()
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """A static, hashable plan: parameters → layers → blocks. Print it to see a table.
+
+    Made by `make_curvature`. Every method is a pure function of arrays; nothing is jitted
+    or cached. `args` are the loss function's arguments after the parameters; their
+    shapes may differ from those the plan was made with.
+    """
+
+    loss_fn: Callable[..., Any]
+    has_aux: bool
+    estimation_mode: str
+    num_samples: int
+    statistics_fraction: float
+    l2: float
+    layers: tuple[Layer, ...]
+    tree: TreeSpec = dataclasses.field(repr=False)
+    blocks: BlocksSpec = dataclasses.field(repr=False, compare=False)
+    on_unmatched: str
+
+    def __str__(self) -> str:
+        """The report."""
+        return self.report()
+
+    def report(self) -> str:
+        """Returns a table: each layer's parameters, kind, uses, block, factors, bytes.
+
+        Below the table, each parameter that is not covered, with the reason and the line
+        of the model that uses it.
+        """
+        return _report.table(self.layers)
+
+    def value_and_grad(self, params: Params, *args: Any) -> tuple[Any, Params]:
+        """Value and gradient without statistics: `jax.value_and_grad` of the loss.
+
+        Args:
+          params: the parameters.
+          *args: the loss function's further arguments.
+
+        Returns:
+          The value, `(loss, aux)` with `has_aux`, and the gradient.
+
+        Raises:
+          ValueError: if the parameters differ from the plan's.
+        """
+        self.tree.leaves(params, "params")
+        return jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)(params, *args)
+
+    def value_grad_and_statistics(
+        self, params: Params, *args: Any, rng: Array | None = None
+    ) -> tuple[Any, Params, Statistics]:
+        """Value, gradient and curvature statistics from one forward pass.
+
+        With `statistics_fraction` τ1 below one, the statistics come from a second pass
+        over the first τ1 of the batch.
+
+        Args:
+          params: the parameters.
+          *args: the loss function's further arguments.
+          rng: a key for the sampled modes.
+
+        Returns:
+          The value, `(loss, aux)` with `has_aux`; the gradient; the statistics.
+
+        Raises:
+          ValueError: if the parameters differ from the plan's, if the program's layers do
+            (its structure depends on the batch), or if a sampled mode gets no key.
+
+        References:
+          Martens & Grosse 2015, section 5 and, for τ1, section 8.
+        """
+        if rng is None and _estimation.needs_rng(self.estimation_mode):
+            raise ValueError(
+                f'estimation_mode="{self.estimation_mode}" samples; pass a key as '
+                "value_grad_and_statistics(..., rng=key)."
+            )
+        leaves = self.tree.leaves(params, "params")
+        if self.statistics_fraction < 1.0:
+            value, grads = self.value_and_grad(params, *args)
+            part = _batch.take(args, self.statistics_fraction)
+            return value, grads, self._linearize(params, part, leaves)[2](rng)
+        value, gradient, statistics = self._linearize(params, args, leaves)
+        grads = jax.tree.unflatten(self.tree.treedef, gradient())
+        return value, grads, statistics(rng)
+
+    def zero_statistics(self, params: Params) -> Statistics:
+        """Statistics that say nothing, for steps which gather none.
+
+        `update` leaves its factors alone when it gets these.
+
+        Args:
+          params: the parameters.
+
+        Returns:
+          Zeros, with weight zero.
+        """
+        self.tree.leaves(params, "params")
+        return Statistics(
+            jnp.zeros((), jnp.float32),
+            {layer.name: _zeros(layer, "statistics_shapes") for layer in self.layers},
+        )
+
+    def _linearize(
+        self, params: Params, args: Any, leaves: Sequence[Array]
+    ) -> tuple[Any, Callable[[], list[Array]], Callable[[Array | None], Statistics]]:
+        """One forward pass; pulls back the loss, or output cotangents, on demand."""
+        traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
+        program = self._program(traced)
+        probes = {
+            index: _zeros(layer, "statistics_shapes")
+            for index, layer in enumerate(self.layers)
+            if _gathers(layer)
+        }
+        data = jax.tree.leaves(args)
+
+        def forward(leaves: Sequence[Array], probes: Any) -> Any:
+            outputs, losses = run(program, [*leaves, *data], probes)
+            loss, *aux = outputs
+            return (loss, [one.z for one in losses]), (aux, losses)
+
+        (loss, zs), pull, (aux, losses) = jax.vjp(
+            forward, list(leaves), probes, has_aux=True
+        )
+        states = traced.found.loss_examples
+
+        def gradient() -> list[Array]:
+            return pull((jnp.ones_like(loss), [jnp.zeros_like(z) for z in zs]))[0]
+
+        def pull_outputs(cotangents: list[Array]) -> Any:
+            return pull((jnp.zeros_like(loss), cotangents))
+
+        def statistics(rng: Array | None) -> Statistics:
+            return self._statistics(losses, states, pull_outputs, rng)
+
+        value = (loss, traced.unflatten_aux(aux)) if self.has_aux else loss
+        return value, gradient, statistics
+
+    def _statistics(
+        self,
+        losses: Sequence[RegisteredLoss],
+        states: Sequence[Any],
+        pull: _estimation.Pull,
+        rng: Array | None,
+    ) -> Statistics:
+        mode = self.estimation_mode
+
+        def tapped(cotangents: list[Array]) -> Any:
+            return pull(cotangents)[1]
+
+        def others(cotangents: list[Array]) -> Any:
+            gradients = pull(cotangents)[0]
+            return {
+                index: {"diagonal": jnp.square(wide(layer.to_matrix(parts)))}
+                for index, layer in enumerate(self.layers)
+                if _squares(layer)
+                for parts in [[gradients[i] for i in layer.leaves]]
+            }
+
+        count = 1
+        if _estimation.is_exact(mode):
+            # cases cancel in the square of a batch gradient unless their signs are random
+            key = jax.random.key(0) if rng is None else rng
+            signs = _estimation.random_cotangents(losses, mode, key)
+            gathered = {
+                **_estimation.sum_over_outputs(losses, states, tapped),
+                **others(signs),
+            }
+        else:
+            count = self.num_samples if _estimation.needs_rng(mode) else 1
+
+            def sample(index: Array) -> Any:
+                if mode == "fisher_empirical":
+                    cotangents = _estimation.target_cotangents(losses)
+                else:
+                    assert rng is not None
+                    key = rng if count == 1 else jax.random.fold_in(rng, index)
+                    cotangents = _estimation.random_cotangents(losses, mode, key)
+                return {**tapped(cotangents), **others(cotangents)}
+
+            gathered = _estimation.sum_over(sample, count)
+        return Statistics(
+            jnp.asarray(count, jnp.float32),
+            {
+                layer.name: gathered.get(index, {})
+                for index, layer in enumerate(self.layers)
+            },
+        )
+
+    def _program(self, traced: _plan.Traced) -> Any:
+        """The program with a tap at every site, after checking that the plan still fits."""
+        layers, sites = _plan.group_layers(traced, self.tree, self.blocks)
+        layers = _plan.apply_policy(layers, self.on_unmatched, quiet=True)
+        mine = [_plan.signature(layer) for layer in self.layers]
+        theirs = [_plan.signature(layer) for layer in layers]
+        if mine != theirs:
+            changed = sorted({n for n, *_ in set(mine).symmetric_difference(theirs)})
+            raise ValueError(
+                "The loss function uses its parameters differently from when the plan was "
+                f"made: layers {changed} changed. Make a new plan with make_curvature for "
+                "these arguments."
+            )
+        return _plan.tapped_program(traced, self.layers, sites)
+
+    # ---------------------------------------------------------------- exact products
+
+    def matvec(
+        self, params: Params, v: Params, *args: Any, matrix: str = "fisher"
+    ) -> Params:
+        """Multiplies by an exact curvature matrix, without forming it.
+
+        Args:
+          params: the parameters.
+          v: a vector like the parameters.
+          *args: the loss function's further arguments.
+          matrix: "fisher", "ggn" (equal to it for the losses registered here), or
+            "hessian", the Hessian of the returned loss.
+
+        Returns:
+          The product, like the parameters. `l2` is not included, except in the Hessian
+          of a loss that includes it.
+
+        Raises:
+          ValueError: for an unknown matrix, or trees that do not match.
+        """
+        leaves = self.tree.leaves(params, "params")
+        tangents = self.tree.leaves(v, "v")
+        if matrix == "hessian":
+            grad = jax.grad(self.loss_fn, has_aux=self.has_aux)
+
+            def gradient(params: Params) -> Params:
+                result = grad(params, *args)
+                return result[0] if self.has_aux else result
+
+            return jax.jvp(gradient, (params,), (v,))[1]
+        if matrix not in ("fisher", "ggn"):
+            raise ValueError(
+                f'matrix must be "fisher", "ggn" or "hessian"; got {matrix!r}.'
+            )
+        outputs = self._outputs(params, args)
+        zs, push, losses = jax.linearize(outputs, list(leaves), has_aux=True)
+        moved = push(list(tangents))
+        pulled = [
+            loss.multiply_root(loss.multiply_root_transpose(dz))
+            for loss, dz in zip(losses, moved, strict=True)
+        ]
+        del zs
+        (product,) = jax.linear_transpose(push, list(leaves))(pulled)
+        return jax.tree.unflatten(self.tree.treedef, product)
+
+    def quadratic_form(self, params: Params, vectors: Any, *args: Any) -> Array:
+        """The matrix `Vᵀ F V` of the exact Fisher, by forward-mode products only.
+
+        Each vector is pushed forward once and multiplied by a root of the Fisher over the
+        outputs: `uᵀ F v = E[(Bᵀ J u)ᵀ (Bᵀ J v)]`.
+
+        Args:
+          params: the parameters.
+          vectors: a list or tuple of n vectors like the parameters, or one tree like the
+            parameters with an additional leading axis n.
+          *args: the loss function's further arguments.
+
+        Returns:
+          `[n, n]`, in float32 or wider. `l2` is not included.
+
+        Raises:
+          ValueError: if the trees do not match.
+
+        References:
+          Martens & Grosse 2015, Appendix C.
+        """
+        leaves = self.tree.leaves(params, "params")
+        stacked = self._stack(vectors)
+        outputs = self._outputs(params, args)
+
+        def push(tangents: list[Array]) -> Array:
+            _, moved, losses = jax.jvp(
+                outputs, (list(leaves),), (tangents,), has_aux=True
+            )
+            rooted = [
+                loss.multiply_root_transpose(dz).reshape(-1)
+                for loss, dz in zip(losses, moved, strict=True)
+            ]
+            return jnp.concatenate(rooted)
+
+        pushed = jax.vmap(push)(stacked)
+        return pushed @ pushed.T
+
+    def _stack(self, vectors: Any) -> list[Array]:
+        if isinstance(vectors, list | tuple) and vectors:
+            if jax.tree.structure(vectors[0]) == self.tree.treedef:
+                flat = [self.tree.leaves(v, f"vectors[{i}]") for i, v in enumerate(vectors)]
+                return [jnp.stack(parts) for parts in zip(*flat, strict=True)]
+        first = jax.tree.map(lambda x: x[0], vectors)
+        self.tree.leaves(first, "vectors (with a leading axis)")
+        return jax.tree.leaves(vectors)
+
+    def _outputs(self, params: Params, args: Any) -> Callable[[list[Array]], Any]:
+        traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
+        program = _plan.bare_program(traced)
+        data = jax.tree.leaves(args)
+
+        def outputs(leaves: list[Array]) -> tuple[list[Array], list[RegisteredLoss]]:
+            _, losses = run(program, [*leaves, *data], None)
+            return [loss.z for loss in losses], losses
+
+        return outputs
+
+    # ------------------------------------------------------------------------ factors
+
+    def init_factors(self, params: Params) -> Factors:
+        """Zero factors of the right shapes, by layer name.
+
+        Args:
+          params: the parameters.
+
+        Returns:
+          The factors.
+        """
+        self.tree.leaves(params, "params")
+        return {layer.name: _zeros(layer, "factor_shapes") for layer in self.layers}
+
+    def update_factors(
+        self, factors: Factors, statistics: Statistics, step: Any, decay: float = 0.95
+    ) -> Factors:
+        """Moves the factors' averages on by one batch.
+
+        `new = ε · old + (1 - ε) · batch` with `ε = min(1 - 1/k, decay)`. A layer whose
+        statistics are not finite keeps its factors; with weight zero all do.
+
+        Args:
+          factors: the averages so far.
+          statistics: what `value_grad_and_statistics` returned, or a sum of such.
+          step: k, counted from 1.
+          decay: the largest ε, in [0, 1).
+
+        Returns:
+          The new averages.
+
+        References:
+          Martens & Grosse 2015, section 5.
+        """
+        return self.update_factors_and_count(factors, statistics, step, decay)[0]
+
+    def update_factors_and_count(
+        self, factors: Factors, statistics: Statistics, step: Any, decay: Any = 0.95
+    ) -> tuple[Factors, Array]:
+        """Like `update_factors`; also returns how many layers' statistics were refused."""
+        self._check_names(factors, "factors")
+        self._check_names(statistics.layers, "statistics")
+        informed = statistics.weight > 0
+        weight = jnp.where(informed, statistics.weight, 1.0)
+        epsilon = jnp.minimum(1.0 - 1.0 / jnp.asarray(step, jnp.float32), decay)
+        result: Factors = {}
+        refused = jnp.zeros((), jnp.int32)
+        for layer in self.layers:
+            old, sums = factors[layer.name], statistics.layers[layer.name]
+            if layer.block is None or not sums:
+                result[layer.name] = old
+                continue
+            new = layer.block.factors(sums, weight.astype(layer.dtype))
+            finite = jnp.asarray(True)
+            for part in new.values():
+                finite &= jnp.isfinite(part).all()
+            result[layer.name] = {
+                name: jnp.where(
+                    informed & finite, _average(old[name], new[name], epsilon), old[name]
+                )
+                for name in old
+            }
+            refused += (informed & ~finite).astype(jnp.int32)
+        return result, refused
+
+    def _check_names(self, found: Any, what: str) -> None:
+        names = {layer.name for layer in self.layers}
+        if not isinstance(found, dict) or set(found) != names:
+            got = sorted(found) if isinstance(found, dict) else type(found).__name__
+            raise ValueError(
+                f"{what} must have an entry for each layer of the plan, "
+                f"{sorted(names)}; got {got}. Use what this plan returned."
+            )
+
+    def approximation(self, factors: Factors) -> Approximation:
+        """The block-diagonal curvature as a linear operator over the parameters.
+
+        Args:
+          factors: from `update_factors`.
+
+        Returns:
+          The operator: `matvec`, `solve`, `power`, `to_dense`, `diagonal`, `trace`,
+          `logdet`, `sample`.
+
+        Raises:
+          ValueError: if the factors are of another plan.
+        """
+        self._check_names(factors, "factors")
+        return Approximation(layers=self.layers, tree=self.tree, factors=factors)
+
+    def to_matrices(self, leaves: Sequence[Array | None]) -> dict[str, Array]:
+        """The parameters' (or a vector's) leaves as one matrix for each layer."""
+        return layer_vectors(self.layers, leaves)
+
+
+def _gathers(layer: Layer) -> bool:
+    return layer.block is not None and layer.tagged and bool(layer.factor_shapes)
+
+
+def _squares(layer: Layer) -> bool:
+    return layer.block is not None and not layer.tagged and bool(layer.factor_shapes)
+
+
+def _zeros(layer: Layer, which: str) -> dict[str, Array]:
+    block: Block | None = layer.block
+    if block is None:
+        return {}
+    if which == "statistics_shapes" and not layer.tagged:
+        which = "factor_shapes"
+    shapes = getattr(block, which)(layer.shape)
+    return {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
+
+
+def _average(old: Array, new: Array, epsilon: Array) -> Array:
+    epsilon = epsilon.astype(old.dtype)
+    moved = epsilon * old + (1 - epsilon) * new.astype(old.dtype)
+    square = moved.ndim >= 2 and moved.shape[-1] == moved.shape[-2]
+    return linalg.symmetrize(moved) if square else moved
+
+
+def make_curvature(
+    loss_fn: Callable[..., Any],
+    params: Params,
+    *args: Any,
+    has_aux: bool = False,
+    estimation_mode: str = "fisher_gradients",
+    blocks: BlocksSpec = None,
+    structure: BlockDiagonal = BlockDiagonal(),  # noqa: B008 (frozen)
+    weight_sharing: str = "expand",
+    on_unmatched: str = "warn",
+    num_samples: int = 1,
+    statistics_fraction: float = 1.0,
+    l2: float = 0.0,
+) -> Curvature:
+    """Traces a loss function and plans its curvature approximation.
+
+    The loss function is written in any library and is traced abstractly, so plans can be
+    made from shapes and inside `jit`. It must register its loss: use a function of
+    `kfac_jax.losses`, or call a `kfac_jax.register_*` function on the network's output.
+
+    Args:
+      loss_fn: `loss_fn(params, *args) -> loss`, or `(loss, aux)` with `has_aux`. The loss
+        is a mean over cases plus, if `l2` is given, `(l2 / 2) · ‖params‖²`.
+      params: a pytree of floating-point arrays or `jax.ShapeDtypeStruct`s.
+      *args: further arguments, arrays or `jax.ShapeDtypeStruct`s; leading axes are the
+        batch. If all are concrete, the returned loss is compared with the registered.
+      has_aux: whether the loss function also returns auxiliary data.
+      estimation_mode: "fisher_gradients" (targets sampled from the model), "fisher_exact",
+        "fisher_empirical" (the data's targets), "fisher_curvature_prop", "ggn_exact" or
+        "ggn_curvature_prop".
+      blocks: the approximation of each layer: one block for all; a mapping from layer
+        kind or path regex to a block or None; or a function of the layer. None as a
+        block leaves the gradient of that layer as it is.
+      structure: how blocks relate: `BlockDiagonal()`.
+      weight_sharing: "expand": the positions at which a weight is used count as cases.
+      on_unmatched: what to do about parameters no layer covers: "warn" gives them the
+        diagonal `N · ḡ²` of the sampled batch gradient ḡ, "error" raises, "ignore"
+        gives them the identity.
+      num_samples: how many samples per batch the sampled modes average over.
+      statistics_fraction: τ1, the fraction of the batch used for statistics, in (0, 1].
+      l2: η, the weight of the quadratic penalty that the loss includes, at least 0.
+
+    Returns:
+      The plan.
+
+    Raises:
+      TypeError: if parameters are not real floating point, or the loss is not a scalar
+        array.
+      ValueError: if no loss is registered, if the registered loss differs from the
+        returned one, if leading axes disagree, or if an option is out of its range.
+
+    References:
+      Martens & Grosse 2015, sections 3, 4.2, 5 and 8.
+
+    >>> import jax.numpy as jnp, kfac_jax
+    >>> def loss_fn(w, x, y):
+    ...     return kfac_jax.losses.squared_error(x @ w, y).sum(-1).mean()
+    >>> w, x, y = jnp.ones((3, 2)), jnp.ones((8, 3)), jnp.zeros((8, 2))
+    >>> [layer.kind for layer in make_curvature(loss_fn, w, x, y).layers]
+    ['dense']
+    """
+    _plan.check_options(
+        estimation_mode, on_unmatched, num_samples, statistics_fraction, l2
+    )
+    if not isinstance(structure, BlockDiagonal):
+        raise ValueError(f"structure must be BlockDiagonal(); got {structure!r}.")
+    if weight_sharing != "expand":
+        raise ValueError(f'weight_sharing must be "expand"; got {weight_sharing!r}.')
+    tree = _plan.tree_spec(params)
+    traced = _plan.trace(loss_fn, has_aux, tree, params, args)
+    layers, _ = _plan.group_layers(traced, tree, blocks)
+    layers = _plan.apply_policy(layers, on_unmatched, quiet=False)
+    if statistics_fraction < 1.0:
+        _batch.batch_size(args)
+    _plan.check_loss(traced, params, args, l2)
+    return Curvature(
+        loss_fn=loss_fn,
+        has_aux=has_aux,
+        estimation_mode=estimation_mode,
+        num_samples=num_samples,
+        statistics_fraction=statistics_fraction,
+        l2=l2,
+        layers=tuple(layers),
+        tree=tree,
+        blocks=blocks,
+        on_unmatched=on_unmatched,
+    )

@@ -1,0 +1,319 @@
+"""Groups the uses that discovery found into layers, and gives each layer its block."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import jax.numpy as jnp
+
+from kfac_jax._jaxpr.examples import Examples
+from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.view import Layout
+from kfac_jax.blocks import Block, BlockShape, Diagonal, Identity, Kronecker
+from kfac_jax.layers._layer import KINDS, Layer
+
+BlocksSpec = (
+    Block | Mapping[str, Block | None] | Callable[[Layer], Block | None] | None
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Leaf:
+    index: int
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def group(
+    uses: Sequence[Use],
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[str],
+    blocks: BlocksSpec,
+) -> tuple[list[Layer], dict[int, list[Site]]]:
+    """Makes layers of uses.
+
+    A weight is a layer if all its uses are the same linear map; a bias joins it if it is
+    added to all of that weight's outputs and used nowhere else.
+
+    Args:
+      uses: what discovery found.
+      paths: each parameter's path.
+      shapes: each parameter's shape.
+      dtypes: each parameter's type.
+      blocks: the user's choice of blocks.
+
+    Returns:
+      The layers in the order of their first parameters, and for each layer (by its place
+      in that order) the sites that feed its statistics.
+
+    Raises:
+      TypeError: if `blocks` is of an unknown type or holds something else than blocks.
+      ValueError: if a key of `blocks` fits no layer, or a block does not fit its layer.
+    """
+    leaves = [
+        _Leaf(i, p, tuple(s), d)
+        for i, (p, s, d) in enumerate(zip(paths, shapes, dtypes, strict=True))
+    ]
+    layers: dict[int, tuple[Layer, list[Site]]] = {}
+    taken: set[int] = set()
+    for leaf in leaves:
+        made = _linear_layer(leaf, leaves, uses)
+        if made is not None:
+            layers[leaf.index] = made
+            taken.update(made[0].leaves)
+    for leaf in leaves:
+        if leaf.index not in taken:
+            made = _shift_layer(leaf, uses)
+            layers[leaf.index] = made or (_other_layer(leaf, uses), [])
+    ordered = sorted(layers.values(), key=lambda pair: min(pair[0].leaves))
+    chosen = _choose(blocks, _distinct(ordered), leaves)
+    return [layer for layer, _ in chosen], dict(
+        enumerate(sites for _, sites in chosen)
+    )
+
+
+def _weight_uses(leaf: _Leaf, uses: Sequence[Use]) -> list[Use]:
+    return [
+        use
+        for use in uses
+        if (isinstance(use, OtherUse) and use.leaf == leaf.index)
+        or (isinstance(use, Site) and use.weight and use.weight[0] == leaf.index)
+        or (isinstance(use, Site) and use.kind == "shift" and _bias(use) == leaf.index)
+    ]
+
+
+def _bias(site: Site) -> int | None:
+    return site.bias[0] if site.bias else None
+
+
+def _linear_layer(
+    leaf: _Leaf, leaves: Sequence[_Leaf], uses: Sequence[Use]
+) -> tuple[Layer, list[Site]] | None:
+    own = _weight_uses(leaf, uses)
+    sites = [use for use in own if isinstance(use, Site)]
+    if not sites or len(sites) != len(own) or sites[0].weight is None:
+        return None
+    if any(site.weight is None or site.kind != sites[0].kind for site in sites):
+        return None
+    if len({site.weight[1] for site in sites if site.weight}) != 1:
+        return None
+    params = [(leaf, sites[0].weight[1], "weight")]
+    bias = sites[0].bias
+    if bias is not None and _joins(bias, sites, leaves[bias[0]], uses):
+        params.append((leaves[bias[0]], bias[1], "bias"))
+    else:
+        sites = [dataclasses.replace(site, bias=None) for site in sites]
+    kind = sites[0].kind
+    if kind == "scale" and len(params) == 2:
+        kind = "scale_and_shift"
+    *lead, inputs, outputs = params[0][1].shape
+    shape = (tuple(lead), inputs + len(params) - 1, outputs)
+    return _layer(kind, params, sites, shape), sites
+
+
+def _joins(
+    bias: tuple[int, Layout], sites: Sequence[Site], leaf: _Leaf, uses: Sequence[Use]
+) -> bool:
+    """All sites add this bias, and it is added nowhere else."""
+    own = _weight_uses(leaf, uses)
+    shifts = [u for u in own if isinstance(u, Site) and u.kind == "shift"]
+    elsewhere = [
+        u
+        for u in uses
+        if isinstance(u, Site)
+        and u.kind != "shift"
+        and _bias(u) == leaf.index
+        and not any(u is site for site in sites)
+    ]
+    # a tag holds weight and bias in one use; detection adds a shift for each bias
+    return (
+        all(site.bias == bias for site in sites)
+        and not elsewhere
+        and len(shifts) == len(own)
+        and len(own) in (0, len(sites))
+    )
+
+
+def _shift_layer(leaf: _Leaf, uses: Sequence[Use]) -> tuple[Layer, list[Site]] | None:
+    own = _weight_uses(leaf, uses)
+    sites = [u for u in own if isinstance(u, Site) and u.kind == "shift" and u.bias]
+    if not sites or len(sites) != len(own) or len({s.bias for s in sites}) != 1:
+        return None
+    assert sites[0].bias is not None
+    layout = sites[0].bias[1]
+    *lead, outputs = layout.shape
+    shape = (tuple(lead), 1, outputs)
+    return _layer("shift", [(leaf, layout, "bias")], sites, shape), sites
+
+
+def _layer(
+    kind: str,
+    params: Sequence[tuple[_Leaf, Layout, str]],
+    sites: Sequence[Site],
+    shape: tuple[tuple[int, ...], int, int],
+) -> Layer:
+    lead, inputs, outputs = shape
+    independent = len(sites[0].y_axes[0])
+    split = len(lead) - independent
+    block_shape = BlockShape(lead[:split], lead[split:], inputs, outputs)
+    leaves = [leaf for leaf, _, _ in params]
+    return Layer(
+        name=_common([leaf.path for leaf in leaves]),
+        kind=kind,
+        params=tuple(leaf.path for leaf in leaves),
+        shapes=tuple(leaf.shape for leaf in leaves),
+        dtype=_wide(leaves[0].dtype),
+        uses=len(sites),
+        block=Kronecker() if kind == "dense" else Diagonal(),
+        shape=block_shape,
+        source=sites[0].source,
+        leaves=tuple(leaf.index for leaf in leaves),
+        layouts=tuple(layout for _, layout, _ in params),
+        roles=tuple(role for _, _, role in params),
+    )
+
+
+def _distinct(
+    made: Sequence[tuple[Layer, list[Site]]],
+) -> list[tuple[Layer, list[Site]]]:
+    """Names layers by all their parameters where common paths coincide."""
+    names = [layer.name for layer, _ in made]
+    return [
+        (
+            layer
+            if names.count(layer.name) == 1
+            else dataclasses.replace(layer, name="+".join(layer.params)),
+            sites,
+        )
+        for layer, sites in made
+    ]
+
+
+def _wide(dtype: str) -> str:
+    return str(jnp.promote_types(dtype, jnp.float32))
+
+
+def _common(paths: Sequence[str]) -> str:
+    if len(paths) == 1:
+        return paths[0]
+    parts = [path.split("/") for path in paths]
+    common: list[str] = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    return "/".join(common) or "+".join(paths)
+
+
+def _other_layer(
+    leaf: _Leaf, uses: Sequence[Use], kind: str | None = None, reason: str = ""
+) -> Layer:
+    own = _weight_uses(leaf, uses)
+    others = [use for use in own if isinstance(use, OtherUse)]
+    if not own:
+        kind, source = kind or "unused", ""
+        reason = reason or ("no registered loss depends on it" if not reason else "")
+    elif others and all(use.kind == "generic" for use in own if isinstance(use, OtherUse)):
+        kind, source = kind or "generic", others[0].source
+    else:
+        bad = next((use for use in others if use.kind == "unmatched"), own[0])
+        kind, source = kind or "unmatched", bad.source
+        reason = reason or (
+            bad.reason
+            if isinstance(bad, OtherUse)
+            else "its uses are different linear maps, which share no block"
+        )
+    size = 1
+    for n in leaf.shape:
+        size *= n
+    layout = Layout(leaf.shape, (size,), (0,), (1, size))
+    return Layer(
+        name=leaf.path,
+        kind=kind,
+        params=(leaf.path,),
+        shapes=(leaf.shape,),
+        dtype=_wide(leaf.dtype),
+        uses=len(own),
+        block=Identity() if kind == "unused" else Diagonal(),
+        shape=BlockShape((), (), 1, size),
+        reason=reason,
+        source=source,
+        leaves=(leaf.index,),
+        layouts=(layout,),
+        roles=("weight",),
+    )
+
+
+def _choose(
+    blocks: BlocksSpec,
+    made: Sequence[tuple[Layer, list[Site]]],
+    leaves: Sequence[_Leaf],
+) -> list[tuple[Layer, list[Site]]]:
+    rule = _as_rule(blocks, [layer for layer, _ in made])
+    result: list[tuple[Layer, list[Site]]] = []
+    for layer, sites in made:
+        block = rule(layer)
+        if block is not None and not isinstance(block, Block):
+            raise TypeError(
+                f"blocks gives {block!r} for layer '{layer.name}'; expected a Block "
+                "(kfac_jax.blocks) or None."
+            )
+        if not layer.tagged and not isinstance(block, Diagonal | Identity | None):
+            raise ValueError(
+                f"Layer '{layer.name}' ({layer.kind}) has no inputs and outputs to build "
+                f"{block!r} from; use Diagonal(), Identity() or None."
+            )
+        lost = layer.tagged and not all(
+            isinstance(site.examples, Examples) for site in sites
+        )
+        if lost and block is not None and block.needs_examples:
+            reason = (
+                f"{block!r} sums within an example, and which rows of this layer belong "
+                "to one example could not be followed"
+            )
+            result.extend(
+                (_unmatched(leaves[leaf], layer, reason), []) for leaf in layer.leaves
+            )
+            continue
+        result.append((dataclasses.replace(layer, block=block), sites))
+    return result
+
+
+def _unmatched(leaf: _Leaf, layer: Layer, reason: str) -> Layer:
+    use = OtherUse(leaf.index, "unmatched", reason, layer.source)
+    return _other_layer(leaf, [use])
+
+
+def _as_rule(
+    blocks: BlocksSpec, layers: Sequence[Layer]
+) -> Callable[[Layer], Block | None]:
+    if blocks is None:
+        return lambda layer: layer.block
+    if isinstance(blocks, Block):
+        return lambda layer: blocks if layer.tagged else layer.block
+    if isinstance(blocks, Mapping):
+        for key in blocks:
+            if not any(_fits(key, layer) for layer in layers):
+                names = ", ".join(layer.name for layer in layers)
+                raise ValueError(
+                    f"blocks has the key {key!r}, which is no layer kind in use and "
+                    f"matches no parameter path. Layers: {names}. Kinds: "
+                    f"{', '.join(sorted({layer.kind for layer in layers}))}."
+                )
+        return lambda layer: next(
+            (block for key, block in blocks.items() if _fits(key, layer)), layer.block
+        )
+    if callable(blocks):
+        return blocks
+    raise TypeError(
+        "blocks must be a Block, a mapping from layer kind or path regex to Block or "
+        f"None, or a function of a layer; got {type(blocks).__name__}."
+    )
+
+
+def _fits(key: str, layer: Layer) -> bool:
+    if key in KINDS:
+        return layer.kind == key
+    return any(re.search(key, path) for path in (layer.name, *layer.params))

@@ -1,0 +1,101 @@
+"""The static description of one layer of the plan."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax._jaxpr.view import Layout
+from kfac_jax.blocks import Block, BlockShape
+
+KINDS = {
+    "dense": "a weight contracted with data, with or without bias",
+    "scale": "an elementwise scale",
+    "scale_and_shift": "an elementwise scale with the shift that follows it",
+    "shift": "a parameter added to data that is not some layer's bias",
+    "generic": "tagged with register_generic",
+    "unmatched": "used in a way that no layer covers",
+    "unused": "no registered loss depends on it",
+}
+"""The kinds of layers, as `blocks={kind: ...}` knows them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer: its parameters, how they are used, and what approximates it.
+
+    Attributes:
+      name: the common path of its parameters.
+      kind: one of `KINDS`.
+      params: paths of its parameters, the weight before the bias.
+      shapes: their shapes.
+      dtype: the factors' type, float32 or wider.
+      uses: at how many places the program uses it.
+      block: the approximation; None leaves the gradient as it is.
+      shape: the canonical shape.
+      reason: why no better block applies; empty where nothing is amiss.
+      source: the user's source line of its first use.
+      leaves: indices of its parameters among all leaves.
+      layouts: how each parameter's entries become matrices.
+      roles: for each parameter "weight" or "bias".
+    """
+
+    name: str
+    kind: str
+    params: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    dtype: str
+    uses: int
+    block: Block | None
+    shape: BlockShape
+    reason: str = ""
+    source: str = ""
+    leaves: tuple[int, ...]
+    layouts: tuple[Layout, ...]
+    roles: tuple[str, ...]
+
+    @property
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the factors by name."""
+        return {} if self.block is None else self.block.factor_shapes(self.shape)
+
+    @property
+    def factor_bytes(self) -> int:
+        """How much the factors hold, in bytes; their inverses hold as much again."""
+        sizes = (math.prod(shape) for shape in self.factor_shapes.values())
+        return sum(sizes) * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def homogeneous(self) -> bool:
+        """Whether the last input is the constant 1 of a bias."""
+        return "bias" in self.roles
+
+    @property
+    def tagged(self) -> bool:
+        """Whether statistics come from inputs and output gradients of the layer."""
+        return self.kind in ("dense", "scale", "scale_and_shift", "shift")
+
+    def to_matrix(self, leaves: Sequence[Array]) -> Array:
+        """Joins the layer's parameters (or vectors like them) as `[*e, i, o]`."""
+        parts = [
+            layout.to_matrix(leaf)
+            for layout, leaf in zip(self.layouts, leaves, strict=True)
+        ]
+        parts = [
+            part[..., None, :] if role == "bias" else part
+            for part, role in zip(parts, self.roles, strict=True)
+        ]
+        return jnp.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
+
+    def from_matrix(self, matrix: Array) -> list[Array]:
+        """Inverts `to_matrix`."""
+        results: list[Array] = []
+        for layout, role in zip(self.layouts, self.roles, strict=True):
+            if role == "bias":
+                part = matrix[..., -1, :]
+            else:
+                part = matrix[..., :-1, :] if self.homogeneous else matrix
+            results.append(layout.from_matrix(part))
+        return results

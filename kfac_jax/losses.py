@@ -1,0 +1,204 @@
+"""Losses with optax's signatures and values that register themselves as they compute.
+
+Each returns what `optax.losses` returns: values that still have to be reduced. What is
+registered is their sum within a case and mean over the leading axis of cases, so reduce
+them so: `losses.squared_error(y, t).sum(-1).mean()`. A different reduction is caught when
+the plan is made; `weight` states a different factor.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike
+
+from kfac_jax import distributions, tags
+
+
+def _hide_classes(logits: Array, where: Array | None) -> Array:
+    """Gives excluded classes probability zero, staying finite."""
+    if where is None:
+        return logits
+    return jnp.where(where, logits, jnp.finfo(logits.dtype).min / 2)
+
+
+def softmax_cross_entropy_with_integer_labels(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    *,
+    weight: ArrayLike = 1.0,
+) -> Array:
+    """Computes and registers `-log softmax(logits)[label]`.
+
+    Args:
+      logits: `[n, ..., classes]`.
+      labels: class indices, `[n, ...]`.
+      axis: the axis of the classes.
+      where: which classes take part, or None for all.
+      weight: the factor of this loss in the returned scalar.
+
+    Returns:
+      The value of each case, `[n, ...]`.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+
+    >>> import jax.numpy as jnp
+    >>> softmax_cross_entropy_with_integer_labels(jnp.zeros((4, 2)), jnp.zeros(4, int))
+    Array([0.6931472, 0.6931472, 0.6931472, 0.6931472], dtype=float32)
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    if not jnp.issubdtype(labels.dtype, jnp.integer):
+        raise ValueError(f"Integer labels are expected; got {labels.dtype}.")
+    where = None if where is None else jnp.asarray(where)
+    registered = jnp.moveaxis(_hide_classes(logits, where), axis, -1)
+    if labels.shape != registered.shape[:-1]:
+        raise ValueError(
+            f"Labels of shape {registered.shape[:-1]} are expected for logits "
+            f"{logits.shape}; got {labels.shape}. Check the batch's leading axes."
+        )
+    tags.register_softmax_cross_entropy_loss(registered, labels, weight=weight)
+    return optax.losses.softmax_cross_entropy_with_integer_labels(
+        logits, labels, axis=axis, where=where
+    )
+
+
+def softmax_cross_entropy(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    axis: int = -1,
+    where: ArrayLike | None = None,
+    *,
+    weight: ArrayLike = 1.0,
+) -> Array:
+    """Computes and registers `-Σ labels · log softmax(logits)`.
+
+    Args:
+      logits: `[n, ..., classes]`.
+      labels: probabilities (one-hot or soft) of the same shape, summing to one.
+      axis: the axis of the classes.
+      where: which classes take part, or None for all.
+      weight: the factor of this loss in the returned scalar.
+
+    Returns:
+      The value of each case, `[n, ...]`.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+
+    >>> import jax.numpy as jnp
+    >>> softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([[0.5, 0.5]]))
+    Array([0.6931472], dtype=float32)
+    """
+    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    where = None if where is None else jnp.asarray(where)
+    if labels.shape != logits.shape:
+        raise ValueError(
+            f"Labels of the logits' shape {logits.shape} are expected; got "
+            f"{labels.shape}. Check the batch's leading axes."
+        )
+    tags.register_softmax_cross_entropy_loss(
+        jnp.moveaxis(_hide_classes(logits, where), axis, -1),
+        jnp.moveaxis(labels, axis, -1),
+        weight=weight,
+    )
+    return optax.losses.softmax_cross_entropy(logits, labels, axis=axis, where=where)
+
+
+def sigmoid_binary_cross_entropy(
+    logits: ArrayLike, labels: ArrayLike, *, weight: ArrayLike = 1.0
+) -> Array:
+    """Computes and registers the Bernoulli cross entropy, elementwise.
+
+    Args:
+      logits: `[n, ...]`.
+      labels: in [0, 1], of the same shape.
+      weight: the factor of this loss in the returned scalar.
+
+    Returns:
+      The elementwise values, `[n, ...]`: sum them within a case, average over cases.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+
+    >>> import jax.numpy as jnp
+    >>> sigmoid_binary_cross_entropy(jnp.zeros((1, 2)), jnp.ones((1, 2)))
+    Array([[0.6931472, 0.6931472]], dtype=float32)
+    """
+    logits = jnp.asarray(logits)
+    tags.register_sigmoid_cross_entropy_loss(logits, labels, weight=weight)
+    return optax.losses.sigmoid_binary_cross_entropy(logits, jnp.asarray(labels))
+
+
+def squared_error(
+    predictions: ArrayLike,
+    targets: ArrayLike | None = None,
+    *,
+    weight: ArrayLike = 1.0,
+) -> Array:
+    """Computes and registers `(prediction - target)²`, elementwise, without a ½.
+
+    Args:
+      predictions: `[n, ...]`.
+      targets: of the same shape; None means zeros.
+      weight: the factor of this loss in the returned scalar.
+
+    Returns:
+      The elementwise values, `[n, ...]`: sum them within a case, average over cases.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+
+    >>> import jax.numpy as jnp
+    >>> squared_error(jnp.ones((1, 2)), jnp.zeros((1, 2)))
+    Array([[1., 1.]], dtype=float32)
+    """
+    predictions = jnp.asarray(predictions)
+    known = jnp.zeros_like(predictions) if targets is None else jnp.asarray(targets)
+    tags.register_squared_error_loss(predictions, known, weight)
+    return optax.losses.squared_error(predictions, known)
+
+
+def convex(
+    per_case_loss: Callable[..., Array],
+    outputs: ArrayLike,
+    *data: ArrayLike,
+    weight: ArrayLike = 1.0,
+) -> Array:
+    """Computes and registers any loss that is convex in the network's output.
+
+    The Hessian of one case's loss, which plays the Fisher's part, comes from autodiff;
+    it is `[d, d]` for d outputs of a case, so d should be moderate. In the sampled modes
+    the output gradients are drawn from a normal distribution with that covariance.
+
+    Args:
+      per_case_loss: `(output, *data) -> scalar` for one case; it must not close over
+        traced arrays (pass them as data).
+      outputs: `[n, ...]`.
+      *data: arrays with the same leading axis.
+      weight: the factor of this loss in the returned scalar.
+
+    Returns:
+      The value of each case, `[n]`.
+
+    Raises:
+      ValueError: if leading axes differ.
+
+    >>> import jax.numpy as jnp
+    >>> logcosh = lambda y, t: jnp.log(jnp.cosh(y - t)).sum()
+    >>> convex(logcosh, jnp.zeros((2, 3)), jnp.zeros((2, 3)))
+    Array([0., 0.], dtype=float32)
+    """
+    outputs = jnp.asarray(outputs)
+    arrays = [jnp.asarray(x) for x in data]
+    if outputs.ndim == 0 or any(x.shape[:1] != outputs.shape[:1] for x in arrays):
+        raise ValueError(
+            "convex expects outputs and data with one leading axis of cases; got "
+            f"{outputs.shape} and {[x.shape for x in arrays]}."
+        )
+    tags.bind_loss(distributions.Convex(per_case_loss), outputs, arrays, None, weight)
+    return jax.vmap(per_case_loss)(outputs, *arrays)

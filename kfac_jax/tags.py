@@ -1,0 +1,431 @@
+"""The custom primitives that mark layers and losses, and the functions that place them.
+
+A tag is the identity on its first operand. It costs nothing once compiled, survives every
+JAX transformation, and means something only to `kfac_jax.make_curvature`; a program that
+holds tags and never uses K-FAC is unchanged.
+"""
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from kfac_jax import distributions
+from kfac_jax._jaxpr import _compat
+
+layer_tag = _compat.identity_primitive("kfac_layer")
+generic_tag = _compat.identity_primitive("kfac_generic")
+loss_tag = _compat.identity_primitive("kfac_loss")
+
+
+def _keep_tangent(primitive: Any) -> None:
+    def rule(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> Any:
+        return primitive.bind(*primals, **params), tangents[0]
+
+    _compat.set_jvp(primitive, rule)
+
+
+def _to_front(x: Array, axis: int | None, size: int) -> Array:
+    if axis is None:
+        return jnp.broadcast_to(x, (size, *x.shape))
+    return jnp.moveaxis(x, axis, 0)
+
+
+def _batch_size(operands: Sequence[Array], axes: Sequence[int | None]) -> int:
+    return next(
+        x.shape[a] for x, a in zip(operands, axes, strict=True) if a is not None
+    )
+
+
+def _batch_layer(operands: Sequence[Array], axes: Sequence[int | None], **params: Any):
+    """`y` and `x` get a new leading axis; so do the parameters if any is batched."""
+    size = _batch_size(operands, axes)
+    count = params["num_inputs"] + 1
+    independent = any(axis is not None for axis in axes[count:])
+    moved = [
+        _to_front(x, axis, size) if i < count or independent else x
+        for i, (x, axis) in enumerate(zip(operands, axes, strict=True))
+    ]
+    if independent:
+        params["independent"] += 1
+    return layer_tag.bind(*moved, **params), 0
+
+
+def _batch_loss(operands: Sequence[Array], axes: Sequence[int | None], **params: Any):
+    """Everything gets a new leading axis, which becomes the axis of cases."""
+    size = _batch_size(operands, axes)
+    *arrays, weight = operands
+    *array_axes, weight_axis = axes
+    moved = [_to_front(x, a, size) for x, a in zip(arrays, array_axes, strict=True)]
+    if weight_axis is not None or weight.ndim:
+        weight = _to_front(weight, weight_axis, size)
+    return loss_tag.bind(*moved, weight, **params), 0
+
+
+def _batch_generic(operands: Sequence[Array], axes: Sequence[int | None], **_: Any):
+    return generic_tag.bind(operands[0]), axes[0]
+
+
+for _primitive in (layer_tag, generic_tag, loss_tag):
+    _keep_tangent(_primitive)
+_compat.set_batching(layer_tag, _batch_layer)
+_compat.set_batching(loss_tag, _batch_loss)
+_compat.set_batching(generic_tag, _batch_generic)
+
+
+def _static(metadata: dict[str, Any]) -> tuple[tuple[str, Hashable], ...]:
+    return tuple(
+        (name, value if isinstance(value, Hashable) else repr(value))
+        for name, value in sorted(metadata.items())
+    )
+
+
+def _bind_layer(
+    kind: str, y: Any, inputs: Sequence[Any], params: dict[str, Any], metadata: Any
+) -> Array:
+    given = {name: value for name, value in params.items() if value is not None}
+    operands = [jnp.asarray(v) for v in (y, *inputs, *given.values())]
+    return layer_tag.bind(
+        *operands,
+        kind=kind,
+        num_inputs=len(inputs),
+        names=tuple(given),
+        independent=0,
+        metadata=_static(metadata),
+    )
+
+
+def register_dense(
+    y: ArrayLike, x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, **metadata: Any
+) -> Array:
+    """Marks `y = x @ w + b` as a dense layer.
+
+    A tag wins over detection. It is not needed for layers written with `dot_general`,
+    which are found by themselves.
+
+    Args:
+      y: the layer's output, `[..., out]`.
+      x: the layer's input, `[..., in]`.
+      w: the weight, `[in, out]`: a parameter, or a view of one.
+      b: the bias, `[out]`, or None.
+      **metadata: kept with the tag as static data.
+
+    Returns:
+      `y`; the tag counts only where this returned value is used in its place.
+
+    Raises:
+      ValueError: if the shapes are not those of a dense layer.
+
+    >>> import jax.numpy as jnp
+    >>> x, w = jnp.ones((4, 3)), jnp.ones((3, 2))
+    >>> register_dense(x @ w, x, w).shape
+    (4, 2)
+    """
+    y_shape, x_shape, w_shape = jnp.shape(y), jnp.shape(x), jnp.shape(w)
+    fits = (
+        len(w_shape) == 2
+        and x_shape[-1:] == w_shape[:1]
+        and y_shape == (*x_shape[:-1], w_shape[-1])
+        and (b is None or jnp.shape(b) == w_shape[1:])
+    )
+    if not fits:
+        raise ValueError(
+            "register_dense expects y [..., out], x [..., in], w [in, out] and b [out]; "
+            f"got y {y_shape}, x {x_shape}, w {w_shape}, "
+            f"b {None if b is None else jnp.shape(b)}. Pass w so that y = x @ w + b."
+        )
+    return _bind_layer("dense", y, [x], {"w": w, "b": b}, metadata)
+
+
+def register_conv2d(
+    y: ArrayLike, x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, **metadata: Any
+) -> Array:
+    """Marks `y` as a two-dimensional convolution of `x` with kernel `w` and bias `b`.
+
+    Args:
+      y: the layer's output.
+      x: the layer's input, of `y`'s rank.
+      w: the kernel, of `y`'s rank.
+      b: the bias, or None.
+      **metadata: kept with the tag as static data, e.g. strides and padding.
+
+    Returns:
+      `y`.
+
+    Raises:
+      ValueError: if `y`, `x` and `w` do not have rank four.
+
+    >>> import jax.numpy as jnp
+    >>> y = jnp.ones((1, 5, 5, 2))
+    >>> register_conv2d(y, jnp.ones((1, 5, 5, 1)), jnp.ones((3, 3, 1, 2))).shape
+    (1, 5, 5, 2)
+    """
+    ranks = jnp.ndim(y), jnp.ndim(x), jnp.ndim(w)
+    if ranks != (4, 4, 4):
+        raise ValueError(
+            f"register_conv2d expects y, x and w of rank 4; got ranks {ranks}."
+        )
+    return _bind_layer("conv2d", y, [x], {"w": w, "b": b}, metadata)
+
+
+def register_scale_and_shift(
+    y: ArrayLike,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    shift: ArrayLike | None = None,
+    **metadata: Any,
+) -> Array:
+    """Marks `y = x * scale + shift` as an elementwise layer.
+
+    Args:
+      y: the layer's output, `[..., features]`.
+      x: the layer's input, of `y`'s shape.
+      scale: the scale; it broadcasts from the right to `y`'s shape.
+      shift: the shift; it broadcasts from the right to `y`'s shape.
+      **metadata: kept with the tag as static data.
+
+    Returns:
+      `y`.
+
+    Raises:
+      ValueError: if neither scale nor shift is given, or shapes do not broadcast.
+
+    >>> import jax.numpy as jnp
+    >>> x, s = jnp.ones((4, 3)), jnp.ones(3)
+    >>> register_scale_and_shift(x * s, x, s).shape
+    (4, 3)
+    """
+    if scale is None and shift is None:
+        raise ValueError(
+            "register_scale_and_shift expects a scale, a shift or both; got neither."
+        )
+    y_shape = jnp.shape(y)
+    for name, value in (("x", x), ("scale", scale), ("shift", shift)):
+        shape = y_shape if value is None else jnp.shape(value)
+        tail = y_shape[len(y_shape) - len(shape) :]
+        if len(shape) > len(y_shape) or any(
+            a not in (1, b) for a, b in zip(shape, tail, strict=True)
+        ):
+            raise ValueError(
+                f"register_scale_and_shift expects {name} to broadcast to y {y_shape}; "
+                f"got {name} {shape}."
+            )
+    return _bind_layer(
+        "scale_and_shift", y, [x], {"scale": scale, "shift": shift}, metadata
+    )
+
+
+def register_generic(w: ArrayLike) -> Array:
+    """Marks a parameter as one to be given a generic diagonal block.
+
+    Use the returned value in place of `w`.
+
+    Args:
+      w: a parameter, of any shape.
+
+    Returns:
+      `w`.
+
+    >>> import jax.numpy as jnp
+    >>> register_generic(jnp.ones(3)).shape
+    (3,)
+    """
+    return generic_tag.bind(jnp.asarray(w))
+
+
+def bind_loss(
+    distribution: distributions.Distribution,
+    z: ArrayLike,
+    data: Sequence[ArrayLike],
+    mask: ArrayLike | None,
+    weight: ArrayLike,
+) -> Array:
+    """Places a loss tag on the output `z`; see `RegisteredLoss` for the meaning.
+
+    Args:
+      distribution: the predictive distribution.
+      z: its natural parameters, `[n, ..., d]`.
+      data: what the loss is computed from besides `z`.
+      mask: `[n, ...]`, the leading axes of `z`, or None.
+      weight: a number, the factor of this loss in the sum of losses.
+
+    Returns:
+      `z`.
+
+    Raises:
+      TypeError: if `z` is not a real floating-point array.
+      ValueError: if mask or weight do not fit.
+    """
+    z = jnp.asarray(z)
+    if not jnp.issubdtype(z.dtype, jnp.floating):
+        raise TypeError(
+            f"A registered output must be real floating point; got {z.dtype}."
+        )
+    if isinstance(weight, int | float) and not (weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f"A loss weight must be finite and at least 0; got {weight}.")
+    weight = jnp.asarray(weight, z.dtype)
+    if weight.ndim:
+        raise ValueError(f"A loss weight must be a scalar; got shape {weight.shape}.")
+    operands = [z, *(jnp.asarray(x) for x in data)]
+    if mask is not None:
+        mask = jnp.asarray(mask)
+        if mask.shape != z.shape[: mask.ndim] or mask.ndim > z.ndim - (
+            distribution.event_rank
+        ):
+            raise ValueError(
+                "A loss mask must have the leading axes of the registered output "
+                f"{z.shape}, without the classes; got {mask.shape}."
+            )
+        operands.append(mask)
+    return loss_tag.bind(
+        *operands,
+        weight,
+        distribution=distribution,
+        num_data=len(data),
+        has_mask=mask is not None,
+    )
+
+
+def _targets_like(name: str, z: ArrayLike, targets: ArrayLike | None) -> list[ArrayLike]:
+    if targets is None:
+        return []
+    if jnp.shape(targets) != jnp.shape(z):
+        raise ValueError(
+            f"{name} expects targets of the output's shape {jnp.shape(z)}; got "
+            f"{jnp.shape(targets)}. Check that the batch's leading axes agree."
+        )
+    return [targets]
+
+
+def register_softmax_cross_entropy_loss(
+    logits: ArrayLike,
+    targets: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weight: ArrayLike = 1.0,
+) -> Array:
+    """Registers the loss `weight · mean_n Σ mask · -log softmax(logits)[target]`.
+
+    Args:
+      logits: `[n, ..., classes]`; the mean is over the leading axis n, a sum over others.
+      targets: class indices `[n, ...]` or probabilities `[n, ..., classes]`. Needed by
+        `estimation_mode="fisher_empirical"` and by the check of the loss's scale.
+      mask: `[n, ...]`, 0 for cases that do not count. The mean stays over all n cases;
+        for a mean over the unmasked ones pass `weight=n / mask.sum()`.
+      weight: the factor of this loss where several are added.
+
+    Returns:
+      `logits`. The registration counts whether or not the result is used.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+
+    >>> import jax.numpy as jnp
+    >>> register_softmax_cross_entropy_loss(jnp.ones((4, 3)), jnp.zeros(4, int)).shape
+    (4, 3)
+    """
+    shape = jnp.shape(logits)
+    if targets is not None and jnp.shape(targets) not in (shape, shape[:-1]):
+        raise ValueError(
+            f"Softmax cross entropy expects targets of shape {shape[:-1]} (classes) or "
+            f"{shape} (probabilities); got {jnp.shape(targets)}. Check that the batch's "
+            "leading axes agree."
+        )
+    data = [] if targets is None else [targets]
+    return bind_loss(distributions.Categorical(), logits, data, mask, weight)
+
+
+def register_sigmoid_cross_entropy_loss(
+    logits: ArrayLike,
+    targets: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    weight: ArrayLike = 1.0,
+) -> Array:
+    """Registers the loss `weight · mean_n Σ mask · -log Bernoulli(target | logits)`.
+
+    Args:
+      logits: `[n, ...]`; the mean is over the leading axis, a sum over the others.
+      targets: labels in [0, 1] of the same shape, or None.
+      mask: the leading axes of `logits`, 0 for what does not count, or None.
+      weight: the factor of this loss where several are added.
+
+    Returns:
+      `logits`.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+
+    >>> import jax.numpy as jnp
+    >>> register_sigmoid_cross_entropy_loss(jnp.ones((4, 3)), jnp.zeros((4, 3))).shape
+    (4, 3)
+    """
+    data = _targets_like("Sigmoid cross entropy", logits, targets)
+    return bind_loss(distributions.Bernoulli(), logits, data, mask, weight)
+
+
+def register_normal_predictive_distribution(
+    mean: ArrayLike,
+    targets: ArrayLike | None = None,
+    variance: float = 0.5,
+    weight: ArrayLike = 1.0,
+) -> Array:
+    """Registers the loss `weight · mean_n Σ (mean - target)² / (2 · variance)`.
+
+    Args:
+      mean: `[n, ...]`; the mean is over the leading axis, a sum over the others.
+      targets: of the same shape, or None.
+      variance: σ², a Python number; 0.5 makes the loss a plain squared error.
+      weight: the factor of this loss where several are added.
+
+    Returns:
+      `mean`.
+
+    Raises:
+      TypeError: if the variance is not a Python number.
+      ValueError: if the variance is not positive or the shapes do not fit together.
+
+    >>> import jax.numpy as jnp
+    >>> register_normal_predictive_distribution(jnp.ones((4, 1))).shape
+    (4, 1)
+    """
+    try:
+        variance = float(variance)
+    except Exception as error:
+        raise TypeError(
+            "register_normal_predictive_distribution expects a fixed variance (a Python "
+            f"number); got {variance!r}."
+        ) from error
+    if not (variance > 0 and math.isfinite(variance)):
+        raise ValueError(
+            f"A normal distribution needs a finite positive variance; got {variance}."
+        )
+    data = _targets_like("A normal distribution", mean, targets)
+    return bind_loss(distributions.Normal(variance), mean, data, None, weight)
+
+
+def register_squared_error_loss(
+    prediction: ArrayLike, targets: ArrayLike | None = None, weight: ArrayLike = 1.0
+) -> Array:
+    """Registers the loss `weight · mean_n Σ (prediction - target)²`.
+
+    There is no factor ½: for `mean_n ½ Σ (·)²` pass `weight=0.5`.
+
+    Args:
+      prediction: `[n, ...]`; the mean is over the leading axis, a sum over the others.
+      targets: of the same shape, or None.
+      weight: the factor of this loss where several are added.
+
+    Returns:
+      `prediction`.
+
+    >>> import jax.numpy as jnp
+    >>> register_squared_error_loss(jnp.ones((4, 2)), jnp.zeros((4, 2))).shape
+    (4, 2)
+    """
+    return register_normal_predictive_distribution(prediction, targets, 0.5, weight)
+
+
+register_categorical_predictive_distribution = register_softmax_cross_entropy_loss
+register_multi_bernoulli_predictive_distribution = register_sigmoid_cross_entropy_loss
