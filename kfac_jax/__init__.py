@@ -27,3 +27,9 @@ from kfac_jax.tags import (
     register_softmax_cross_entropy_loss as register_softmax_cross_entropy_loss,
 )
 from kfac_jax.tags import register_squared_error_loss as register_squared_error_loss
+from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
+from kfac_jax.rules import QuadraticModel as QuadraticModel
+from kfac_jax.transform import Info as Info
+from kfac_jax.transform import KFACState as KFACState
+from kfac_jax.transform import kfac as kfac
+from kfac_jax.transform import scale_by_kfac as scale_by_kfac

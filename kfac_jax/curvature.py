@@ -361,6 +361,11 @@ class Curvature:
         self.tree.leaves(params, "params")
         return {layer.name: _zeros(layer, "factor_shapes") for layer in self.layers}
 
+    def init_factors_masked(self, params: Params) -> Factors:
+        """Like `init_factors`, for parameters some of which `optax.masked` hides."""
+        self.tree.masked_leaves(params, "params")
+        return {layer.name: _zeros(layer, "factor_shapes") for layer in self.layers}
+
     def update_factors(
         self, factors: Factors, statistics: Statistics, step: Any, decay: float = 0.95
     ) -> Factors:

@@ -1,0 +1,5 @@
+"""Rules that choose damping, learning rate and momentum: small frozen objects."""
+
+from ._levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
+from ._quadratic_model import QuadraticModel as QuadraticModel
+from ._quadratic_model import Solution as Solution
