@@ -71,9 +71,7 @@ def refresh_inverses(
         if name not in new:
             result[name] = old[name]
             continue
-        finite = jnp.asarray(True)
-        for part in new[name].values():
-            finite &= jnp.isfinite(part).all()
+        finite = blocks[name].all_finite(new[name])
         result[name] = {
             part: jnp.where(finite, value, old[name][part]).astype(
                 old[name][part].dtype

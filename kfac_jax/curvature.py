@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _batch, _estimation, _plan, _report, linalg
+from kfac_jax import _batch, _estimation, _plan, _report
 from kfac_jax._jaxpr.interpreter import run
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation, layer_vectors
@@ -405,9 +405,7 @@ class Curvature:
                 result[layer.name] = old
                 continue
             new = layer.block.factors(sums, weight.astype(layer.dtype))
-            finite = jnp.asarray(True)
-            for part in new.values():
-                finite &= jnp.isfinite(part).all()
+            finite = layer.block.all_finite(new)
             result[layer.name] = {
                 name: jnp.where(
                     informed & finite, _average(old[name], new[name], epsilon), old[name]
@@ -467,9 +465,7 @@ def _zeros(layer: Layer, which: str) -> dict[str, Array]:
 
 def _average(old: Array, new: Array, epsilon: Array) -> Array:
     epsilon = epsilon.astype(old.dtype)
-    moved = epsilon * old + (1 - epsilon) * new.astype(old.dtype)
-    square = moved.ndim >= 2 and moved.shape[-1] == moved.shape[-2]
-    return linalg.symmetrize(moved) if square else moved
+    return epsilon * old + (1 - epsilon) * new.astype(old.dtype)
 
 
 def make_curvature(

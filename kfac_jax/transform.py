@@ -50,8 +50,8 @@ def _nan() -> Array:
 
 
 def _initial_info() -> Info:
-    zero = jnp.zeros((), jnp.int32)
-    return Info(_nan(), _nan(), _nan(), _nan(), _nan(), _nan(), zero, zero)
+    unknown = [_nan() for _ in range(6)]  # no two fields share a buffer: state is donated
+    return Info(*unknown, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
 
 def _check_number(name: str, value: Any, low: float, high: float, closed: bool) -> None:
@@ -410,7 +410,8 @@ def kfac(
             (alpha * x + mu * y).astype(like.dtype)
             for x, y, like in zip(d, d0, g, strict=True)
         ]
-        finite = _all_finite(delta)
+        # the size of Δ tells whether it is finite, in one pass that writes nothing
+        finite = jnp.isfinite(_dot(d, d)) & jnp.isfinite(alpha) & jnp.isfinite(mu)
         delta = [jnp.where(finite, x, jnp.zeros_like(x)) for x in delta]
         kept = [jnp.where(finite, x, y) for x, y in zip(delta, d0, strict=True)]
         next_damping, rho = now, state.info.rho

@@ -14,6 +14,8 @@ from typing import ClassVar
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax import linalg
+
 Factors = dict[str, Array]
 
 
@@ -104,6 +106,16 @@ class Block(abc.ABC):
     @abc.abstractmethod
     def damp(self, factors: Factors, damping: Array) -> Factors:
         """Returns what is to be inverted for the block with damping λ."""
+
+    def all_finite(self, parts: Factors) -> Array:
+        """Whether factors, or inverses, are finite."""
+        checks = [
+            jnp.isfinite(part).all()
+            if name in self.elementwise
+            else linalg.is_finite(part)
+            for name, part in parts.items()
+        ]
+        return jnp.stack(checks).all() if checks else jnp.asarray(True)
 
     @abc.abstractmethod
     def solve(self, inverses: Factors, v: Array) -> Array:

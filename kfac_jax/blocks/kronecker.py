@@ -70,9 +70,8 @@ class Kronecker(Block):
         pi = linalg.trace_pi(a, g)[..., None, None]
         gamma = jnp.sqrt(jnp.asarray(damping, a.dtype))
         return {
-            "input": linalg.symmetrize(a) + pi * gamma * _eye(a),
-            "output": linalg.symmetrize(g)
-            + gamma / pi * _eye(g),
+            "input": a + pi * gamma * _eye(a),
+            "output": g + gamma / pi * _eye(g),
         }
 
     def solve(self, inverses: Factors, v: Array) -> Array:
