@@ -57,9 +57,7 @@ def refresh_inverses(
     """
     blocks = _blocks(layers)
     damped = {
-        layer.name: layer.block.damp(
-            factors[layer.name], damping.astype(layer.dtype)
-        )
+        layer.name: layer.block.damp(factors[layer.name], damping.astype(layer.dtype))
         for layer in layers
         if layer.block is not None
     }

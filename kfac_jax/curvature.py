@@ -330,7 +330,9 @@ class Curvature:
     def _stack(self, vectors: Any) -> list[Array]:
         if isinstance(vectors, list | tuple) and vectors:
             if jax.tree.structure(vectors[0]) == self.tree.treedef:
-                flat = [self.tree.leaves(v, f"vectors[{i}]") for i, v in enumerate(vectors)]
+                flat = [
+                    self.tree.leaves(v, f"vectors[{i}]") for i, v in enumerate(vectors)
+                ]
                 return [jnp.stack(parts) for parts in zip(*flat, strict=True)]
         first = jax.tree.map(lambda x: x[0], vectors)
         self.tree.leaves(first, "vectors (with a leading axis)")
@@ -408,7 +410,9 @@ class Curvature:
             finite = layer.block.all_finite(new)
             result[layer.name] = {
                 name: jnp.where(
-                    informed & finite, _average(old[name], new[name], epsilon), old[name]
+                    informed & finite,
+                    _average(old[name], new[name], epsilon),
+                    old[name],
                 )
                 for name in old
             }

@@ -99,7 +99,11 @@ def _bind_layer(
 
 
 def register_dense(
-    y: ArrayLike, x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, **metadata: Any
+    y: ArrayLike,
+    x: ArrayLike,
+    w: ArrayLike,
+    b: ArrayLike | None = None,
+    **metadata: Any,
 ) -> Array:
     """Marks `y = x @ w + b` as a dense layer.
 
@@ -141,7 +145,11 @@ def register_dense(
 
 
 def register_conv2d(
-    y: ArrayLike, x: ArrayLike, w: ArrayLike, b: ArrayLike | None = None, **metadata: Any
+    y: ArrayLike,
+    x: ArrayLike,
+    w: ArrayLike,
+    b: ArrayLike | None = None,
+    **metadata: Any,
 ) -> Array:
     """Marks `y` as a two-dimensional convolution of `x` with kernel `w` and bias `b`.
 
@@ -289,7 +297,9 @@ def bind_loss(
     )
 
 
-def _targets_like(name: str, z: ArrayLike, targets: ArrayLike | None) -> list[ArrayLike]:
+def _targets_like(
+    name: str, z: ArrayLike, targets: ArrayLike | None
+) -> list[ArrayLike]:
     if targets is None:
         return []
     if jnp.shape(targets) != jnp.shape(z):

@@ -1,155 +1,34 @@
 """K-FAC as optax transformations that own all their state."""
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _batch
-from kfac_jax._preconditioner import (
-    init_inverses,
-    precondition,
-    refresh_inverses,
+from kfac_jax._preconditioner import init_inverses, precondition
+from kfac_jax._step import (
+    Info as Info,
 )
-from kfac_jax.curvature import Curvature, Factors, Params, Statistics
-from kfac_jax.rules import LevenbergMarquardt, QuadraticModel
-
-Scalar = float | Array
-Schedule = Callable[[Any], Any]
-
-
-class Info(NamedTuple):
-    """What the last update did; what was not computed is NaN."""
-
-    loss: Array  # [], h(θ): the `value` passed to update
-    damping: Array  # [], λ the update was made with
-    learning_rate: Array  # [], α
-    momentum: Array  # [], μ
-    rho: Array  # [], ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)), when it was last measured
-    quadratic_change: Array  # [], M(δ) - M(0)
-    inverse_refreshes: Array  # [] int32, how often the inverses were computed so far
-    skipped_updates: Array  # [] int32, updates that refused something not finite so far
-
-
-class KFACState(NamedTuple):
-    """The state of `scale_by_kfac` and `kfac`: a plain pytree with stable names."""
-
-    step: Array  # [] int32, the number of updates so far
-    factors: Factors  # by layer name, moving averages of the factors
-    inverses: Factors  # by layer name, of the damped factors
-    damping: Array  # [], λ for the next update
-    velocity: Params  # δ0, the previous update, like the parameters; () in scale_by_kfac
-    info: Info
-
-
-def _nan() -> Array:
-    return jnp.asarray(jnp.nan, float)
-
-
-def _initial_info() -> Info:
-    unknown = [_nan() for _ in range(6)]  # no two fields share a buffer: state is donated
-    return Info(*unknown, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
-
-
-def _check_number(name: str, value: Any, low: float, high: float, closed: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, float | int):
-        return  # a schedule, a rule or an array
-    if not (low <= value < high or (closed and value == high)):
-        bracket = "]" if closed else ")"
-        raise ValueError(f"{name} must be in [{low}, {high}{bracket}; got {value}.")
-
-
-def _check_kind(name: str, value: Any, rules: tuple[type, ...], allowed: str) -> None:
-    numeric = isinstance(value, float | int | Array) or hasattr(value, "dtype")
-    if isinstance(value, bool) or not (
-        numeric or isinstance(value, rules) or callable(value)
-    ):
-        raise TypeError(f"{name} must be {allowed}; got {type(value).__name__}.")
-
-
-def _at(value: Any, step: Array) -> Array:
-    return jnp.asarray(value(step) if callable(value) else value, float)
-
-
-def _initial_damping(damping: Any) -> Array:
-    if isinstance(damping, LevenbergMarquardt):
-        return jnp.asarray(damping.initial, float)
-    return _at(damping, jnp.zeros((), jnp.int32))
-
-
-def _check_common(
-    curvature: Any, damping: Any, decay: Any, inverse_every: Any, distribution: Any
-) -> None:
-    if not isinstance(curvature, Curvature):
-        raise TypeError(
-            "The first argument must be a plan from make_curvature; got "
-            f"{type(curvature).__name__}."
-        )
-    _check_kind(
-        "damping", damping, (LevenbergMarquardt,), "a number, schedule or rule"
-    )
-    _check_number("damping (λ)", damping, 0.0, float("inf"), False)
-    _check_number("decay (ε)", decay, 0.0, 1.0, False)
-    _check_number("inverse_every (T3)", inverse_every, 1, float("inf"), False)
-    if distribution is not None:
-        raise ValueError(f"distribution must be None; got {distribution!r}.")
-
-
-def _check_update(state: Any, statistics: Any, kind: str) -> None:
-    if not isinstance(state, KFACState):
-        raise TypeError(
-            f"{kind} expects the state made by its init; got {type(state).__name__}. Call "
-            "state = tx.init(params) once before the first update."
-        )
-    if statistics is None:
-        raise ValueError(
-            f"{kind} needs the step's statistics: value, grads, statistics = "
-            "curvature.value_grad_and_statistics(params, ...), then tx.update(grads, "
-            "state, params, statistics=statistics). For a step that gathers none pass "
-            "curvature.zero_statistics(params)."
-        )
-    if not isinstance(statistics, Statistics):
-        raise TypeError(
-            "statistics must be what curvature.value_grad_and_statistics returned; got "
-            f"{type(statistics).__name__}."
-        )
-
-
-def _advance(
-    curvature: Curvature,
-    state: KFACState,
-    statistics: Statistics,
-    damping: Array,
-    decay: Any,
-    inverse_every: Any,
-) -> tuple[KFACState, Array]:
-    """Updates factors and, if due, inverses; also tells whether anything was refused."""
-    step = state.step + 1
-    factors, refused = curvature.update_factors_and_count(
-        state.factors, statistics, step, decay
-    )
-    due = (step <= 3) | (step % jnp.asarray(inverse_every, jnp.int32) == 0)
-    total = damping + curvature.l2
-    inverses, failed = jax.lax.cond(
-        due,
-        lambda old: refresh_inverses(curvature.layers, factors, old, total),
-        lambda old: (old, jnp.zeros((), jnp.int32)),
-        state.inverses,
-    )
-    info = state.info._replace(
-        damping=damping,
-        inverse_refreshes=state.info.inverse_refreshes + due.astype(jnp.int32),
-    )
-    state = state._replace(step=step, factors=factors, inverses=inverses, info=info)
-    return state, (refused > 0) | (failed > 0)
-
-
-def _all_finite(tree: Any) -> Array:
-    finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
-    return jnp.stack(finite).all() if finite else jnp.asarray(True)
+from kfac_jax._step import (
+    KFACState,
+    Scalar,
+    Schedule,
+    Step,
+    advance,
+    at,
+    check_common,
+    check_kind,
+    check_number,
+    check_update,
+    dot,
+    initial_damping,
+    initial_info,
+    loss_of,
+)
+from kfac_jax.curvature import Curvature, Params, Statistics
+from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Solution
 
 
 def scale_by_kfac(
@@ -197,7 +76,7 @@ def scale_by_kfac(
     >>> updates.shape
     (3, 2)
     """
-    _check_common(curvature, damping, decay, inverse_every, distribution)
+    check_common(curvature, damping, decay, inverse_every, distribution)
     if isinstance(damping, LevenbergMarquardt):
         raise TypeError(
             "LevenbergMarquardt measures whole steps; use kfac(...), or give "
@@ -209,9 +88,9 @@ def scale_by_kfac(
             step=jnp.zeros((), jnp.int32),
             factors=curvature.init_factors_masked(params),
             inverses=init_inverses(curvature.layers),
-            damping=_initial_damping(damping),
+            damping=initial_damping(damping),
             velocity=(),
-            info=_initial_info(),
+            info=initial_info(),
         )
 
     def update(
@@ -224,36 +103,29 @@ def scale_by_kfac(
         **_: Any,
     ) -> tuple[Params, KFACState]:
         del params
-        _check_update(state, statistics, "scale_by_kfac")
+        check_update(state, statistics, "scale_by_kfac")
         assert statistics is not None
         grads = curvature.tree.masked_leaves(updates, "grads")
-        now = _at(damping, state.step)
-        state, refused = _advance(
+        now = at(damping, state.step)
+        state, refused = advance(
             curvature, state, statistics, now, decay, inverse_every
         )
         scaled = precondition(curvature.layers, state.inverses, grads)
-        finite = _all_finite([x for x in scaled if x is not None])
+        present = [x for x in scaled if x is not None]
+        finite = jnp.isfinite(dot(present, present))
         scaled = [
-            None if x is None else jnp.where(finite, x, jnp.zeros_like(x))
+            None if x is None else jnp.where(finite, x, 0.0).astype(x.dtype)
             for x in scaled
         ]
         skipped = (refused | ~finite).astype(jnp.int32)
         info = state.info._replace(
-            loss=_loss(value),
+            loss=loss_of(value),
             skipped_updates=state.info.skipped_updates + skipped,
         )
-        state = state._replace(
-            info=info, damping=_at(damping, state.step)
-        )
+        state = state._replace(info=info, damping=at(damping, state.step))
         return curvature.tree.restore(scaled), state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _loss(value: Any) -> Array:
-    if value is None:
-        return _nan()
-    return jnp.asarray(value[0] if isinstance(value, tuple) else value, float)
 
 
 def kfac(
@@ -314,37 +186,19 @@ def kfac(
     >>> bool(loss_fn(optax.apply_updates(w, updates), x, y) < 1e-3 * value)
     True
     """
-    _check_common(curvature, damping, decay, inverse_every, distribution)
-    _check_kind(
-        "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
-    )
-    _check_number("learning_rate (α)", learning_rate, 0.0, float("inf"), False)
-    model = learning_rate if isinstance(learning_rate, QuadraticModel) else None
-    if momentum is None and model is None:
-        raise ValueError(
-            "momentum=None lets the quadratic model choose it; pass "
-            "learning_rate=QuadraticModel(), or a number as momentum."
-        )
-    if momentum is not None:
-        _check_kind("momentum", momentum, (), "a number, a schedule or None")
-        _check_number("momentum (μ)", momentum, 0.0, 1.0, True)
-    if norm_constraint is not None and model is not None:
-        raise ValueError(
-            "norm_constraint limits steps of a given learning rate; with QuadraticModel "
-            "leave it None."
-        )
-    _check_number("norm_constraint", norm_constraint, 0.0, float("inf"), False)
-    adaptive = model is not None or isinstance(damping, LevenbergMarquardt)
+    check_common(curvature, damping, decay, inverse_every, distribution)
+    _check_rates(learning_rate, momentum, norm_constraint)
+    modelled = isinstance(learning_rate, QuadraticModel)
+    adaptive = modelled or isinstance(damping, LevenbergMarquardt)
 
     def init(params: Params) -> KFACState:
-        factors = curvature.init_factors_masked(params)
         return KFACState(
             step=jnp.zeros((), jnp.int32),
-            factors=factors,
+            factors=curvature.init_factors_masked(params),
             inverses=init_inverses(curvature.layers),
-            damping=_initial_damping(damping),
+            damping=initial_damping(damping),
             velocity=jax.tree.map(jnp.zeros_like, params),
-            info=_initial_info(),
+            info=initial_info(),
         )
 
     def update(
@@ -357,119 +211,119 @@ def kfac(
         args: Any = None,
         **_: Any,
     ) -> tuple[Params, KFACState]:
-        _check_update(state, statistics, "kfac")
+        check_update(state, statistics, "kfac")
         assert statistics is not None
-        if adaptive and (params is None or value is None or args is None):
-            raise ValueError(
-                "QuadraticModel and LevenbergMarquardt evaluate the loss function: pass "
-                "params, value= and args= (a tuple of the loss function's arguments after "
-                "the parameters) to update."
-            )
+        if adaptive:
+            _check_evaluation(curvature, params, value, args)
         grads = curvature.tree.masked_leaves(updates, "grads")
         velocity = curvature.tree.masked_leaves(state.velocity, "the velocity")
-        count = state.step
-        now = (
-            state.damping
-            if isinstance(damping, LevenbergMarquardt)
-            else _at(damping, count)
-        )
-        state, refused = _advance(
+        count, now = state.step, state.damping
+        if not isinstance(damping, LevenbergMarquardt):
+            now = at(damping, count)
+        state, refused = advance(
             curvature, state, statistics, now, decay, inverse_every
         )
-        present = [i for i, x in enumerate(grads) if x is not None]
-        g = [grads[i] for i in present]
-        d0 = [velocity[i] for i in present]
-        d = [
-            -x
-            for x in precondition(curvature.layers, state.inverses, grads)
-            if x is not None
-        ]
-        mu = None if momentum is None else _at(momentum, count)
-
-        def plane(fraction: float) -> tuple[Array, Array]:
-            """`F + (λ+η) I` and the slope in the plane of Δ and δ0."""
-            part = _batch.take(args, fraction)
-            trees = [jax.tree.unflatten(curvature.tree.treedef, v) for v in (d, d0)]
-            fisher = curvature.quadratic_form(params, trees, *part)
-            gram = jnp.stack([jnp.stack([_dot(u, v) for v in (d, d0)]) for u in (d, d0)])
-            total = (now + curvature.l2).astype(fisher.dtype)
-            slope = jnp.stack([_dot(g, d), _dot(g, d0)])
-            return fisher + total * gram.astype(fisher.dtype), slope.astype(fisher.dtype)
-
-        if model is not None:
-            alpha, mu, change = model.solve(*plane(model.fraction), mu)
-        else:
-            assert mu is not None
-            alpha, change = _at(learning_rate, count), _nan()
-            if norm_constraint is not None:
-                squared = -_dot(g, d) * alpha**2
-                alpha = alpha * jnp.sqrt(
-                    jnp.minimum(1.0, norm_constraint / jnp.maximum(squared, 1e-30))
-                )
-        delta = [
-            (alpha * x + mu * y).astype(like.dtype)
-            for x, y, like in zip(d, d0, g, strict=True)
-        ]
-        # the size of Δ tells whether it is finite, in one pass that writes nothing
-        finite = jnp.isfinite(_dot(d, d)) & jnp.isfinite(alpha) & jnp.isfinite(mu)
-        delta = [jnp.where(finite, x, jnp.zeros_like(x)) for x in delta]
-        kept = [jnp.where(finite, x, y) for x, y in zip(delta, d0, strict=True)]
-        next_damping, rho = now, state.info.rho
+        scaled = precondition(curvature.layers, state.inverses, grads)
+        step = Step(
+            curvature=curvature,
+            params=params,
+            args=args,
+            gradient=[x for x in grads if x is not None],
+            direction=[-x for x in scaled if x is not None],
+            previous=[x for x in velocity if x is not None],
+            damping=now,
+        )
+        mu = None if momentum is None else at(momentum, count)
+        rates = step.rates(learning_rate, mu, count, norm_constraint)
+        delta, finite = step.combine(rates.learning_rate, rates.momentum)
+        state = _record(state, rates, value, refused | ~finite)
         if isinstance(damping, LevenbergMarquardt):
-            rule = damping
-
-            def measure() -> tuple[Array, Array, Array]:
-                predicted = change
-                if model is None:
-                    matrix, slope = plane(1.0)
-                    c = jnp.stack([alpha, mu]).astype(matrix.dtype)
-                    predicted = slope @ c + 0.5 * c @ matrix @ c
-                moved = optax.apply_updates(
-                    params, jax.tree.unflatten(curvature.tree.treedef, delta)
-                )
-                after = _loss(curvature.loss_fn(moved, *args))
-                predicted = predicted.astype(after.dtype)
-                ratio = (after - _loss(value)) / predicted
-                ratio = jnp.where(finite, ratio, jnp.nan)
-                return rule.update(now, ratio), ratio, predicted
-
-            next_damping, rho, change = jax.lax.cond(
-                state.step % rule.every == 0,
-                measure,
-                lambda: (now, rho, jnp.asarray(change, float)),
-            )
-        elif callable(damping):
-            next_damping = _at(damping, state.step)
-        info = state.info._replace(
-            loss=_loss(value),
-            learning_rate=jnp.asarray(alpha, float),
-            momentum=jnp.asarray(mu, float),
-            rho=rho,
-            quadratic_change=jnp.asarray(change, float),
-            skipped_updates=state.info.skipped_updates
-            + (refused | ~finite).astype(jnp.int32),
-        )
-        new_velocity: list[Array | None] = [None] * len(grads)
-        result: list[Array | None] = [None] * len(grads)
-        for i, x, y in zip(present, delta, kept, strict=True):
-            result[i], new_velocity[i] = x, y.astype(d0[present.index(i)].dtype)
-        state = state._replace(
-            damping=next_damping,
-            velocity=curvature.tree.restore(new_velocity),
-            info=info,
-        )
-        return curvature.tree.restore(result), state
+            state = _adapt(damping, state, step, delta, finite, rates, modelled, value)
+        else:
+            state = state._replace(damping=at(damping, state.step))
+        kept = [
+            jnp.where(finite, x, y).astype(y.dtype)
+            for x, y in zip(delta, step.previous, strict=True)
+        ]
+        state = state._replace(velocity=curvature.tree.restore(_fill(kept, velocity)))
+        return curvature.tree.restore(_fill(delta, grads)), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _dot(u: list[Array], v: list[Array]) -> Array:
-    parts = [
-        jnp.vdot(x.astype(_wide(x)), y.astype(_wide(y)))
-        for x, y in zip(u, v, strict=True)
-    ]
-    return sum(parts[1:], start=parts[0])
+def _check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:
+    check_kind(
+        "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
+    )
+    check_number("learning_rate (α)", learning_rate, 0.0, float("inf"), False)
+    check_number("norm_constraint", norm_constraint, 0.0, float("inf"), False)
+    modelled = isinstance(learning_rate, QuadraticModel)
+    if norm_constraint is not None and modelled:
+        raise ValueError(
+            "norm_constraint limits steps of a given learning rate; with QuadraticModel "
+            "leave it None."
+        )
+    if momentum is not None:
+        check_kind("momentum", momentum, (), "a number, a schedule or None")
+        check_number("momentum (μ)", momentum, 0.0, 1.0, True)
+    elif not modelled:
+        raise ValueError(
+            "momentum=None lets the quadratic model choose it; pass "
+            "learning_rate=QuadraticModel(), or a number as momentum."
+        )
 
 
-def _wide(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+def _check_evaluation(
+    curvature: Curvature, params: Params | None, value: Any, args: Any
+) -> None:
+    if params is None or value is None or not isinstance(args, tuple | list):
+        raise ValueError(
+            "QuadraticModel and LevenbergMarquardt evaluate the loss function: pass "
+            "params, value= and args= (a tuple of the loss function's arguments after "
+            "the parameters) to update."
+        )
+    curvature.tree.leaves(params, "params")
+
+
+def _record(state: KFACState, rates: Solution, value: Any, skipped: Array) -> KFACState:
+    count = state.info.skipped_updates + skipped.astype(jnp.int32)
+    info = state.info._replace(
+        loss=loss_of(value),
+        learning_rate=jnp.asarray(rates.learning_rate, float),
+        momentum=jnp.asarray(rates.momentum, float),
+        quadratic_change=jnp.asarray(rates.change, float),
+        skipped_updates=count,
+    )
+    return state._replace(info=info)
+
+
+def _adapt(
+    rule: LevenbergMarquardt,
+    state: KFACState,
+    step: Step,
+    delta: list[Array],
+    finite: Array,
+    rates: Solution,
+    modelled: bool,
+    value: Any,
+) -> KFACState:
+    """Every T1 steps, measures ρ and changes λ by it."""
+
+    def measure() -> tuple[Array, Array, Array]:
+        rho, change = step.reduction_ratio(delta, rates, modelled, value)
+        rho = jnp.where(finite, rho, jnp.nan)
+        return rule.update(step.damping, rho), rho, change
+
+    def keep() -> tuple[Array, Array, Array]:
+        return step.damping, state.info.rho, state.info.quadratic_change
+
+    due = state.step % rule.every == 0
+    damping, rho, change = jax.lax.cond(due, measure, keep)
+    info = state.info._replace(rho=rho, quadratic_change=change)
+    return state._replace(damping=damping, info=info)
+
+
+def _fill(parts: list[Array], like: list[Array | None]) -> list[Array | None]:
+    """Puts parts where `like` has leaves."""
+    rest = iter(parts)
+    return [None if x is None else next(rest) for x in like]

@@ -12,7 +12,15 @@ from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.sites import Site
-from kfac_jax._jaxpr.view import Axis, Layout, Piece, View, axis_size, layout, source_view
+from kfac_jax._jaxpr.view import (
+    Axis,
+    Layout,
+    Piece,
+    View,
+    axis_size,
+    layout,
+    source_view,
+)
 
 Shapes = Sequence[Sequence[int]]
 
@@ -228,9 +236,7 @@ def _tagged_dense(
     w, b = given["w"], given.get("b")
     stacked = [[a] for a in w.stacked]
     ind = [[w.axes[i]] for i in range(n)]
-    weight = layout(
-        w, shapes[w.source], [*stacked, *ind, [w.axes[n]], [w.axes[n + 1]]]
-    )
+    weight = layout(w, shapes[w.source], [*stacked, *ind, [w.axes[n]], [w.axes[n + 1]]])
     bias = b and layout(
         b,
         shapes[b.source],
@@ -266,7 +272,9 @@ def _tagged_scale_and_shift(
     }
     first = next(iter(wide.values()))
     features = _feature_axes(first, shape)
-    if features is None or any(_feature_axes(v, shape) != features for v in wide.values()):
+    if features is None or any(
+        _feature_axes(v, shape) != features for v in wide.values()
+    ):
         return Refused("tagged as scale_and_shift with shapes that do not match")
     rows = tuple(i for i in range(len(shape)) if i not in features)
     groups = [[first.axes[a]] for a in features]

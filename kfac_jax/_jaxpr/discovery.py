@@ -130,7 +130,9 @@ class _Finder:
             self.linear[node.outputs[0]] = outcome
         elif isinstance(outcome, consumers.Generic):
             self.uses.append(
-                OtherUse(outcome.leaf, "generic", "", _compat.source_line(node.equation))
+                OtherUse(
+                    outcome.leaf, "generic", "", _compat.source_line(node.equation)
+                )
             )
         else:
             self._refuse(node, views, outcome.reason)
@@ -257,8 +259,9 @@ VIEW_RULES: dict[str, ViewRule] = {
     "transpose": lambda _, n, v: v[0] and v[0].transpose(n.params["permutation"]),
     "squeeze": lambda _, n, v: v[0] and v[0].squeeze(n.params["dimensions"]),
     "reshape": lambda _, n, v: v[0] and v[0].reshape(n.params["new_sizes"]),
-    "broadcast_in_dim": lambda _, n, v: v[0]
-    and v[0].broadcast(n.params["shape"], n.params["broadcast_dimensions"]),
+    "broadcast_in_dim": lambda _, n, v: (
+        v[0] and v[0].broadcast(n.params["shape"], n.params["broadcast_dimensions"])
+    ),
     "neg": lambda _, n, v: v[0] and v[0].scaled(-1.0),
     "mul": _multiply,
     "div": _multiply,

@@ -208,6 +208,4 @@ def _is_elementwise(node: Node) -> bool:
     mixing = ("fft", "cholesky", "eigh", "lu", "qr", "svd", "triangular_solve", "dot")
     if node.name.startswith(mixing):
         return False
-    return all(
-        len(node.shape(i)) in (0, len(shape)) for i, _ in enumerate(node.inputs)
-    )
+    return all(len(node.shape(i)) in (0, len(shape)) for i, _ in enumerate(node.inputs))

@@ -217,8 +217,10 @@ def _unstack(loss: RegisteredLoss) -> RegisteredLoss:
     if mask is not None:
         mask = jnp.moveaxis(mask, 0, 1)
     weight = loss.weight  # [t]: the factor of each step's loss
-    steps = weight.reshape(1, -1) if mask is None else weight.reshape(
-        1, -1, *([1] * (mask.ndim - 2))
+    steps = (
+        weight.reshape(1, -1)
+        if mask is None
+        else weight.reshape(1, -1, *([1] * (mask.ndim - 2)))
     )
     z = jnp.moveaxis(loss.z, 0, 1)
     mask = jnp.broadcast_to(steps, z.shape[:2]) if mask is None else mask * steps

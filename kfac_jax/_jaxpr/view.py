@@ -136,9 +136,7 @@ class Layout:
 
     def to_matrix(self, array: Any) -> Any:
         """Moves the array's entries to matrices."""
-        return (
-            array.reshape(self.sizes).transpose(self.permutation).reshape(self.shape)
-        )
+        return array.reshape(self.sizes).transpose(self.permutation).reshape(self.shape)
 
     def from_matrix(self, matrix: Any) -> Any:
         """Inverts `to_matrix`."""

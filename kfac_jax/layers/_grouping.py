@@ -12,9 +12,7 @@ from kfac_jax._jaxpr.view import Layout
 from kfac_jax.blocks import Block, BlockShape, Diagonal, Identity, Kronecker
 from kfac_jax.layers._layer import KINDS, Layer
 
-BlocksSpec = (
-    Block | Mapping[str, Block | None] | Callable[[Layer], Block | None] | None
-)
+BlocksSpec = Block | Mapping[str, Block | None] | Callable[[Layer], Block | None] | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,9 +67,7 @@ def group(
             layers[leaf.index] = made or (_other_layer(leaf, uses), [])
     ordered = sorted(layers.values(), key=lambda pair: min(pair[0].leaves))
     chosen = _choose(blocks, _distinct(ordered), leaves)
-    return [layer for layer, _ in chosen], dict(
-        enumerate(sites for _, sites in chosen)
-    )
+    return [layer for layer, _ in chosen], dict(enumerate(sites for _, sites in chosen))
 
 
 def _weight_uses(leaf: _Leaf, uses: Sequence[Use]) -> list[Use]:
@@ -215,7 +211,9 @@ def _other_layer(
     if not own:
         kind, source = kind or "unused", ""
         reason = reason or ("no registered loss depends on it" if not reason else "")
-    elif others and all(use.kind == "generic" for use in own if isinstance(use, OtherUse)):
+    elif others and all(
+        use.kind == "generic" for use in own if isinstance(use, OtherUse)
+    ):
         kind, source = kind or "generic", others[0].source
     else:
         bad = next((use for use in others if use.kind == "unmatched"), own[0])
