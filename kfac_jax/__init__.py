@@ -7,6 +7,8 @@ from kfac_jax.curvature import Curvature as Curvature
 from kfac_jax.curvature import Statistics as Statistics
 from kfac_jax.curvature import make_curvature as make_curvature
 from kfac_jax.layers import Layer as Layer
+from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
+from kfac_jax.rules import QuadraticModel as QuadraticModel
 from kfac_jax.tags import (
     register_categorical_predictive_distribution as register_categorical_predictive_distribution,
 )
@@ -27,8 +29,6 @@ from kfac_jax.tags import (
     register_softmax_cross_entropy_loss as register_softmax_cross_entropy_loss,
 )
 from kfac_jax.tags import register_squared_error_loss as register_squared_error_loss
-from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
-from kfac_jax.rules import QuadraticModel as QuadraticModel
 from kfac_jax.transform import Info as Info
 from kfac_jax.transform import KFACState as KFACState
 from kfac_jax.transform import kfac as kfac

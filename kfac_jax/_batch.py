@@ -82,8 +82,10 @@ def batch_size(args: Any) -> int:
     sizes = {size for _, size in axes}
     if len(sizes) != 1:
         raise ValueError(
-            "Taking a fraction of the batch needs arguments that share one leading axis; "
-            f"got {describe(axes) or 'none'}. Pass other arrays through a closure, or use "
+            "Taking a fraction of the batch needs arguments that share one leading "
+            "axis; "
+            f"got {describe(axes) or 'none'}. Pass other arrays through a closure, or "
+            "use "
             "a fraction of 1."
         )
     return sizes.pop()

@@ -1,8 +1,8 @@
 """The cotangents that are pulled back from the registered outputs, for each mode.
 
-With `F_R = B Bᵀ` the Fisher over the outputs, a cotangent `u` with `E[u uᵀ] = F_R` (or a
-set with `Σ u uᵀ = F_R`) pulled back to the layers gives second moments that are (or add
-up to) the curvature's.
+With `F_R = B Bᵀ` the Fisher over the outputs, a cotangent `u` with `E[u uᵀ] = F_R` (or
+a set with `Σ u uᵀ = F_R`) pulled back to the layers gives second moments that are (or
+add up to) the curvature's.
 """
 
 import math
@@ -24,8 +24,9 @@ MODES = (
     "ggn_exact",
     "ggn_curvature_prop",
 )
-"""Sampled gradients; exact; at the targets; random signs. For the losses registered here
-the generalised Gauss-Newton matrix and the Fisher are equal, and so are their modes."""
+"""Sampled gradients; exact; at the targets; random signs. For the losses registered
+here the generalised Gauss-Newton matrix and the Fisher are equal, and so are their
+modes."""
 
 Pull = Callable[[list[Array]], Any]
 

@@ -122,9 +122,12 @@ def trace(
     found = discover(program, tree.shapes, states)
     if not found.losses:
         raise ValueError(
-            "No loss is registered. Expected a call to a function of kfac_jax.losses or "
-            "kfac_jax.register_*_loss on the network's output inside the loss function; "
-            "add one, e.g. kfac_jax.register_softmax_cross_entropy_loss(logits, labels)."
+            "No loss is registered. Expected a call to a function of kfac_jax.losses "
+            "or "
+            "kfac_jax.register_*_loss on the network's output inside the loss "
+            "function; "
+            "add one, e.g. kfac_jax.register_softmax_cross_entropy_loss(logits, "
+            "labels)."
         )
     return Traced(found, structure[-1])
 
@@ -177,8 +180,10 @@ def apply_policy(
         listing = "\n".join(_report.explain(layer) for layer in unmatched)
         if on_unmatched == "error":
             raise ValueError(
-                f"No layer covers {len(unmatched)} parameter(s):\n{listing}\nRewrite the "
-                "use as a product, scale or shift, tag it with register_generic, or pass "
+                f"No layer covers {len(unmatched)} parameter(s):\n{listing}\nRewrite "
+                "the "
+                "use as a product, scale or shift, tag it with register_generic, or "
+                "pass "
                 'on_unmatched="warn".'
             )
         if on_unmatched == "warn":
@@ -251,7 +256,8 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
         f"The loss function returned {returned:.6g}, but the registered loss is "
         f"{registered:.6g}: ratio returned/registered = {ratio:.6g}. Expected the mean "
         "over the leading axis of what is registered, of the sum within a case"
-        f"{penalty_hint}. Average over cases (not a sum), pass `weight={ratio:.6g}` to the "
+        f"{penalty_hint}. Average over cases (not a sum), pass `weight={ratio:.6g}` to "
+        "the "
         "registered loss, register every term, or declare a penalty with `l2`."
     )
 

@@ -100,7 +100,8 @@ def check_common(
 def check_update(state: Any, statistics: Any, kind: str) -> None:
     if not isinstance(state, KFACState):
         raise TypeError(
-            f"{kind} expects the state made by its init; got {type(state).__name__}. Call "
+            f"{kind} expects the state made by its init; got {type(state).__name__}. "
+            "Call "
             "state = tx.init(params) once before the first update."
         )
     if statistics is None:

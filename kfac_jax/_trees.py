@@ -34,14 +34,17 @@ class TreeSpec:
         leaves, treedef = jax.tree.flatten(tree)
         if treedef != self.treedef:
             raise ValueError(
-                f"{what} does not have the structure of the parameters the plan was made "
-                f"for: {self._difference(tree)}. Make a new plan with make_curvature, or "
+                f"{what} does not have the structure of the parameters the plan was "
+                "made "
+                f"for: {self._difference(tree)}. Make a new plan with make_curvature, "
+                "or "
                 "pass the tree it was made with."
             )
         for leaf, path, shape in zip(leaves, self.paths, self.shapes, strict=True):
             if jnp.shape(leaf) != shape:
                 raise ValueError(
-                    f"{what} has shape {jnp.shape(leaf)} at '{path}'; the plan was made "
+                    f"{what} has shape {jnp.shape(leaf)} at '{path}'; the plan was "
+                    "made "
                     f"for {shape}. Make a new plan with make_curvature for new shapes."
                 )
         return leaves
@@ -101,7 +104,8 @@ def tree_spec(params: Any) -> TreeSpec:
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             got = type(leaf).__name__ if dtype is None else dtype
             raise TypeError(
-                f"Parameter '{name}' is {got}; expected an array of real floating point. "
+                f"Parameter '{name}' is {got}; expected an array of real floating "
+                "point. "
                 "Split integer or complex leaves off and pass them as arguments (or as "
                 "real and imaginary parts)."
             )

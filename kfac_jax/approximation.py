@@ -23,8 +23,8 @@ def layer_vectors(
 ) -> dict[str, Array]:
     """Joins leaves to one matrix for each layer with a block.
 
-    A layer all of whose leaves are None (hidden by a mask) is left out; if only some are,
-    those count as zero.
+    A layer all of whose leaves are None (hidden by a mask) is left out; if only some
+    are, those count as zero.
     """
     result: dict[str, Array] = {}
     for layer in layers:
@@ -91,8 +91,8 @@ class Approximation:
     """A block-diagonal approximation of the Fisher, `F ≈ blkdiag(F_1, ..., F_l)`.
 
     Vectors are pytrees like the parameters. With damping λ the operator is `F + λ I`;
-    `damping_mode="exact"` is that, `"factored"` damps each Kronecker factor (section 6.3).
-    Layers without a block count as the identity and take no damping.
+    `damping_mode="exact"` is that, `"factored"` damps each Kronecker factor (section
+    6.3). Layers without a block count as the identity and take no damping.
 
     Laws: `solve(matvec(v)) = v` without damping; `power(v, -1) = solve(v)` and
     `to_dense() @ ravel(v) = ravel(matvec(v))`.
@@ -144,7 +144,8 @@ class Approximation:
           The solution.
 
         Raises:
-          ValueError: for negative damping, an unknown mode, or a vector of another shape.
+          ValueError: for negative damping, an unknown mode, or a vector of another
+            shape.
 
         References:
           Martens & Grosse 2015, sections 4.2 and 6.3.
@@ -182,7 +183,8 @@ class Approximation:
           The product.
 
         Raises:
-          ValueError: for negative damping, an unknown mode, or a vector of another shape.
+          ValueError: for negative damping, an unknown mode, or a vector of another
+            shape.
         """
         _check_damping(damping)
         _check_mode(damping_mode)
@@ -253,8 +255,8 @@ class Approximation:
     ) -> Vector:
         """Draws from the normal distribution with mean 0 and covariance `(F + λ I)⁻¹`.
 
-        This is the Laplace approximation's posterior around a minimum, for one case; scale
-        it by `1 / √N` for a data set of N cases.
+        This is the Laplace approximation's posterior around a minimum, for one case;
+        scale it by `1 / √N` for a data set of N cases.
 
         Args:
           key: a random key.

@@ -23,8 +23,8 @@ Factors = dict[str, dict[str, Array]]
 class Statistics(NamedTuple):
     """Second moments of one or more batches, as sums.
 
-    Statistics of micro-batches may be added, those of devices added or averaged: factors
-    are ratios of these sums.
+    Statistics of micro-batches may be added, those of devices added or averaged:
+    factors are ratios of these sums.
     """
 
     weight: Array  # []: how many batches the sums are over; 0 means no information
@@ -33,7 +33,8 @@ class Statistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BlockDiagonal:
-    """Every layer has a block of its own; cross-layer curvature is dropped (section 4.2).
+    """Every layer has a block of its own; cross-layer curvature is dropped (section
+    4.2).
 
     >>> BlockDiagonal()
     BlockDiagonal()
@@ -44,9 +45,9 @@ class BlockDiagonal:
 class Curvature:
     """A static, hashable plan: parameters → layers → blocks. Print it to see a table.
 
-    Made by `make_curvature`. Every method is a pure function of arrays; nothing is jitted
-    or cached. `args` are the loss function's arguments after the parameters; their
-    shapes may differ from those the plan was made with.
+    Made by `make_curvature`. Every method is a pure function of arrays; nothing is
+    jitted or cached. `args` are the loss function's arguments after the parameters;
+    their shapes may differ from those the plan was made with.
     """
 
     loss_fn: Callable[..., Any]
@@ -67,8 +68,8 @@ class Curvature:
     def report(self) -> str:
         """Returns a table: each layer's parameters, kind, uses, block, factors, bytes.
 
-        Below the table, each parameter that is not covered, with the reason and the line
-        of the model that uses it.
+        Below the table, each parameter that is not covered, with the reason and the
+        line of the model that uses it.
         """
         return _report.table(self.layers)
 
@@ -105,8 +106,8 @@ class Curvature:
           The value, `(loss, aux)` with `has_aux`; the gradient; the statistics.
 
         Raises:
-          ValueError: if the parameters differ from the plan's, if the program's layers do
-            (its structure depends on the batch), or if a sampled mode gets no key.
+          ValueError: if the parameters differ from the plan's, if the program's layers
+            do (its structure depends on the batch), or if a sampled mode gets no key.
 
         References:
           Martens & Grosse 2015, section 5 and, for τ1, section 8.
@@ -200,7 +201,8 @@ class Curvature:
 
         count = 1
         if _estimation.is_exact(mode):
-            # cases cancel in the square of a batch gradient unless their signs are random
+            # cases cancel in the square of a batch gradient unless their signs are
+            # random
             key = jax.random.key(0) if rng is None else rng
             signs = _estimation.random_cotangents(losses, mode, key)
             gathered = {
@@ -237,8 +239,10 @@ class Curvature:
         if mine != theirs:
             changed = sorted({n for n, *_ in set(mine).symmetric_difference(theirs)})
             raise ValueError(
-                "The loss function uses its parameters differently from when the plan was "
-                f"made: layers {changed} changed. Make a new plan with make_curvature for "
+                "The loss function uses its parameters differently from when the plan "
+                "was "
+                f"made: layers {changed} changed. Make a new plan with make_curvature "
+                "for "
                 "these arguments."
             )
         return _plan.tapped_program(traced, self.layers, sites)
@@ -292,13 +296,14 @@ class Curvature:
     def quadratic_form(self, params: Params, vectors: Any, *args: Any) -> Array:
         """The matrix `Vᵀ F V` of the exact Fisher, by forward-mode products only.
 
-        Each vector is pushed forward once and multiplied by a root of the Fisher over the
+        Each vector is pushed forward once and multiplied by a root of the Fisher over
+        the
         outputs: `uᵀ F v = E[(Bᵀ J u)ᵀ (Bᵀ J v)]`.
 
         Args:
           params: the parameters.
-          vectors: a list or tuple of n vectors like the parameters, or one tree like the
-            parameters with an additional leading axis n.
+          vectors: a list or tuple of n vectors like the parameters, or one tree like
+            the parameters with an additional leading axis n.
           *args: the loss function's further arguments.
 
         Returns:
@@ -479,7 +484,7 @@ def make_curvature(
     has_aux: bool = False,
     estimation_mode: str = "fisher_gradients",
     blocks: BlocksSpec = None,
-    structure: BlockDiagonal = BlockDiagonal(),  # noqa: B008 (frozen)
+    structure: BlockDiagonal = BlockDiagonal(),
     weight_sharing: str = "expand",
     on_unmatched: str = "warn",
     num_samples: int = 1,
@@ -488,20 +493,20 @@ def make_curvature(
 ) -> Curvature:
     """Traces a loss function and plans its curvature approximation.
 
-    The loss function is written in any library and is traced abstractly, so plans can be
-    made from shapes and inside `jit`. It must register its loss: use a function of
+    The loss function is written in any library and is traced abstractly, so plans can
+    be made from shapes and inside `jit`. It must register its loss: use a function of
     `kfac_jax.losses`, or call a `kfac_jax.register_*` function on the network's output.
 
     Args:
-      loss_fn: `loss_fn(params, *args) -> loss`, or `(loss, aux)` with `has_aux`. The loss
-        is a mean over cases plus, if `l2` is given, `(l2 / 2) · ‖params‖²`.
+      loss_fn: `loss_fn(params, *args) -> loss`, or `(loss, aux)` with `has_aux`. The
+        loss is a mean over cases plus, if `l2` is given, `(l2 / 2) · ‖params‖²`.
       params: a pytree of floating-point arrays or `jax.ShapeDtypeStruct`s.
       *args: further arguments, arrays or `jax.ShapeDtypeStruct`s; leading axes are the
         batch. If all are concrete, the returned loss is compared with the registered.
       has_aux: whether the loss function also returns auxiliary data.
-      estimation_mode: "fisher_gradients" (targets sampled from the model), "fisher_exact",
-        "fisher_empirical" (the data's targets), "fisher_curvature_prop", "ggn_exact" or
-        "ggn_curvature_prop".
+      estimation_mode: "fisher_gradients" (targets sampled from the model),
+        "fisher_exact", "fisher_empirical" (the data's targets),
+        "fisher_curvature_prop", "ggn_exact" or "ggn_curvature_prop".
       blocks: the approximation of each layer: one block for all; a mapping from layer
         kind or path regex to a block or None; or a function of the layer. None as a
         block leaves the gradient of that layer as it is.

@@ -10,7 +10,6 @@ with `B`, `Bᵀ` (Martens & Grosse 2015, Appendix C).
 import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -136,8 +135,9 @@ class Normal(Distribution):
 class Convex(Distribution):
     """Any loss that is convex in the output; its factor comes from autodiff.
 
-    There is no predictive distribution to draw from, so the sampled gradients are normal
-    with covariance `H`, the Hessian of one case's loss over the flattened output.
+    There is no predictive distribution to draw from, so the sampled gradients are
+    normal with covariance `H`, the Hessian of one case's loss over the flattened
+    output.
     """
 
     per_case_loss: Callable[..., Array]

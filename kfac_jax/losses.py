@@ -2,8 +2,8 @@
 
 Each returns what `optax.losses` returns: values that still have to be reduced. What is
 registered is their sum within a case and mean over the leading axis of cases, so reduce
-them so: `losses.squared_error(y, t).sum(-1).mean()`. A different reduction is caught when
-the plan is made; `weight` states a different factor.
+them so: `losses.squared_error(y, t).sum(-1).mean()`. A different reduction is caught
+when the plan is made; `weight` states a different factor.
 """
 
 from collections.abc import Callable
@@ -172,8 +172,9 @@ def convex(
     """Computes and registers any loss that is convex in the network's output.
 
     The Hessian of one case's loss, which plays the Fisher's part, comes from autodiff;
-    it is `[d, d]` for d outputs of a case, so d should be moderate. In the sampled modes
-    the output gradients are drawn from a normal distribution with that covariance.
+    it is `[d, d]` for d outputs of a case, so d should be moderate. In the sampled
+    modes the output gradients are drawn from a normal distribution with that
+    covariance.
 
     Args:
       per_case_loss: `(output, *data) -> scalar` for one case; it must not close over

@@ -1,8 +1,8 @@
 """The custom primitives that mark layers and losses, and the functions that place them.
 
-A tag is the identity on its first operand. It costs nothing once compiled, survives every
-JAX transformation, and means something only to `kfac_jax.make_curvature`; a program that
-holds tags and never uses K-FAC is unchanged.
+A tag is the identity on its first operand. It costs nothing once compiled, survives
+every JAX transformation, and means something only to `kfac_jax.make_curvature`; a
+program that holds tags and never uses K-FAC is unchanged.
 """
 
 import math
@@ -137,7 +137,8 @@ def register_dense(
     )
     if not fits:
         raise ValueError(
-            "register_dense expects y [..., out], x [..., in], w [in, out] and b [out]; "
+            "register_dense expects y [..., out], x [..., in], w [in, out] and b "
+            "[out]; "
             f"got y {y_shape}, x {x_shape}, w {w_shape}, "
             f"b {None if b is None else jnp.shape(b)}. Pass w so that y = x @ w + b."
         )
@@ -319,7 +320,8 @@ def register_softmax_cross_entropy_loss(
     """Registers the loss `weight · mean_n Σ mask · -log softmax(logits)[target]`.
 
     Args:
-      logits: `[n, ..., classes]`; the mean is over the leading axis n, a sum over others.
+      logits: `[n, ..., classes]`; the mean is over the leading axis n, a sum over
+        others.
       targets: class indices `[n, ...]` or probabilities `[n, ..., classes]`. Needed by
         `estimation_mode="fisher_empirical"` and by the check of the loss's scale.
       mask: `[n, ...]`, 0 for cases that do not count. The mean stays over all n cases;
@@ -340,7 +342,8 @@ def register_softmax_cross_entropy_loss(
     if targets is not None and jnp.shape(targets) not in (shape, shape[:-1]):
         raise ValueError(
             f"Softmax cross entropy expects targets of shape {shape[:-1]} (classes) or "
-            f"{shape} (probabilities); got {jnp.shape(targets)}. Check that the batch's "
+            f"{shape} (probabilities); got {jnp.shape(targets)}. Check that the "
+            "batch's "
             "leading axes agree."
         )
     data = [] if targets is None else [targets]
@@ -404,7 +407,8 @@ def register_normal_predictive_distribution(
         variance = float(variance)
     except Exception as error:
         raise TypeError(
-            "register_normal_predictive_distribution expects a fixed variance (a Python "
+            "register_normal_predictive_distribution expects a fixed variance (a "
+            "Python "
             f"number); got {variance!r}."
         ) from error
     if not (variance > 0 and math.isfinite(variance)):

@@ -41,9 +41,10 @@ def scale_by_kfac(
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of the damped approximate curvature.
 
-    The result is `(F + (λ+η) I)⁻¹ ∇h`, with factored damping; compose it with a learning
-    rate, e.g. `optax.chain(scale_by_kfac(...), optax.scale_by_learning_rate(0.1))`. Its
-    update needs `statistics=` from `curvature.value_grad_and_statistics`.
+    The result is `(F + (λ+η) I)⁻¹ ∇h`, with factored damping; compose it with a
+    learning rate, e.g. `optax.chain(scale_by_kfac(...),
+    optax.scale_by_learning_rate(0.1))`. Its update needs `statistics=` from
+    `curvature.value_grad_and_statistics`.
 
     Args:
       curvature: the plan.
@@ -143,9 +144,9 @@ def kfac(
 
     δ0 is the previous update. Updates are ready for `optax.apply_updates`.
 
-    With the adaptive rules (`QuadraticModel`, `LevenbergMarquardt`) the update also needs
-    `params`, `value=` and `args=`, the loss function's arguments after the parameters.
-    They suit large batches; with small ones fixed rates are safer.
+    With the adaptive rules (`QuadraticModel`, `LevenbergMarquardt`) the update also
+    needs `params`, `value=` and `args=`, the loss function's arguments after the
+    parameters. They suit large batches; with small ones fixed rates are safer.
 
     A factor, inverse or update that is not finite never enters the state: the last good
     one stays, the update is zero, and `state.info.skipped_updates` counts it.
@@ -155,8 +156,8 @@ def kfac(
       learning_rate: α, a number, a schedule of the step, or a `QuadraticModel`.
       momentum: μ, a number or a schedule; None lets the quadratic model choose it.
       damping: λ, a number, a schedule, or a `LevenbergMarquardt` rule.
-      norm_constraint: the largest `α² Δᵀ ∇h` of a step; larger ones are scaled down. None
-        for no limit. Only with a given learning rate.
+      norm_constraint: the largest `α² Δᵀ ∇h` of a step; larger ones are scaled down.
+        None for no limit. Only with a given learning rate.
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
         first three steps.
@@ -260,7 +261,8 @@ def _check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> Non
     modelled = isinstance(learning_rate, QuadraticModel)
     if norm_constraint is not None and modelled:
         raise ValueError(
-            "norm_constraint limits steps of a given learning rate; with QuadraticModel "
+            "norm_constraint limits steps of a given learning rate; with "
+            "QuadraticModel "
             "leave it None."
         )
     if momentum is not None:

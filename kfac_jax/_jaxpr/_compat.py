@@ -1,7 +1,7 @@
 """The only place that knows how JAX versions differ (0.8 to 0.12).
 
-Supported forms: `Jaxpr` and `ClosedJaxpr` apart (until 0.10) or merged (0.12); `scan` with
-`num_consts`/`num_carry` or with `ft_in`.
+Supported forms: `Jaxpr` and `ClosedJaxpr` apart (until 0.10) or merged (0.12); `scan`
+with `num_consts`/`num_carry` or with `ft_in`.
 """
 
 from collections.abc import Sequence
@@ -27,8 +27,8 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 def evaluate(equation: Any, inputs: Sequence[Any]) -> list[Any]:
     """Evaluates one equation on `inputs`, its operands that are not literals.
 
-    Goes through the public `jax.core.eval_jaxpr`, so custom derivative rules, effects and
-    the user's source lines are kept.
+    Goes through the public `jax.core.eval_jaxpr`, so custom derivative rules, effects
+    and the user's source lines are kept.
     """
     variables: dict[int, Any] = {}
     for var, value in zip(equation.invars, inputs, strict=True):

@@ -1,4 +1,5 @@
-"""Which equations are layers: one function for each primitive that consumes a parameter.
+"""Which equations are layers: one function for each primitive that consumes a
+parameter.
 
 A consumer gets the node, the views of its operands (None for data), the parameters'
 shapes and where the examples are in the result. It returns a linear site, or why not.

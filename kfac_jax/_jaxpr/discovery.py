@@ -1,8 +1,9 @@
 """Finds layers by dataflow: follows each parameter to the equation that consumes it.
 
-A parameter is followed through equations that only change its view and into every nested
-graph, until an equation combines it with data. The table `CONSUMERS` says which equations
-are layers; everything else is recorded as unmatched, with the equation and the line.
+A parameter is followed through equations that only change its view and into every
+nested graph, until an equation combines it with data. The table `CONSUMERS` says which
+equations are layers; everything else is recorded as unmatched, with the equation and
+the line.
 """
 
 import dataclasses
@@ -232,7 +233,7 @@ def _same(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
 
 def _multiply(finder: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
     """A scalar constant factor is part of the view (W * 2.0, W / sqrt(d))."""
-    if len(views) != 2 or views[0] is None and views[1] is None:
+    if len(views) != 2 or (views[0] is None and views[1] is None):
         return None
     at = 0 if views[0] is not None else 1
     view, factor = views[at], finder.value(node.inputs[1 - at])

@@ -1,8 +1,8 @@
 """Which axis of a value holds the examples of the batch, tracked by dataflow.
 
 The leading axes of the loss function's array arguments are axes of examples. Each rule
-says where such an axis goes. A value that depends on the batch in a way no rule covers is
-`LOST`, and approximations that need to sum within an example are refused there.
+says where such an axis goes. A value that depends on the batch in a way no rule covers
+is `LOST`, and approximations that need to sum within an example are refused there.
 """
 
 import dataclasses

@@ -1,7 +1,7 @@
 """A jaxpr as a small graph with calls inlined and control flow kept as nested graphs.
 
-Every value of the whole program has its own integer id, also across repeated calls of one
-jitted function, so passes can keep what they learn in plain dictionaries.
+Every value of the whole program has its own integer id, also across repeated calls of
+one jitted function, so passes can keep what they learn in plain dictionaries.
 """
 
 import dataclasses

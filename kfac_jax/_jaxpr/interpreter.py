@@ -1,4 +1,5 @@
-"""Evaluates a program with statistics gathered at its layers and its losses brought out.
+"""Evaluates a program with statistics gathered at its layers and its losses brought
+out.
 
 Every layer's output passes through the identity with one extra argument, a zero *probe*
 shaped like the layer's statistics. The identity's VJP rule returns, as the probe's
@@ -89,7 +90,8 @@ def _run(
             if rule is None:
                 raise ValueError(
                     f"A loss is registered inside `{node.name}` at "
-                    f"{_compat.source_line(node.equation)}, which kfac_jax cannot bring "
+                    f"{_compat.source_line(node.equation)}, which kfac_jax cannot "
+                    "bring "
                     "out. Register the loss outside of it."
                 )
             with _compat.under(node.equation):
@@ -237,7 +239,8 @@ def _cond(
 ) -> tuple[list[Any], list[RegisteredLoss]]:
     if any(n.name == "kfac_loss" for body in node.bodies for n in body.walk()):
         raise ValueError(
-            f"A loss is registered inside `cond` at {_compat.source_line(node.equation)}, "
+            "A loss is registered inside `cond` at "
+            f"{_compat.source_line(node.equation)}, "
             "so that it is not always computed. Register the loss outside of the cond."
         )
     branches = [

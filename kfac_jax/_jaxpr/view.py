@@ -1,9 +1,9 @@
 """Views: values that hold the entries of one array, moved, repeated or rescaled.
 
 The axes of a view are lists of *pieces*. A piece is a run of the source array's axis (a
-reshape splits axes into pieces, a transposition reorders them) or, where it is `new`, an
-axis along which the source is repeated. A value is a view exactly when each axis is a
-product of pieces, which holds for everything that reshapes, transposes and broadcasts
+reshape splits axes into pieces, a transposition reorders them) or, where it is `new`,
+an axis along which the source is repeated. A value is a view exactly when each axis is
+a product of pieces, which holds for everything that reshapes, transposes and broadcasts
 make of a weight except a reshape that cuts across pieces.
 """
 

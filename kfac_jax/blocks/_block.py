@@ -69,10 +69,11 @@ class Spectrum:
 class Block(abc.ABC):
     """A frozen, hashable description of an approximation; all arrays are passed in.
 
-    A layer's statistics are sums over the batch which also add up over micro-batches and
-    devices; its factors are their normalised form, of which moving averages are kept.
-    `damp` gives what has to be inverted; those in `elementwise` by reciprocals, all others
-    as positive definite matrices. `solve(inverses, v)` applies the inverted damped block.
+    A layer's statistics are sums over the batch which also add up over micro-batches
+    and devices; its factors are their normalised form, of which moving averages are
+    kept. `damp` gives what has to be inverted; those in `elementwise` by reciprocals,
+    all others as positive definite matrices. `solve(inverses, v)` applies the inverted
+    damped block.
 
     Laws: `solve` with inverses of `damp` inverts `matvec` plus damping (exactly, or in
     factored form for `Kronecker`); `spectrum` agrees with `matvec`.

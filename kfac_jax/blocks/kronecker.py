@@ -25,14 +25,15 @@ class Kronecker(Block):
     """`F ≈ A ⊗ G`, with `A = E[x xᵀ]` and `G = E[dy dyᵀ]`.
 
     A layer used at R rows per case (weight sharing) has `A` averaged over rows and `G`
-    summed over them (the "expand" setting). Weight and bias share the block: the bias is
-    the weight of a homogeneous coordinate. As a matrix, `V ↦ A V G`.
+    summed over them (the "expand" setting). Weight and bias share the block: the bias
+    is the weight of a homogeneous coordinate. As a matrix, `V ↦ A V G`.
 
     Factored damping replaces the factors by `A + π √λ I` and `G + √λ / π I`, π from
     the trace norm.
 
     References:
-      Martens & Grosse 2015, sections 3, 4.2 and 6.3. Eschenhagen et al. 2023 for "expand".
+      Martens & Grosse 2015, sections 3, 4.2 and 6.3. Eschenhagen et al. 2023 for
+      "expand".
 
     >>> Kronecker()
     Kronecker()

@@ -32,8 +32,8 @@ def group(
 ) -> tuple[list[Layer], dict[int, list[Site]]]:
     """Makes layers of uses.
 
-    A weight is a layer if all its uses are the same linear map; a bias joins it if it is
-    added to all of that weight's outputs and used nowhere else.
+    A weight is a layer if all its uses are the same linear map; a bias joins it if it
+    is added to all of that weight's outputs and used nowhere else.
 
     Args:
       uses: what discovery found.
@@ -43,8 +43,8 @@ def group(
       blocks: the user's choice of blocks.
 
     Returns:
-      The layers in the order of their first parameters, and for each layer (by its place
-      in that order) the sites that feed its statistics.
+      The layers in the order of their first parameters, and for each layer (by its
+      place in that order) the sites that feed its statistics.
 
     Raises:
       TypeError: if `blocks` is of an unknown type or holds something else than blocks.
@@ -260,7 +260,8 @@ def _choose(
             )
         if not layer.tagged and not isinstance(block, Diagonal | Identity | None):
             raise ValueError(
-                f"Layer '{layer.name}' ({layer.kind}) has no inputs and outputs to build "
+                f"Layer '{layer.name}' ({layer.kind}) has no inputs and outputs to "
+                "build "
                 f"{block!r} from; use Diagonal(), Identity() or None."
             )
         lost = layer.tagged and not all(
@@ -268,7 +269,8 @@ def _choose(
         )
         if lost and block is not None and block.needs_examples:
             reason = (
-                f"{block!r} sums within an example, and which rows of this layer belong "
+                f"{block!r} sums within an example, and which rows of this layer "
+                "belong "
                 "to one example could not be followed"
             )
             result.extend(

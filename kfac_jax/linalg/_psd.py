@@ -34,8 +34,8 @@ def inverse_many(matrices: Sequence[Array]) -> list[Array]:
     place, block by block (`_sweep`). Compile time grows with the number of different
     padded sizes, not of matrices.
 
-    Sizes are inverted one after the other: on CPUs, batched LAPACK calls that run at the
-    same time wait for each other's threads and can block for ever (jaxlib 0.10).
+    Sizes are inverted one after the other: on CPUs, batched LAPACK calls that run at
+    the same time wait for each other's threads and can block for ever (jaxlib 0.10).
 
     Args:
       matrices: arrays `[..., d, d]`, positive definite.
@@ -84,7 +84,8 @@ def _pad(x: Array, size: int) -> Array:
 
 
 def _sweep(x: Array) -> Array:
-    """Inverts `[k, d, d]` by the symmetric sweep operator, a block of columns at a time.
+    """Inverts `[k, d, d]` by the symmetric sweep operator, a block of columns at a
+    time.
 
     Sweeping the block j replaces, with `R = x[j, :]` and `P = x[j, j]⁻¹`,
 
@@ -93,8 +94,9 @@ def _sweep(x: Array) -> Array:
         x[j, j] ←  -P,
 
     and once all blocks are swept x is minus the inverse. The pivot blocks are Schur
-    complements, positive definite if x is. This takes 2 d³ multiply-adds, all in products
-    (a Cholesky factorisation with its triangular inverse takes more, most of it serial).
+    complements, positive definite if x is. This takes 2 d³ multiply-adds, all in
+    products (a Cholesky factorisation with its triangular inverse takes more, most of
+    it serial).
     """
     size = x.shape[-1]
     block = min(_BLOCK, size)

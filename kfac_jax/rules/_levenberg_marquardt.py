@@ -10,8 +10,8 @@ from jax import Array
 class LevenbergMarquardt:
     """Adapts λ to how well the quadratic model predicts the loss (section 6.5).
 
-    Every `every` steps `ρ = (h(θ + δ) - h(θ)) / (M(δ) - M(0))` is measured on the step's
-    own batch. `λ *= ω1` if ρ > 3/4, `λ /= ω1` if ρ < 1/4 or not finite.
+    Every `every` steps `ρ = (h(θ + δ) - h(θ)) / (M(δ) - M(0))` is measured on the
+    step's own batch. `λ *= ω1` if ρ > 3/4, `λ /= ω1` if ρ < 1/4 or not finite.
 
     Start too large rather than too small. 150 suits the paper's autoencoders; for
     classifiers 1 is more usual. With small batches ρ is noisy: keep λ above `minimum`.

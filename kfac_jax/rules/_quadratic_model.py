@@ -20,12 +20,13 @@ class QuadraticModel:
     """Chooses α (and μ) to minimise `M(δ) = ½ δᵀ (F + (λ+η) I) δ + ∇hᵀ δ + h` exactly.
 
     F is the exact Fisher of the batch, met only in forward-mode products. Pass it as
-    `learning_rate`; with `momentum=None` it chooses μ too, which on a quadratic makes the
-    method preconditioned conjugate gradients.
+    `learning_rate`; with `momentum=None` it chooses μ too, which on a quadratic makes
+    the method preconditioned conjugate gradients.
 
     Attributes:
-      fraction: τ2, the fraction of the batch the products are computed on; the paper uses
-        1/4 with large batches. Values below 1 need much data and some damping or L2.
+      fraction: τ2, the fraction of the batch the products are computed on; the paper
+        uses 1/4 with large batches. Values below 1 need much data and some damping or
+        L2.
 
     References:
       Martens & Grosse 2015, sections 6.4, 7 and 8.
@@ -45,8 +46,8 @@ class QuadraticModel:
         """Minimises the model in the plane of Δ and δ0.
 
         Args:
-          matrix: `[2, 2]`, `F + (λ+η) I` in that plane; the second row and column are zero
-            while there is no δ0.
+          matrix: `[2, 2]`, `F + (λ+η) I` in that plane; the second row and column are
+            zero while there is no δ0.
           slope: `[2]`, the products of ∇h with Δ and δ0.
           momentum: a fixed μ, or None to choose it.
 
