@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from kfac_jax import _batch
+from kfac_jax._dtypes import wide
 from kfac_jax._preconditioner import refresh_inverses
 from kfac_jax.curvature import Curvature, Factors, Params, Statistics
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Solution
@@ -156,12 +157,8 @@ def loss_of(value: Any) -> Array:
 
 def dot(u: Sequence[Array], v: Sequence[Array]) -> Array:
     """The inner product of two vectors given by their leaves, in float32 or wider."""
-    parts = [jnp.vdot(_wide(x), _wide(y)) for x, y in zip(u, v, strict=True)]
+    parts = [jnp.vdot(wide(x), wide(y)) for x, y in zip(u, v, strict=True)]
     return sum(parts[1:], start=parts[0])
-
-
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import _batch, _estimation, _plan, _report
+from kfac_jax._dtypes import wide
 from kfac_jax._jaxpr.interpreter import run
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation, layer_vectors
 from kfac_jax.blocks import Block
-from kfac_jax.distributions import RegisteredLoss, wide
+from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import BlocksSpec, Layer
 
 Params = Any

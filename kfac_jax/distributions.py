@@ -15,12 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._dtypes import wide
+
 Data = tuple[Array, ...]
-
-
-def wide(x: Array) -> Array:
-    """Casts to float32 unless the type is already as wide."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 class Distribution(abc.ABC):

@@ -4,6 +4,7 @@ Supported forms: `Jaxpr` and `ClosedJaxpr` apart (until 0.10) or merged (0.12); 
 with `num_consts`/`num_carry` or with `ft_in`.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,12 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
     return getattr(jaxpr, "jaxpr", jaxpr), constants
 
 
+@functools.cache
+def _template() -> Any:
+    """An empty jaxpr that has the debug information JAX asks for."""
+    return open_jaxpr(jax.make_jaxpr(lambda: ())())[0]
+
+
 def evaluate(equation: Any, inputs: Sequence[Any]) -> list[Any]:
     """Evaluates one equation on `inputs`, its operands that are not literals.
 
@@ -34,12 +41,11 @@ def evaluate(equation: Any, inputs: Sequence[Any]) -> list[Any]:
     for var, value in zip(equation.invars, inputs, strict=True):
         if not isinstance(var, Literal):
             variables[id(var)] = (var, value)
-    jaxpr = extend_core.Jaxpr(
-        (),
-        [var for var, _ in variables.values()],
-        list(equation.outvars),
-        [equation],
-        equation.effects,
+    jaxpr = _template().replace(
+        invars=[var for var, _ in variables.values()],
+        outvars=list(equation.outvars),
+        eqns=[equation],
+        effects=equation.effects,
     )
     return jax.core.eval_jaxpr(jaxpr, (), *(value for _, value in variables.values()))
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import linalg
+from kfac_jax._dtypes import wide_dtype
 
 Factors = dict[str, Array]
 
@@ -137,5 +138,5 @@ class Block(abc.ABC):
 
 def per_example(x: Array, dy: Array) -> Array:
     """Each example's gradient, `[*e, b, i, o]`, summed over its positions."""
-    dtype = jnp.promote_types(dy.dtype, jnp.float32)
+    dtype = wide_dtype(dy.dtype)
     return jnp.einsum("...bsi,...bso->...bio", x, dy, preferred_element_type=dtype)

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._dtypes import wide_dtype
 from kfac_jax.blocks._block import (
     Block,
     BlockShape,
@@ -36,7 +37,7 @@ class Diagonal(Block):
     def statistics(self, x: Array, dy: Array) -> Factors:
         """`Σ_b (Σ_s x dy)²`; with one position, `(x²)ᵀ dy²` without more memory."""
         if x.shape[-2] == 1:
-            dtype = jnp.promote_types(dy.dtype, jnp.float32)
+            dtype = wide_dtype(dy.dtype)
             x, dy = x.astype(dtype), dy.astype(dtype)
             sums = jnp.einsum("...bsi,...bso->...io", jnp.square(x), jnp.square(dy))
             return {"diagonal": sums}

@@ -6,12 +6,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import linalg
+from kfac_jax._dtypes import wide_dtype
 from kfac_jax.blocks._block import Block, BlockShape, Factors, Spectrum
 
 
 def _second_moment(x: Array) -> Array:
     """`Σ_rows x xᵀ` over batch and positions, in float32 or wider."""
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = wide_dtype(x.dtype)
     rows = x.reshape(*x.shape[:-3], -1, x.shape[-1])
     return jnp.einsum("...ri,...rj->...ij", rows, rows, preferred_element_type=dtype)
 

@@ -4,8 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-import jax.numpy as jnp
-
+from kfac_jax._dtypes import wide_dtype
 from kfac_jax._jaxpr.examples import Examples
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
 from kfac_jax._jaxpr.view import Layout
@@ -188,7 +187,7 @@ def _distinct(
 
 
 def _wide(dtype: str) -> str:
-    return str(jnp.promote_types(dtype, jnp.float32))
+    return str(wide_dtype(dtype))
 
 
 def _common(paths: Sequence[str]) -> str:

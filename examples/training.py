@@ -1,0 +1,249 @@
+"""A timed training loop for the examples: curves, checkpoints, Ctrl-C and exact resume.
+
+The clock runs only inside the compiled step (the transfer of its batch included).
+Compilation is timed apart; evaluation, checkpoints and the progress bar are not timed.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+from jax import Array
+from tqdm import tqdm
+
+PyTree = Any
+
+
+class Progress(NamedTuple):
+    """What a step reports, scalars; NaN where the method has no such number."""
+
+    loss: Array  # on the step's batch, before the step
+    damping: Array  # lambda
+    learning_rate: Array  # alpha
+    momentum: Array  # mu
+
+
+class Method(NamedTuple):
+    """An optimizer under test, as two pure functions."""
+
+    name: str
+    init: Callable[[PyTree], PyTree]  # params -> state
+    # params, state, images, iteration -> params, state, progress
+    step: Callable[..., tuple[PyTree, PyTree, Progress]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One row of a curve, measured after `iteration` steps."""
+
+    iteration: int
+    seconds: float  # inside the compiled step, from the start
+    train_error: float
+    test_error: float
+    loss: float
+    damping: float
+    learning_rate: float
+    momentum: float
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A method's progress so far. Params and state are donated to each step."""
+
+    params: PyTree
+    state: PyTree
+    iteration: int = 0
+    seconds: float = 0.0
+    compile_seconds: float = 0.0
+    curve: list[Point] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """When to stop, and how often to save."""
+
+    seconds: float
+    iterations: int
+    checkpoint_every: float = 60.0  # seconds by the wall clock
+
+
+class Batches:
+    """Mini-batches as a pure function of the iteration, so that a run resumes exactly.
+
+    Each epoch is a fresh permutation; the cases left over at its end are dropped.
+    """
+
+    def __init__(self, images: np.ndarray, size: int, seed: int) -> None:
+        """Checks the size.
+
+        Args:
+            images: [cases, pixels].
+            size: cases per batch.
+            seed: of the permutations.
+
+        Raises:
+            ValueError: the size is not between 1 and the number of cases.
+        """
+        if not 0 < size <= len(images):
+            raise ValueError(
+                f"The batch size must be from 1 to {len(images)}, the number of "
+                f"training cases; got {size}."
+            )
+        self.size = size
+        self._images = images
+        self._seed = seed
+        self._epoch = -1
+        self._order = np.arange(0)
+
+    def __call__(self, iteration: int) -> np.ndarray:
+        """The batch of step `iteration`, counted from 0."""
+        epoch, position = divmod(iteration, len(self._images) // self.size)
+        if epoch != self._epoch:
+            rng = np.random.default_rng((self._seed, epoch))
+            self._epoch, self._order = epoch, rng.permutation(len(self._images))
+        first = position * self.size
+        return self._images[self._order[first : first + self.size]]
+
+
+class Interrupt:
+    """Turns the first Ctrl-C into a flag; a second one stops at once.
+
+    A step's inputs are donated: cut in the middle, it would leave nothing to save.
+    """
+
+    requested = False
+
+    def __enter__(self) -> Interrupt:
+        """Takes over Ctrl-C."""
+        self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Gives Ctrl-C back."""
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _handle(self, *_: object) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        tqdm.write("Ctrl-C: finishing this step, then saving (again: stop at once).")
+
+
+class Store(Protocol):
+    """Where a run is kept; see `checkpoints.Checkpoints`."""
+
+    def save(self, run: Run) -> None:
+        """Keeps the run as it is now."""
+
+
+def train(
+    method: Method,
+    run: Run,
+    batches: Batches,
+    evaluate: Callable[[PyTree], tuple[float, float]],
+    *,
+    limits: Limits,
+    store: Store,
+    interrupt: Interrupt,
+) -> None:
+    """Runs a method until a limit or Ctrl-C, saving as it goes.
+
+    Args:
+        method: the optimizer.
+        run: where to start; brought forward in place.
+        batches: the batch of each iteration.
+        evaluate: params -> (training error, test error).
+        limits: when to stop.
+        store: where to save.
+        interrupt: the flag that Ctrl-C raises.
+    """
+    if _finished(run, limits):
+        tqdm.write(f"{method.name}: already at its limit, {_position(run)}.")
+        return
+    tqdm.write(f"{method.name}: compiling.")
+    step = _compile(method, run, batches)
+    progress = Progress(*[np.float32(np.nan)] * len(Progress._fields))
+    if not run.curve:
+        run.curve.append(_measure(run, progress, evaluate))
+    saved_at = time.monotonic()
+    with _progress_bar(method.name, run, limits) as bar:
+        while not (_finished(run, limits) or interrupt.requested):
+            progress = _timed_step(step, run, batches)
+            _show(bar, run, progress)
+            if _evaluation_is_due(run.iteration):
+                run.curve.append(_measure(run, progress, evaluate))
+            if time.monotonic() - saved_at > limits.checkpoint_every:
+                store.save(run)
+                saved_at = time.monotonic()
+            if not np.isfinite(progress.loss):
+                tqdm.write(f"{method.name}: the loss is {progress.loss}; stopped.")
+                break
+    if run.curve[-1].iteration < run.iteration:
+        run.curve.append(_measure(run, progress, evaluate))
+    store.save(run)
+
+
+def _finished(run: Run, limits: Limits) -> bool:
+    return run.seconds >= limits.seconds or run.iteration >= limits.iterations
+
+
+def _evaluation_is_due(iteration: int) -> bool:
+    return iteration in (1, 2, 5, 10, 15) or iteration % 25 == 0
+
+
+def _position(run: Run) -> str:
+    return f"{run.iteration} iterations in {run.seconds:.1f} s"
+
+
+def _compile(method: Method, run: Run, batches: Batches) -> Callable[..., Any]:
+    """The compiled step; its time, tracing included, goes to `run.compile_seconds`."""
+    start = time.perf_counter()
+    step = jax.jit(method.step, donate_argnums=(0, 1))
+    images, iteration = batches(run.iteration), np.int32(run.iteration)
+    compiled = step.lower(run.params, run.state, images, iteration).compile()
+    run.compile_seconds = time.perf_counter() - start
+    return compiled
+
+
+def _timed_step(step: Callable[..., Any], run: Run, batches: Batches) -> Progress:
+    """One step; `run` moves on by one iteration and by the time it took."""
+    images, iteration = batches(run.iteration), np.int32(run.iteration)
+    start = time.perf_counter()
+    run.params, run.state, progress = step(run.params, run.state, images, iteration)
+    jax.block_until_ready(run.params)
+    run.seconds += time.perf_counter() - start
+    run.iteration += 1
+    return jax.device_get(progress)
+
+
+def _measure(
+    run: Run, progress: Progress, evaluate: Callable[[PyTree], tuple[float, float]]
+) -> Point:
+    train_error, test_error = evaluate(run.params)
+    return Point(
+        iteration=run.iteration,
+        seconds=run.seconds,
+        train_error=train_error,
+        test_error=test_error,
+        **{name: float(value) for name, value in progress._asdict().items()},
+    )
+
+
+def _progress_bar(name: str, run: Run, limits: Limits) -> tqdm:
+    layout = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
+    return tqdm(
+        desc=f"{name:<8}", initial=run.seconds, total=limits.seconds, bar_format=layout
+    )
+
+
+def _show(bar: tqdm, run: Run, progress: Progress) -> None:
+    symbols = dict(zip(("loss", "λ", "α", "μ"), progress, strict=True))
+    known = [f"{s} {value:.3g}" for s, value in symbols.items() if not np.isnan(value)]
+    bar.set_postfix_str(f"it {run.iteration} {' '.join(known)}", refresh=False)
+    bar.update(min(run.seconds, bar.total) - bar.n)

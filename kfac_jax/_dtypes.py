@@ -1,0 +1,18 @@
+"""Accumulation types."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """Float32, or the type itself where it is at least as wide."""
+    floating = jnp.issubdtype(dtype, jnp.floating)
+    wide = floating and jnp.finfo(dtype).bits >= 32
+    return jnp.dtype(dtype) if wide else jnp.dtype(jnp.float32)
+
+
+def wide(x: Array) -> Array:
+    """Casts to float32 unless the type is already as wide."""
+    return x.astype(wide_dtype(x.dtype))

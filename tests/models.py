@@ -1,0 +1,183 @@
+"""Small models in raw JAX that several test files share."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kfac_jax
+from kfac_jax import losses
+
+
+def array(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
+    """A seeded normal array."""
+    rng = np.random.default_rng(seed)
+    return jnp.asarray(scale * rng.standard_normal(shape))
+
+
+def classes(seed: int, count: int, *shape: int) -> jax.Array:
+    """Seeded class indices."""
+    return jnp.asarray(np.random.default_rng(seed).integers(0, count, shape))
+
+
+def dense_params(seed: int, *sizes: int, bias: bool = True) -> dict[str, Any]:
+    """Weights `[in, out]` (and biases) of consecutive dense layers."""
+    params = {}
+    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+        params[f"layer{i}"] = {"w": array(seed + i, n, m, scale=1 / np.sqrt(n))}
+        if bias:
+            params[f"layer{i}"]["b"] = array(seed + 100 + i, m, scale=0.3)
+    return params
+
+
+def dense(layer: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+    """`x @ w + b`, for x of any rank."""
+    y = x @ layer["w"]
+    if "b" in layer:
+        y = y + jnp.broadcast_to(layer["b"], y.shape)
+    return y
+
+
+def mlp(params: dict[str, Any], x: jax.Array, activation=jnp.tanh) -> jax.Array:
+    """Dense layers with activations in between."""
+    for i in range(len(params)):
+        x = dense(params[f"layer{i}"], x if i == 0 else activation(x))
+    return x
+
+
+def linear(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    """A deep linear net."""
+    return mlp(params, x, activation=lambda x: x)
+
+
+def mixing(params: dict[str, Any], x: jax.Array) -> jax.Array:
+    """Positions `[b, s, i]` that see each other: each is centred by the example's mean."""
+    h = jnp.tanh(dense(params["layer0"], x))
+    h = h - 0.5 * jnp.broadcast_to(h.mean(1, keepdims=True), h.shape)
+    return dense(params["layer1"], h)
+
+
+# ------------------------------------------------------------------------ loss families
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A loss: what registers it (cases in), one case's value, and targets to use."""
+
+    mean_loss: Callable[[jax.Array, jax.Array], jax.Array]
+    per_case: Callable[[jax.Array, jax.Array], jax.Array]
+    targets: Callable[[tuple[int, ...]], jax.Array]
+
+
+def _softmax(z, y):
+    return losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
+
+
+def _softmax_case(z, y):
+    return jax.nn.logsumexp(z) - z[y]
+
+
+def _sigmoid(z, y):
+    return losses.sigmoid_binary_cross_entropy(z, y).sum(-1).mean()
+
+
+def _sigmoid_case(z, y):
+    return (jnp.logaddexp(jnp.zeros(()), z) - y * z).sum()
+
+
+def _squared(z, y):
+    return losses.squared_error(z, y).sum(-1).mean()
+
+
+def _squared_case(z, y):
+    return ((z - y) ** 2).sum()
+
+
+def _normal(z, y):
+    kfac_jax.register_normal_predictive_distribution(z, y, variance=2.0)
+    return jnp.square(z - y).sum(-1).mean() / 4
+
+
+def log_cosh(z, y):
+    """A convex loss that belongs to no family."""
+    return jnp.log(jnp.cosh(z - y)).sum()
+
+
+FAMILIES = {
+    "softmax": Family(
+        _softmax, _softmax_case, lambda shape: classes(7, shape[-1], *shape[:-1])
+    ),
+    "sigmoid": Family(
+        _sigmoid, _sigmoid_case, lambda shape: classes(8, 2, *shape).astype(float)
+    ),
+    "squared": Family(_squared, _squared_case, lambda shape: array(9, *shape)),
+    "normal": Family(
+        _normal, lambda z, y: _squared_case(z, y) / 4, lambda shape: array(9, *shape)
+    ),
+    "log_cosh": Family(
+        lambda z, y: losses.convex(log_cosh, z, y).mean(),
+        log_cosh,
+        lambda shape: array(10, *shape),
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A model with its loss, data and the function the oracles differentiate."""
+
+    loss_fn: Callable[..., jax.Array]
+    params: Any
+    x: jax.Array
+    y: jax.Array
+    outputs: Callable[[Any], jax.Array]  # registered output as a function of params
+    per_case: Callable[[jax.Array, jax.Array], jax.Array]
+
+    @property
+    def args(self) -> tuple[jax.Array, jax.Array]:
+        """The loss function's arguments after the parameters."""
+        return self.x, self.y
+
+
+def problem(
+    family: str = "softmax",
+    apply: Callable[[Any, jax.Array], jax.Array] = mlp,
+    params: Any = None,
+    x: jax.Array | None = None,
+) -> Problem:
+    """A model `apply` under a loss; outputs `[b, s, o]` are registered as `[b·s, o]`."""
+    params = dense_params(0, 3, 4, 3) if params is None else params
+    x = array(50, 6, 3) if x is None else x
+    loss = FAMILIES[family]
+
+    def rows(params, x):
+        z = apply(params, x)
+        return z.reshape(-1, z.shape[-1])
+
+    def loss_fn(params, x, y):
+        z = apply(params, x)
+        return loss.mean_loss(
+            z.reshape(-1, z.shape[-1]), y.reshape(-1, *y.shape[x.ndim - 1 :])
+        )
+
+    shape = jax.eval_shape(apply, params, x).shape
+    y = loss.targets(shape)
+    return Problem(loss_fn, params, x, y, lambda p: rows(p, x), loss.per_case)
+
+
+def statistics_to_factors(curvature, params, *args, rng=None):
+    """The factors after one batch."""
+    _, _, statistics = curvature.value_grad_and_statistics(params, *args, rng=rng)
+    return curvature.update_factors(curvature.init_factors(params), statistics, 1)
+
+
+def exact_factors(loss_fn, params, *args, **options):
+    """The plan in `fisher_exact` mode, and its factors on one batch, under jit."""
+    curvature = kfac_jax.make_curvature(
+        loss_fn, params, *args, estimation_mode="fisher_exact", **options
+    )
+    compute = jax.jit(lambda p, *a: statistics_to_factors(curvature, p, *a))
+    return curvature, compute(params, *args)

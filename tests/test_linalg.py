@@ -1,0 +1,80 @@
+"""Inverses and eigendecompositions against numpy."""
+
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+from kfac_jax import linalg
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 5), (2, 3, 3), (2, 2, 1, 1)])
+def test_inverse_equals_numpy(shape):
+    rng = np.random.default_rng(0)
+    *lead, d, _ = shape
+    x = np.stack(
+        [
+            oracles.random_psd(rng, d) + np.eye(d)
+            for _ in range(np.prod(lead, dtype=int))
+        ]
+    ).reshape(shape)
+    np.testing.assert_allclose(linalg.inverse(jnp.asarray(x)), np.linalg.inv(x), 1e-12)
+
+
+@pytest.mark.parametrize("x", [[[-1.0]], [[0.0]], [[1.0, 2.0], [2.0, 1.0]]])
+def test_inverse_of_what_is_not_positive_definite_is_nan(x):
+    assert np.isnan(linalg.inverse(jnp.asarray(x))).all()
+
+
+def test_inverse_many_keeps_order_shape_and_type():
+    rng = np.random.default_rng(1)
+    shapes = [(3, 3), (2, 2), (4, 3, 3), (1, 1), (2, 2), (2, 1, 2, 2)]
+    matrices = []
+    for *lead, d, _ in shapes:
+        count = np.prod(lead, dtype=int)
+        each = [oracles.random_psd(rng, d) + np.eye(d) for _ in range(count)]
+        matrices.append(jnp.asarray(np.stack(each).reshape(*lead, d, d)))
+    matrices[1] = matrices[1].astype(jnp.float32)
+    for x, inverse in zip(matrices, linalg.inverse_many(matrices), strict=True):
+        assert inverse.dtype == x.dtype and inverse.shape == x.shape
+        tolerance = 1e-5 if x.dtype == jnp.float32 else 1e-12
+        np.testing.assert_allclose(inverse, np.linalg.inv(x), rtol=tolerance)
+    assert linalg.inverse_many([]) == []
+
+
+def test_one_bad_matrix_does_not_spoil_its_batch():
+    good, bad = jnp.eye(3), -jnp.eye(3)
+    first, second, third = linalg.inverse_many([good, bad, 2 * good])
+    np.testing.assert_allclose(first, np.eye(3))
+    assert np.isnan(second).any()
+    np.testing.assert_allclose(third, np.eye(3) / 2)
+
+
+def test_eigh_reconstructs_and_clamps():
+    x = oracles.random_psd(np.random.default_rng(2), 5, rank=2)
+    w, u = linalg.eigh(jnp.asarray(x))
+    assert (w >= 0).all()
+    np.testing.assert_allclose((u * w[None]) @ u.T, x, atol=1e-12)
+    w, _ = linalg.eigh(jnp.diag(jnp.array([-1e-9, 2.0])))
+    np.testing.assert_array_equal(w, [0.0, 2.0])
+
+
+def test_symmetrize():
+    x = jnp.asarray(np.random.default_rng(3).standard_normal((2, 3, 3)))
+    expected = (np.asarray(x) + np.asarray(x).transpose(0, 2, 1)) / 2
+    np.testing.assert_allclose(linalg.symmetrize(x), expected, rtol=1e-15)
+
+
+def test_trace_pi_equals_the_paper():
+    rng = np.random.default_rng(4)
+    a, g = oracles.random_psd(rng, 4), oracles.random_psd(rng, 2)
+    found = linalg.trace_pi(jnp.asarray(a), jnp.asarray(g))
+    np.testing.assert_allclose(found, oracles.pi(a, g), rtol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("a", "g"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (np.nan, 1.0), (np.inf, 1.0)]
+)
+def test_trace_pi_is_one_where_it_is_not_defined(a, g):
+    pi = linalg.trace_pi(a * jnp.ones((1, 1)), g * jnp.ones((1, 1)))
+    np.testing.assert_array_equal(pi, 1.0)

@@ -1,0 +1,101 @@
+"""The report is a table a person can act on."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import models
+import pytest
+
+import kfac_jax
+from kfac_jax import blocks
+from kfac_jax.losses import squared_error
+
+PARAMS = {
+    "net": models.dense_params(0, 3, 4, 2),
+    "temperature": jnp.ones(()),
+    "unused": jnp.ones((2, 2)),
+}
+X = models.array(1, 5, 3)
+
+
+def _network(params, x):
+    z = models.mlp(params["net"], x)
+    return z * jnp.exp(params["temperature"])
+
+
+def _loss_fn(params, x):
+    return squared_error(_network(params, x)).sum(-1).mean()
+
+
+def _plan(**options):
+    with pytest.warns(UserWarning):
+        return kfac_jax.make_curvature(_loss_fn, PARAMS, X, **options)
+
+
+def test_rows_say_what_approximates_each_parameter():
+    plan = _plan()
+    lines = {
+        line.split()[0]: line.split()
+        for line in plan.report().splitlines()
+        if line.strip()
+    }
+    assert lines["parameter"] == "parameter shape kind uses block factors bytes".split()
+    assert lines["net/layer0/w"] == [
+        *("net/layer0/w", "[3×4]", "dense", "1", "Kronecker"),
+        *("input[4×4]", "output[4×4]", "256", "B"),
+    ]
+    assert lines["net/layer0/b"] == ["net/layer0/b", "[4]"]
+    assert lines["net/layer1/w"][2:5] == ["dense", "1", "Kronecker"]
+    assert lines["temperature"][1:5] == ["[]", "unmatched", "1", "Diagonal"]
+    assert lines["unused"][1:5] == ["[2×2]", "unused", "0", "Identity"]
+
+
+def test_totals():
+    report = _plan().report()
+    assert "4 layers, 31 parameters, 26 of them covered" in report
+    size = 8 * (4 * 4 + 4 * 4 + 5 * 5 + 2 * 2 + 1)
+    assert f"factors {size} B, as much again for inverses" in report
+
+
+def test_what_is_not_covered_is_named_with_reason_and_line():
+    report = _plan().report()
+    _, _, uncovered = report.partition("Not covered by a layer:")
+    assert "temperature: consumed by `exp`, which is not a layer" in uncovered
+    assert "unused: no registered loss depends on it" in uncovered
+    first = inspect.getsourcelines(_network)[1]
+    assert f"test_report.py:{first + 2}" in uncovered  # the line with jnp.exp
+    assert "(_network)" in uncovered
+
+
+def test_every_layer_knows_its_line():
+    plan = _plan()
+    line = inspect.getsourcelines(models.dense)[1] + 2
+    assert f"models.py:{line}" in plan.layers[0].source
+
+
+def test_str_is_the_report_and_shows_the_choice_of_blocks():
+    plan = _plan(blocks={"net/layer0": None, "dense": blocks.Full()})
+    assert str(plan) == plan.report()
+    row = next(r for r in str(plan).splitlines() if r.startswith("net/layer0/"))
+    assert row.split()[-3:] == ["none", "0", "B"]
+    assert "full[10×10]" in str(plan)
+
+
+def test_bytes_have_units():
+    def loss_fn(w, x):
+        return squared_error(x @ w).sum(-1).mean()
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1000, 10), (4, 1000))]
+    report = kfac_jax.make_curvature(loss_fn, *shapes).report()
+    assert "3.8 MiB" in report and "input[1000×1000] output[10×10]" in report
+
+
+def test_a_parameter_that_is_the_whole_tree_has_a_name():
+    def loss_fn(w, x):
+        return squared_error(x * jnp.broadcast_to(jnp.exp(w), x.shape)).sum(-1).mean()
+
+    with pytest.warns(UserWarning) as caught:
+        plan = kfac_jax.make_curvature(loss_fn, jnp.ones(3), X)
+    assert "\n  : " not in str(caught[0].message)
+    assert "\n  : " not in plan.report()
