@@ -414,6 +414,7 @@ def main() -> None:
     times = measure_step_times(names, sizes)
     print(f"Batch {sizes.batch}, T3 = {INVERSE_EVERY}, jax {jax.__version__}, ", end="")
     print(f"{os.cpu_count()} CPUs; ratios are to the gradient only.")
+    print(f"{'':<58}{'value':>13}{'ratio':>9}  target")
     for row in step_rows(times) + process_rows(alone):
         print(row.line())
     results = {name: alone[name] | times[name]._asdict() for name in names}

@@ -1,8 +1,8 @@
 """Trains the paper's MNIST autoencoder with K-FAC, Nesterov momentum and Adam.
 
-Each optimizer gets the same batches and the same number of seconds, so one run
-compares them both at equal seconds and at equal iterations. With the defaults it takes
-about five minutes on two CPU cores and needs no download:
+Each optimizer gets the same batches and the same number of seconds, in turns of a few
+seconds, so one run compares them both at equal seconds and at equal iterations. With
+the defaults it takes about five minutes on two CPU cores and needs no download:
 
     python examples/autoencoder.py
     python examples/autoencoder.py --data mnist --seconds 1200 --batch-size 1000
@@ -18,6 +18,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ import numpy as np
 from autoencoder_methods import METHODS, Settings, make_method
 from autoencoder_model import Params, init_params, reconstruction_error
 from checkpoints import Checkpoints
-from training import Batches, Interrupt, Limits, Run, train
+from training import Batches, Interrupt, Limits, Run, Trainer, train_in_turns
 
 EVALUATION_CASES = 5_000  # at most so many training cases are measured
 
@@ -59,36 +60,30 @@ def main(arguments: list[str] | None = None) -> int:
 def _train_all(
     args: argparse.Namespace, digits: mnist.Digits
 ) -> tuple[dict[str, Run], bool]:
-    """Every optimizer in turn; also says whether Ctrl-C cut them short."""
+    """Every optimizer, in turns; also says whether Ctrl-C cut them short."""
     batches = Batches(digits.train, args.batch_size, args.seed)
+    evaluate = _evaluator(digits)
     limits = Limits(
         seconds=args.seconds,
         iterations=args.iterations,
         checkpoint_every=args.checkpoint_every,
     )
-    evaluate = _evaluator(digits)
-    runs: dict[str, Run] = {}
-    with Interrupt() as interrupt:
+    trainers = []
+    with ExitStack() as stack:
+        interrupt = stack.enter_context(Interrupt())
         for name in args.optimizers:
-            if interrupt.requested:
-                break
+            folder = args.output / "checkpoints" / name
+            store = stack.enter_context(Checkpoints(folder, _config(args)))
             params = init_params(args.seed)
             method = make_method(name, _settings(args), params, batches(0), args.seed)
             run = Run(params=params, state=method.init(params))
-            folder = args.output / "checkpoints" / name
-            with Checkpoints(folder, _config(args)) as store:
-                run = _start(store, run, args.resume)
-                train(
-                    method,
-                    run,
-                    batches,
-                    evaluate,
-                    limits=limits,
-                    store=store,
-                    interrupt=interrupt,
-                )
-            runs[method.name] = run
-    return runs, interrupt.requested
+            run = _start(store, run, args.resume)
+            trainer = Trainer(
+                method, run, batches, evaluate, limits=limits, store=store
+            )
+            trainers.append(trainer)
+        train_in_turns(trainers, interrupt)
+    return {t.method.name: t.run for t in trainers}, interrupt.requested
 
 
 def _start(store: Checkpoints, run: Run, resume: bool) -> Run:

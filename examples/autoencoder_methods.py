@@ -39,6 +39,7 @@ class Settings:
         period 50: 0.003 6.37, 0.01 3.38 (8.35 with mu_max = 0.9), 0.02 2.37, 0.03 2.11
         period 25: 0.01 2.20, 0.02 1.37 (1.34 with mu_max = 0.995), 0.03 1.22 (1.20 with
             mu_max = 0.995), 0.05 29.18
+        period 18: 0.03 3.19
         period 12: 0.01 1.94, 0.03 4.35
 
     The paper's metric is the training error. By test error other constants are best:

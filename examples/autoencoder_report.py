@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -88,62 +87,66 @@ def plot_reconstructions(path: Path, runs: dict[str, Run], images: np.ndarray) -
 
 def statement(runs: dict[str, Run]) -> str:
     """The comparison in words and numbers, from the curves alone."""
-    runs = {name: run for name, run in runs.items() if run.iteration}
-    if not runs:
-        return "No iterations were run."
     iterations = min(run.iteration for run in runs.values())
     seconds = min(run.seconds for run in runs.values())
+    compile_times = [
+        f"{name} {run.compile_seconds:.1f} s" for name, run in runs.items()
+    ]
     lines = [
-        "Training error: squared reconstruction error summed over the 784 pixels, mean",
-        "over cases (test error in brackets).",
-        *_table(runs, "iteration", iterations, f"after {iterations} iterations each"),
-        *_table(runs, "seconds", seconds, f"after {seconds:.3g} seconds each"),
+        "Lowest training error: squared reconstruction error, summed over the 784",
+        "pixels, mean over cases. In brackets the test error at the same iteration.",
+        f"Within {iterations} iterations each:",
+        *_table(runs, "iteration", iterations),
+        f"Within {seconds:.3g} seconds each:",
+        *_table(runs, "seconds", seconds),
         *_catching_up(runs),
-        "Compile time, not counted above: "
-        + ", ".join(f"{name} {run.compile_seconds:.1f} s" for name, run in runs.items())
-        + ".",
+        f"Compile time, not counted above: {', '.join(compile_times)}.",
     ]
     return "\n".join(lines)
 
 
-def _table(runs: dict[str, Run], unit: str, at: float, title: str) -> list[str]:
-    reference = next(iter(runs))
-    errors = {name: _error_at(run.curve, unit, at) for name, run in runs.items()}
-    tests = {
-        name: _error_at(run.curve, unit, at, "test_error") for name, run in runs.items()
-    }
-    lines = [f"{title}:"]
-    for name, error in errors.items():
-        line = f"  {name:<9} {error:8.3f}  (test {tests[name]:.3f})"
-        if name != reference:
-            line += f"   {error / errors[reference]:.2f} times {reference}'s"
-        lines.append(line)
+def _table(runs: dict[str, Run], unit: str, limit: float) -> list[str]:
+    """One line for each method, with the ratio to the first."""
+    points = {name: _best(run, unit, limit) for name, run in runs.items()}
+    (reference, first), *others = points.items()
+    lines = [f"  {reference:<9}{_errors(first)}"]
+    for name, point in others:
+        ratio = point.train_error / first.train_error
+        lines.append(f"  {name:<9}{_errors(point)}   {ratio:.2f} times {reference}'s")
     return lines
 
 
-def _error_at(
-    curve: Sequence[Point], unit: str, at: float, quantity: str = "train_error"
-) -> float:
-    """A curve's error at a given iteration or second, log-linear between its points."""
-    x = [getattr(point, unit) for point in curve]
-    y = [np.log(getattr(point, quantity)) for point in curve]
-    return float(np.exp(np.interp(at, x, y)))
+def _best(run: Run, unit: str, limit: float) -> Point:
+    """The measured point of lowest training error up to an iteration or second.
+
+    A step that ends after the limit began before it, so one step is allowed for.
+    """
+    if unit == "seconds":
+        limit += run.seconds / max(run.iteration, 1)
+    reached = [point for point in run.curve if getattr(point, unit) <= limit]
+    return min(reached, key=lambda point: point.train_error)
+
+
+def _errors(point: Point) -> str:
+    return f"{point.train_error:8.3f}  ({point.test_error:.3f})"
 
 
 def _catching_up(runs: dict[str, Run]) -> list[str]:
-    """When the first method reaches the error at which each other one ends."""
+    """When the first method reaches the lowest error of each other one."""
     (name, first), *others = runs.items()
     lines = []
     for other, run in others:
-        error = run.curve[-1].train_error
-        reached = next((p for p in first.curve if p.train_error <= error), None)
-        if reached is None:
-            lines.append(f"{name} does not reach {other}'s final error {error:.3f}.")
+        best = _best(run, "seconds", run.seconds)
+        reached = [p for p in first.curve if p.train_error <= best.train_error]
+        if not reached:
+            lines.append(f"{name} does not reach {other}'s {best.train_error:.3f}.")
             continue
+        fewer = best.iteration / max(reached[0].iteration, 1)
+        sooner = best.seconds / max(reached[0].seconds, 1e-9)
         lines.append(
-            f"{name} reaches {other}'s final error {error:.3f} within "
-            f"{reached.iteration} iterations ({run.iteration / reached.iteration:.1f} "
-            f"times fewer) and {reached.seconds:.0f} seconds "
-            f"({run.seconds / reached.seconds:.1f} times sooner)."
+            f"{name} reaches {other}'s {best.train_error:.3f} after "
+            f"{reached[0].iteration} iterations ({other}: {best.iteration}, "
+            f"{fewer:.1f} times as many) and {reached[0].seconds:.0f} seconds "
+            f"({other}: {best.seconds:.0f}, {sooner:.1f} times as long)."
         )
     return lines

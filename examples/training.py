@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +19,9 @@ from jax import Array
 from tqdm import tqdm
 
 PyTree = Any
+Evaluate = Callable[[PyTree], tuple[float, float]]  # params -> training, test error
+
+TURN_SECONDS = 5.0
 
 
 class Progress(NamedTuple):
@@ -142,63 +146,108 @@ class Store(Protocol):
         """Keeps the run as it is now."""
 
 
-def train(
-    method: Method,
-    run: Run,
-    batches: Batches,
-    evaluate: Callable[[PyTree], tuple[float, float]],
-    *,
-    limits: Limits,
-    store: Store,
-    interrupt: Interrupt,
-) -> None:
-    """Runs a method until a limit or Ctrl-C, saving as it goes.
+class Trainer:
+    """One method under way: compiled once, then brought forward in slices of time."""
+
+    def __init__(
+        self,
+        method: Method,
+        run: Run,
+        batches: Batches,
+        evaluate: Evaluate,
+        *,
+        limits: Limits,
+        store: Store,
+    ) -> None:
+        """Compiles the step, unless the run is already at its limit.
+
+        Args:
+            method: the optimizer.
+            run: where to start; brought forward in place.
+            batches: the batch of each iteration.
+            evaluate: params -> (training error, test error).
+            limits: when to stop.
+            store: where to save.
+        """
+        self.method, self.run = method, run
+        self._batches, self._evaluate = batches, evaluate
+        self.limits, self._store = limits, store
+        self._progress = Progress(*[np.float32(np.nan)] * len(Progress._fields))
+        self._diverged = False
+        self._saved_at = time.monotonic()
+        if self.finished:
+            print(f"{method.name}: already at its limit, {run.iteration} iterations.")
+            return
+        print(f"{method.name}: compiling ...", end=" ", flush=True)
+        self._step = _compile(method, run, batches)
+        print(f"{run.compile_seconds:.1f} s.")
+        if not run.curve:
+            self._measure()
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        run, limits = self.run, self.limits
+        at_limit = run.seconds >= limits.seconds or run.iteration >= limits.iterations
+        return at_limit or self._diverged
+
+    def advance(self, seconds: float, bar: tqdm, interrupt: Interrupt) -> None:
+        """Steps on for some seconds, or until finished or interrupted."""
+        end = self.run.seconds + seconds
+        while self.run.seconds < end and not (self.finished or interrupt.requested):
+            self._progress = _timed_step(self._step, self.run, self._batches)
+            _show(bar, self.run, self._progress)
+            if _evaluation_is_due(self.run.iteration):
+                self._measure()
+            if time.monotonic() - self._saved_at > self.limits.checkpoint_every:
+                self.save()
+            self._diverged = not np.isfinite(self._progress.loss)
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        self._store.save(self.run)
+        self._saved_at = time.monotonic()
+
+    def close(self) -> None:
+        """Measures and saves where the run has come to."""
+        if not self.run.curve or self.run.curve[-1].iteration < self.run.iteration:
+            self._measure()
+        self.save()
+
+    def _measure(self) -> None:
+        train_error, test_error = self._evaluate(self.run.params)
+        progress = {k: float(v) for k, v in self._progress._asdict().items()}
+        self.run.curve.append(
+            Point(
+                iteration=self.run.iteration,
+                seconds=self.run.seconds,
+                train_error=train_error,
+                test_error=test_error,
+                **progress,
+            )
+        )
+
+
+def train_in_turns(trainers: Sequence[Trainer], interrupt: Interrupt) -> None:
+    """Runs all to their limits in short turns, so a slow spell of the machine hits all.
 
     Args:
-        method: the optimizer.
-        run: where to start; brought forward in place.
-        batches: the batch of each iteration.
-        evaluate: params -> (training error, test error).
-        limits: when to stop.
-        store: where to save.
+        trainers: the methods.
         interrupt: the flag that Ctrl-C raises.
     """
-    if _finished(run, limits):
-        tqdm.write(f"{method.name}: already at its limit, {_position(run)}.")
-        return
-    tqdm.write(f"{method.name}: compiling.")
-    step = _compile(method, run, batches)
-    progress = Progress(*[np.float32(np.nan)] * len(Progress._fields))
-    if not run.curve:
-        run.curve.append(_measure(run, progress, evaluate))
-    saved_at = time.monotonic()
-    with _progress_bar(method.name, run, limits) as bar:
-        while not (_finished(run, limits) or interrupt.requested):
-            progress = _timed_step(step, run, batches)
-            _show(bar, run, progress)
-            if _evaluation_is_due(run.iteration):
-                run.curve.append(_measure(run, progress, evaluate))
-            if time.monotonic() - saved_at > limits.checkpoint_every:
-                store.save(run)
-                saved_at = time.monotonic()
-            if not np.isfinite(progress.loss):
-                tqdm.write(f"{method.name}: the loss is {progress.loss}; stopped.")
-                break
-    if run.curve[-1].iteration < run.iteration:
-        run.curve.append(_measure(run, progress, evaluate))
-    store.save(run)
-
-
-def _finished(run: Run, limits: Limits) -> bool:
-    return run.seconds >= limits.seconds or run.iteration >= limits.iterations
+    with ExitStack() as stack:
+        bars = [
+            stack.enter_context(_progress_bar(t, i)) for i, t in enumerate(trainers)
+        ]
+        while not (interrupt.requested or all(t.finished for t in trainers)):
+            for trainer, bar in zip(trainers, bars, strict=True):
+                trainer.advance(TURN_SECONDS, bar, interrupt)
+    for trainer in trainers:
+        trainer.close()
 
 
 def _evaluation_is_due(iteration: int) -> bool:
     return iteration in (1, 2, 5, 10, 15) or iteration % 25 == 0
-
-
-def _position(run: Run) -> str:
-    return f"{run.iteration} iterations in {run.seconds:.1f} s"
 
 
 def _compile(method: Method, run: Run, batches: Batches) -> Callable[..., Any]:
@@ -222,23 +271,13 @@ def _timed_step(step: Callable[..., Any], run: Run, batches: Batches) -> Progres
     return jax.device_get(progress)
 
 
-def _measure(
-    run: Run, progress: Progress, evaluate: Callable[[PyTree], tuple[float, float]]
-) -> Point:
-    train_error, test_error = evaluate(run.params)
-    return Point(
-        iteration=run.iteration,
-        seconds=run.seconds,
-        train_error=train_error,
-        test_error=test_error,
-        **{name: float(value) for name, value in progress._asdict().items()},
-    )
-
-
-def _progress_bar(name: str, run: Run, limits: Limits) -> tqdm:
-    layout = "{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}"
+def _progress_bar(trainer: Trainer, position: int) -> tqdm:
     return tqdm(
-        desc=f"{name:<8}", initial=run.seconds, total=limits.seconds, bar_format=layout
+        desc=f"{trainer.method.name:<8}",
+        initial=trainer.run.seconds,
+        total=trainer.limits.seconds,
+        position=position,
+        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}",
     )
 
 

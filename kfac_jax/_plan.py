@@ -100,6 +100,11 @@ def trace(
 
     def flat_loss(params: Any, *args: Any) -> list[Any]:
         result = loss_fn(params, *args)
+        if has_aux and not (isinstance(result, tuple | list) and len(result) == 2):
+            raise LossTypeError(
+                "With has_aux=True the loss function must return a pair (loss, aux); got "
+                f"{type(result).__name__}."
+            )
         loss, aux = result if has_aux else (result, ())
         _check_scalar(loss, has_aux)
         leaves, treedef = jax.tree.flatten(aux)

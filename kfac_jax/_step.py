@@ -1,6 +1,7 @@
 """The pieces of an update: state, checks, factors and inverses, rates, damping."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import optax
 from jax import Array
 
 from kfac_jax import _batch
-from kfac_jax._dtypes import wide
+from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._preconditioner import refresh_inverses
 from kfac_jax.curvature import Curvature, Factors, Params, Statistics
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Solution
@@ -20,7 +21,7 @@ Schedule = Callable[[Any], Any]
 
 
 class Info(NamedTuple):
-    """What the last update did; what was not computed is NaN."""
+    """What the last update did; what was not computed is NaN (∞ under jax_debug_nans)."""
 
     loss: Array  # [], h(θ): the `value` passed to update
     damping: Array  # [], λ the update was made with
@@ -36,6 +37,7 @@ class KFACState(NamedTuple):
     """The state of `scale_by_kfac` and `kfac`: a plain pytree with stable names."""
 
     step: Array  # [] int32, the number of updates so far
+    batches: Array  # [] int32, how many of them brought statistics that were accepted
     factors: Factors  # by layer name, moving averages of the factors
     inverses: Factors  # by layer name, of the damped factors
     damping: Array  # [], λ for the next update
@@ -46,7 +48,8 @@ class KFACState(NamedTuple):
 
 
 def nan() -> Array:
-    return jnp.asarray(jnp.nan, float)
+    # under jax_debug_nans a NaN would stop the user's program
+    return jnp.asarray(jnp.inf if jax.config.jax_debug_nans else jnp.nan, float)
 
 
 def initial_info() -> Info:
@@ -57,7 +60,7 @@ def initial_info() -> Info:
 
 
 def check_number(name: str, value: Any, low: float, high: float, closed: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, float | int):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return  # a schedule, a rule or an array
     if not (low <= value < high or (closed and value == high)):
         bracket = "]" if closed else ")"
@@ -127,12 +130,19 @@ def advance(
     decay: Any,
     inverse_every: Any,
 ) -> tuple[KFACState, Array]:
-    """Updates factors and, if due, inverses; also tells whether anything was refused."""
+    """Updates factors and, if due, inverses; also tells whether anything was refused.
+
+    Both ε and the refreshes at the first three steps count batches that brought
+    statistics: a step without any must not pass for the first.
+    """
     step = state.step + 1
     factors, refused = curvature.update_factors_and_count(
-        state.factors, statistics, step, decay
+        state.factors, statistics, state.batches + 1, decay
     )
-    due = (step <= 3) | (step % jnp.asarray(inverse_every, jnp.int32) == 0)
+    informed = (statistics.weight > 0) & (refused < max(1, curvature.informed_layers))
+    batches = state.batches + informed.astype(jnp.int32)
+    every = jnp.asarray(inverse_every, jnp.int32)
+    due = (informed & (batches <= 3)) | ((step % every == 0) & (batches > 0))
     total = damping + curvature.l2
     inverses, failed = jax.lax.cond(
         due,
@@ -144,7 +154,9 @@ def advance(
         damping=damping,
         inverse_refreshes=state.info.inverse_refreshes + due.astype(jnp.int32),
     )
-    state = state._replace(step=step, factors=factors, inverses=inverses, info=info)
+    state = state._replace(
+        step=step, batches=batches, factors=factors, inverses=inverses, info=info
+    )
     return state, (refused > 0) | (failed > 0)
 
 
@@ -153,6 +165,13 @@ def loss_of(value: Any) -> Array:
     if value is None:
         return nan()
     return jnp.asarray(value[0] if isinstance(value, tuple) else value, float)
+
+
+def all_finite(parts: Sequence[Array]) -> Array:
+    """Whether a vector and its squared length are finite, in one pass over it."""
+    return jnp.isfinite(
+        jnp.stack([jnp.square(wide(x)).sum().astype(float) for x in parts])
+    ).all()
 
 
 def dot(u: Sequence[Array], v: Sequence[Array]) -> Array:
@@ -207,9 +226,9 @@ class Step:
 
     def constrain(self, alpha: Array, constraint: Any) -> Array:
         """Lowers α so that `α² Δᵀ ∇h` is at most `constraint`."""
-        squared = -dot(self.gradient, self.direction) * alpha**2
-        tiny = jnp.finfo(squared.dtype).tiny
-        ratio = jnp.asarray(constraint, squared.dtype) / jnp.maximum(squared, tiny)
+        slope = dot(self.gradient, self.direction).astype(alpha.dtype)
+        squared = jnp.maximum(-slope * alpha**2, jnp.finfo(alpha.dtype).tiny)
+        ratio = jnp.asarray(constraint, alpha.dtype) / squared
         return alpha * jnp.sqrt(jnp.minimum(1.0, ratio))
 
     def rates(
@@ -225,24 +244,24 @@ class Step:
         return Solution(alpha, momentum, nan())
 
     def combine(self, alpha: Array, mu: Array) -> tuple[list[Array], Array]:
-        """`δ = α Δ + μ δ0`, zero where it is not finite, and whether it is finite.
+        """`δ = α Δ + μ δ0`, zero where it is not finite, and whether it is finite."""
 
-        The size of Δ tells, in one pass that writes nothing; δ0 is always finite.
-        """
-        finite = jnp.isfinite(dot(self.direction, self.direction))
-        finite &= jnp.isfinite(alpha) & jnp.isfinite(mu)
-        delta = [
-            jnp.where(finite, alpha * d + mu * d0, 0.0).astype(g.dtype)
-            for d, d0, g in zip(
-                self.direction, self.previous, self.gradient, strict=True
-            )
-        ]
-        return delta, finite
+        def one(d: Array, d0: Array, g: Array) -> Array:
+            dtype = wide_dtype(d.dtype)
+            moved = alpha.astype(dtype) * wide(d) + mu.astype(dtype) * wide(d0)
+            return moved.astype(g.dtype)
+
+        parts = zip(self.direction, self.previous, self.gradient, strict=True)
+        delta = [one(d, d0, g) for d, d0, g in parts]
+        finite = all_finite(delta)
+        return [jnp.where(finite, x, jnp.zeros_like(x)) for x in delta], finite
 
     def reduction_ratio(
         self, delta: list[Array], rates: Solution, modelled: bool, value: Any
     ) -> tuple[Array, Array]:
         """Measures `ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0))` on this step's own batch.
+
+        Where the loss rises ρ is -∞, whatever the model predicted.
 
         Args:
           delta: δ.
@@ -263,4 +282,6 @@ class Step:
         moved = optax.apply_updates(self.params, tree)
         after = loss_of(self.curvature.loss_fn(moved, *self.args))
         predicted = predicted.astype(after.dtype)
-        return (after - loss_of(value)) / predicted, predicted
+        before = loss_of(value)
+        rho = (after - before) / predicted
+        return jnp.where(after > before, -jnp.inf, rho), predicted

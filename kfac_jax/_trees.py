@@ -31,39 +31,85 @@ class TreeSpec:
         Raises:
           ValueError: if structure or shapes differ.
         """
-        leaves, treedef = jax.tree.flatten(tree)
-        if treedef != self.treedef:
+        found = self.masked_leaves(tree, what)
+        if any(leaf is None for leaf in found):
             raise ValueError(
-                f"{what} does not have the structure of the parameters the plan was "
-                "made "
-                f"for: {self._difference(tree)}. Make a new plan with make_curvature, "
-                "or "
-                "pass the tree it was made with."
+                f"{what} has parameters hidden by a mask, but this computation needs all "
+                "of them. Use fixed rates and damping under optax.masked, or freeze "
+                "parameters with blocks={path: None} and a mask after kfac."
             )
-        for leaf, path, shape in zip(leaves, self.paths, self.shapes, strict=True):
-            if jnp.shape(leaf) != shape:
-                raise ValueError(
-                    f"{what} has shape {jnp.shape(leaf)} at '{path}'; the plan was "
-                    "made "
-                    f"for {shape}. Make a new plan with make_curvature for new shapes."
-                )
-        return leaves
+        return found
 
     def masked_leaves(self, tree: Any, what: str) -> list[Any | None]:
-        """Like `leaves`, but leaves hidden by `optax.masked` come back as None."""
+        """Like `leaves`, but what `optax.masked` hides comes back as None.
 
-        def is_hidden(x: Any) -> bool:
-            return isinstance(x, optax.MaskedNode)
+        Args:
+          tree: the tree; a masked node may stand for a whole subtree.
+          what: how errors call it.
 
-        nodes, treedef = jax.tree.flatten(tree, is_leaf=is_hidden)
-        if treedef != self.treedef or not any(map(is_hidden, nodes)):
-            return list(self.leaves(tree, what))
-        return [None if is_hidden(node) else node for node in nodes]
+        Returns:
+          Its leaves in the plan's order.
 
-    def restore(self, leaves: Sequence[Any]) -> Any:
-        """Builds a tree from leaves; None becomes a hidden leaf again."""
-        nodes = [optax.MaskedNode() if leaf is None else leaf for leaf in leaves]
-        return jax.tree.unflatten(self.treedef, nodes)
+        Raises:
+          ValueError: if structure or shapes differ.
+        """
+        nodes, treedef = jax.tree.flatten(tree, is_leaf=_is_hidden)
+        places = self._places(tree, treedef, what)
+        result: list[Any | None] = [None] * len(self.paths)
+        for node, place in zip(nodes, places, strict=True):
+            for i in place:
+                result[i] = None if _is_hidden(node) else node
+        for leaf, path, shape in zip(result, self.paths, self.shapes, strict=True):
+            if leaf is not None and jnp.shape(leaf) != shape:
+                raise ValueError(
+                    f"{what} has shape {jnp.shape(leaf)} at '{path}'; the plan was made "
+                    f"for {shape}. Make a new plan with make_curvature for new shapes."
+                )
+        return result
+
+    def restore(self, leaves: Sequence[Any], like: Any) -> Any:
+        """Builds a tree in the structure of `like`, from leaves in the plan's order."""
+        nodes, treedef = jax.tree.flatten(like, is_leaf=_is_hidden)
+        places = self._places(like, treedef, "the tree")
+        filled = [
+            node if _is_hidden(node) else leaves[place[0]]
+            for node, place in zip(nodes, places, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, filled)
+
+    def _places(self, tree: Any, treedef: Any, what: str) -> list[list[int]]:
+        """Which of the plan's leaves each node (a leaf, or hidden) stands for."""
+        index_tree = jax.tree.unflatten(self.treedef, range(len(self.paths)))
+        try:
+            subtrees = treedef.flatten_up_to(index_tree)
+        except (ValueError, TypeError, KeyError):
+            subtrees = self._same_names(tree)
+        if subtrees is None:
+            raise ValueError(
+                f"{what} does not have the structure of the parameters the plan was made "
+                f"for: {self._difference(tree)}. Make a new plan with make_curvature, or "
+                "pass the tree it was made with."
+            )
+        nodes = jax.tree.leaves(tree, is_leaf=_is_hidden)
+        places = [jax.tree.leaves(sub) for sub in subtrees]
+        fits = all(
+            _is_hidden(node) or len(place) == 1
+            for node, place in zip(nodes, places, strict=True)
+        )
+        if not fits or sum(map(len, places)) != len(self.paths):
+            raise ValueError(
+                f"{what} does not have the structure of the parameters the plan was made "
+                f"for: {self._difference(tree)}. Pass the tree the plan was made with."
+            )
+        return places
+
+    def _same_names(self, tree: Any) -> list[int] | None:
+        """Matches trees of one set of paths in other containers (flax's Variables)."""
+        found = [_plain(path_name(p)) for p, _ in jax.tree.leaves_with_path(tree)]
+        mine = [_plain(path) for path in self.paths]
+        if sorted(found) != sorted(mine) or len(set(mine)) != len(mine):
+            return None
+        return [mine.index(name) for name in found]
 
     def _difference(self, tree: Any) -> str:
         paths = {path_name(path) for path, _ in jax.tree.leaves_with_path(tree)}
@@ -72,6 +118,14 @@ class TreeSpec:
         if not missing and not extra:
             return f"expected {self.treedef}, got {jax.tree.structure(tree)}"
         return f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}"
+
+
+def _is_hidden(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _plain(path: str) -> str:
+    return path.removesuffix("/value")
 
 
 def path_name(path: Any) -> str:

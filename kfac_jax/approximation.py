@@ -1,6 +1,7 @@
 """The approximate curvature as a structured linear operator over the parameters."""
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -76,7 +77,7 @@ def invert(blocks: dict[str, Block], damped: dict[str, dict[str, Array]]) -> Any
 
 
 def _check_damping(damping: Any) -> None:
-    if isinstance(damping, float | int) and not damping >= 0:
+    if isinstance(damping, numbers.Real) and not damping >= 0:
         raise ValueError(f"damping (λ) must be at least 0; got {damping}.")
 
 
@@ -106,7 +107,7 @@ class Approximation:
         leaves = self.tree.leaves(v, "the vector")
         vectors = layer_vectors(self.layers, leaves)
         mapped = {
-            layer.name: function(layer, vectors[layer.name])
+            layer.name: function(layer, vectors[layer.name].astype(layer.dtype))
             for layer in self.layers
             if layer.block is not None
         }
@@ -226,7 +227,7 @@ class Approximation:
     def trace(self) -> Array:
         """Returns the trace of F."""
         parts = [leaf.sum() for leaf in jax.tree.leaves(self.diagonal())]
-        return sum(parts[1:], start=parts[0])
+        return _total(parts)
 
     def logdet(self, damping: Any = 0.0, damping_mode: str = "exact") -> Array:
         """Returns `log det(F + λ I)`.
@@ -248,7 +249,7 @@ class Approximation:
             for layer in self.layers
             if layer.block is not None
         ]
-        return sum(parts, start=jnp.zeros(()))
+        return _total(parts)
 
     def sample(
         self, key: Array, damping: Any = 0.0, damping_mode: str = "exact"
@@ -276,6 +277,14 @@ class Approximation:
 
     def _spectrum(self, layer: Layer) -> Spectrum:
         return _block(layer).spectrum(self.factors[layer.name], layer.shape)
+
+
+def _total(parts: list[Array]) -> Array:
+    """Adds scalars in the widest of their types."""
+    if not parts:
+        return jnp.zeros(())
+    dtype = max((x.dtype for x in parts), key=lambda d: jnp.finfo(d).bits)
+    return jnp.stack([x.astype(dtype) for x in parts]).sum()
 
 
 def _block(layer: Layer) -> Block:

@@ -402,9 +402,17 @@ class Curvature:
         """Like `update_factors`; also returns how many layers' statistics were refused."""
         self._check_names(factors, "factors")
         self._check_names(statistics.layers, "statistics")
+        for layer in self.layers:
+            for which, found in (
+                ("factor_shapes", factors),
+                ("statistics_shapes", statistics.layers),
+            ):
+                _check_shapes(layer, which, found[layer.name])
         informed = statistics.weight > 0
         weight = jnp.where(informed, statistics.weight, 1.0)
-        epsilon = jnp.minimum(1.0 - 1.0 / jnp.asarray(step, jnp.float32), decay)
+        epsilon = jnp.minimum(
+            1.0 - 1.0 / jnp.asarray(step, float), jnp.asarray(decay, float)
+        )
         result: Factors = {}
         refused = jnp.zeros((), jnp.int32)
         for layer in self.layers:
@@ -424,6 +432,11 @@ class Curvature:
             }
             refused += (informed & ~finite).astype(jnp.int32)
         return result, refused
+
+    @property
+    def informed_layers(self) -> int:
+        """How many layers keep factors."""
+        return sum(bool(layer.factor_shapes) for layer in self.layers)
 
     def _check_names(self, found: Any, what: str) -> None:
         names = {layer.name for layer in self.layers}
@@ -461,6 +474,18 @@ def _gathers(layer: Layer) -> bool:
 
 def _squares(layer: Layer) -> bool:
     return layer.block is not None and not layer.tagged and bool(layer.factor_shapes)
+
+
+def _check_shapes(layer: Layer, which: str, found: dict[str, Array]) -> None:
+    expected = {
+        n: x.shape for n, x in jax.eval_shape(lambda: _zeros(layer, which)).items()
+    }
+    got = {name: jnp.shape(x) for name, x in found.items()}
+    if got != expected:
+        raise ValueError(
+            f"Layer '{layer.name}' expects {which.replace('_', ' ')} {expected}; got "
+            f"{got}. Statistics and factors must come from this very plan."
+        )
 
 
 def _zeros(layer: Layer, which: str) -> dict[str, Array]:

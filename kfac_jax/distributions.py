@@ -145,7 +145,7 @@ class Convex(Distribution):
             flat = lambda u: self.per_case_loss(u.reshape(shape), *data)  # noqa: E731
             hessian = jax.hessian(flat)(z.reshape(-1))
             w, u = jnp.linalg.eigh((hessian + hessian.T) / 2)
-            return u * jnp.sqrt(jnp.maximum(w, 0.0))
+            return u * jnp.sqrt(jnp.maximum(w, 0.0))[None, :]
 
         return jax.vmap(one)(z, *data)
 

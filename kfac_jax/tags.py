@@ -6,6 +6,7 @@ program that holds tags and never uses K-FAC is unchanged.
 """
 
 import math
+import numbers
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -273,7 +274,7 @@ def bind_loss(
         raise TypeError(
             f"A registered output must be real floating point; got {z.dtype}."
         )
-    if isinstance(weight, int | float) and not (weight >= 0 and math.isfinite(weight)):
+    if isinstance(weight, numbers.Real) and not (weight >= 0 and math.isfinite(weight)):
         raise ValueError(f"A loss weight must be finite and at least 0; got {weight}.")
     weight = jnp.asarray(weight, z.dtype)
     if weight.ndim:

@@ -17,12 +17,12 @@ from kfac_jax._step import (
     Schedule,
     Step,
     advance,
+    all_finite,
     at,
     check_common,
     check_kind,
     check_number,
     check_update,
-    dot,
     initial_damping,
     initial_info,
     loss_of,
@@ -87,6 +87,7 @@ def scale_by_kfac(
     def init(params: Params) -> KFACState:
         return KFACState(
             step=jnp.zeros((), jnp.int32),
+            batches=jnp.zeros((), jnp.int32),
             factors=curvature.init_factors_masked(params),
             inverses=init_inverses(curvature.layers),
             damping=initial_damping(damping),
@@ -113,9 +114,9 @@ def scale_by_kfac(
         )
         scaled = precondition(curvature.layers, state.inverses, grads)
         present = [x for x in scaled if x is not None]
-        finite = jnp.isfinite(dot(present, present))
+        finite = all_finite(present)
         scaled = [
-            None if x is None else jnp.where(finite, x, 0.0).astype(x.dtype)
+            None if x is None else jnp.where(finite, x, jnp.zeros_like(x))
             for x in scaled
         ]
         skipped = (refused | ~finite).astype(jnp.int32)
@@ -124,7 +125,7 @@ def scale_by_kfac(
             skipped_updates=state.info.skipped_updates + skipped,
         )
         state = state._replace(info=info, damping=at(damping, state.step))
-        return curvature.tree.restore(scaled), state
+        return curvature.tree.restore(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -195,6 +196,7 @@ def kfac(
     def init(params: Params) -> KFACState:
         return KFACState(
             step=jnp.zeros((), jnp.int32),
+            batches=jnp.zeros((), jnp.int32),
             factors=curvature.init_factors_masked(params),
             inverses=init_inverses(curvature.layers),
             damping=initial_damping(damping),
@@ -216,6 +218,8 @@ def kfac(
         assert statistics is not None
         if adaptive:
             _check_evaluation(curvature, params, value, args)
+        elif params is not None:
+            curvature.tree.masked_leaves(params, "params")
         grads = curvature.tree.masked_leaves(updates, "grads")
         velocity = curvature.tree.masked_leaves(state.velocity, "the velocity")
         count, now = state.step, state.damping
@@ -243,11 +247,12 @@ def kfac(
         else:
             state = state._replace(damping=at(damping, state.step))
         kept = [
-            jnp.where(finite, x, y).astype(y.dtype)
+            jnp.where(finite, x.astype(y.dtype), y)
             for x, y in zip(delta, step.previous, strict=True)
         ]
-        state = state._replace(velocity=curvature.tree.restore(_fill(kept, velocity)))
-        return curvature.tree.restore(_fill(delta, grads)), state
+        restore = curvature.tree.restore
+        state = state._replace(velocity=restore(_fill(kept, velocity), state.velocity))
+        return restore(_fill(delta, grads), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,6 +1,7 @@
 """Small models in raw JAX that several test files share."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def classes(seed: int, count: int, *shape: int) -> jax.Array:
 def dense_params(seed: int, *sizes: int, bias: bool = True) -> dict[str, Any]:
     """Weights `[in, out]` (and biases) of consecutive dense layers."""
     params = {}
-    for i, (n, m) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (n, m) in enumerate(itertools.pairwise(sizes)):
         params[f"layer{i}"] = {"w": array(seed + i, n, m, scale=1 / np.sqrt(n))}
         if bias:
             params[f"layer{i}"]["b"] = array(seed + 100 + i, m, scale=0.3)
@@ -54,7 +55,7 @@ def linear(params: dict[str, Any], x: jax.Array) -> jax.Array:
 
 
 def mixing(params: dict[str, Any], x: jax.Array) -> jax.Array:
-    """Positions `[b, s, i]` that see each other: each is centred by the example's mean."""
+    """Positions `[b, s, i]` that see each other: the example's mean is taken off."""
     h = jnp.tanh(dense(params["layer0"], x))
     h = h - 0.5 * jnp.broadcast_to(h.mean(1, keepdims=True), h.shape)
     return dense(params["layer1"], h)
@@ -148,7 +149,7 @@ def problem(
     params: Any = None,
     x: jax.Array | None = None,
 ) -> Problem:
-    """A model `apply` under a loss; outputs `[b, s, o]` are registered as `[b·s, o]`."""
+    """A model `apply` under a loss; outputs `[b, s, o]` are registered as rows."""
     params = dense_params(0, 3, 4, 3) if params is None else params
     x = array(50, 6, 3) if x is None else x
     loss = FAMILIES[family]

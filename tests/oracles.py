@@ -26,7 +26,7 @@ def jacobian(outputs: OutputsFn, params: Any) -> np.ndarray:
         z = outputs(unravel(theta))
         return z.reshape(len(z), -1)
 
-    return np.asarray(jax.jacobian(flat)(theta))
+    return np.asarray(jax.jit(jax.jacobian(flat))(theta))
 
 
 def output_hessians(nll: PerCase, z: jax.Array, *data: jax.Array) -> np.ndarray:
@@ -36,13 +36,13 @@ def output_hessians(nll: PerCase, z: jax.Array, *data: jax.Array) -> np.ndarray:
         flat = lambda u: nll(u.reshape(z.shape), *data)  # noqa: E731
         return jax.hessian(flat)(z.reshape(-1))
 
-    return np.asarray(jax.vmap(one)(z, *data))
+    return np.asarray(jax.jit(jax.vmap(one))(z, *data))
 
 
 def ggn(outputs: OutputsFn, nll: PerCase, params: Any, *data: Any) -> np.ndarray:
-    """`(1/N) Σ_n J_nᵀ H_n J_n`; with natural parameters as outputs, the exact Fisher."""
+    """`(1/N) Σ_n J_nᵀ H_n J_n`; the exact Fisher for natural parameters."""
     j = jacobian(outputs, params)
-    h = output_hessians(nll, outputs(params), *data)
+    h = output_hessians(nll, jax.jit(outputs)(params), *data)
     return np.einsum("nap,nab,nbq->pq", j, h, j) / len(j)
 
 
@@ -55,14 +55,14 @@ def empirical_fisher(
     def each(theta):
         return jax.vmap(nll)(outputs(unravel(theta)), *data)
 
-    g = np.asarray(jax.jacobian(each)(theta))
+    g = np.asarray(jax.jit(jax.jacobian(each))(theta))
     return g.T @ g / len(g)
 
 
 def hessian(loss: Callable[[Any], jax.Array], params: Any) -> np.ndarray:
     """The Hessian of a scalar function of the parameters."""
     theta, unravel = ravel_pytree(params)
-    return np.asarray(jax.hessian(lambda t: loss(unravel(t)))(theta))
+    return np.asarray(jax.jit(jax.hessian(lambda t: loss(unravel(t))))(theta))
 
 
 def indices(params: Any) -> dict[str, np.ndarray]:

@@ -78,7 +78,7 @@ AT = oracles.indices(PARAMS)
 
 
 def _matrix_places(layer):
-    """For each independent matrix of a layer, its entries' places in the raveled tree."""
+    """For each independent matrix of a layer, its entries' places once raveled."""
     if layer.name == "stack":
         return list(AT["stack"].transpose(0, 2, 1))  # used as w.T
     if layer.name.startswith("layer"):
@@ -140,12 +140,20 @@ def test_solve_and_powers(kind, mode):
     _, _, op = _case(kind)
     dense = _dense(kind, DAMPING, mode)
     v = oracles.vector(V)
-    solved = oracles.vector(op.solve(V, DAMPING, mode))
-    np.testing.assert_allclose(solved, np.linalg.solve(dense, v), rtol=1e-9, atol=1e-12)
-    for exponent in (-1.0, -0.5, 0.5, 1.0):
-        found = oracles.vector(op.power(V, exponent, DAMPING, mode))
+    exponents = (-1.0, -0.5, 0.5, 1.0)
+
+    @jax.jit
+    def compute(op):
+        solved = op.solve(V, DAMPING, mode)
+        return solved, [op.power(V, p, DAMPING, mode) for p in exponents]
+
+    solved, powers = compute(op)
+    tolerance = {"rtol": 1e-9, "atol": 1e-12}
+    expected = np.linalg.solve(dense, v)
+    np.testing.assert_allclose(oracles.vector(solved), expected, **tolerance)
+    for exponent, found in zip(exponents, powers, strict=True):
         expected = oracles.matrix_power(dense, exponent) @ v
-        np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(oracles.vector(found), expected, **tolerance)
 
 
 @pytest.mark.parametrize("mode", ["factored", "exact"])
@@ -156,7 +164,7 @@ def test_logdet(kind, mode):
     np.testing.assert_allclose(op.logdet(DAMPING, mode), expected, rtol=1e-11)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["Kronecker", "Full"])
 def test_samples_have_the_inverse_as_covariance(kind):
     _, _, op = _case(kind)
     keys = jax.random.split(jax.random.key(0), SAMPLES)
@@ -178,7 +186,22 @@ def test_solve_inverts_matvec_and_goes_through_jit(kind):
     assert len(leaves) == len(jax.tree.leaves(op.factors))
 
 
-# ---------------------------------------------------------------------- degenerate factors
+# ------------------------------------------------------------------- degenerate factors
+
+
+@jax.jit
+def _damped(op):
+    """Everything that damping makes well-defined, in both modes."""
+    return [
+        (
+            op.solve(V, 1e-3, mode),
+            op.power(V, -0.5, 1e-3, mode),
+            op.logdet(1e-3, mode),
+            op.sample(jax.random.key(0), 1e-3, mode),
+        )
+        for mode in ("factored", "exact")
+    ]
+
 
 DEGENERATE = {
     "zero": {"scale": 0.0},
@@ -192,20 +215,12 @@ DEGENERATE = {
 def test_degenerate_factors_stay_finite_with_damping(kind, name):
     curvature = _plan(kind)
     op = curvature.approximation(_random_factors(curvature, 3, **DEGENERATE[name]))
-    for mode in ("factored", "exact"):
-        for result in (
-            op.solve(V, 1e-3, mode),
-            op.power(V, -0.5, 1e-3, mode),
-            op.logdet(1e-3, mode),
-            op.sample(jax.random.key(0), 1e-3, mode),
-        ):
-            assert np.isfinite(oracles.vector(result)).all()
+    results = _damped(op)
+    assert np.isfinite(oracles.vector(results)).all()
     if name == "zero":  # what is left is λ I, also in factored form
-        for mode in ("factored", "exact"):
+        for solved, *_ in results:
             np.testing.assert_allclose(
-                oracles.vector(op.solve(V, 1e-3, mode)),
-                oracles.vector(V) * 1e3,
-                rtol=1e-9,
+                oracles.vector(solved), oracles.vector(V) * 1e3, rtol=1e-9
             )
 
 
@@ -235,7 +250,7 @@ def test_a_hopeless_condition_number_stays_finite():
         assert np.isfinite(oracles.vector(op.solve(V, 1.0, mode))).all()
 
 
-# ------------------------------------------------------------------ layers without a block
+# --------------------------------------------------------------- layers without a block
 
 
 def test_a_layer_without_a_block_is_the_identity_without_damping():
@@ -250,7 +265,7 @@ def test_a_layer_without_a_block_is_the_identity_without_damping():
     np.testing.assert_array_equal(dense[np.ix_(rows, rows)], np.eye(len(rows)))
 
 
-# --------------------------------------------------------------------------- narrow types
+# ------------------------------------------------------------------------- narrow types
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -264,23 +279,29 @@ def test_the_operator_of_narrow_parameters(kind, dtype):
     assert all(f.dtype == jnp.float32 for f in jax.tree.leaves(factors))
     op = curvature.approximation(curvature.init_factors(params) | factors)
     v = jax.tree.map(lambda a: a.astype(dtype), V)
-    results = {
-        "matvec": op.matvec(v),
-        "solve": op.solve(v, 0.1),
-        "solve exact": op.solve(v, 0.1, "exact"),
-        "power": op.power(v, -0.5, 0.1),
-        "diagonal": op.diagonal(),
-        "sample": op.sample(jax.random.key(0), 0.1),
-    }
+
+    @jax.jit
+    def compute(op):
+        results = {
+            "matvec": op.matvec(v),
+            "solve": op.solve(v, 0.1),
+            "solve exact": op.solve(v, 0.1, "exact"),
+            "power": op.power(v, -0.5, 0.1),
+            "diagonal": op.diagonal(),
+            "sample": op.sample(jax.random.key(0), 0.1),
+        }
+        return results, (op.trace(), op.logdet(0.1)), op.to_dense()
+
+    results, scalars, dense = compute(op)
     for name, result in results.items():
         for leaf in jax.tree.leaves(result):
             assert leaf.dtype == dtype, name
             assert jnp.isfinite(leaf).all(), name
-    assert jnp.isfinite(op.trace()) and jnp.isfinite(op.logdet(0.1))
-    assert op.to_dense().shape == (len(oracles.vector(v)),) * 2
+    assert all(jnp.isfinite(x) for x in scalars)
+    assert dense.shape == (len(oracles.vector(v)),) * 2
 
 
-# -------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------- errors
 
 
 def test_bad_arguments_are_refused():

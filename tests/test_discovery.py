@@ -40,7 +40,7 @@ def _kinds(curvature):
     return {layer.name: layer.kind for layer in curvature.layers}
 
 
-# -------------------------------------------------------------- one weight, one dot_general
+# ---------------------------------------------------------- one weight, one dot_general
 
 IO, OI = (I, O), (O, I)
 DENSE = {
@@ -145,7 +145,7 @@ def test_low_precision_weights_of_a_mixed_precision_model():
     )
 
 
-# ------------------------------------------------------------------------------ the bias
+# ----------------------------------------------------------------------------- the bias
 
 
 def _affine(add):
@@ -243,7 +243,7 @@ def test_two_biases_and_a_bias_shared_by_two_weights():
     assert next(x for x in plan.layers if x.name == "b").uses == 2
 
 
-# ------------------------------------------------------------- scale, shift and other uses
+# ---------------------------------------------------------- scale, shift and other uses
 
 
 def _wide(p, x):
@@ -377,7 +377,7 @@ def test_a_generic_diagonal_is_unbiased():
     np.testing.assert_allclose(found.reshape(-1), expected, rtol=tolerance)
 
 
-# ----------------------------------------------------------------------- several uses
+# ------------------------------------------------------------------------- several uses
 
 
 def test_a_weight_used_twice_sums_over_its_uses():
@@ -454,7 +454,7 @@ def test_a_penalty_or_a_metric_is_no_use():
     assert [(x.kind, x.uses) for x in plan.layers] == [("dense", 1)]
 
 
-# ------------------------------------------------------------------------ control flow
+# ------------------------------------------------------------------------- control flow
 
 STACK = {"w": models.array(0, 3, I, I), "b": models.array(1, 3, I)}
 
@@ -627,7 +627,7 @@ def test_a_closed_over_tracer_is_no_constant():
     np.testing.assert_allclose(trace_of_the_input_factor(jnp.asarray(0.3)), expected)
 
 
-# --------------------------------------------------------------------------- libraries
+# ---------------------------------------------------------------------------- libraries
 
 
 class _Linen(flax.linen.Module):
@@ -683,7 +683,7 @@ def test_every_library_gives_two_joint_dense_layers(library):
     assert mask.sum() >= 9**2 + 4**2 - 9**2 // 2
 
 
-# ------------------------------------------------------------------------- blocks= and tags
+# --------------------------------------------------------------------- blocks= and tags
 
 PAIR = models.dense_params(5, I, 3, O)
 

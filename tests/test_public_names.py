@@ -6,12 +6,13 @@ import types
 import kfac_jax
 
 TOP = """
-BlockDiagonal Curvature Info KFACState Layer LevenbergMarquardt QuadraticModel Statistics
-blocks kfac losses make_curvature register_categorical_predictive_distribution
-register_conv2d register_dense register_generic
-register_multi_bernoulli_predictive_distribution register_normal_predictive_distribution
-register_scale_and_shift register_sigmoid_cross_entropy_loss
-register_softmax_cross_entropy_loss register_squared_error_loss scale_by_kfac
+BlockDiagonal Curvature Info KFACState Layer LevenbergMarquardt QuadraticModel
+Statistics blocks kfac losses make_curvature
+register_categorical_predictive_distribution register_conv2d register_dense
+register_generic register_multi_bernoulli_predictive_distribution
+register_normal_predictive_distribution register_scale_and_shift
+register_sigmoid_cross_entropy_loss register_softmax_cross_entropy_loss
+register_squared_error_loss scale_by_kfac
 """
 BLOCKS = "Block BlockShape Diagonal Full Identity Kronecker Spectrum"
 LOSSES = """
@@ -77,7 +78,7 @@ def test_make_curvature_takes_only_the_documented_options():
     assert (
         list(signature.parameters)
         == (
-            "loss_fn params args has_aux estimation_mode blocks structure weight_sharing "
-            "on_unmatched num_samples statistics_fraction l2"
+            "loss_fn params args has_aux estimation_mode blocks structure "
+            "weight_sharing on_unmatched num_samples statistics_fraction l2"
         ).split()
     )

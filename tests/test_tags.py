@@ -1,4 +1,4 @@
-"""Tags are the identity: in value, in gradient, under every transformation, compiled."""
+"""Tags are the identity in value and gradient, transformed or compiled."""
 
 import re
 from collections import Counter
@@ -180,7 +180,7 @@ def test_aliases_are_the_same_functions():
     )
 
 
-# ------------------------------------------------------------- registered per example
+# --------------------------------------------------------------- registered per example
 
 
 def _softmax(z, y):

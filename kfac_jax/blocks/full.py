@@ -47,7 +47,7 @@ class Full(Block):
     def damp(self, factors: Factors, damping: Array) -> Factors:
         """Adds λ to the diagonal."""
         f = factors["full"]
-        eye = jnp.eye(f.shape[-1], dtype=f.dtype)
+        eye = jnp.broadcast_to(jnp.eye(f.shape[-1], dtype=f.dtype), f.shape)
         return {"full": f + jnp.asarray(damping, f.dtype) * eye}
 
     def solve(self, inverses: Factors, v: Array) -> Array:

@@ -18,7 +18,7 @@ def _second_moment(x: Array) -> Array:
 
 
 def _eye(x: Array) -> Array:
-    return jnp.eye(x.shape[-1], dtype=x.dtype)
+    return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

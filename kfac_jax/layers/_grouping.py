@@ -304,6 +304,11 @@ def _as_rule(
         return lambda layer: next(
             (block for key, block in blocks.items() if _fits(key, layer)), layer.block
         )
+    if isinstance(blocks, type):
+        raise TypeError(
+            f"blocks must hold blocks, not classes: write {blocks.__name__}() for "
+            f"{blocks.__name__}."
+        )
     if callable(blocks):
         return blocks
     raise TypeError(

@@ -80,7 +80,7 @@ def _pad(x: Array, size: int) -> Array:
     if d == size:
         return x
     x = jnp.pad(x, ((0, 0), (0, size - d), (0, size - d)))
-    return x + jnp.diag((jnp.arange(size) >= d).astype(x.dtype))
+    return x + jnp.diag((jnp.arange(size) >= d).astype(x.dtype))[None]
 
 
 def _sweep(x: Array) -> Array:
