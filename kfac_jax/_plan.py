@@ -12,6 +12,7 @@ import numpy as np
 from jax import Array
 
 from kfac_jax import _batch, _estimation, _report
+from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
 from kfac_jax._jaxpr.discovery import Found, discover
 from kfac_jax._jaxpr.interpreter import Probe, Program, Tap, run
@@ -134,7 +135,21 @@ def trace(
             "add one, e.g. kfac_jax.register_softmax_cross_entropy_loss(logits, "
             "labels)."
         )
+    _check_cases(program)
     return Traced(found, structure[-1])
+
+
+def _check_cases(program: graph_lib.Graph) -> None:
+    for node in program.walk():
+        if node.name != "kfac_loss":
+            continue
+        shape, rank = node.shape(), node.params["distribution"].event_rank
+        if len(shape) < 1 + rank:
+            raise ValueError(
+                f"A registered output needs a leading axis of cases; got shape {shape} at "
+                f"{_compat.source_line(node.equation)}. Register the batch's output, e.g. "
+                "[n, classes], or the output of one case inside vmap."
+            )
 
 
 class LossTypeError(TypeError):

@@ -476,6 +476,9 @@ def _squares(layer: Layer) -> bool:
     return layer.block is not None and not layer.tagged and bool(layer.factor_shapes)
 
 
+_WHAT = {"factor_shapes": "factors", "statistics_shapes": "statistics"}
+
+
 def _check_shapes(layer: Layer, which: str, found: dict[str, Array]) -> None:
     expected = {
         n: x.shape for n, x in jax.eval_shape(lambda: _zeros(layer, which)).items()
@@ -483,8 +486,8 @@ def _check_shapes(layer: Layer, which: str, found: dict[str, Array]) -> None:
     got = {name: jnp.shape(x) for name, x in found.items()}
     if got != expected:
         raise ValueError(
-            f"Layer '{layer.name}' expects {which.replace('_', ' ')} {expected}; got "
-            f"{got}. Statistics and factors must come from this very plan."
+            f"{_WHAT[which]} must have the shapes {expected} for layer '{layer.name}'; "
+            f"got {got}. Use what this very plan returned."
         )
 
 
