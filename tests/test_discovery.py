@@ -368,7 +368,7 @@ def test_a_generic_diagonal_is_unbiased():
     samples = 4000
 
     def one(key):
-        return plan.value_grad_and_statistics(p, X, rng=key)[2].layers[""]["diagonal"]
+        return plan.value_grad_and_statistics(p, X, rng=key)[2].layers["params"]["diagonal"]
 
     keys = jax.random.split(jax.random.key(0), samples)
     found = jax.jit(lambda keys: jax.vmap(one)(keys).mean(0))(keys)
@@ -391,7 +391,7 @@ def test_a_weight_used_twice_sums_over_its_uses():
     _, factors = models.exact_factors(_loss(apply), w, X)
     first, second = np.asarray(X), np.tanh(np.asarray(X @ w))
     expected = (first.T @ first + second.T @ second) / (2 * B)
-    np.testing.assert_allclose(factors[""]["input"], expected, rtol=1e-12)
+    np.testing.assert_allclose(factors["params"]["input"], expected, rtol=1e-12)
 
 
 def test_weight_and_bias_used_twice_stay_joined():
@@ -621,7 +621,7 @@ def test_a_closed_over_tracer_is_no_constant():
     def trace_of_the_input_factor(temperature):
         apply = lambda w, x: x @ (w * jnp.exp(temperature))  # noqa: E731
         _, factors = models.exact_factors(_loss(apply), w, X)
-        return jnp.trace(factors[""]["input"])
+        return jnp.trace(factors["params"]["input"])
 
     expected = np.exp(0.6) * np.square(X).sum() / B
     np.testing.assert_allclose(trace_of_the_input_factor(jnp.asarray(0.3)), expected)

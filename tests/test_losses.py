@@ -202,7 +202,7 @@ def test_convex_cross_entropy_equals_categorical():
     w = models.array(0, 3, 4)
     x, y = models.array(1, 6, 3), models.classes(2, 4, 6)
     pair = [
-        models.exact_factors(lambda *a, c=c: loss_fn(*a, c), w, x, y)[1][""]
+        models.exact_factors(lambda *a, c=c: loss_fn(*a, c), w, x, y)[1]["params"]
         for c in (True, False)
     ]
     for name in pair[0]:
@@ -279,9 +279,9 @@ def test_masked_rows_count_neither_in_a_nor_in_g():
         _masked_loss, w, x[kept], y[kept], jnp.ones(len(kept))
     )
     for name in ("input", "output"):
-        np.testing.assert_allclose(found[""][name], expected[""][name], rtol=1e-12)
+        np.testing.assert_allclose(found["params"][name], expected["params"][name], rtol=1e-12)
     a = np.asarray(x)[kept]
-    np.testing.assert_allclose(found[""]["input"], a.T @ a / len(kept), rtol=1e-12)
+    np.testing.assert_allclose(found["params"]["input"], a.T @ a / len(kept), rtol=1e-12)
 
 
 def test_a_mask_over_positions_inside_a_case():
@@ -305,7 +305,7 @@ def test_a_mask_over_positions_inside_a_case():
         ).sum()
 
     expected = oracles.ggn(lambda w: x @ w, nll, w, y, mask)
-    np.testing.assert_allclose(factors[""]["full"], expected, atol=1e-12)
+    np.testing.assert_allclose(factors["params"]["full"], expected, atol=1e-12)
 
 
 def test_a_loss_registered_inside_scan_sums_over_steps():

@@ -73,7 +73,8 @@ def scan_layout(params: dict[str, Any]) -> ScanLayout:
 
 def source_line(equation: Any) -> str:
     """Returns `file:line (function)` of the user's code that made the equation."""
-    return source_info_util.summarize(equation.source_info)
+    line = source_info_util.summarize(equation.source_info)
+    return "" if line.startswith("<unknown>") else line
 
 
 def under(equation: Any) -> Any:

@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.sites import Site
@@ -114,7 +113,9 @@ def dot_general(
         weight=(view.source, found),
         bias=None,
         scale=view.scale,
-        source=_compat.source_line(node.equation),
+        scans=view.scans,
+        repeated=view.repeated,
+        source=node.source,
     )
     return _linear(node, site)
 
@@ -185,7 +186,9 @@ def _elementwise(
         weight=(view.source, found) if kind == "scale" else None,
         bias=None if kind == "scale" else (view.source, found),
         scale=view.scale if kind == "scale" else view.scale * sign,
-        source=_compat.source_line(node.equation),
+        scans=view.scans,
+        repeated=view.repeated,
+        source=node.source,
     )
     return _linear(node, site)
 
@@ -256,7 +259,9 @@ def _tagged_dense(
         weight=(w.source, weight),
         bias=(b.source, bias) if b is not None and bias is not None else None,
         scale=w.scale,
-        source=_compat.source_line(node.equation),
+        scans=w.scans,
+        repeated=w.repeated,
+        source=node.source,
     )
     return _linear(node, site)
 
@@ -309,7 +314,9 @@ def _tagged_scale_and_shift(
         weight=None if scale_view is None else (scale_view.source, weight),
         bias=None if shift_view is None else (shift_view.source, bias),
         scale=first.scale,
-        source=_compat.source_line(node.equation),
+        scans=first.scans,
+        repeated=first.repeated,
+        source=node.source,
     )
     return _linear(node, site)
 

@@ -6,6 +6,7 @@ equations are layers; everything else is recorded as unmatched, with the equatio
 the line.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -130,16 +131,12 @@ class _Finder:
             self.uses.append(outcome.site)
             self.linear[node.outputs[0]] = outcome
         elif isinstance(outcome, consumers.Generic):
-            self.uses.append(
-                OtherUse(
-                    outcome.leaf, "generic", "", _compat.source_line(node.equation)
-                )
-            )
+            self.uses.append(OtherUse(outcome.leaf, "generic", "", node.source))
         else:
             self._refuse(node, views, outcome.reason)
 
     def _refuse(self, node: Node, views: Sequence[View | None], reason: str) -> None:
-        line = _compat.source_line(node.equation)
+        line = node.source
         for view in views:
             if view is not None:
                 self.uses.append(OtherUse(view.source, "unmatched", reason, line))
@@ -154,6 +151,7 @@ class _Finder:
         if linear is None or self.counts.get(other) != 1 or node.name == "sub":
             return shift
         plain = consumers.is_one(view.scale) and consumers.is_one(linear.view.scale)
+        plain = plain and view.scans == linear.site.scans
         joint = consumers.bias_layout(linear, view, shapes) if plain else None
         if joint is None:
             return shift
@@ -179,7 +177,9 @@ class _Finder:
         values = [self.value(atom) for atom in node.inputs]
         if any(value is None for value in values) or not values:
             return
-        with jax.ensure_compile_time_eval():
+        traced = any(isinstance(value, jax.core.Tracer) for value in values)
+        context = contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
+        with context:
             (self.known[node.outputs[0]],) = _compat.evaluate(node.equation, values)
 
     def _enter(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
@@ -219,7 +219,9 @@ class _Finder:
                 view = None
             elif view is not None and i >= first_xs:
                 self.scanned.setdefault(node, set()).add(view.source)
-                view = view.unstacked()
+                view = view.unstacked(node.outputs[0])
+            elif view is not None:
+                view = dataclasses.replace(view, repeated=True)
             result.append(view)
         return result
 
@@ -277,7 +279,15 @@ CONSUMERS: dict[str, Callable[..., consumers.Outcome]] = {
     "kfac_generic": consumers.generic,
 }
 
-BODY_OFFSETS = {"scan": 0, "cond": 1, "checkpoint": 0, "remat2": 0, "remat": 0}
+BODY_OFFSETS = {
+    "scan": 0,
+    "cond": 1,
+    "checkpoint": 0,
+    "remat2": 0,
+    "remat": 0,
+    "custom_jvp_call": 0,
+    "custom_vjp_call": 0,
+}
 """Equations discovery looks into, and where their bodies' operands begin."""
 
 __all__ = ["CONSUMERS", "Found", "Site", "discover"]

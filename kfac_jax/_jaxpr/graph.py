@@ -34,12 +34,22 @@ _CALL_PARAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """One equation, its operands and results by id, and its bodies if it has any."""
+    """One equation, its operands and results by id, and its bodies if it has any.
+
+    `callers` are the equations of the calls it is inlined from, outermost first.
+    """
 
     equation: Any
     inputs: tuple[Atom, ...]
     outputs: tuple[int, ...]
     bodies: tuple["Graph", ...] = ()
+    callers: tuple[Any, ...] = ()
+
+    @property
+    def source(self) -> str:
+        """The user's source line: the equation's own, or the call's it is inlined from."""
+        lines = map(_compat.source_line, (self.equation, *reversed(self.callers)))
+        return next((line for line in lines if line), "")
 
     @property
     def name(self) -> str:
@@ -93,7 +103,7 @@ class _Builder:
         names = [self._define(env, var) for var in jaxpr.constvars]
         bound = dict(zip(names, constants, strict=True))
         nodes: list[Node] = []
-        outputs = self._body(jaxpr, env, nodes, bound)
+        outputs = self._body(jaxpr, env, nodes, bound, ())
         return Graph(inputs, bound, tuple(nodes), outputs)
 
     def _define(self, env: dict[Any, Atom], var: Any) -> int:
@@ -101,7 +111,12 @@ class _Builder:
         return env[var]
 
     def _body(
-        self, jaxpr: Any, env: dict[Any, Atom], nodes: list[Node], bound: dict[int, Any]
+        self,
+        jaxpr: Any,
+        env: dict[Any, Atom],
+        nodes: list[Node],
+        bound: dict[int, Any],
+        callers: tuple[Any, ...],
     ) -> tuple[Atom, ...]:
         def read(atom: Any) -> Atom:
             return atom if isinstance(atom, _compat.Literal) else env[atom]
@@ -114,12 +129,12 @@ class _Builder:
                 scope = dict(zip(inner.invars, inputs, strict=True))
                 for var, value in zip(inner.constvars, constants, strict=True):
                     bound[self._define(scope, var)] = value
-                results = self._body(inner, scope, nodes, bound)
+                results = self._body(inner, scope, nodes, bound, (*callers, equation))
                 env.update(zip(equation.outvars, results, strict=True))
                 continue
             outputs = tuple(self._define(env, var) for var in equation.outvars)
             bodies = tuple(self.graph(body) for body in _bodies(equation))
-            nodes.append(Node(equation, inputs, outputs, bodies))
+            nodes.append(Node(equation, inputs, outputs, bodies, callers))
         return tuple(read(atom) for atom in jaxpr.outvars)
 
 

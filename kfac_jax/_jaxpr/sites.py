@@ -25,6 +25,8 @@ class Site:
       weight: leaf and layout of the weight, or None for a shift.
       bias: leaf and layout of the bias added to `y`, or None.
       scale: the scalar factor between the leaf and what multiplies `x`.
+      scans: the scans that run over the parameter.
+      repeated: whether a scan uses the parameter in all its steps.
       source: the user's source line.
     """
 
@@ -37,6 +39,8 @@ class Site:
     weight: tuple[int, Layout] | None
     bias: tuple[int, Layout] | None
     scale: Any
+    scans: tuple[int, ...]
+    repeated: bool
     source: str
 
     def canonical(

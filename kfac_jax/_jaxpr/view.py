@@ -39,6 +39,8 @@ class View:
       axes: the value's axes.
       stacked: the pieces of axes that enclosing scans run over, outermost first.
       scale: the product of the scalar factors, a number or a scalar array.
+      scans: which scans those are.
+      repeated: whether a scan uses the same entries in all its steps.
     """
 
     source: int
@@ -46,6 +48,8 @@ class View:
     axes: tuple[Axis, ...]
     stacked: tuple[Axis, ...] = ()
     scale: Any = 1.0
+    scans: tuple[int, ...] = ()
+    repeated: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -104,10 +108,13 @@ class View:
         """Multiplies by a scalar."""
         return dataclasses.replace(self, scale=self.scale * factor)
 
-    def unstacked(self) -> "View":
+    def unstacked(self, scan: int) -> "View":
         """Removes the leading axis, which a scan runs over."""
         return dataclasses.replace(
-            self, axes=self.axes[1:], stacked=(*self.stacked, self.axes[0])
+            self,
+            axes=self.axes[1:],
+            stacked=(*self.stacked, self.axes[0]),
+            scans=(*self.scans, scan),
         )
 
 
