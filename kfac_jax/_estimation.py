@@ -92,8 +92,10 @@ def sum_over_outputs(
     for index, (loss, state) in enumerate(zip(losses, states, strict=True)):
         cases, *event = loss.z.shape
         size = math.prod(event)
-        within = (1, cases, 1)
-        if isinstance(state, Examples) and state.axis == 0:
+        within = (1, 1, cases)  # not known: every case by itself
+        if state is None:
+            within = (1, cases, 1)
+        elif isinstance(state, Examples) and state.axis == 0:
             within = (state.outer, state.size, state.inner)
         outer, _, inner = within
 

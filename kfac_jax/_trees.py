@@ -129,8 +129,8 @@ def _plain(path: str) -> str:
 
 
 def path_name(path: Any) -> str:
-    """Writes a path of keys as `a/0/b`."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    """Writes a path of keys as `a/0/b`; the tree's root as `params`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/") or "params"
 
 
 def tree_spec(params: Any) -> TreeSpec:

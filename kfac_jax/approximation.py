@@ -193,6 +193,7 @@ class Approximation:
         def apply(layer: Layer, x: Array) -> Array:
             spectrum = self._spectrum(layer)
             values = spectrum.eigenvalues(damping, damping_mode) ** exponent
+            values = values.astype(x.dtype)
             return spectrum.from_basis(values * spectrum.to_basis(x))
 
         return self._map(v, apply)

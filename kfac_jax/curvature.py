@@ -10,7 +10,7 @@ from jax import Array
 
 from kfac_jax import _batch, _estimation, _plan, _report
 from kfac_jax._dtypes import wide
-from kfac_jax._jaxpr.interpreter import run
+from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation, layer_vectors
 from kfac_jax.blocks import Block
@@ -124,6 +124,9 @@ class Curvature:
             part = _batch.take(args, self.statistics_fraction)
             return value, grads, self._linearize(params, part, leaves)[2](rng)
         value, gradient, statistics = self._linearize(params, args, leaves)
+        if gradient is None:  # a custom derivative rule decides about the gradient
+            value, grads = self.value_and_grad(params, *args)
+            return value, grads, statistics(rng)
         grads = jax.tree.unflatten(self.tree.treedef, gradient())
         return value, grads, statistics(rng)
 
@@ -146,7 +149,9 @@ class Curvature:
 
     def _linearize(
         self, params: Params, args: Any, leaves: Sequence[Array]
-    ) -> tuple[Any, Callable[[], list[Array]], Callable[[Array | None], Statistics]]:
+    ) -> tuple[
+        Any, Callable[[], list[Array]] | None, Callable[[Array | None], Statistics]
+    ]:
         """One forward pass; pulls back the loss, or output cotangents, on demand."""
         traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
         program = self._program(traced)
@@ -177,7 +182,7 @@ class Curvature:
             return self._statistics(losses, states, pull_outputs, rng)
 
         value = (loss, traced.unflatten_aux(aux)) if self.has_aux else loss
-        return value, gradient, statistics
+        return value, None if replaces_rules(program) else gradient, statistics
 
     def _statistics(
         self,
@@ -206,10 +211,13 @@ class Curvature:
             # random
             key = jax.random.key(0) if rng is None else rng
             signs = _estimation.random_cotangents(losses, mode, key)
-            gathered = {
-                **_estimation.sum_over_outputs(losses, states, tapped),
-                **others(signs),
-            }
+            rows = tapped(signs)
+            columns = _estimation.sum_over_outputs(
+                losses, states, lambda u: self._without_rows(tapped(u))
+            )
+            gathered = others(signs)
+            for index, part in rows.items():
+                gathered[index] = {**part, **columns[index]}
         else:
             count = self.num_samples if _estimation.needs_rng(mode) else 1
 
@@ -230,6 +238,17 @@ class Curvature:
                 for index, layer in enumerate(self.layers)
             },
         )
+
+    def _without_rows(self, gathered: Any) -> Any:
+        """Leaves out what only depends on which rows count, not on their gradients."""
+        return {
+            index: {
+                name: value
+                for name, value in part.items()
+                if name not in _row_statistics(self.layers[index])
+            }
+            for index, part in gathered.items()
+        }
 
     def _program(self, traced: _plan.Traced) -> Any:
         """The program with a tap at every site, after checking that the plan still fits."""
@@ -489,6 +508,10 @@ def _check_shapes(layer: Layer, which: str, found: dict[str, Array]) -> None:
             f"{_WHAT[which]} must have the shapes {expected} for layer '{layer.name}'; "
             f"got {got}. Use what this very plan returned."
         )
+
+
+def _row_statistics(layer: Layer) -> frozenset[str]:
+    return frozenset() if layer.block is None else layer.block.row_statistics
 
 
 def _zeros(layer: Layer, which: str) -> dict[str, Array]:

@@ -279,9 +279,13 @@ def test_masked_rows_count_neither_in_a_nor_in_g():
         _masked_loss, w, x[kept], y[kept], jnp.ones(len(kept))
     )
     for name in ("input", "output"):
-        np.testing.assert_allclose(found["params"][name], expected["params"][name], rtol=1e-12)
+        np.testing.assert_allclose(
+            found["params"][name], expected["params"][name], rtol=1e-12
+        )
     a = np.asarray(x)[kept]
-    np.testing.assert_allclose(found["params"]["input"], a.T @ a / len(kept), rtol=1e-12)
+    np.testing.assert_allclose(
+        found["params"]["input"], a.T @ a / len(kept), rtol=1e-12
+    )
 
 
 def test_a_mask_over_positions_inside_a_case():

@@ -250,7 +250,30 @@ def _cond(
     return list(jax.lax.switch(operands[0], branches, *operands[1:])), []
 
 
+def _inline(
+    program: Program,
+    node: Node,
+    operands: Sequence[Any],
+    probes: Mapping[int, Probe] | None,
+) -> tuple[list[Any], list[RegisteredLoss]]:
+    """Statistics pass through the function itself, not through its custom rule."""
+    return _run(program, node.bodies[0], operands, probes)
+
+
+CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
+
+
+def replaces_rules(program: Program) -> bool:
+    """Whether gathering statistics goes around a custom derivative rule of the user."""
+    return any(
+        node.name in CUSTOM_RULES and _interesting(program, node, {})
+        for node in program.graph.walk()
+    )
+
+
 CONTROL: dict[str, ControlRule] = {
+    "custom_jvp_call": _inline,
+    "custom_vjp_call": _inline,
     "checkpoint": _checkpoint,
     "remat2": _checkpoint,
     "remat": _checkpoint,

@@ -86,6 +86,9 @@ class Block(abc.ABC):
     elementwise: ClassVar[frozenset[str]] = frozenset()
     """Which results of `damp` are inverted by reciprocals."""
 
+    row_statistics: ClassVar[frozenset[str]] = frozenset()
+    """Statistics of inputs only: exact modes gather them once, not for each output."""
+
     @abc.abstractmethod
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """Shapes of the statistics, each with the `stacked` axes in front."""

@@ -40,6 +40,8 @@ class Kronecker(Block):
     Kronecker()
     """
 
+    row_statistics = frozenset({"input", "count"})
+
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """Sums for both factors, and the number of rows that count."""
         return self.factor_shapes(shape) | {"count": shape.lead}

@@ -266,11 +266,12 @@ def _choose(
         lost = layer.tagged and not all(
             isinstance(site.examples, Examples) for site in sites
         )
-        if lost and block is not None and block.needs_examples:
-            reason = (
-                f"{block!r} sums within an example, and which rows of this layer "
-                "belong "
-                "to one example could not be followed"
+        shared = len(sites) > 1 or any(site.repeated for site in sites)
+        if (lost or shared) and block is not None and block.needs_examples:
+            reason = f"{block!r} sums within an example, and " + (
+                "this layer is used several times for each example"
+                if shared
+                else "which rows belong to one example could not be followed"
             )
             result.extend(
                 (_unmatched(leaves[leaf], layer, reason), []) for leaf in layer.leaves
