@@ -238,14 +238,14 @@ def test_two_biases_and_a_bias_shared_by_two_weights():
         b = jnp.broadcast_to(p["b"], (B, O))
         return jnp.tanh(x @ p["v"] + b) + jnp.tanh(x @ p["w"] + b)
 
-    with pytest.warns(UserWarning, match="b: .* used several times"):
-        plan = _plan(apply, params, X)
+    plan = _plan(apply, params, X)
     by_name = {layer.name: layer for layer in plan.layers}
     assert {name: layer.params for name, layer in by_name.items()} == {
         name: (name,) for name in ("v", "w", "b")
     }
     assert by_name["v"].kind == by_name["w"].kind == "dense"
-    assert by_name["b"].uses == 2
+    assert by_name["b"].uses == 2 and by_name["b"].kind == "shift"
+    assert isinstance(by_name["b"].block, blocks.Kronecker)
 
 
 # ---------------------------------------------------------- scale, shift and other uses
@@ -256,17 +256,21 @@ def _wide(p, x):
 
 
 OTHERS = {
-    "scale": (lambda p, x: x * _wide(p, x), (I,), {"": "scale"}),
-    "scale on the left": (lambda p, x: _wide(p, x) * x, (I,), {"": "scale"}),
-    "scalar scale": (lambda p, x: _wide(p, x) * x, (), {"": "scale"}),
-    "shift": (lambda p, x: x + _wide(p, x), (I,), {"": "shift"}),
-    "subtracted": (lambda p, x: x - _wide(p, x), (I,), {"": "shift"}),
-    "generic": (lambda p, x: x @ kfac_jax.register_generic(p), (I, O), {"": "generic"}),
-    "unused": (lambda p, x: x, (I,), {"": "unused"}),
+    "scale": (lambda p, x: x * _wide(p, x), (I,), {"params": "scale"}),
+    "scale on the left": (lambda p, x: _wide(p, x) * x, (I,), {"params": "scale"}),
+    "scalar scale": (lambda p, x: _wide(p, x) * x, (), {"params": "scale"}),
+    "shift": (lambda p, x: x + _wide(p, x), (I,), {"params": "shift"}),
+    "subtracted": (lambda p, x: x - _wide(p, x), (I,), {"params": "shift"}),
+    "generic": (
+        lambda p, x: x @ kfac_jax.register_generic(p),
+        (I, O),
+        {"params": "generic"},
+    ),
+    "unused": (lambda p, x: x, (I,), {"params": "unused"}),
     "only its gradient is stopped": (
         lambda p, x: x + 0.0 * x.sum(),
         (I,),
-        {"": "unused"},
+        {"params": "unused"},
     ),
 }
 
@@ -584,9 +588,6 @@ WRAPPERS = {
     ),
     "custom_jvp": _custom_jvp,
     "custom_vjp": _custom_vjp,
-    "shard_map": lambda f: jax.shard_map(
-        f, mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data")
-    ),
     "named call": jax.named_call,
 }
 NET = models.dense_params(3, I, 3, 1)
@@ -741,9 +742,14 @@ def test_bad_choices_are_refused(spec, error, match):
 
 
 def test_a_layer_block_for_a_parameter_without_one_is_refused():
-    with pytest.raises(ValueError, match=r"'' \(generic\) has no inputs and outputs"):
+    with pytest.raises(
+        ValueError, match=r"'params' \(generic\) has no inputs and outputs"
+    ):
         _plan(
-            OTHERS["generic"][0], models.array(0, I, O), X, blocks={"": blocks.Full()}
+            OTHERS["generic"][0],
+            models.array(0, I, O),
+            X,
+            blocks={"params": blocks.Full()},
         )
 
 
@@ -811,6 +817,18 @@ def test_a_tag_without_a_block_says_so():
 
     with pytest.warns(UserWarning, match="tagged as conv2d"):
         _plan(apply, models.array(0, 3, 3, 1, 2), models.array(1, 2, 4, 4, 1))
+
+
+def test_parameters_that_enter_shard_map_are_reported():
+    def apply(params, x):
+        inside = jax.shard_map(
+            models.mlp, mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data")
+        )
+        return inside(params, x)
+
+    with pytest.warns(UserWarning, match="enters `shard_map`"):
+        plan = _plan(apply, NET, X)
+    assert {layer.kind for layer in plan.layers} == {"unmatched"}
 
 
 def test_a_program_without_a_registered_loss_is_refused():

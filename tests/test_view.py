@@ -102,7 +102,7 @@ def test_broadcast_of_length_one_is_new():
 
 
 def test_unstacked_keeps_the_scanned_axis_in_front():
-    view = source_view(0, (5, 2, 3)).unstacked().transpose((1, 0))
+    view = source_view(0, (5, 2, 3)).unstacked(0).transpose((1, 0))
     groups = [[a] for a in (*view.stacked, *view.axes)]
     array = np.arange(30).reshape(5, 2, 3)
     found = layout(view, (5, 2, 3), groups)

@@ -161,7 +161,7 @@ def _layer(
         shapes=tuple(leaf.shape for leaf in leaves),
         dtype=_wide(leaves[0].dtype),
         uses=len(sites),
-        block=Kronecker() if kind == "dense" else Diagonal(),
+        block=_default_block(kind, sites),
         shape=block_shape,
         source=sites[0].source,
         leaves=tuple(leaf.index for leaf in leaves),
@@ -184,6 +184,21 @@ def _distinct(
         )
         for layer, sites in made
     ]
+
+
+def _default_block(kind: str, sites: Sequence[Site]) -> Block:
+    """Elementwise layers get their exact diagonal where one use can be summed."""
+    if kind == "dense" or _is_shared(sites) or _is_lost(sites):
+        return Kronecker()
+    return Diagonal()
+
+
+def _is_shared(sites: Sequence[Site]) -> bool:
+    return len(sites) > 1 or any(site.repeated for site in sites)
+
+
+def _is_lost(sites: Sequence[Site]) -> bool:
+    return not all(isinstance(site.examples, Examples) for site in sites)
 
 
 def _wide(dtype: str) -> str:
@@ -263,10 +278,8 @@ def _choose(
                 "build "
                 f"{block!r} from; use Diagonal(), Identity() or None."
             )
-        lost = layer.tagged and not all(
-            isinstance(site.examples, Examples) for site in sites
-        )
-        shared = len(sites) > 1 or any(site.repeated for site in sites)
+        lost = layer.tagged and _is_lost(sites)
+        shared = _is_shared(sites)
         if (lost or shared) and block is not None and block.needs_examples:
             reason = f"{block!r} sums within an example, and " + (
                 "this layer is used several times for each example"
