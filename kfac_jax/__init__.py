@@ -33,3 +33,6 @@ from kfac_jax.transform import Info as Info
 from kfac_jax.transform import KFACState as KFACState
 from kfac_jax.transform import kfac as kfac
 from kfac_jax.transform import scale_by_kfac as scale_by_kfac
+
+register_categorical_predictive_distribution = register_softmax_cross_entropy_loss
+register_multi_bernoulli_predictive_distribution = register_sigmoid_cross_entropy_loss

@@ -1,4 +1,7 @@
-"""Steps of making a plan: trace, group, apply the policy, check the loss, place taps."""
+"""Steps of making a plan.
+
+Trace, group, apply the policy, check the loss, place taps.
+"""
 
 import dataclasses
 import functools
@@ -103,7 +106,8 @@ def trace(
         result = loss_fn(params, *args)
         if has_aux and not (isinstance(result, tuple | list) and len(result) == 2):
             raise LossTypeError(
-                "With has_aux=True the loss function must return a pair (loss, aux); got "
+                "With has_aux=True the loss function must return a pair (loss, aux); "
+                "got "
                 f"{type(result).__name__}."
             )
         loss, aux = result if has_aux else (result, ())
@@ -146,8 +150,10 @@ def _check_cases(program: graph_lib.Graph) -> None:
         shape, rank = node.shape(), node.params["distribution"].event_rank
         if len(shape) < 1 + rank:
             raise ValueError(
-                f"A registered output needs a leading axis of cases; got shape {shape} at "
-                f"{_compat.source_line(node.equation)}. Register the batch's output, e.g. "
+                f"A registered output needs a leading axis of cases; got shape {shape} "
+                "at "
+                f"{_compat.source_line(node.equation)}. Register the batch's output, "
+                "e.g. "
                 "[n, classes], or the output of one case inside vmap."
             )
 

@@ -44,8 +44,9 @@ def init_inverses(layers: Sequence[Layer]) -> Factors:
 def refresh_inverses(
     layers: Sequence[Layer], factors: Factors, old: Factors, damping: Array
 ) -> tuple[Factors, Array]:
-    """Inverts the damped factors; a layer whose inverse is not finite keeps the old
-    one.
+    """Inverts the damped factors.
+
+    A layer whose inverse is not finite keeps the old one.
 
     Args:
       layers: the plan's layers.
@@ -84,8 +85,9 @@ def refresh_inverses(
 def precondition(
     layers: Sequence[Layer], inverses: Factors, leaves: Sequence[Array | None]
 ) -> list[Array | None]:
-    """Applies the inverses to a vector's leaves; leaves without a block stay as they
-    are.
+    """Applies the inverses to a vector's leaves.
+
+    Leaves without a block stay as they are.
 
     Args:
       layers: the plan's layers.

@@ -21,7 +21,10 @@ Schedule = Callable[[Any], Any]
 
 
 class Info(NamedTuple):
-    """What the last update did; what was not computed is NaN (∞ under jax_debug_nans)."""
+    """What the last update did.
+
+    What was not computed is NaN (∞ under jax_debug_nans).
+    """
 
     loss: Array  # [], h(θ): the `value` passed to update
     damping: Array  # [], λ the update was made with

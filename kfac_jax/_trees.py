@@ -1,4 +1,7 @@
-"""Parameter trees against the plan: flattening with checks whose errors name the leaf."""
+"""Parameter trees against the plan.
+
+Flattening with checks whose errors name the leaf.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -34,7 +37,8 @@ class TreeSpec:
         found = self.masked_leaves(tree, what)
         if any(leaf is None for leaf in found):
             raise ValueError(
-                f"{what} has parameters hidden by a mask, but this computation needs all "
+                f"{what} has parameters hidden by a mask, but this computation needs "
+                "all "
                 "of them. Use fixed rates and damping under optax.masked, or freeze "
                 "parameters with blocks={path: None} and a mask after kfac."
             )
@@ -62,7 +66,8 @@ class TreeSpec:
         for leaf, path, shape in zip(result, self.paths, self.shapes, strict=True):
             if leaf is not None and jnp.shape(leaf) != shape:
                 raise ValueError(
-                    f"{what} has shape {jnp.shape(leaf)} at '{path}'; the plan was made "
+                    f"{what} has shape {jnp.shape(leaf)} at '{path}'; the plan was "
+                    "made "
                     f"for {shape}. Make a new plan with make_curvature for new shapes."
                 )
         return result
@@ -86,8 +91,10 @@ class TreeSpec:
             subtrees = self._same_names(tree)
         if subtrees is None:
             raise ValueError(
-                f"{what} does not have the structure of the parameters the plan was made "
-                f"for: {self._difference(tree)}. Make a new plan with make_curvature, or "
+                f"{what} does not have the structure of the parameters the plan was "
+                "made "
+                f"for: {self._difference(tree)}. Make a new plan with make_curvature, "
+                "or "
                 "pass the tree it was made with."
             )
         nodes = jax.tree.leaves(tree, is_leaf=_is_hidden)
@@ -98,7 +105,8 @@ class TreeSpec:
         )
         if not fits or sum(map(len, places)) != len(self.paths):
             raise ValueError(
-                f"{what} does not have the structure of the parameters the plan was made "
+                f"{what} does not have the structure of the parameters the plan was "
+                "made "
                 f"for: {self._difference(tree)}. Pass the tree the plan was made with."
             )
         return places

@@ -1,4 +1,7 @@
-"""The plan: which layers a loss function has, and every computation that follows from it."""
+"""The plan: which layers a loss function has.
+
+And every computation that follows from it.
+"""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -34,8 +37,9 @@ class Statistics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class BlockDiagonal:
-    """Every layer has a block of its own; cross-layer curvature is dropped (section
-    4.2).
+    """Every layer has a block of its own.
+
+    Cross-layer curvature is dropped (section 4.2).
 
     >>> BlockDiagonal()
     BlockDiagonal()
@@ -251,7 +255,10 @@ class Curvature:
         }
 
     def _program(self, traced: _plan.Traced) -> Any:
-        """The program with a tap at every site, after checking that the plan still fits."""
+        """The program with a tap at every site.
+
+        After checking that the plan still fits.
+        """
         layers, sites = _plan.group_layers(traced, self.tree, self.blocks)
         layers = _plan.apply_policy(layers, self.on_unmatched, quiet=True)
         mine = [_plan.signature(layer) for layer in self.layers]
@@ -418,7 +425,10 @@ class Curvature:
     def update_factors_and_count(
         self, factors: Factors, statistics: Statistics, step: Any, decay: Any = 0.95
     ) -> tuple[Factors, Array]:
-        """Like `update_factors`; also returns how many layers' statistics were refused."""
+        """Like `update_factors`.
+
+        Also returns how many layers' statistics were refused.
+        """
         self._check_names(factors, "factors")
         self._check_names(statistics.layers, "statistics")
         for layer in self.layers:

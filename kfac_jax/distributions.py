@@ -28,11 +28,17 @@ class Distribution(abc.ABC):
     """
 
     event_rank: int = 0
-    """How many trailing axes of `z` make one event: 1 for categorical, 0 if elementwise."""
+    """How many trailing axes of `z` make one event.
+
+    1 for categorical, 0 if elementwise.
+    """
 
     @abc.abstractmethod
     def negative_log_likelihood(self, z: Array, data: Data) -> Array:
-        """Returns `-log r(y | z)` without constants, of shape `z.shape` less the event."""
+        """Returns `-log r(y | z)` without constants.
+
+        Of shape `z.shape` less the event.
+        """
 
     @abc.abstractmethod
     def sample_gradient(self, z: Array, data: Data, key: Array) -> Array:

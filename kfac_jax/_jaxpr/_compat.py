@@ -20,7 +20,10 @@ Equation = extend_core.JaxprEqn
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """Splits a closed (or merged, or open) jaxpr into the open jaxpr and its constants."""
+    """Splits a closed (or merged.
+
+    Or open) jaxpr into the open jaxpr and its constants.
+    """
     constants = tuple(getattr(jaxpr, "consts", ()) or ())
     return getattr(jaxpr, "jaxpr", jaxpr), constants
 
@@ -105,7 +108,10 @@ def set_jvp(primitive: Any, rule: Any) -> None:
 
 
 def set_batching(primitive: Any, rule: Any) -> None:
-    """Registers `rule(operands, axes, **params) -> (out, axis)`; axes are int or None."""
+    """Registers `rule(operands, axes, **params) -> (out, axis)`.
+
+    Axes are int or None.
+    """
 
     def batcher(operands: Any, axes: Any, **params: Any) -> Any:
         axes = [axis if isinstance(axis, int) else None for axis in axes]

@@ -1,5 +1,6 @@
-"""Which equations are layers: one function for each primitive that consumes a
-parameter.
+"""Which equations are layers.
+
+One function for each primitive that consumes a parameter.
 
 A consumer gets the node, the views of its operands (None for data), the parameters'
 shapes and where the examples are in the result. It returns a linear site, or why not.
@@ -131,7 +132,10 @@ def _is_new(axis: Axis) -> bool:
 def _output_axes(
     batch: int, x_free: Sequence[int], w_free: Sequence[int], side: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Axes of the product: batch axes, then those of the left, then of the right side."""
+    """Axes of the product.
+
+    Batch axes, then those of the left, then of the right side.
+    """
     parts = [len(w_free), len(x_free)] if side == 0 else [len(x_free), len(w_free)]
     left = tuple(range(batch, batch + parts[0]))
     right = tuple(range(batch + parts[0], batch + sum(parts)))
@@ -219,7 +223,10 @@ def generic(
 def tagged(
     node: Node, views: Sequence[View | None], shapes: Shapes, state: State
 ) -> Outcome:
-    """A layer under `register_dense`, `register_conv2d` or `register_scale_and_shift`."""
+    """A layer under `register_dense`.
+
+    `register_conv2d` or `register_scale_and_shift`.
+    """
     kind, names = node.params["kind"], node.params["names"]
     given = dict(zip(names, views[1 + node.params["num_inputs"] :], strict=True))
     if any(view is None for view in given.values()):

@@ -17,7 +17,10 @@ LOST = "lost"
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The axis `axis` runs over `outer × size × inner` entries, examples in the middle."""
+    """The axis `axis` runs over `outer × size × inner` entries.
+
+    Examples in the middle.
+    """
 
     axis: int
     size: int
@@ -203,7 +206,10 @@ def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:
 
 
 def _is_elementwise(node: Node) -> bool:
-    """Equal shapes throughout; primitives that mix entries have a rule or are listed."""
+    """Equal shapes throughout.
+
+    Primitives that mix entries have a rule or are listed.
+    """
     shape: Any = node.out_shape()
     mixing = ("fft", "cholesky", "eigh", "lu", "qr", "svd", "triangular_solve", "dot")
     if node.name.startswith(mixing):

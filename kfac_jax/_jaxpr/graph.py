@@ -27,7 +27,10 @@ _BODY_PARAMS: dict[str, tuple[str, ...]] = {
     "shard_map": ("jaxpr",),
     "xla_pmap": ("call_jaxpr",),
 }
-"""Equations that give their jaxprs a meaning of their own; any other is a plain call."""
+"""Equations that give their jaxprs a meaning of their own.
+
+Any other is a plain call.
+"""
 
 _CALL_PARAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
@@ -47,7 +50,10 @@ class Node:
 
     @property
     def source(self) -> str:
-        """The user's source line: the equation's own, or the call's it is inlined from."""
+        """The user's source line.
+
+        The equation's own, or the call's it is inlined from.
+        """
         lines = map(_compat.source_line, (self.equation, *reversed(self.callers)))
         return next((line for line in lines if line), "")
 

@@ -1,5 +1,4 @@
-"""Evaluates a program with statistics gathered at its layers and its losses brought
-out.
+"""Evaluates a program, gathering statistics at layers and bringing losses out.
 
 Every layer's output passes through the identity with one extra argument, a zero *probe*
 shaped like the layer's statistics. The identity's VJP rule returns, as the probe's
@@ -184,7 +183,10 @@ def _scan(
     operands: Sequence[Any],
     probes: Mapping[int, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
-    """Shared probes are closed over, so their cotangents sum; stacked ones are scanned."""
+    """Shared probes are closed over, so their cotangents sum.
+
+    Stacked ones are scanned.
+    """
     layout = _compat.scan_layout(node.params)
     start, stop = layout.num_consts, layout.num_consts + layout.num_carry
     consts = operands[:start]

@@ -46,8 +46,9 @@ class Site:
     def canonical(
         self, x: Array | None, dy: Array, homogeneous: bool
     ) -> tuple[Array, Array]:
-        """Brings input and output gradient to `[*independent, batch, shared,
-        features]`.
+        """Brings input and output gradient to `[*independent.
+
+        Batch, shared, features]`.
 
         Rows with `dy` exactly zero (masked, not routed here) become zero in `x`. With
         `homogeneous`, `x` gets the coordinate 1 as its last feature.

@@ -64,7 +64,10 @@ def inverse_many(matrices: Sequence[Array]) -> list[Array]:
 
 
 _BLOCK = 128
-"""Columns swept at once: enough for fast products, few enough for a cheap pivot block."""
+"""Columns swept at once.
+
+Enough for fast products, few enough for a cheap pivot block.
+"""
 
 
 def _padded(d: int) -> int:
@@ -84,8 +87,9 @@ def _pad(x: Array, size: int) -> Array:
 
 
 def _sweep(x: Array) -> Array:
-    """Inverts `[k, d, d]` by the symmetric sweep operator, a block of columns at a
-    time.
+    """Inverts `[k, d, d]` by the symmetric sweep operator, a block.
+
+    Of columns at a time.
 
     Sweeping the block j replaces, with `R = x[j, :]` and `P = x[j, j]⁻¹`,
 
@@ -137,7 +141,10 @@ def is_finite(x: Array) -> Array:
 
 
 def eigh(x: Array) -> tuple[Array, Array]:
-    """Eigenvalues (at least zero) and eigenvectors of positive semidefinite matrices."""
+    """Eigenvalues (at least zero) and eigenvectors.
+
+    Of positive semidefinite matrices.
+    """
     w, u = jnp.linalg.eigh(symmetrize(x))
     return jnp.maximum(w, 0.0), u
 
