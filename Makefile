@@ -3,7 +3,7 @@
 #   make test PYTHON=python3.12             another interpreter (remove .venv first)
 #   make test PYTEST_ARGS="-n 2 -k dense"   options for pytest
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2
 
 VENV := .venv
 BIN := $(VENV)/bin

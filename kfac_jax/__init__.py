@@ -9,15 +9,9 @@ from kfac_jax.curvature import make_curvature as make_curvature
 from kfac_jax.layers import Layer as Layer
 from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
 from kfac_jax.rules import QuadraticModel as QuadraticModel
-from kfac_jax.tags import (
-    register_categorical_predictive_distribution as register_categorical_predictive_distribution,
-)
 from kfac_jax.tags import register_conv2d as register_conv2d
 from kfac_jax.tags import register_dense as register_dense
 from kfac_jax.tags import register_generic as register_generic
-from kfac_jax.tags import (
-    register_multi_bernoulli_predictive_distribution as register_multi_bernoulli_predictive_distribution,
-)
 from kfac_jax.tags import (
     register_normal_predictive_distribution as register_normal_predictive_distribution,
 )

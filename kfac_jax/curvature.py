@@ -257,7 +257,8 @@ class Curvature:
     def _program(self, traced: _plan.Traced) -> Any:
         """The program with a tap at every site.
 
-        After checking that the plan still fits.
+        Raises:
+          ValueError: if the program's layers are not the plan's.
         """
         layers, sites = _plan.group_layers(traced, self.tree, self.blocks)
         layers = _plan.apply_policy(layers, self.on_unmatched, quiet=True)
