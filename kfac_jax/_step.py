@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -52,19 +52,21 @@ class KFACState(NamedTuple):
 
 def nan() -> Array:
     # under jax_debug_nans a NaN would stop the user's program
-    return jnp.asarray(jnp.inf if jax.config.jax_debug_nans else jnp.nan, float)
+    return jnp.asarray(jnp.inf if jax.config.read("jax_debug_nans") else jnp.nan, float)
 
 
 def initial_info() -> Info:
     unknown = [
         nan() for _ in range(6)
     ]  # no two fields share a buffer: state is donated
-    return Info(*unknown, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    counts = [jnp.zeros((), jnp.int32) for _ in range(2)]
+    return Info._make([*unknown, *counts])
 
 
 def check_number(name: str, value: Any, low: float, high: float, closed: bool) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return  # a schedule, a rule or an array
+    value = float(value)
     if not (low <= value < high or (closed and value == high)):
         bracket = "]" if closed else ")"
         raise ValueError(f"{name} must be in [{low}, {high}{bracket}; got {value}.")
@@ -282,7 +284,7 @@ class Step:
             step = step.astype(matrix.dtype)
             predicted = slope @ step + 0.5 * step @ matrix @ step
         tree = jax.tree.unflatten(self.curvature.tree.treedef, delta)
-        moved = optax.apply_updates(self.params, tree)
+        moved: Any = optax.apply_updates(cast("Any", self.params), tree)
         after = loss_of(self.curvature.loss_fn(moved, *self.args))
         predicted = predicted.astype(after.dtype)
         before = loss_of(value)

@@ -77,7 +77,7 @@ def invert(blocks: dict[str, Block], damped: dict[str, dict[str, Array]]) -> Any
 
 
 def _check_damping(damping: Any) -> None:
-    if isinstance(damping, numbers.Real) and not damping >= 0:
+    if isinstance(damping, numbers.Real) and not float(damping) >= 0:
         raise ValueError(f"damping (λ) must be at least 0; got {damping}.")
 
 

@@ -97,7 +97,7 @@ def scale_by_kfac(
 
     def update(
         updates: Params,
-        state: KFACState,
+        state: Any,
         params: Params | None = None,
         *,
         statistics: Statistics | None = None,
@@ -206,7 +206,7 @@ def kfac(
 
     def update(
         updates: Params,
-        state: KFACState,
+        state: Any,
         params: Params | None = None,
         *,
         statistics: Statistics | None = None,
