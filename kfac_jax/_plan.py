@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -275,7 +276,7 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
         total = functools.reduce(jnp.add, [loss.value() for loss in losses])
         low = min((loss.z.dtype for loss in losses), key=lambda d: jnp.finfo(d).bits)
         tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
-        return outputs[0], total.astype(float) + penalty.astype(float), tolerance
+        return outputs[0], total.astype(float) + jnp.asarray(penalty, float), tolerance
 
     returned, registered, tolerance = (float(x) for x in values(leaves))
     if not known[-1] or not np.isfinite(returned):

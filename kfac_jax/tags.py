@@ -274,7 +274,9 @@ def bind_loss(
         raise TypeError(
             f"A registered output must be real floating point; got {z.dtype}."
         )
-    if isinstance(weight, numbers.Real) and not (weight >= 0 and math.isfinite(weight)):
+    if isinstance(weight, numbers.Real) and not (
+        float(weight) >= 0 and math.isfinite(float(weight))
+    ):
         raise ValueError(f"A loss weight must be finite and at least 0; got {weight}.")
     weight = jnp.asarray(weight, z.dtype)
     if weight.ndim:

@@ -5,13 +5,18 @@ with `num_consts`/`num_carry` or with `ft_in`.
 """
 
 import functools
+import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 from jax.extend import core as extend_core
 from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir
+
+source_info_util.register_exclusion(str(pathlib.Path(__file__).parents[1]))
+"""The library's own frames are not the user's source lines."""
 
 Literal = extend_core.Literal
 Primitive = extend_core.Primitive
@@ -101,7 +106,8 @@ def set_jvp(primitive: Any, rule: Any) -> None:
         tangents = [None if type(t) is ad.Zero else t for t in tangents]
         out, tangent = rule(primals, tangents, **params)
         if tangent is None:
-            tangent = ad.Zero.from_primal_value(out)
+            zero: Any = ad.Zero
+            tangent = zero.from_primal_value(out)
         return out, tangent
 
     ad.primitive_jvps[primitive] = jvp

@@ -228,8 +228,11 @@ def tagged(
     `register_conv2d` or `register_scale_and_shift`.
     """
     kind, names = node.params["kind"], node.params["names"]
-    given = dict(zip(names, views[1 + node.params["num_inputs"] :], strict=True))
-    if any(view is None for view in given.values()):
+    parts = views[1 + node.params["num_inputs"] :]
+    given = {
+        name: view for name, view in zip(names, parts, strict=True) if view is not None
+    }
+    if len(given) != len(parts):
         return Refused(f"tagged as {kind}, but an operand is not a view of a parameter")
     if any(view is not None for view in views[:2]):
         return Refused(f"tagged as {kind}, but the layer's input is a parameter")
@@ -318,8 +321,8 @@ def _tagged_scale_and_shift(
         x_axes=axes if scale_view is not None else ((), (), ()),
         y_axes=axes,
         examples=_row_examples(state, rows),
-        weight=None if scale_view is None else (scale_view.source, weight),
-        bias=None if shift_view is None else (shift_view.source, bias),
+        weight=(scale_view.source, weight) if scale_view and weight else None,
+        bias=(shift_view.source, bias) if shift_view and bias else None,
         scale=first.scale,
         scans=first.scans,
         repeated=first.repeated,

@@ -9,9 +9,10 @@ the line.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
+import jax.core
 
 from kfac_jax._jaxpr import _compat, consumers
 from kfac_jax._jaxpr.examples import State
@@ -146,9 +147,14 @@ class _Finder:
     ) -> consumers.Linear:
         """Notes on the shift's site which linear output it is the bias of, if any."""
         other = next((a for a in node.inputs if self.view(a) is None), None)
-        linear = self.linear.get(other) if is_value(other) else None
+        linear = self.linear.get(other) if isinstance(other, int) else None
         view = next(v for v in map(self.view, node.inputs) if v is not None)
-        if linear is None or self.counts.get(other) != 1 or node.name == "sub":
+        if (
+            linear is None
+            or other is None
+            or self.counts.get(other) != 1
+            or node.name == "sub"
+        ):
             return shift
         plain = consumers.is_one(view.scale) and consumers.is_one(linear.view.scale)
         plain = plain and view.scans == linear.site.scans
@@ -162,9 +168,9 @@ class _Finder:
     def _follow_linear(self, node: Node) -> None:
         """Follows the output of a linear layer through views that keep it to itself."""
         atom = node.inputs[0] if node.inputs else None
-        linear = self.linear.get(atom) if is_value(atom) else None
+        linear = self.linear.get(atom) if isinstance(atom, int) else None
         rule = VIEW_RULES.get(node.name)
-        if linear is None or rule is None or self.counts.get(atom) != 1:
+        if linear is None or rule is None or self.counts.get(cast("int", atom)) != 1:
             return
         moved = rule(self, node, [linear.view])
         if moved is not None and len(node.inputs) == 1:

@@ -179,6 +179,12 @@ RULES: dict[str, Rule] = {
     "reduce_window_sum": _same_size,
     "reduce_window_min": _same_size,
 }
+RULES.update(
+    {
+        name: lambda node, states: [states[0]]
+        for name in ("kfac_layer", "kfac_loss", "kfac_generic")
+    }
+)
 RULES.update({f"cum{name}": _along("axis") for name in ("sum", "prod", "max", "min")})
 RULES.update(
     {
