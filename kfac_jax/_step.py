@@ -52,7 +52,8 @@ class KFACState(NamedTuple):
 
 def nan() -> Array:
     # under jax_debug_nans a NaN would stop the user's program
-    return jnp.asarray(jnp.inf if jax.config.read("jax_debug_nans") else jnp.nan, float)
+    config: Any = jax.config
+    return jnp.asarray(jnp.inf if config.jax_debug_nans else jnp.nan, float)
 
 
 def initial_info() -> Info:

@@ -263,6 +263,7 @@ def test_apply_if_finite_keeps_the_inner_state():
     assert any(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
+@pytest.mark.xfail(strict=True, reason="velocity is lost between nnx updates")
 def test_flax_nnx_optimizer():
     from flax import nnx
 
