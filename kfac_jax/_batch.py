@@ -83,9 +83,7 @@ def batch_size(args: Any) -> int:
     if len(sizes) != 1:
         raise ValueError(
             "Taking a fraction of the batch needs arguments that share one leading "
-            "axis; "
-            f"got {describe(axes) or 'none'}. Pass other arrays through a closure, or "
-            "use "
-            "a fraction of 1."
+            f"axis; got {describe(axes) or 'none'}. Pass other arrays through a "
+            "closure, or use a fraction of 1."
         )
     return sizes.pop()

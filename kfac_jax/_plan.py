@@ -1,7 +1,4 @@
-"""Steps of making a plan.
-
-Trace, group, apply the policy, check the loss, place taps.
-"""
+"""Making a plan: trace, group, apply the policy, check the loss, place taps."""
 
 import dataclasses
 import functools
@@ -108,8 +105,7 @@ def trace(
         if has_aux and not (isinstance(result, tuple | list) and len(result) == 2):
             raise LossTypeError(
                 "With has_aux=True the loss function must return a pair (loss, aux); "
-                "got "
-                f"{type(result).__name__}."
+                f"got {type(result).__name__}."
             )
         loss, aux = result if has_aux else (result, ())
         _check_scalar(loss, has_aux)
@@ -124,8 +120,8 @@ def trace(
         if len({size for _, size in axes}) > 1 and not isinstance(error, LossTypeError):
             raise ValueError(
                 "The loss function fails on arguments whose leading (batch) axes "
-                f"disagree: {_batch.describe(axes)}. Expected one batch size. The loss "
-                f"function's own error: {error}"
+                f"disagree: {_batch.describe(axes)}. Expected one batch size. The "
+                f"loss function's own error: {error}"
             ) from error
         raise
     program = graph_lib.build(closed)
@@ -134,11 +130,9 @@ def trace(
     if not found.losses:
         raise ValueError(
             "No loss is registered. Expected a call to a function of kfac_jax.losses "
-            "or "
-            "kfac_jax.register_*_loss on the network's output inside the loss "
-            "function; "
-            "add one, e.g. kfac_jax.register_softmax_cross_entropy_loss(logits, "
-            "labels)."
+            "or kfac_jax.register_*_loss on the network's output inside the loss "
+            "function; add one, e.g. "
+            "kfac_jax.register_softmax_cross_entropy_loss(logits, labels)."
         )
     _check_cases(program)
     return Traced(found, structure[-1])
@@ -151,11 +145,10 @@ def _check_cases(program: graph_lib.Graph) -> None:
         shape, rank = node.shape(), node.params["distribution"].event_rank
         if len(shape) < 1 + rank:
             raise ValueError(
-                f"A registered output needs a leading axis of cases; got shape {shape} "
-                "at "
-                f"{_compat.source_line(node.equation)}. Register the batch's output, "
-                "e.g. "
-                "[n, classes], or the output of one case inside vmap."
+                "A registered output needs a leading axis of cases; got shape "
+                f"{shape} at {_compat.source_line(node.equation)}. Register the "
+                "batch's output, e.g. [n, classes], or the output of one case inside "
+                "vmap."
             )
 
 
@@ -208,9 +201,8 @@ def apply_policy(
         if on_unmatched == "error":
             raise ValueError(
                 f"No layer covers {len(unmatched)} parameter(s):\n{listing}\nRewrite "
-                "the "
-                "use as a product, scale or shift, tag it with register_generic, or "
-                "pass "
+                "the use as a product, scale or shift, tag it with register_generic, "
+                "or pass "
                 'on_unmatched="warn".'
             )
         if on_unmatched == "warn":
@@ -289,11 +281,11 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
     penalty_hint = f" plus (l2 / 2)·‖params‖² with l2={l2}" if l2 else ""
     raise ValueError(
         f"The loss function returned {returned:.6g}, but the registered loss is "
-        f"{registered:.6g}: ratio returned/registered = {ratio:.6g}. Expected the mean "
-        "over the leading axis of what is registered, of the sum within a case"
-        f"{penalty_hint}. Average over cases (not a sum), pass `weight={ratio:.6g}` to "
-        "the "
-        "registered loss, register every term, or declare a penalty with `l2`."
+        f"{registered:.6g}: ratio returned/registered = {ratio:.6g}. Expected the "
+        "mean over the leading axis of what is registered, of the sum within a "
+        f"case{penalty_hint}. Average over cases (not a sum), pass "
+        f"`weight={ratio:.6g}` to the registered loss, register every term, or "
+        "declare a penalty with `l2`."
     )
 
 

@@ -111,20 +111,19 @@ def check_update(state: Any, statistics: Any, kind: str) -> None:
     if not isinstance(state, KFACState):
         raise TypeError(
             f"{kind} expects the state made by its init; got {type(state).__name__}. "
-            "Call "
-            "state = tx.init(params) once before the first update."
+            "Call state = tx.init(params) once before the first update."
         )
     if statistics is None:
         raise ValueError(
             f"{kind} needs the step's statistics: value, grads, statistics = "
             "curvature.value_grad_and_statistics(params, ...), then tx.update(grads, "
-            "state, params, statistics=statistics). For a step that gathers none pass "
-            "curvature.zero_statistics(params)."
+            "state, params, statistics=statistics). For a step that gathers none "
+            "pass curvature.zero_statistics(params)."
         )
     if not isinstance(statistics, Statistics):
         raise TypeError(
-            "statistics must be what curvature.value_grad_and_statistics returned; got "
-            f"{type(statistics).__name__}."
+            "statistics must be what curvature.value_grad_and_statistics returned; "
+            f"got {type(statistics).__name__}."
         )
 
 

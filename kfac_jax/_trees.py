@@ -1,7 +1,4 @@
-"""Parameter trees against the plan.
-
-Flattening with checks whose errors name the leaf.
-"""
+"""Flattens parameter trees against the plan, with errors that name the leaf."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -67,8 +64,8 @@ class TreeSpec:
             if leaf is not None and jnp.shape(leaf) != shape:
                 raise ValueError(
                     f"{what} has shape {jnp.shape(leaf)} at '{path}'; the plan was "
-                    "made "
-                    f"for {shape}. Make a new plan with make_curvature for new shapes."
+                    f"made for {shape}. Make a new plan with make_curvature for new "
+                    "shapes."
                 )
         return result
 
@@ -92,10 +89,8 @@ class TreeSpec:
         if subtrees is None:
             raise ValueError(
                 f"{what} does not have the structure of the parameters the plan was "
-                "made "
-                f"for: {self._difference(tree)}. Make a new plan with make_curvature, "
-                "or "
-                "pass the tree it was made with."
+                f"made for: {self._difference(tree)}. Make a new plan with "
+                "make_curvature, or pass the tree it was made with."
             )
         nodes = jax.tree.leaves(tree, is_leaf=_is_hidden)
         places = [jax.tree.leaves(sub) for sub in subtrees]
@@ -106,8 +101,8 @@ class TreeSpec:
         if not fits or sum(map(len, places)) != len(self.paths):
             raise ValueError(
                 f"{what} does not have the structure of the parameters the plan was "
-                "made "
-                f"for: {self._difference(tree)}. Pass the tree the plan was made with."
+                f"made for: {self._difference(tree)}. Pass the tree the plan was made "
+                "with."
             )
         return places
 
@@ -167,9 +162,8 @@ def tree_spec(params: Any) -> TreeSpec:
             got = type(leaf).__name__ if dtype is None else dtype
             raise TypeError(
                 f"Parameter '{name}' is {got}; expected an array of real floating "
-                "point. "
-                "Split integer or complex leaves off and pass them as arguments (or as "
-                "real and imaginary parts)."
+                "point. Split integer or complex leaves off and pass them as "
+                "arguments (or as real and imaginary parts)."
             )
         paths.append(name)
         shapes.append(tuple(jnp.shape(leaf)))

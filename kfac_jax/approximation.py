@@ -199,10 +199,7 @@ class Approximation:
         return self._map(v, apply)
 
     def to_dense(self) -> Array:
-        """Returns F as `[P.
-
-        P]`, in the order of `jax.flatten_util.ravel_pytree(params)`.
-        """
+        """Returns F, `[P, P]`, in the order of `jax.flatten_util.ravel_pytree`."""
         zeros = [
             jnp.zeros(s, d)
             for s, d in zip(self.tree.shapes, self.tree.dtypes, strict=True)

@@ -1,7 +1,4 @@
-"""The plan: which layers a loss function has.
-
-And every computation that follows from it.
-"""
+"""The plan: a loss function's layers and every computation that follows."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -267,11 +264,9 @@ class Curvature:
         if mine != theirs:
             changed = sorted({n for n, *_ in set(mine).symmetric_difference(theirs)})
             raise ValueError(
-                "The loss function uses its parameters differently from when the plan "
-                "was "
-                f"made: layers {changed} changed. Make a new plan with make_curvature "
-                "for "
-                "these arguments."
+                "The loss function uses its parameters differently from when the "
+                f"plan was made: layers {changed} changed. Make a new plan with "
+                "make_curvature for these arguments."
             )
         return _plan.tapped_program(traced, self.layers, sites)
 
@@ -516,8 +511,8 @@ def _check_shapes(layer: Layer, which: str, found: dict[str, Array]) -> None:
     got = {name: jnp.shape(x) for name, x in found.items()}
     if got != expected:
         raise ValueError(
-            f"{_WHAT[which]} must have the shapes {expected} for layer '{layer.name}'; "
-            f"got {got}. Use what this very plan returned."
+            f"{_WHAT[which]} must have the shapes {expected} for layer "
+            f"'{layer.name}'; got {got}. Use what this very plan returned."
         )
 
 

@@ -35,10 +35,7 @@ class Distribution(abc.ABC):
 
     @abc.abstractmethod
     def negative_log_likelihood(self, z: Array, data: Data) -> Array:
-        """Returns `-log r(y | z)` without constants.
-
-        Of shape `z.shape` less the event.
-        """
+        """Returns `-log r(y | z)` without constants, `z.shape` less the event."""
 
     @abc.abstractmethod
     def sample_gradient(self, z: Array, data: Data, key: Array) -> Array:

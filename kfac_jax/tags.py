@@ -139,9 +139,8 @@ def register_dense(
     if not fits:
         raise ValueError(
             "register_dense expects y [..., out], x [..., in], w [in, out] and b "
-            "[out]; "
-            f"got y {y_shape}, x {x_shape}, w {w_shape}, "
-            f"b {None if b is None else jnp.shape(b)}. Pass w so that y = x @ w + b."
+            f"[out]; got y {y_shape}, x {x_shape}, w {w_shape}, b "
+            f"{None if b is None else jnp.shape(b)}. Pass w so that y = x @ w + b."
         )
     return _bind_layer("dense", y, [x], {"w": w, "b": b}, metadata)
 
@@ -220,8 +219,8 @@ def register_scale_and_shift(
             a not in (1, b) for a, b in zip(shape, tail, strict=True)
         ):
             raise ValueError(
-                f"register_scale_and_shift expects {name} to broadcast to y {y_shape}; "
-                f"got {name} {shape}."
+                f"register_scale_and_shift expects {name} to broadcast to y "
+                f"{y_shape}; got {name} {shape}."
             )
     return _bind_layer(
         "scale_and_shift", y, [x], {"scale": scale, "shift": shift}, metadata
@@ -344,10 +343,9 @@ def register_softmax_cross_entropy_loss(
     shape = jnp.shape(logits)
     if targets is not None and jnp.shape(targets) not in (shape, shape[:-1]):
         raise ValueError(
-            f"Softmax cross entropy expects targets of shape {shape[:-1]} (classes) or "
-            f"{shape} (probabilities); got {jnp.shape(targets)}. Check that the "
-            "batch's "
-            "leading axes agree."
+            f"Softmax cross entropy expects targets of shape {shape[:-1]} (classes) "
+            f"or {shape} (probabilities); got {jnp.shape(targets)}. Check that the "
+            "batch's leading axes agree."
         )
     data = [] if targets is None else [targets]
     return bind_loss(distributions.Categorical(), logits, data, mask, weight)
@@ -411,8 +409,7 @@ def register_normal_predictive_distribution(
     except Exception as error:
         raise TypeError(
             "register_normal_predictive_distribution expects a fixed variance (a "
-            "Python "
-            f"number); got {variance!r}."
+            f"Python number); got {variance!r}."
         ) from error
     if not (variance > 0 and math.isfinite(variance)):
         raise ValueError(

@@ -267,8 +267,7 @@ def _check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> Non
     if norm_constraint is not None and modelled:
         raise ValueError(
             "norm_constraint limits steps of a given learning rate; with "
-            "QuadraticModel "
-            "leave it None."
+            "QuadraticModel leave it None."
         )
     if momentum is not None:
         check_kind("momentum", momentum, (), "a number, a schedule or None")
@@ -286,8 +285,8 @@ def _check_evaluation(
     if params is None or value is None or not isinstance(args, tuple | list):
         raise ValueError(
             "QuadraticModel and LevenbergMarquardt evaluate the loss function: pass "
-            "params, value= and args= (a tuple of the loss function's arguments after "
-            "the parameters) to update."
+            "params, value= and args= (a tuple of the loss function's arguments "
+            "after the parameters) to update."
         )
     curvature.tree.leaves(params, "params")
 

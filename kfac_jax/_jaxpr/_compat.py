@@ -25,10 +25,7 @@ Equation = extend_core.JaxprEqn
 
 
 def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """Splits a closed (or merged.
-
-    Or open) jaxpr into the open jaxpr and its constants.
-    """
+    """Splits a jaxpr, closed, merged or open, into an open one and its constants."""
     constants = tuple(getattr(jaxpr, "consts", ()) or ())
     return getattr(jaxpr, "jaxpr", jaxpr), constants
 

@@ -132,10 +132,7 @@ def _is_new(axis: Axis) -> bool:
 def _output_axes(
     batch: int, x_free: Sequence[int], w_free: Sequence[int], side: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Axes of the product.
-
-    Batch axes, then those of the left, then of the right side.
-    """
+    """Axes of the product: batch, then free ones of the left, then of the right."""
     parts = [len(w_free), len(x_free)] if side == 0 else [len(x_free), len(w_free)]
     left = tuple(range(batch, batch + parts[0]))
     right = tuple(range(batch + parts[0], batch + sum(parts)))
@@ -223,10 +220,7 @@ def generic(
 def tagged(
     node: Node, views: Sequence[View | None], shapes: Shapes, state: State
 ) -> Outcome:
-    """A layer under `register_dense`.
-
-    `register_conv2d` or `register_scale_and_shift`.
-    """
+    """A layer under one of the `register_*` layer tags."""
     kind, names = node.params["kind"], node.params["names"]
     parts = views[1 + node.params["num_inputs"] :]
     given = {

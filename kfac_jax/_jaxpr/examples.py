@@ -17,10 +17,7 @@ LOST = "lost"
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """The axis `axis` runs over `outer × size × inner` entries.
-
-    Examples in the middle.
-    """
+    """An axis of `outer × size × inner` entries, the examples in the middle."""
 
     axis: int
     size: int

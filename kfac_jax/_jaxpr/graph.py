@@ -50,10 +50,7 @@ class Node:
 
     @property
     def source(self) -> str:
-        """The user's source line.
-
-        The equation's own, or the call's it is inlined from.
-        """
+        """The user's line of the equation, or of the call it is inlined from."""
         lines = map(_compat.source_line, (self.equation, *reversed(self.callers)))
         return next((line for line in lines if line), "")
 

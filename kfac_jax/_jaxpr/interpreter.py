@@ -90,8 +90,7 @@ def _run(
                 raise ValueError(
                     f"A loss is registered inside `{node.name}` at "
                     f"{_compat.source_line(node.equation)}, which kfac_jax cannot "
-                    "bring "
-                    "out. Register the loss outside of it."
+                    "bring out. Register the loss outside of it."
                 )
             with _compat.under(node.equation):
                 outputs, inner = rule(program, node, operands, probes)
@@ -242,8 +241,8 @@ def _cond(
     if any(n.name == "kfac_loss" for body in node.bodies for n in body.walk()):
         raise ValueError(
             "A loss is registered inside `cond` at "
-            f"{_compat.source_line(node.equation)}, "
-            "so that it is not always computed. Register the loss outside of the cond."
+            f"{_compat.source_line(node.equation)}, so that it is not always "
+            "computed. Register the loss outside of the cond."
         )
     branches = [
         lambda *values, body=body: _run(program, body, values, probes)[0]

@@ -74,10 +74,7 @@ class View:
         return dataclasses.replace(self, axes=tuple(axes))
 
     def reshape(self, shape: Sequence[int]) -> "View | None":
-        """Regroups the pieces, splitting some.
-
-        None where the cut falls across pieces.
-        """
+        """Regroups (and splits) pieces; None where a cut falls across pieces."""
         queue = [p for axis in self.axes for p in axis if p.size != 1]
         splits: dict[Piece, Axis] = {}
         axes: list[Axis] = []

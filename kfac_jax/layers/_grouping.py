@@ -275,8 +275,7 @@ def _choose(
         if not layer.tagged and not isinstance(block, Diagonal | Identity | None):
             raise ValueError(
                 f"Layer '{layer.name}' ({layer.kind}) has no inputs and outputs to "
-                "build "
-                f"{block!r} from; use Diagonal(), Identity() or None."
+                f"build {block!r} from; use Diagonal(), Identity() or None."
             )
         lost = layer.tagged and _is_lost(sites)
         shared = _is_shared(sites)

@@ -141,10 +141,7 @@ def is_finite(x: Array) -> Array:
 
 
 def eigh(x: Array) -> tuple[Array, Array]:
-    """Eigenvalues (at least zero) and eigenvectors.
-
-    Of positive semidefinite matrices.
-    """
+    """Eigenvalues, at least zero, and eigenvectors of semidefinite matrices."""
     w, u = jnp.linalg.eigh(symmetrize(x))
     return jnp.maximum(w, 0.0), u
 

@@ -41,7 +41,7 @@ class LevenbergMarquardt:
         """Checks the ranges."""
         if not 0.0 < self.initial < float("inf"):
             raise ValueError(
-                f"LevenbergMarquardt needs a finite positive damping λ0; got "
+                "LevenbergMarquardt needs a finite positive damping λ0; got "
                 f"{self.initial}."
             )
         if not isinstance(self.every, int) or self.every < 1:
