@@ -59,6 +59,15 @@ def random_cotangents(
     return [loss.sample_gradient(k) for loss, k in zip(losses, keys, strict=True)]
 
 
+def random_signs(cotangents: Sequence[Array], key: Array) -> list[Array]:
+    """Gives each case a random sign, so that different cases do not correlate."""
+    keys = jax.random.split(key, len(cotangents))
+    return [
+        u * jax.random.rademacher(k, (len(u), *[1] * (u.ndim - 1)), u.dtype)
+        for u, k in zip(cotangents, keys, strict=True)
+    ]
+
+
 def target_cotangents(losses: Sequence[RegisteredLoss]) -> list[Array]:
     """The gradients at the registered targets.
 

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import _batch, _estimation, _plan, _report
-from kfac_jax._dtypes import wide
+from kfac_jax._gathering import gather, is_tapped
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax._trees import TreeSpec
-from kfac_jax.approximation import Approximation, layer_vectors
+from kfac_jax.approximation import Approximation
 from kfac_jax.blocks import Block
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import BlocksSpec, Layer
@@ -159,7 +159,7 @@ class Curvature:
         probes = {
             index: _zeros(layer, "statistics_shapes")
             for index, layer in enumerate(self.layers)
-            if _gathers(layer)
+            if is_tapped(layer)
         }
         data = jax.tree.leaves(args)
 
@@ -180,76 +180,22 @@ class Curvature:
             return pull((jnp.zeros_like(loss), cotangents))
 
         def statistics(rng: Array | None) -> Statistics:
-            return self._statistics(losses, states, pull_outputs, rng)
+            sums, count = gather(
+                self.layers,
+                self.estimation_mode,
+                self.num_samples,
+                losses,
+                states,
+                pull_outputs,
+                rng,
+            )
+            return Statistics(
+                jnp.asarray(count, jnp.float32),
+                {x.name: sums.get(i, {}) for i, x in enumerate(self.layers)},
+            )
 
         value = (loss, traced.unflatten_aux(aux)) if self.has_aux else loss
         return value, None if replaces_rules(program) else gradient, statistics
-
-    def _statistics(
-        self,
-        losses: Sequence[RegisteredLoss],
-        states: Sequence[Any],
-        pull: _estimation.Pull,
-        rng: Array | None,
-    ) -> Statistics:
-        mode = self.estimation_mode
-
-        def tapped(cotangents: list[Array]) -> Any:
-            return pull(cotangents)[1]
-
-        def others(cotangents: list[Array]) -> Any:
-            gradients = pull(cotangents)[0]
-            return {
-                index: {"diagonal": jnp.square(wide(layer.to_matrix(parts)))}
-                for index, layer in enumerate(self.layers)
-                if _squares(layer)
-                for parts in [[gradients[i] for i in layer.leaves]]
-            }
-
-        count = 1
-        if _estimation.is_exact(mode):
-            # cases cancel in the square of a batch gradient unless their signs are
-            # random
-            key = jax.random.key(0) if rng is None else rng
-            signs = _estimation.random_cotangents(losses, mode, key)
-            rows = tapped(signs)
-            columns = _estimation.sum_over_outputs(
-                losses, states, lambda u: self._without_rows(tapped(u))
-            )
-            gathered = others(signs)
-            for index, part in rows.items():
-                gathered[index] = {**part, **columns[index]}
-        else:
-            count = self.num_samples if _estimation.needs_rng(mode) else 1
-
-            def sample(index: Array) -> Any:
-                if mode == "fisher_empirical":
-                    cotangents = _estimation.target_cotangents(losses)
-                else:
-                    assert rng is not None
-                    key = rng if count == 1 else jax.random.fold_in(rng, index)
-                    cotangents = _estimation.random_cotangents(losses, mode, key)
-                return {**tapped(cotangents), **others(cotangents)}
-
-            gathered = _estimation.sum_over(sample, count)
-        return Statistics(
-            jnp.asarray(count, jnp.float32),
-            {
-                layer.name: gathered.get(index, {})
-                for index, layer in enumerate(self.layers)
-            },
-        )
-
-    def _without_rows(self, gathered: Any) -> Any:
-        """Leaves out what only depends on which rows count, not on their gradients."""
-        return {
-            index: {
-                name: value
-                for name, value in part.items()
-                if name not in _row_statistics(self.layers[index])
-            }
-            for index, part in gathered.items()
-        }
 
     def _program(self, traced: _plan.Traced) -> Any:
         """The program with a tap at every site.
@@ -488,18 +434,6 @@ class Curvature:
         self._check_names(factors, "factors")
         return Approximation(layers=self.layers, tree=self.tree, factors=factors)
 
-    def to_matrices(self, leaves: Sequence[Array | None]) -> dict[str, Array]:
-        """The parameters' (or a vector's) leaves as one matrix for each layer."""
-        return layer_vectors(self.layers, leaves)
-
-
-def _gathers(layer: Layer) -> bool:
-    return layer.block is not None and layer.tagged and bool(layer.factor_shapes)
-
-
-def _squares(layer: Layer) -> bool:
-    return layer.block is not None and not layer.tagged and bool(layer.factor_shapes)
-
 
 _WHAT = {"factor_shapes": "factors", "statistics_shapes": "statistics"}
 
@@ -514,10 +448,6 @@ def _check_shapes(layer: Layer, which: str, found: dict[str, Array]) -> None:
             f"{_WHAT[which]} must have the shapes {expected} for layer "
             f"'{layer.name}'; got {got}. Use what this very plan returned."
         )
-
-
-def _row_statistics(layer: Layer) -> frozenset[str]:
-    return frozenset() if layer.block is None else layer.block.row_statistics
 
 
 def _zeros(layer: Layer, which: str) -> dict[str, Array]:

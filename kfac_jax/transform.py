@@ -85,15 +85,7 @@ def scale_by_kfac(
         )
 
     def init(params: Params) -> KFACState:
-        return KFACState(
-            step=jnp.zeros((), jnp.int32),
-            batches=jnp.zeros((), jnp.int32),
-            factors=curvature.init_factors_masked(params),
-            inverses=init_inverses(curvature.layers),
-            damping=initial_damping(damping),
-            velocity=(),
-            info=initial_info(),
-        )
+        return _initial(curvature, params, damping, ())
 
     def update(
         updates: Params,
@@ -194,15 +186,8 @@ def kfac(
     adaptive = modelled or isinstance(damping, LevenbergMarquardt)
 
     def init(params: Params) -> KFACState:
-        return KFACState(
-            step=jnp.zeros((), jnp.int32),
-            batches=jnp.zeros((), jnp.int32),
-            factors=curvature.init_factors_masked(params),
-            inverses=init_inverses(curvature.layers),
-            damping=initial_damping(damping),
-            velocity=jax.tree.map(jnp.zeros_like, params),
-            info=initial_info(),
-        )
+        velocity = jax.tree.map(jnp.zeros_like, params)
+        return _initial(curvature, params, damping, velocity)
 
     def update(
         updates: Params,
@@ -255,6 +240,20 @@ def kfac(
         return restore(_fill(delta, grads), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _initial(
+    curvature: Curvature, params: Params, damping: Any, velocity: Params
+) -> KFACState:
+    return KFACState(
+        step=jnp.zeros((), jnp.int32),
+        batches=jnp.zeros((), jnp.int32),
+        factors=curvature.init_factors_masked(params),
+        inverses=init_inverses(curvature.layers),
+        damping=initial_damping(damping),
+        velocity=velocity,
+        info=initial_info(),
+    )
 
 
 def _check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:

@@ -366,6 +366,28 @@ def test_what_no_layer_covers_is_refused_with_reason_and_line(name):
     assert re.search(reason, ignored.report())
 
 
+def test_a_generic_diagonal_of_the_empirical_fisher_is_unbiased():
+    """The data's gradients have a mean, which must not enter the diagonal."""
+
+    def loss_fn(p, x, y):
+        z = x @ kfac_jax.register_generic(p)
+        return kfac_jax.losses.squared_error(z, y).sum(-1).mean()
+
+    p, y = models.array(0, I, O), models.array(3, B, O) + 2.0
+    plan = kfac_jax.make_curvature(loss_fn, p, X, y, estimation_mode="fisher_empirical")
+
+    def one(key):
+        sums = plan.value_grad_and_statistics(p, X, y, rng=key)[2]
+        return sums.layers["params"]["diagonal"]
+
+    keys = jax.random.split(jax.random.key(0), 4000)
+    draws = np.asarray(jax.jit(jax.vmap(one))(keys)).reshape(4000, I, O)
+    each = 2 * np.einsum("bi,bo->bio", X, np.asarray(X) @ p - y)
+    error = np.abs(draws.mean(0) - np.square(each).mean(0))
+    deviation = draws.std(0) / 4000**0.5
+    assert np.all(error < 5 * deviation), "further than five standard errors"
+
+
 def test_a_generic_diagonal_is_unbiased():
     """`N · ḡ²` of the sampled batch gradient has the Fisher's diagonal as its mean."""
 

@@ -1,6 +1,7 @@
 """Groups the uses that discovery found into layers, and gives each layer its block."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -217,43 +218,36 @@ def _common(paths: Sequence[str]) -> str:
     return "/".join(common) or "+".join(paths)
 
 
-def _other_layer(
-    leaf: _Leaf, uses: Sequence[Use], kind: str | None = None, reason: str = ""
-) -> Layer:
+def _other_layer(leaf: _Leaf, uses: Sequence[Use]) -> Layer:
+    """A parameter that is unused, tagged generic, or used in a way no layer covers."""
     own = _weight_uses(leaf, uses)
     others = [use for use in own if isinstance(use, OtherUse)]
+    bad = next((use for use in others if use.kind == "unmatched"), None)
     if not own:
-        kind, source = kind or "unused", ""
-        reason = reason or ("no registered loss depends on it" if not reason else "")
-    elif others and all(
-        use.kind == "generic" for use in own if isinstance(use, OtherUse)
-    ):
-        kind, source = kind or "generic", others[0].source
-    else:
-        bad = next((use for use in others if use.kind == "unmatched"), own[0])
-        kind, source = kind or "unmatched", bad.source
-        reason = reason or (
-            bad.reason
-            if isinstance(bad, OtherUse)
-            else "its uses are different linear maps, which share no block"
-        )
-    size = 1
-    for n in leaf.shape:
-        size *= n
-    layout = Layout(leaf.shape, (size,), (0,), (1, size))
+        return _bare_layer(leaf, "unused", 0, "no registered loss depends on it", "")
+    if bad is not None:
+        return _bare_layer(leaf, "unmatched", len(own), bad.reason, bad.source)
+    if others:
+        return _bare_layer(leaf, "generic", len(own), "", others[0].source)
+    reason = "its uses are different linear maps, which share no block"
+    return _bare_layer(leaf, "unmatched", len(own), reason, own[0].source)
+
+
+def _bare_layer(leaf: _Leaf, kind: str, uses: int, reason: str, source: str) -> Layer:
+    size = math.prod(leaf.shape)
     return Layer(
         name=leaf.path,
         kind=kind,
         params=(leaf.path,),
         shapes=(leaf.shape,),
         dtype=_wide(leaf.dtype),
-        uses=len(own),
+        uses=uses,
         block=Identity() if kind == "unused" else Diagonal(),
         shape=BlockShape((), (), 1, size),
         reason=reason,
         source=source,
         leaves=(leaf.index,),
-        layouts=(layout,),
+        layouts=(Layout(leaf.shape, (size,), (0,), (1, size)),),
         roles=("weight",),
     )
 
@@ -286,16 +280,17 @@ def _choose(
                 else "which rows belong to one example could not be followed"
             )
             result.extend(
-                (_unmatched(leaves[leaf], layer, reason), []) for leaf in layer.leaves
+                (
+                    _bare_layer(
+                        leaves[i], "unmatched", layer.uses, reason, layer.source
+                    ),
+                    [],
+                )
+                for i in layer.leaves
             )
             continue
         result.append((dataclasses.replace(layer, block=block), sites))
     return result
-
-
-def _unmatched(leaf: _Leaf, layer: Layer, reason: str) -> Layer:
-    use = OtherUse(leaf.index, "unmatched", reason, layer.source)
-    return _other_layer(leaf, [use])
 
 
 def _as_rule(

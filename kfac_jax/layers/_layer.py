@@ -68,6 +68,11 @@ class Layer:
         return sum(sizes) * jnp.dtype(self.dtype).itemsize
 
     @property
+    def row_statistics(self) -> frozenset[str]:
+        """Statistics that depend on the layer's inputs only."""
+        return frozenset() if self.block is None else self.block.row_statistics
+
+    @property
     def homogeneous(self) -> bool:
         """Whether the last input is the constant 1 of a bias."""
         return "bias" in self.roles

@@ -1,0 +1,116 @@
+"""Gathers statistics by pulling cotangents back from the registered outputs."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax import _estimation
+from kfac_jax._dtypes import wide
+from kfac_jax._jaxpr.examples import State
+from kfac_jax.distributions import RegisteredLoss
+from kfac_jax.layers import Layer
+
+Sums = dict[int, dict[str, Array]]
+"""Statistics by the layer's place in the plan."""
+
+Pull = Callable[[list[Array]], tuple[list[Array], Sums]]
+"""From cotangents of the outputs to those of the parameters, and layers' statistics."""
+
+
+def is_tapped(layer: Layer) -> bool:
+    """Whether statistics come from the layer's inputs and output gradients."""
+    return layer.block is not None and layer.tagged and bool(layer.factor_shapes)
+
+
+def is_squared(layer: Layer) -> bool:
+    """Whether statistics are squares of the parameter's own gradient."""
+    return layer.block is not None and not layer.tagged and bool(layer.factor_shapes)
+
+
+def gather(
+    layers: Sequence[Layer],
+    mode: str,
+    num_samples: int,
+    losses: Sequence[RegisteredLoss],
+    states: Sequence[State],
+    pull: Pull,
+    rng: Array | None,
+) -> tuple[Sums, int]:
+    """Gathers the statistics of one batch.
+
+    A parameter without a layer has only its batch gradient `Σ_n g_n / √N`, whose square
+    is the diagonal's unbiased estimate `N · ḡ²` if the cases' gradients have mean zero
+    and are independent. Sampled ones are; others get a random sign for each case.
+
+    Args:
+      layers: the plan's layers.
+      mode: the estimation mode.
+      num_samples: how many samples the sampled modes draw.
+      losses: the registered losses.
+      states: for each loss, where the examples are in its output.
+      pull: pulls cotangents back.
+      rng: a key; without one the random signs are always the same.
+
+    Returns:
+      The sums, and how many batches they count for.
+    """
+    key = jax.random.key(0) if rng is None else rng
+    if _estimation.is_exact(mode):
+        return _exact(layers, mode, losses, states, pull, key), 1
+    if mode == "fisher_empirical":
+        targets = _estimation.target_cotangents(losses)
+        sums = pull(targets)[1]
+        if any(map(is_squared, layers)):
+            signed = _estimation.random_signs(targets, key)
+            sums = {**sums, **_squares(layers, pull(signed)[0])}
+        return sums, 1
+
+    def sample(index: Array) -> Sums:
+        one = key if num_samples == 1 else jax.random.fold_in(key, index)
+        return _both(layers, pull, _estimation.random_cotangents(losses, mode, one))
+
+    return _estimation.sum_over(sample, num_samples), num_samples
+
+
+def _exact(
+    layers: Sequence[Layer],
+    mode: str,
+    losses: Sequence[RegisteredLoss],
+    states: Sequence[State],
+    pull: Pull,
+    key: Array,
+) -> Sums:
+    """Sums over all outputs; what depends on inputs only is gathered once."""
+
+    def column(cotangents: list[Array]) -> Sums:
+        return {
+            index: {
+                name: value
+                for name, value in part.items()
+                if name not in layers[index].row_statistics
+            }
+            for index, part in pull(cotangents)[1].items()
+        }
+
+    once = _both(layers, pull, _estimation.random_cotangents(losses, mode, key))
+    columns = _estimation.sum_over_outputs(losses, states, column)
+    return {index: {**part, **columns.get(index, {})} for index, part in once.items()}
+
+
+def _both(layers: Sequence[Layer], pull: Pull, cotangents: list[Array]) -> Sums:
+    gradients, sums = pull(cotangents)
+    return {**sums, **_squares(layers, gradients)}
+
+
+def _squares(layers: Sequence[Layer], gradients: Sequence[Array]) -> Sums:
+    return {
+        index: {
+            "diagonal": jnp.square(
+                wide(layer.to_matrix([gradients[i] for i in layer.leaves]))
+            )
+        }
+        for index, layer in enumerate(layers)
+        if is_squared(layer)
+    }
