@@ -20,9 +20,9 @@ def inverse(x: Array) -> Array:
     A matrix that is not positive definite gives NaN, which the caller must handle.
 
     >>> import jax.numpy as jnp
-    >>> inverse(2.0 * jnp.eye(2))
-    Array([[0.5, 0. ],
-           [0. , 0.5]], dtype=float32)
+    >>> inverse(4.0 * jnp.eye(2))
+    Array([[0.25, 0.  ],
+           [0.  , 0.25]], dtype=float32)
     """
     return inverse_many([x])[0]
 
