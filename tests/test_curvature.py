@@ -361,8 +361,7 @@ def test_factors_are_the_papers_moving_average():
         epsilon = min(1 - 1 / k, 0.95)
         once = jax.tree.map(np.asarray, plan.update_factors(zero, batch, 1))
         naive = jax.tree.map(lambda o, n: epsilon * o + (1 - epsilon) * n, naive, once)  # noqa: B023
-        # ε is computed in single precision
-        _close(jax.tree.map(np.asarray, factors), naive, rtol=1e-6, atol=1e-7)
+        _close(jax.tree.map(np.asarray, factors), naive, rtol=1e-12, atol=1e-14)
     for layer in factors.values():
         for factor in layer.values():
             np.testing.assert_allclose(factor, factor.T, rtol=1e-14, atol=1e-16)
@@ -381,7 +380,7 @@ def test_decay_and_step():
     once = plan.update_factors(old, batch, 1)
     _close(once, plan.update_factors(plan.init_factors(p.params), batch, 1))
     half = plan.update_factors(old, batch, 100, decay=0.5)
-    _close(half, jax.tree.map(lambda o, n: (o + n) / 2, old, once), rtol=1e-7)
+    _close(half, jax.tree.map(lambda o, n: (o + n) / 2, old, once), rtol=1e-12)
 
 
 def test_statistics_without_information_leave_factors_alone():

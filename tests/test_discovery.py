@@ -538,7 +538,7 @@ def test_a_scan_over_one_of_weight_and_bias(shared):
         return jax.lax.scan(layer, x, stacked)[0]
 
     curvature, factors = models.exact_factors(
-        _loss(apply), params, X, on_unmatched="ignore"
+        _loss(apply), params, X, on_unmatched="error"
     )
     assert {x.params for x in curvature.layers} == {("w",), ("b",)}
     op = curvature.approximation(factors)
@@ -567,12 +567,12 @@ def test_recurrent_weights_in_scan_share_over_time():
         return h
 
     plan, found = models.exact_factors(
-        _loss(scanned), params, SEQUENCE, on_unmatched="ignore"
+        _loss(scanned), params, SEQUENCE, on_unmatched="error"
     )
     kinds = _kinds(plan)
     assert kinds["input"] == kinds["hidden"] == "dense"
     _, expected = models.exact_factors(
-        _loss(unrolled), params, SEQUENCE, on_unmatched="ignore"
+        _loss(unrolled), params, SEQUENCE, on_unmatched="error"
     )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11), found, expected
