@@ -488,8 +488,8 @@ def make_curvature(
     Args:
       loss_fn: `loss_fn(params, *args) -> loss`, or `(loss, aux)` with `has_aux`. The
         loss is a mean over cases plus, if `l2` is given, `(l2 / 2) · ‖params‖²`.
-      params: a pytree of floating-point arrays or `jax.ShapeDtypeStruct`s.
-      *args: further arguments, arrays or `jax.ShapeDtypeStruct`s; leading axes are the
+      params: a pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`.
+      *args: further arguments, arrays or `jax.ShapeDtypeStruct`; leading axes are the
         batch. If all are concrete, the returned loss is compared with the registered.
       has_aux: whether the loss function also returns auxiliary data.
       estimation_mode: "fisher_gradients" (targets sampled from the model),
