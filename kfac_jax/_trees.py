@@ -140,7 +140,7 @@ def tree_spec(params: Any) -> TreeSpec:
     """Describes the parameters.
 
     Args:
-      params: a pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: a pytree of arrays or of `jax.ShapeDtypeStruct`.
 
     Returns:
       The description.
