@@ -239,6 +239,11 @@ def _same(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
     return views[0]
 
 
+def _whole_slice(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
+    """A slice that takes everything, as `w[0]` of one layer makes in JAX 0.8."""
+    return views[0] if node.out_shape() == node.shape() else None
+
+
 def _multiply(finder: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
     """A scalar constant factor is part of the view (W * 2.0, W / sqrt(d))."""
     if len(views) != 2 or (views[0] is None and views[1] is None):
@@ -266,6 +271,7 @@ VIEW_RULES: dict[str, ViewRule] = {
     "pvary": _same,
     "pcast": _same,
     "transpose": lambda _, n, v: v[0] and v[0].transpose(n.params["permutation"]),
+    "slice": _whole_slice,
     "squeeze": lambda _, n, v: v[0] and v[0].squeeze(n.params["dimensions"]),
     "reshape": lambda _, n, v: v[0] and v[0].reshape(n.params["new_sizes"]),
     "broadcast_in_dim": lambda _, n, v: (
