@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._vectors import inner_product
 from kfac_jax.approximation import invert, layer_leaves, layer_vectors
 from kfac_jax.blocks import Block
+from kfac_jax.blocks._block import finite_layers
 from kfac_jax.curvature import Factors
 from kfac_jax.layers import Layer
 
@@ -16,8 +18,11 @@ def _blocks(layers: Sequence[Layer]) -> dict[str, Block]:
     return {layer.name: layer.block for layer in layers if layer.block is not None}
 
 
-def _zero_factors(layer: Layer) -> dict[str, Array]:
-    return {n: jnp.zeros(s, layer.dtype) for n, s in layer.factor_shapes.items()}
+def _abstract_factors(layer: Layer) -> dict[str, jax.ShapeDtypeStruct]:
+    return {
+        name: jax.ShapeDtypeStruct(shape, layer.dtype)
+        for name, shape in layer.factor_shapes.items()
+    }
 
 
 def init_inverses(layers: Sequence[Layer]) -> Factors:
@@ -28,19 +33,20 @@ def init_inverses(layers: Sequence[Layer]) -> Factors:
         if block is None:
             result[layer.name] = {}
             continue
-        one = jnp.ones((), layer.dtype)
-        shapes = jax.eval_shape(block.damp, _zero_factors(layer), one)
+        one = jax.ShapeDtypeStruct((), layer.dtype)
+        damped = jax.eval_shape(block.damp, _abstract_factors(layer), one)
         result[layer.name] = {
             name: (
-                jnp.ones(s.shape, s.dtype)
+                jnp.ones(x.shape, x.dtype)
                 if name in block.elementwise
-                else jnp.broadcast_to(jnp.eye(s.shape[-1], dtype=s.dtype), s.shape)
+                else jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
             )
-            for name, s in shapes.items()
+            for name, (x, _) in damped.items()
         }
     return result
 
 
+@jax.named_scope("kfac_inverses")
 def refresh_inverses(
     layers: Sequence[Layer], factors: Factors, old: Factors, damping: Array
 ) -> tuple[Factors, Array]:
@@ -64,6 +70,7 @@ def refresh_inverses(
         if layer.block is not None
     }
     new = invert(blocks, damped)
+    flags = finite_layers(blocks, new)
     result: Factors = {}
     failed = jnp.zeros((), jnp.int32)
     for layer in layers:
@@ -71,7 +78,7 @@ def refresh_inverses(
         if name not in new:
             result[name] = old[name]
             continue
-        finite = blocks[name].all_finite(new[name])
+        finite = flags[name]
         result[name] = {
             part: jnp.where(finite, value, old[name][part]).astype(
                 old[name][part].dtype
@@ -82,9 +89,10 @@ def refresh_inverses(
     return result, failed
 
 
+@jax.named_scope("kfac_precondition")
 def precondition(
     layers: Sequence[Layer], inverses: Factors, leaves: Sequence[Array | None]
-) -> list[Array | None]:
+) -> tuple[list[Array | None], Array]:
     """Applies the inverses to a vector's leaves.
 
     Leaves without a block stay as they are.
@@ -95,7 +103,8 @@ def precondition(
       leaves: the vector's leaves; None where hidden by a mask.
 
     Returns:
-      The leaves of the product.
+      The leaves of the product, and its squared length (which counts what a mask hides
+      of a layer).
     """
     blocks = _blocks(layers)
     dtypes = {layer.name: layer.dtype for layer in layers}
@@ -104,4 +113,8 @@ def precondition(
         name: blocks[name].solve(inverses[name], v.astype(dtypes[name]))
         for name, v in vectors.items()
     }
-    return layer_leaves(layers, solved, leaves)
+    covered = {i for layer in layers if layer.name in solved for i in layer.leaves}
+    rest = [x for i, x in enumerate(leaves) if x is not None and i not in covered]
+    everything = [*solved.values(), *rest]
+    square = inner_product(everything, everything)
+    return layer_leaves(layers, solved, leaves), square

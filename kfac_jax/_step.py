@@ -12,7 +12,9 @@ from jax import Array
 
 from kfac_jax import _batch
 from kfac_jax._dtypes import wide, wide_dtype
+from kfac_jax._ordering import known_false_after
 from kfac_jax._preconditioner import refresh_inverses
+from kfac_jax._vectors import inner_product
 from kfac_jax.curvature import Curvature, Factors, Params, Statistics
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Solution
 
@@ -172,17 +174,12 @@ def loss_of(value: Any) -> Array:
     return jnp.asarray(value[0] if isinstance(value, tuple) else value, float)
 
 
-def all_finite(parts: Sequence[Array]) -> Array:
-    """Whether a vector and its squared length are finite, in one pass over it."""
-    return jnp.isfinite(
-        jnp.stack([jnp.square(wide(x)).sum().astype(float) for x in parts])
-    ).all()
+class Combined(NamedTuple):
+    """The update of one step, by leaves."""
 
-
-def dot(u: Sequence[Array], v: Sequence[Array]) -> Array:
-    """The inner product of two vectors given by their leaves, in float32 or wider."""
-    parts = [jnp.vdot(wide(x), wide(y)) for x, y in zip(u, v, strict=True)]
-    return sum(parts[1:], start=parts[0])
+    delta: list[Array]  # δ, or zero
+    kept: list[Array]  # δ0 of the next step
+    finite: Array  # []: whether δ was accepted
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -195,6 +192,7 @@ class Step:
       args: the loss function's further arguments, or None.
       gradient: ∇h.
       direction: Δ, minus the preconditioned gradient.
+      squared_length: ΔᵀΔ, or somewhat more.
       previous: δ0.
       damping: λ.
     """
@@ -204,6 +202,7 @@ class Step:
     args: Any
     gradient: list[Array]
     direction: list[Array]
+    squared_length: Array
     previous: list[Array]
     damping: Array
 
@@ -221,21 +220,22 @@ class Step:
         treedef = self.curvature.tree.treedef
         vectors = [jax.tree.unflatten(treedef, v) for v in basis]
         fisher = self.curvature.quadratic_form(self.params, vectors, *part)
-        gram = jnp.stack([jnp.stack([dot(u, v) for v in basis]) for u in basis])
+        u, v, g = self.direction, self.previous, self.gradient
+        uv = inner_product(u, v)
+        gram = jnp.stack([inner_product(u, u), uv, uv, inner_product(v, v)])
+        slope = jnp.stack([inner_product(g, u), inner_product(g, v)])
         total = (self.damping + self.curvature.l2).astype(fisher.dtype)
-        slope = jnp.stack([dot(self.gradient, v) for v in basis])
-        return (
-            fisher + total * gram.astype(fisher.dtype),
-            slope.astype(fisher.dtype),
-        )
+        matrix = fisher + total * gram.reshape(2, 2).astype(fisher.dtype)
+        return matrix, slope.astype(fisher.dtype)
 
     def constrain(self, alpha: Array, constraint: Any) -> Array:
         """Lowers α so that `α² Δᵀ ∇h` is at most `constraint`."""
-        slope = dot(self.gradient, self.direction).astype(alpha.dtype)
+        slope = inner_product(self.gradient, self.direction).astype(alpha.dtype)
         squared = jnp.maximum(-slope * alpha**2, jnp.finfo(alpha.dtype).tiny)
         ratio = jnp.asarray(constraint, alpha.dtype) / squared
         return alpha * jnp.sqrt(jnp.minimum(1.0, ratio))
 
+    @jax.named_scope("kfac_rates")
     def rates(
         self, rule: Any, momentum: Array | None, count: Array, constraint: Any
     ) -> Solution:
@@ -248,28 +248,55 @@ class Step:
             alpha = self.constrain(alpha, constraint)
         return Solution(alpha, momentum, nan())
 
-    def combine(self, alpha: Array, mu: Array) -> tuple[list[Array], Array]:
-        """`δ = α Δ + μ δ0`, zero where it is not finite, and whether it is finite."""
+    @jax.named_scope("kfac_update")
+    def combine(self, alpha: Array, mu: Array, value: Any) -> Combined:
+        """`δ = α Δ + μ δ0`, if it is certain to be finite.
 
-        def one(d: Array, d0: Array, g: Array) -> Array:
+        That is decided before δ is computed, from the lengths of Δ and δ0, which saves
+        passes over δ. It is also made to wait for the loss, the last reader of the
+        parameters, so that donated ones can be updated in place.
+
+        Args:
+          alpha: α.
+          mu: μ.
+          value: h(θ), as passed to update, or None.
+
+        Returns:
+          δ, zero where refused; the next δ0, which then stays; whether δ is finite.
+        """
+        u, v = self.direction, self.previous
+        squares = jnp.stack([self.squared_length, inner_product(v, v)])
+        rates = jnp.stack([alpha, mu]).astype(squares.dtype)
+        length = (jnp.abs(rates) * jnp.sqrt(squares)).sum()
+        largest = min(float(jnp.finfo(x.dtype).max) for x in self.gradient)
+        finite = (length <= largest) & ~known_false_after(loss_of(value))
+        delta: list[Array] = []
+        kept: list[Array] = []
+        for d, d0, g in zip(u, v, self.gradient, strict=True):
             dtype = wide_dtype(d.dtype)
             moved = alpha.astype(dtype) * wide(d) + mu.astype(dtype) * wide(d0)
-            return moved.astype(g.dtype)
+            moved = moved.astype(g.dtype)
+            kept.append(jnp.where(finite, moved.astype(d0.dtype), d0))
+            # the same array where it can be, for one pass less
+            moved = kept[-1] if d0.dtype == g.dtype else moved
+            delta.append(jnp.where(finite, moved, jnp.zeros_like(moved)))
+        return Combined(delta, kept, finite)
 
-        parts = zip(self.direction, self.previous, self.gradient, strict=True)
-        delta = [one(d, d0, g) for d, d0, g in parts]
-        finite = all_finite(delta)
-        return [jnp.where(finite, x, jnp.zeros_like(x)) for x in delta], finite
+    def moved(self, delta: list[Array]) -> Params:
+        """θ + δ."""
+        tree = jax.tree.unflatten(self.curvature.tree.treedef, delta)
+        return optax.apply_updates(cast("Any", self.params), tree)
 
+    @jax.named_scope("kfac_damping")
     def reduction_ratio(
-        self, delta: list[Array], rates: Solution, modelled: bool, value: Any
+        self, moved: Params, rates: Solution, modelled: bool, value: Any
     ) -> tuple[Array, Array]:
         """Measures `ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0))` on this step's own batch.
 
         Where the loss rises ρ is -∞, whatever the model predicted.
 
         Args:
-          delta: δ.
+          moved: θ + δ.
           rates: α and μ, and the model's change if `modelled`.
           modelled: whether the quadratic model was solved for this step.
           value: h(θ), as passed to update.
@@ -283,8 +310,6 @@ class Step:
             step = jnp.stack([rates.learning_rate, rates.momentum])
             step = step.astype(matrix.dtype)
             predicted = slope @ step + 0.5 * step @ matrix @ step
-        tree = jax.tree.unflatten(self.curvature.tree.treedef, delta)
-        moved: Any = optax.apply_updates(cast("Any", self.params), tree)
         after = loss_of(self.curvature.loss_fn(moved, *self.args))
         predicted = predicted.astype(after.dtype)
         before = loss_of(value)

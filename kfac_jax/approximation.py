@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from kfac_jax import linalg
 from kfac_jax._trees import TreeSpec
-from kfac_jax.blocks import Block, Spectrum
+from kfac_jax.blocks import Block, Damped, Spectrum
 from kfac_jax.layers import Layer
 
 Vector = Any
@@ -57,17 +57,23 @@ def layer_leaves(
     return result
 
 
-def invert(blocks: dict[str, Block], damped: dict[str, dict[str, Array]]) -> Any:
+def invert(
+    blocks: dict[str, Block], damped: dict[str, dict[str, Damped]]
+) -> dict[str, dict[str, Array]]:
     """Inverts what `Block.damp` returned, all matrices of one size as a batch."""
     result: dict[str, dict[str, Array]] = {name: {} for name in damped}
     matrices: list[tuple[str, str]] = []
     for name, parts in damped.items():
-        for part, value in parts.items():
+        for part, (factor, shift) in parts.items():
             if part in blocks[name].elementwise:
-                result[name][part] = 1.0 / value
+                result[name][part] = 1.0 / (factor + shift.astype(factor.dtype))
             else:
                 matrices.append((name, part))
-    inverses = linalg.inverse_many([damped[n][p] for n, p in matrices])
+    shifted = [
+        (factor, jnp.broadcast_to(shift, factor.shape[:-2]))
+        for factor, shift in (damped[name][part] for name, part in matrices)
+    ]
+    inverses = linalg.inverse_many(shifted)
     for (name, part), value in zip(matrices, inverses, strict=True):
         result[name][part] = value
     return {

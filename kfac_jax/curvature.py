@@ -14,6 +14,7 @@ from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation
 from kfac_jax.blocks import Block
+from kfac_jax.blocks._block import finite_layers
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import BlocksSpec, Layer
 
@@ -91,6 +92,7 @@ class Curvature:
         self.tree.leaves(params, "params")
         return jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)(params, *args)
 
+    @jax.named_scope("kfac_statistics")
     def value_grad_and_statistics(
         self, params: Params, *args: Any, rng: Array | None = None
     ) -> tuple[Any, Params, Statistics]:
@@ -262,6 +264,7 @@ class Curvature:
         (product,) = jax.linear_transpose(push, list(leaves))(pulled)
         return jax.tree.unflatten(self.tree.treedef, product)
 
+    @jax.named_scope("kfac_quadratic_form")
     def quadratic_form(self, params: Params, vectors: Any, *args: Any) -> Array:
         """The matrix `Vᵀ F V` of the exact Fisher, by forward-mode products only.
 
@@ -335,11 +338,10 @@ class Curvature:
           The factors.
         """
         self.tree.leaves(params, "params")
-        return {layer.name: _zeros(layer, "factor_shapes") for layer in self.layers}
+        return self.zero_factors()
 
-    def init_factors_masked(self, params: Params) -> Factors:
-        """Like `init_factors`, for parameters some of which `optax.masked` hides."""
-        self.tree.masked_leaves(params, "params")
+    def zero_factors(self) -> Factors:
+        """Like `init_factors`, which checks that the parameters are the plan's."""
         return {layer.name: _zeros(layer, "factor_shapes") for layer in self.layers}
 
     def update_factors(
@@ -364,6 +366,7 @@ class Curvature:
         """
         return self.update_factors_and_count(factors, statistics, step, decay)[0]
 
+    @jax.named_scope("kfac_factors")
     def update_factors_and_count(
         self, factors: Factors, statistics: Statistics, step: Any, decay: Any = 0.95
     ) -> tuple[Factors, Array]:
@@ -384,25 +387,31 @@ class Curvature:
         epsilon = jnp.minimum(
             1.0 - 1.0 / jnp.asarray(step, float), jnp.asarray(decay, float)
         )
-        result: Factors = {}
-        refused = jnp.zeros((), jnp.int32)
-        for layer in self.layers:
-            old, sums = factors[layer.name], statistics.layers[layer.name]
-            if layer.block is None or not sums:
-                result[layer.name] = old
-                continue
-            new = layer.block.factors(sums, weight.astype(layer.dtype))
-            finite = layer.block.all_finite(new)
-            result[layer.name] = {
+        blocks = {
+            layer.name: layer.block
+            for layer in self.layers
+            if layer.block is not None and statistics.layers[layer.name]
+        }
+        new = {
+            layer.name: blocks[layer.name].factors(
+                statistics.layers[layer.name], weight.astype(layer.dtype)
+            )
+            for layer in self.layers
+            if layer.name in blocks
+        }
+        finite = finite_layers(blocks, new)
+        result = dict(factors)
+        for layer in new:
+            result[layer] = {
                 name: jnp.where(
-                    informed & finite,
-                    _average(old[name], new[name], epsilon),
-                    old[name],
+                    informed & finite[layer],
+                    _average(old, new[layer][name], epsilon),
+                    old,
                 )
-                for name in old
+                for name, old in factors[layer].items()
             }
-            refused += (informed & ~finite).astype(jnp.int32)
-        return result, refused
+        refused = [(informed & ~flag).astype(jnp.int32) for flag in finite.values()]
+        return result, sum(refused, jnp.zeros((), jnp.int32))
 
     @property
     def informed_layers(self) -> int:

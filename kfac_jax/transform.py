@@ -17,7 +17,6 @@ from kfac_jax._step import (
     Schedule,
     Step,
     advance,
-    all_finite,
     at,
     check_common,
     check_kind,
@@ -104,9 +103,8 @@ def scale_by_kfac(
         state, refused = advance(
             curvature, state, statistics, now, decay, inverse_every
         )
-        scaled = precondition(curvature.layers, state.inverses, grads)
-        present = [x for x in scaled if x is not None]
-        finite = all_finite(present)
+        scaled, square = precondition(curvature.layers, state.inverses, grads)
+        finite = jnp.isfinite(square)
         scaled = [
             None if x is None else jnp.where(finite, x, jnp.zeros_like(x))
             for x in scaled
@@ -213,28 +211,25 @@ def kfac(
         state, refused = advance(
             curvature, state, statistics, now, decay, inverse_every
         )
-        scaled = precondition(curvature.layers, state.inverses, grads)
+        scaled, square = precondition(curvature.layers, state.inverses, grads)
         step = Step(
             curvature=curvature,
             params=params,
             args=args,
             gradient=[x for x in grads if x is not None],
             direction=[-x for x in scaled if x is not None],
+            squared_length=square,
             previous=[x for x in velocity if x is not None],
             damping=now,
         )
         mu = None if momentum is None else at(momentum, count)
         rates = step.rates(learning_rate, mu, count, norm_constraint)
-        delta, finite = step.combine(rates.learning_rate, rates.momentum)
+        delta, kept, finite = step.combine(rates.learning_rate, rates.momentum, value)
         state = _record(state, rates, value, refused | ~finite)
         if isinstance(damping, LevenbergMarquardt):
             state = _adapt(damping, state, step, delta, finite, rates, modelled, value)
         else:
             state = state._replace(damping=at(damping, state.step))
-        kept = [
-            jnp.where(finite, x.astype(y.dtype), y)
-            for x, y in zip(delta, step.previous, strict=True)
-        ]
         restore = curvature.tree.restore
         state = state._replace(velocity=restore(_fill(kept, velocity), state.velocity))
         return restore(_fill(delta, grads), updates), state
@@ -245,11 +240,15 @@ def kfac(
 def _initial(
     curvature: Curvature, params: Params, damping: Any, velocity: Params
 ) -> KFACState:
+    curvature.tree.masked_leaves(params, "params")
+    # compiled at once: one by one, each shape would be compiled for itself
+    fill = jax.jit(lambda: (curvature.zero_factors(), init_inverses(curvature.layers)))
+    factors, inverses = fill()
     return KFACState(
         step=jnp.zeros((), jnp.int32),
         batches=jnp.zeros((), jnp.int32),
-        factors=curvature.init_factors_masked(params),
-        inverses=init_inverses(curvature.layers),
+        factors=factors,
+        inverses=inverses,
         damping=initial_damping(damping),
         velocity=velocity,
         info=initial_info(),
@@ -313,9 +312,11 @@ def _adapt(
     value: Any,
 ) -> KFACState:
     """Every T1 steps, measures ρ and changes λ by it."""
+    # outside of the branch: most callers compute it too, and XLA does it once
+    moved = step.moved(delta)
 
     def measure() -> tuple[Array, Array, Array]:
-        rho, change = step.reduction_ratio(delta, rates, modelled, value)
+        rho, change = step.reduction_ratio(moved, rates, modelled, value)
         rho = jnp.where(finite, rho, jnp.nan)
         return rule.update(step.damping, rho), rho, change
 

@@ -35,16 +35,45 @@ def test_inverse_many_keeps_order_shape_and_type():
         each = [oracles.random_psd(rng, d) + np.eye(d) for _ in range(count)]
         matrices.append(jnp.asarray(np.stack(each).reshape(*lead, d, d)))
     matrices[1] = matrices[1].astype(jnp.float32)
-    for x, inverse in zip(matrices, linalg.inverse_many(matrices), strict=True):
+    shifts = [jnp.asarray(rng.random(x.shape[:-2]), x.dtype) for x in matrices]
+    shifted = list(zip(matrices, shifts, strict=True))
+    for (x, s), inverse in zip(shifted, linalg.inverse_many(shifted), strict=True):
         assert inverse.dtype == x.dtype and inverse.shape == x.shape
         tolerance = 1e-5 if x.dtype == jnp.float32 else 1e-12
-        np.testing.assert_allclose(inverse, np.linalg.inv(x), rtol=tolerance)
+        eye = np.eye(x.shape[-1])
+        expected = np.linalg.inv(np.asarray(x) + np.asarray(s)[..., None, None] * eye)
+        np.testing.assert_allclose(inverse, expected, rtol=tolerance)
     assert linalg.inverse_many([]) == []
+
+
+@pytest.mark.parametrize("d", [127, 128, 257, 640, 1000])
+def test_inverse_of_large_matrices(d):
+    rng = np.random.default_rng(5)
+    q, _ = np.linalg.qr(rng.normal(size=(d, d)))
+    w = np.geomspace(1e-6, 1.0, d)
+    found = linalg.inverse(jnp.asarray((q * w) @ q.T))
+    np.testing.assert_allclose(found, (q / w) @ q.T, rtol=0, atol=1e-9 * 1e6)
+    np.testing.assert_allclose(found, found.T, rtol=0, atol=1e-9 * 1e6)
+
+
+def test_ill_conditioned_single_precision_loses_no_more_digits_than_it_must():
+    d, condition = 600, 1e5
+    rng = np.random.default_rng(6)
+    q, _ = np.linalg.qr(rng.normal(size=(d, d)))
+    w = np.geomspace(1.0 / condition, 1.0, d)
+    x = ((q * w) @ q.T).astype(np.float32)
+    expected = np.linalg.inv(x.astype(np.float64))
+    found = np.asarray(linalg.inverse(jnp.asarray(x)))
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert error < condition * np.finfo(np.float32).eps
 
 
 def test_one_bad_matrix_does_not_spoil_its_batch():
     good, bad = jnp.eye(3), -jnp.eye(3)
-    first, second, third = linalg.inverse_many([good, bad, 2 * good])
+    zero = jnp.zeros(())
+    first, second, third = linalg.inverse_many(
+        [(good, zero), (bad, zero), (good, zero + 1)]
+    )
     np.testing.assert_allclose(first, np.eye(3))
     assert np.isnan(second).any()
     np.testing.assert_allclose(third, np.eye(3) / 2)

@@ -2,6 +2,7 @@
 
 from ._block import Block as Block
 from ._block import BlockShape as BlockShape
+from ._block import Damped as Damped
 from ._block import Spectrum as Spectrum
 from .diagonal import Diagonal as Diagonal
 from .full import Full as Full

@@ -7,9 +7,10 @@ inputs (with the homogeneous coordinate last if there is a bias), `o` outputs.
 
 import abc
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import ClassVar
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -50,6 +51,13 @@ class BlockShape:
     def slice_size(self) -> int:
         """The number of parameters that one slice of the stacked axes holds."""
         return math.prod(self.independent) * self.inputs * self.outputs
+
+
+class Damped(NamedTuple):
+    """`factor + shift · I`, which is to be inverted."""
+
+    factor: Array  # [*e, d, d]; of any shape [*e, ...] where inverted elementwise
+    shift: Array  # [*e]; [] where inverted elementwise, or for all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,18 +117,8 @@ class Block(abc.ABC):
         """Normalises statistics; `weight` is how many batches they are a sum of."""
 
     @abc.abstractmethod
-    def damp(self, factors: Factors, damping: Array) -> Factors:
+    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Returns what is to be inverted for the block with damping λ."""
-
-    def all_finite(self, parts: Factors) -> Array:
-        """Whether factors, or inverses, are finite."""
-        checks = [
-            jnp.isfinite(part).all()
-            if name in self.elementwise
-            else linalg.is_finite(part)
-            for name, part in parts.items()
-        ]
-        return jnp.stack(checks).all() if checks else jnp.asarray(True)
 
     @abc.abstractmethod
     def solve(self, inverses: Factors, v: Array) -> Array:
@@ -137,6 +135,29 @@ class Block(abc.ABC):
     @abc.abstractmethod
     def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
         """An eigendecomposition of the block."""
+
+
+def finite_layers(
+    blocks: Mapping[str, Block], parts: Mapping[str, Factors]
+) -> dict[str, Array]:
+    """Whether all of a layer's factors (or inverses) are finite, by layer name."""
+    checks: dict[str, list[Array]] = {layer: [] for layer in parts}
+    owners: list[str] = []
+    matrices: list[Array] = []
+    for layer, named in parts.items():
+        for name, part in named.items():
+            if name in blocks[layer].elementwise:
+                checks[layer].append(jnp.isfinite(part).all())
+            else:
+                owners.append(layer)
+                matrices.append(part)
+    flags = linalg.are_finite(matrices)
+    for index, layer in enumerate(owners):
+        checks[layer].append(flags[index])
+    return {
+        layer: functools.reduce(jnp.logical_and, found, jnp.asarray(True))
+        for layer, found in checks.items()
+    }
 
 
 def per_example(x: Array, dy: Array) -> Array:

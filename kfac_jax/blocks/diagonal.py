@@ -9,6 +9,7 @@ from kfac_jax._dtypes import wide_dtype
 from kfac_jax.blocks._block import (
     Block,
     BlockShape,
+    Damped,
     Factors,
     Spectrum,
     per_example,
@@ -47,10 +48,9 @@ class Diagonal(Block):
         """Divides by the number of batches."""
         return {"diagonal": statistics["diagonal"] / weight}
 
-    def damp(self, factors: Factors, damping: Array) -> Factors:
+    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Adds λ."""
-        d = factors["diagonal"]
-        return {"diagonal": d + jnp.asarray(damping, d.dtype)}
+        return {"diagonal": Damped(factors["diagonal"], jnp.asarray(damping))}
 
     def solve(self, inverses: Factors, v: Array) -> Array:
         """Divides elementwise."""
@@ -66,8 +66,9 @@ class Diagonal(Block):
 
     def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
         """The standard basis."""
+        d = factors["diagonal"]
         return Spectrum(
-            lambda damping, _: self.damp(factors, damping)["diagonal"],
+            lambda damping, _: d + jnp.asarray(damping, d.dtype),
             to_basis=lambda v: v,
             from_basis=lambda v: v,
         )

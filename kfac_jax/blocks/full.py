@@ -9,6 +9,7 @@ from kfac_jax import linalg
 from kfac_jax.blocks._block import (
     Block,
     BlockShape,
+    Damped,
     Factors,
     Spectrum,
     per_example,
@@ -44,11 +45,9 @@ class Full(Block):
         """Divides by the number of batches."""
         return {"full": statistics["full"] / weight}
 
-    def damp(self, factors: Factors, damping: Array) -> Factors:
+    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Adds λ to the diagonal."""
-        f = factors["full"]
-        eye = jnp.broadcast_to(jnp.eye(f.shape[-1], dtype=f.dtype), f.shape)
-        return {"full": f + jnp.asarray(damping, f.dtype) * eye}
+        return {"full": Damped(factors["full"], jnp.asarray(damping))}
 
     def solve(self, inverses: Factors, v: Array) -> Array:
         """Multiplies the flattened parameters by the inverse."""

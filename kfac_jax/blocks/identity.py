@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax.blocks._block import Block, BlockShape, Factors, Spectrum
+from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,10 @@ class Identity(Block):
         """Keeps none."""
         return {}
 
-    def damp(self, factors: Factors, damping: Array) -> Factors:
+    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """`1 + λ`."""
-        return {"identity": 1.0 + jnp.asarray(damping)}
+        one = jnp.ones((), jnp.asarray(damping).dtype)
+        return {"identity": Damped(one, jnp.asarray(damping))}
 
     def solve(self, inverses: Factors, v: Array) -> Array:
         """Scales `v`."""

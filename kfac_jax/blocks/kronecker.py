@@ -7,7 +7,7 @@ from jax import Array
 
 from kfac_jax import linalg
 from kfac_jax._dtypes import wide_dtype
-from kfac_jax.blocks._block import Block, BlockShape, Factors, Spectrum
+from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
 
 
 def _second_moment(x: Array) -> Array:
@@ -15,10 +15,6 @@ def _second_moment(x: Array) -> Array:
     dtype = wide_dtype(x.dtype)
     rows = x.reshape(*x.shape[:-3], -1, x.shape[-1])
     return jnp.einsum("...ri,...rj->...ij", rows, rows, preferred_element_type=dtype)
-
-
-def _eye(x: Array) -> Array:
-    return jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,15 +64,12 @@ class Kronecker(Block):
             "output": statistics["output"] / weight,
         }
 
-    def damp(self, factors: Factors, damping: Array) -> Factors:
+    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Factored Tikhonov damping (section 6.3)."""
         a, g = factors["input"], factors["output"]
-        pi = linalg.trace_pi(a, g)[..., None, None]
+        pi = linalg.trace_pi(a, g)
         gamma = jnp.sqrt(jnp.asarray(damping, a.dtype))
-        return {
-            "input": a + pi * gamma * _eye(a),
-            "output": g + gamma / pi * _eye(g),
-        }
+        return {"input": Damped(a, pi * gamma), "output": Damped(g, gamma / pi)}
 
     def solve(self, inverses: Factors, v: Array) -> Array:
         """`A⁻¹ V G⁻¹`."""

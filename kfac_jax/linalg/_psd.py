@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
+from kfac_jax._ordering import known_false_after
+
 
 def symmetrize(x: Array) -> Array:
     """Returns `(x + xᵀ) / 2` over the last two axes."""
@@ -24,120 +26,147 @@ def inverse(x: Array) -> Array:
     Array([[0.25, 0.  ],
            [0.  , 0.25]], dtype=float32)
     """
-    return inverse_many([x])[0]
+    return inverse_many([(x, jnp.zeros(x.shape[:-2], x.dtype))])[0]
 
 
-def inverse_many(matrices: Sequence[Array]) -> list[Array]:
-    """Inverts matrices of many shapes, those of similar size as one batch.
+def inverse_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
+    """Inverts `x + s I` for many x and s, matrices of similar size as one batch.
 
-    Matrices are padded by the identity to a multiple of the block size and inverted in
-    place, block by block (`_sweep`). Compile time grows with the number of different
-    padded sizes, not of matrices.
+    Matrices are padded by the identity. What there is to compile grows with the number
+    of different padded sizes, not of matrices.
 
     Sizes are inverted one after the other: on CPUs, batched LAPACK calls that run at
     the same time wait for each other's threads and can block for ever (jaxlib 0.10).
 
     Args:
-      matrices: arrays `[..., d, d]`, positive definite.
+      shifted: x, symmetric `[..., d, d]`, and s, `[...]`; the sum positive definite.
 
     Returns:
-      Their inverses in the same order and shapes.
+      The inverses in the same order and shapes.
     """
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
-    for i, x in enumerate(matrices):
+    for i, (x, _) in enumerate(shifted):
         groups.setdefault((_padded(x.shape[-1]), x.dtype), []).append(i)
     results: dict[int, Array] = {}
     previous = jnp.zeros(())
     for (size, dtype), members in groups.items():
-        stacked = jnp.concatenate([_pad(matrices[i], size) for i in members])
-        never = previous > jnp.inf  # false, but XLA cannot know: orders the calls
-        inverses = _sweep(stacked + never.astype(dtype))
+        stacked = _stack([shifted[i] for i in members], size)
+        never = known_false_after(previous).astype(dtype)
+        inverses = _inverse(stacked + never)
         previous = inverses[0, 0, 0]
         start = 0
         for i in members:
-            shape = matrices[i].shape
+            shape = shifted[i][0].shape
             d = shape[-1]
             stop = start + math.prod(shape[:-2])
             results[i] = inverses[start:stop, :d, :d].reshape(shape)
             start = stop
-    return [results[i] for i in range(len(matrices))]
+    return [results[i] for i in range(len(shifted))]
 
 
-_BLOCK = 128
-"""Columns swept at once.
-
-Enough for fast products, few enough for a cheap pivot block.
-"""
+_GRANULE = 128
+"""Larger sizes are padded to multiples of this, smaller ones to powers of two."""
 
 
 def _padded(d: int) -> int:
-    if d <= _BLOCK:
+    if d <= _GRANULE:
         return 1 << (d - 1).bit_length()
-    return -(-d // _BLOCK) * _BLOCK
+    return -(-d // _GRANULE) * _GRANULE
 
 
-def _pad(x: Array, size: int) -> Array:
-    """Stacks as `[k, size, size]`, with ones on the new part of the diagonal."""
-    d = x.shape[-1]
-    x = x.reshape(math.prod(x.shape[:-2]), d, d)
-    if d == size:
-        return x
-    x = jnp.pad(x, ((0, 0), (0, size - d), (0, size - d)))
-    return x + jnp.diag((jnp.arange(size) >= d).astype(x.dtype))[None]
+def _stack(shifted: Sequence[tuple[Array, Array]], size: int) -> Array:
+    """`x + s I` as one `[k, size, size]`, with ones on the new part of the diagonal."""
+    matrices: list[Array] = []
+    diagonals: list[Array] = []
+    for x, s in shifted:
+        d, k = x.shape[-1], math.prod(x.shape[:-2])
+        new = size - d
+        matrices.append(jnp.pad(x.reshape(k, d, d), ((0, 0), (0, new), (0, new))))
+        added = jnp.broadcast_to(s.astype(x.dtype).reshape(k, 1), (k, d))
+        diagonals.append(jnp.pad(added, ((0, 0), (0, new)), constant_values=1))
+    diagonal = jnp.concatenate(diagonals)[:, :, None]
+    identity = jnp.eye(size, dtype=diagonal.dtype)[None]
+    return jnp.concatenate(matrices) + diagonal * identity
 
 
-def _sweep(x: Array) -> Array:
-    """Inverts `[k, d, d]` by the symmetric sweep operator, a block.
+def _inverse(x: Array) -> Array:
+    """Inverts `[k, d, d]`, reading the lower triangle: `x = L Lᵀ`, `x⁻¹ = L⁻ᵀ L⁻¹`.
 
-    Of columns at a time.
-
-    Sweeping the block j replaces, with `R = x[j, :]` and `P = x[j, j]⁻¹`,
-
-        x       ←  x - Rᵀ P R     outside of the block's rows and columns,
-        x[j, :] ←  P R            and its transpose,
-        x[j, j] ←  -P,
-
-    and once all blocks are swept x is minus the inverse. The pivot blocks are Schur
-    complements, positive definite if x is. This takes 2 d³ multiply-adds, all in
-    products (a Cholesky factorisation with its triangular inverse takes more, most of
-    it serial).
+    Only the factorisation is left to LAPACK (or its like on other backends), whose
+    triangular solve takes three times the arithmetic for the inverse of L. NaN where x
+    is not positive definite.
     """
-    size = x.shape[-1]
-    block = min(_BLOCK, size)
-    if size == block:
-        return _pivot_inverse(x)
-
-    def sweep(j: Array, x: Array) -> Array:
-        at = j * block
-        rows = jax.lax.dynamic_slice_in_dim(x, at, block, axis=1)
-        pivot = _pivot_inverse(jax.lax.dynamic_slice_in_dim(rows, at, block, axis=2))
-        swept = pivot @ rows
-        x = x - jnp.swapaxes(rows, 1, 2) @ swept
-        swept = jax.lax.dynamic_update_slice_in_dim(swept, -pivot, at, axis=2)
-        x = jax.lax.dynamic_update_slice_in_dim(x, swept, at, axis=1)
-        return jax.lax.dynamic_update_slice_in_dim(
-            x, jnp.swapaxes(swept, 1, 2), at, axis=2
-        )
-
-    return -jax.lax.fori_loop(0, size // block, sweep, x)
-
-
-def _pivot_inverse(x: Array) -> Array:
-    """Inverts small matrices as `L⁻ᵀ L⁻¹`, reading the lower triangle of `x = L Lᵀ`."""
     if x.shape[-1] == 1:
         return jnp.where(x > 0, 1.0 / x, jnp.nan)
-    lower = jnp.linalg.cholesky(x, symmetrize_input=False)
-    identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
-    root = solve_triangular(lower, identity, lower=True)
-    return jnp.swapaxes(root, -1, -2) @ root
+    return _gram(_triangular_inverse(jnp.linalg.cholesky(x, symmetrize_input=False)))
 
 
-def is_finite(x: Array) -> Array:
-    """Whether positive semidefinite matrices `[..., d, d]` are finite, from diagonals.
+_SOLVED = 256
+"""Largest triangular matrix that is inverted by a triangular solve."""
 
-    `|x_ij| ≤ √(x_ii x_jj)`, so a finite diagonal bounds every entry.
+_MULTIPLIED = 512
+"""Largest triangular matrix whose product ignores that half of it is zero."""
+
+
+def _triangular_inverse(x: Array) -> Array:
+    """Inverts lower triangular `[k, d, d]`, all halves on the diagonal as one batch.
+
+    The inverse of `[[a, 0], [b, c]]` is `[[a⁻¹, 0], [-c⁻¹ b a⁻¹, c⁻¹]]`.
     """
-    return jnp.isfinite(jnp.diagonal(x, axis1=-2, axis2=-1)).all()
+    k, d, _ = x.shape
+    if d <= _SOLVED or d % 2:
+        identity = jnp.broadcast_to(jnp.eye(d, dtype=x.dtype), x.shape)
+        return solve_triangular(x, identity, lower=True)
+    a, _, b, c = _quarters(x)
+    halves = _triangular_inverse(jnp.concatenate([a, c]))
+    first, second = halves[:k], halves[k:]
+    return _join(first, jnp.zeros_like(b), -second @ (b @ first), second)
+
+
+def _gram(x: Array) -> Array:
+    """`xᵀ x` for lower triangular `[k, d, d]`, without most products with zero."""
+    if x.shape[-1] <= _MULTIPLIED or x.shape[-1] % 2:
+        return jnp.swapaxes(x, 1, 2) @ x
+    a, _, b, c = _quarters(x)
+    left = jnp.swapaxes(c, 1, 2) @ b
+    top = _gram(a) + jnp.swapaxes(b, 1, 2) @ b
+    return _join(top, jnp.swapaxes(left, 1, 2), left, _gram(c))
+
+
+def _quarters(x: Array) -> tuple[Array, Array, Array, Array]:
+    half = x.shape[-1] // 2
+    top, bottom = x[:, :half], x[:, half:]
+    return top[..., :half], top[..., half:], bottom[..., :half], bottom[..., half:]
+
+
+def _join(a: Array, b: Array, c: Array, d: Array) -> Array:
+    """`[[a, b], [c, d]]`."""
+    rows = [jnp.concatenate([a, b], axis=2), jnp.concatenate([c, d], axis=2)]
+    return jnp.concatenate(rows, axis=1)
+
+
+def diagonal(x: Array) -> Array:
+    """The diagonals `[..., d]` of matrices `[..., d, d]`, as one strided slice."""
+    d = x.shape[-1]
+    return x.reshape(*x.shape[:-2], d * d)[..., :: d + 1]
+
+
+def are_finite(matrices: Sequence[Array]) -> Array:
+    """Whether positive semidefinite matrices `[..., d, d]` are finite, one flag each.
+
+    Looks at diagonals: `|x_ij| ≤ √(x_ii x_jj)`, so they bound every entry. All of them
+    together, because a reduction for each would be much to compile.
+
+    >>> import jax.numpy as jnp
+    >>> are_finite([jnp.eye(2), jnp.nan * jnp.eye(3)])
+    Array([ True, False], dtype=bool)
+    """
+    if not matrices:
+        return jnp.zeros((0,), bool)
+    flags = [jnp.isfinite(diagonal(x)).reshape(-1) for x in matrices]
+    longest = max(x.size for x in flags)
+    padded = [jnp.pad(x, (0, longest - x.size), constant_values=True) for x in flags]
+    return jnp.stack(padded).all(axis=1)
 
 
 def eigh(x: Array) -> tuple[Array, Array]:
