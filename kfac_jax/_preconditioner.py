@@ -1,5 +1,6 @@
 """Inverses of the damped factors: their state, their refresh, their application."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -9,7 +10,6 @@ from jax import Array
 from kfac_jax._vectors import inner_product
 from kfac_jax.approximation import invert, layer_leaves, layer_vectors
 from kfac_jax.blocks import Block
-from kfac_jax.blocks._block import finite_layers
 from kfac_jax.curvature import Factors
 from kfac_jax.layers import Layer
 
@@ -70,7 +70,6 @@ def refresh_inverses(
         if layer.block is not None
     }
     new = invert(blocks, damped)
-    flags = finite_layers(blocks, new)
     result: Factors = {}
     failed = jnp.zeros((), jnp.int32)
     for layer in layers:
@@ -78,12 +77,14 @@ def refresh_inverses(
         if name not in new:
             result[name] = old[name]
             continue
-        finite = flags[name]
+        finite = functools.reduce(
+            jnp.logical_and, [part.finite for part in new[name].values()]
+        )
         result[name] = {
-            part: jnp.where(finite, value, old[name][part]).astype(
+            part: jnp.where(finite, inverse, old[name][part]).astype(
                 old[name][part].dtype
             )
-            for part, value in new[name].items()
+            for part, (inverse, _) in new[name].items()
         }
         failed += (~finite).astype(jnp.int32)
     return result, failed

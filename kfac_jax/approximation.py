@@ -59,14 +59,16 @@ def layer_leaves(
 
 def invert(
     blocks: dict[str, Block], damped: dict[str, dict[str, Damped]]
-) -> dict[str, dict[str, Array]]:
+) -> dict[str, dict[str, linalg.Inverted]]:
     """Inverts what `Block.damp` returned, all matrices of one size as a batch."""
-    result: dict[str, dict[str, Array]] = {name: {} for name in damped}
+    result: dict[str, dict[str, linalg.Inverted]] = {name: {} for name in damped}
     matrices: list[tuple[str, str]] = []
     for name, parts in damped.items():
         for part, (factor, shift) in parts.items():
             if part in blocks[name].elementwise:
-                result[name][part] = 1.0 / (factor + shift.astype(factor.dtype))
+                inverse = 1.0 / (factor + shift.astype(factor.dtype))
+                finite = jnp.isfinite(inverse).all()
+                result[name][part] = linalg.Inverted(inverse, finite)
             else:
                 matrices.append((name, part))
     shifted = [
@@ -168,7 +170,10 @@ class Approximation:
         }
         inverses = invert(blocks, damped)
         return self._map(
-            v, lambda layer, x: _block(layer).solve(inverses[layer.name], x)
+            v,
+            lambda layer, x: _block(layer).solve(
+                {name: part.inverse for name, part in inverses[layer.name].items()}, x
+            ),
         )
 
     def power(

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _batch, _estimation, _plan, _report
+from kfac_jax import _batch, _estimation, _plan, _report, linalg
 from kfac_jax._gathering import gather, is_tapped
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation
 from kfac_jax.blocks import Block
-from kfac_jax.blocks._block import finite_layers
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import BlocksSpec, Layer
 
@@ -288,7 +287,7 @@ class Curvature:
           Martens & Grosse 2015, Appendix C.
         """
         leaves = self.tree.leaves(params, "params")
-        stacked = self._stack(vectors)
+        one_by_one = self._vectors(vectors)
         outputs = self._outputs(params, args)
 
         def push(tangents: list[Array]) -> Array:
@@ -301,19 +300,22 @@ class Curvature:
             ]
             return jnp.concatenate(rooted)
 
-        pushed = jax.vmap(push)(stacked)
+        if one_by_one is None:
+            pushed = jax.vmap(push)(jax.tree.leaves(vectors))
+        else:  # XLA computes what the pushes share once, and stacks nothing
+            pushed = jnp.stack([push(v) for v in one_by_one])
         return pushed @ pushed.T
 
-    def _stack(self, vectors: Any) -> list[Array]:
+    def _vectors(self, vectors: Any) -> list[list[Array]] | None:
+        """The leaves of each of several vectors; None if they come as one stacked."""
         if isinstance(vectors, list | tuple) and vectors:
             if jax.tree.structure(vectors[0]) == self.tree.treedef:
-                flat = [
+                return [
                     self.tree.leaves(v, f"vectors[{i}]") for i, v in enumerate(vectors)
                 ]
-                return [jnp.stack(parts) for parts in zip(*flat, strict=True)]
         first = jax.tree.map(lambda x: x[0], vectors)
         self.tree.leaves(first, "vectors (with a leading axis)")
-        return jax.tree.leaves(vectors)
+        return None
 
     def _outputs(self, params: Params, args: Any) -> Callable[[list[Array]], Any]:
         traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
@@ -399,7 +401,7 @@ class Curvature:
             for layer in self.layers
             if layer.name in blocks
         }
-        finite = finite_layers(blocks, new)
+        finite = _finite_layers(blocks, new)
         result = dict(factors)
         for layer in new:
             result[layer] = {
@@ -467,6 +469,20 @@ def _zeros(layer: Layer, which: str) -> dict[str, Array]:
         which = "factor_shapes"
     shapes = getattr(block, which)(layer.shape)
     return {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
+
+
+def _finite_layers(blocks: dict[str, Block], factors: Factors) -> dict[str, Array]:
+    """Whether all factors of a layer are finite, by layer name."""
+    matrices = [
+        [x for name, x in part.items() if name not in blocks[layer].elementwise]
+        for layer, part in factors.items()
+    ]
+    flags = dict(zip(factors, linalg.finite_diagonals(matrices), strict=True))
+    for layer, part in factors.items():
+        for name, x in part.items():
+            if name in blocks[layer].elementwise:
+                flags[layer] &= jnp.isfinite(x).all()
+    return flags
 
 
 def _average(old: Array, new: Array, epsilon: Array) -> Array:

@@ -211,13 +211,14 @@ def kfac(
         state, refused = advance(
             curvature, state, statistics, now, decay, inverse_every
         )
-        scaled, square = precondition(curvature.layers, state.inverses, grads)
+        down = [None if x is None else -x for x in grads]
+        scaled, square = precondition(curvature.layers, state.inverses, down)
         step = Step(
             curvature=curvature,
             params=params,
             args=args,
             gradient=[x for x in grads if x is not None],
-            direction=[-x for x in scaled if x is not None],
+            direction=[x for x in scaled if x is not None],
             squared_length=square,
             previous=[x for x in velocity if x is not None],
             damping=now,

@@ -37,7 +37,9 @@ def test_inverse_many_keeps_order_shape_and_type():
     matrices[1] = matrices[1].astype(jnp.float32)
     shifts = [jnp.asarray(rng.random(x.shape[:-2]), x.dtype) for x in matrices]
     shifted = list(zip(matrices, shifts, strict=True))
-    for (x, s), inverse in zip(shifted, linalg.inverse_many(shifted), strict=True):
+    inverted = linalg.inverse_many(shifted)
+    for (x, s), (inverse, finite) in zip(shifted, inverted, strict=True):
+        assert finite
         assert inverse.dtype == x.dtype and inverse.shape == x.shape
         tolerance = 1e-5 if x.dtype == jnp.float32 else 1e-12
         eye = np.eye(x.shape[-1])
@@ -74,9 +76,10 @@ def test_one_bad_matrix_does_not_spoil_its_batch():
     first, second, third = linalg.inverse_many(
         [(good, zero), (bad, zero), (good, zero + 1)]
     )
-    np.testing.assert_allclose(first, np.eye(3))
-    assert np.isnan(second).any()
-    np.testing.assert_allclose(third, np.eye(3) / 2)
+    np.testing.assert_allclose(first.inverse, np.eye(3))
+    assert np.isnan(second.inverse).any()
+    np.testing.assert_allclose(third.inverse, np.eye(3) / 2)
+    assert [bool(x.finite) for x in (first, second, third)] == [True, False, True]
 
 
 def test_eigh_reconstructs_and_clamps():

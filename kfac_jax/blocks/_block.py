@@ -7,15 +7,13 @@ inputs (with the homogeneous coordinate last if there is a bias), `o` outputs.
 
 import abc
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import linalg
 from kfac_jax._dtypes import wide_dtype
 
 Factors = dict[str, Array]
@@ -30,12 +28,14 @@ class BlockShape:
       independent: axes of further independent layers.
       inputs: i.
       outputs: o.
+      homogeneous: whether the last input is the constant 1 that a bias multiplies.
     """
 
     stacked: tuple[int, ...]
     independent: tuple[int, ...]
     inputs: int
     outputs: int
+    homogeneous: bool = False
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -135,29 +135,6 @@ class Block(abc.ABC):
     @abc.abstractmethod
     def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
         """An eigendecomposition of the block."""
-
-
-def finite_layers(
-    blocks: Mapping[str, Block], parts: Mapping[str, Factors]
-) -> dict[str, Array]:
-    """Whether all of a layer's factors (or inverses) are finite, by layer name."""
-    checks: dict[str, list[Array]] = {layer: [] for layer in parts}
-    owners: list[str] = []
-    matrices: list[Array] = []
-    for layer, named in parts.items():
-        for name, part in named.items():
-            if name in blocks[layer].elementwise:
-                checks[layer].append(jnp.isfinite(part).all())
-            else:
-                owners.append(layer)
-                matrices.append(part)
-    flags = linalg.are_finite(matrices)
-    for index, layer in enumerate(owners):
-        checks[layer].append(flags[index])
-    return {
-        layer: functools.reduce(jnp.logical_and, found, jnp.asarray(True))
-        for layer, found in checks.items()
-    }
 
 
 def per_example(x: Array, dy: Array) -> Array:

@@ -39,8 +39,12 @@ class Kronecker(Block):
     row_statistics = frozenset({"input", "count"})
 
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
-        """Sums for both factors, and the number of rows that count."""
-        return self.factor_shapes(shape) | {"count": shape.lead}
+        """Sums for both factors, and the number of rows that count.
+
+        With a homogeneous coordinate that is the last entry of the inputs' sum.
+        """
+        count = {} if shape.homogeneous else {"count": shape.lead}
+        return self.factor_shapes(shape) | count
 
     def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """`input: [*e, i, i]` and `output: [*e, o, o]`."""
@@ -58,7 +62,8 @@ class Kronecker(Block):
 
     def factors(self, statistics: Factors, weight: Array) -> Factors:
         """Divides inputs by the number of rows, outputs by that of batches."""
-        count = jnp.maximum(statistics["count"], 1.0)[..., None, None]
+        rows = statistics.get("count", statistics["input"][..., -1, -1])
+        count = jnp.maximum(rows, 1.0)[..., None, None]
         return {
             "input": statistics["input"] / count,
             "output": statistics["output"] / weight,

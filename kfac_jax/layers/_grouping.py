@@ -153,7 +153,8 @@ def _layer(
     lead, inputs, outputs = shape
     independent = len(sites[0].y_axes[0])
     split = len(lead) - independent
-    block_shape = BlockShape(lead[:split], lead[split:], inputs, outputs)
+    joint = {role for _, _, role in params} == {"weight", "bias"}
+    block_shape = BlockShape(lead[:split], lead[split:], inputs, outputs, joint)
     leaves = [leaf for leaf, _, _ in params]
     return Layer(
         name=_common([leaf.path for leaf in leaves]),

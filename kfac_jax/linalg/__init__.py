@@ -1,9 +1,10 @@
 """Dense linear algebra of symmetric positive matrices."""
 
+from ._psd import Inverted as Inverted
+from ._psd import diagonal as diagonal
 from ._psd import eigh as eigh
+from ._psd import finite_diagonals as finite_diagonals
 from ._psd import inverse as inverse
 from ._psd import inverse_many as inverse_many
-from ._psd import are_finite as are_finite
-from ._psd import diagonal as diagonal
 from ._psd import symmetrize as symmetrize
 from ._psd import trace_pi as trace_pi

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
@@ -26,10 +26,17 @@ def inverse(x: Array) -> Array:
     Array([[0.25, 0.  ],
            [0.  , 0.25]], dtype=float32)
     """
-    return inverse_many([(x, jnp.zeros(x.shape[:-2], x.dtype))])[0]
+    return inverse_many([(x, jnp.zeros(x.shape[:-2], x.dtype))])[0].inverse
 
 
-def inverse_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
+class Inverted(NamedTuple):
+    """An inverse, and whether it is finite."""
+
+    inverse: Array
+    finite: Array  # []: whether all of them are
+
+
+def inverse_many(shifted: Sequence[tuple[Array, Array]]) -> list[Inverted]:
     """Inverts `x + s I` for many x and s, matrices of similar size as one batch.
 
     Matrices are padded by the identity. What there is to compile grows with the number
@@ -47,19 +54,22 @@ def inverse_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for i, (x, _) in enumerate(shifted):
         groups.setdefault((_padded(x.shape[-1]), x.dtype), []).append(i)
-    results: dict[int, Array] = {}
+    results: dict[int, Inverted] = {}
     previous = jnp.zeros(())
     for (size, dtype), members in groups.items():
         stacked = _stack([shifted[i] for i in members], size)
         never = known_false_after(previous).astype(dtype)
         inverses = _inverse(stacked + never)
         previous = inverses[0, 0, 0]
+        finite = jnp.isfinite(inverses.sum((1, 2)))
         start = 0
         for i in members:
             shape = shifted[i][0].shape
             d = shape[-1]
             stop = start + math.prod(shape[:-2])
-            results[i] = inverses[start:stop, :d, :d].reshape(shape)
+            inverse = inverses[start:stop, :d, :d].reshape(shape)
+            flags = finite[start:stop]
+            results[i] = Inverted(inverse, flags[0] if len(flags) == 1 else flags.all())
             start = stop
     return [results[i] for i in range(len(shifted))]
 
@@ -90,7 +100,7 @@ def _stack(shifted: Sequence[tuple[Array, Array]], size: int) -> Array:
 
 
 def _inverse(x: Array) -> Array:
-    """Inverts `[k, d, d]`, reading the lower triangle: `x = L Lᵀ`, `x⁻¹ = L⁻ᵀ L⁻¹`.
+    """Inverts symmetric `[k, d, d]`: `x = L Lᵀ`, `x⁻¹ = L⁻ᵀ L⁻¹`.
 
     Only the factorisation is left to LAPACK (or its like on other backends), whose
     triangular solve takes three times the arithmetic for the inverse of L. NaN where x
@@ -98,6 +108,8 @@ def _inverse(x: Array) -> Array:
     """
     if x.shape[-1] == 1:
         return jnp.where(x > 0, 1.0 / x, jnp.nan)
+    # the transpose is the same matrix, in the layout that LAPACK wants: saves a copy
+    x = jnp.swapaxes(x, 1, 2)
     return _gram(_triangular_inverse(jnp.linalg.cholesky(x, symmetrize_input=False)))
 
 
@@ -151,22 +163,29 @@ def diagonal(x: Array) -> Array:
     return x.reshape(*x.shape[:-2], d * d)[..., :: d + 1]
 
 
-def are_finite(matrices: Sequence[Array]) -> Array:
-    """Whether positive semidefinite matrices `[..., d, d]` are finite, one flag each.
+def finite_diagonals(groups: Sequence[Sequence[Array]]) -> Array:
+    """Whether positive semidefinite matrices `[..., d, d]` are finite.
 
     Looks at diagonals: `|x_ij| ≤ √(x_ii x_jj)`, so they bound every entry. All of them
     together, because a reduction for each would be much to compile.
 
+    Args:
+      groups: n groups of matrices.
+
+    Returns:
+      `[n]`, whether all matrices of a group are finite.
+
     >>> import jax.numpy as jnp
-    >>> are_finite([jnp.eye(2), jnp.nan * jnp.eye(3)])
+    >>> finite_diagonals([[jnp.eye(2), jnp.eye(3)], [jnp.nan * jnp.eye(3)]])
     Array([ True, False], dtype=bool)
     """
-    if not matrices:
+    if not groups:
         return jnp.zeros((0,), bool)
-    flags = [jnp.isfinite(diagonal(x)).reshape(-1) for x in matrices]
-    longest = max(x.size for x in flags)
-    padded = [jnp.pad(x, (0, longest - x.size), constant_values=True) for x in flags]
-    return jnp.stack(padded).all(axis=1)
+    rows = [[jnp.isfinite(diagonal(x)).reshape(-1) for x in xs] for xs in groups]
+    longest = max(sum(x.size for x in row) for row in rows)
+    for row in rows:
+        row.append(jnp.ones((longest - sum(x.size for x in row),), bool))
+    return jnp.stack([jnp.concatenate(row) for row in rows]).all(axis=1)
 
 
 def eigh(x: Array) -> tuple[Array, Array]:
