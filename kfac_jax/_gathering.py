@@ -1,5 +1,6 @@
 """Gathers statistics by pulling cotangents back from the registered outputs."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -8,7 +9,9 @@ from jax import Array
 
 from kfac_jax import _estimation
 from kfac_jax._dtypes import wide
-from kfac_jax._jaxpr.examples import State
+from kfac_jax._jaxpr.examples import LOST, Examples, State
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax.blocks import Block, BlockShape
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import Layer
 
@@ -114,3 +117,61 @@ def _squares(layers: Sequence[Layer], gradients: Sequence[Array]) -> Sums:
         for index, layer in enumerate(layers)
         if is_squared(layer)
     }
+
+
+def site_statistics(
+    site: Site, block: Block, shape: BlockShape, x: Array | None, dy: Array
+) -> dict[str, Array]:
+    """One use's statistics, from its input and output cotangent as the program has them.
+
+    Patches of a convolution take the kernel's size times the memory of its input; they
+    are made of a part of the batch at a time, so that they never take more than that.
+
+    Args:
+      site: the use.
+      block: the layer's block.
+      shape: the layer's shape.
+      x: the input; None for a shift.
+      dy: the cotangent of the output.
+
+    Returns:
+      The block's sums.
+    """
+
+    def gathered(site: Site, x: Array | None, dy: Array) -> dict[str, Array]:
+        return block.statistics(*site.canonical(x, dy, shape.homogeneous), shape)
+
+    conv = site.convolution
+    if conv is None or x is None:
+        return gathered(site, x, dy)
+    x_axis, y_axis = conv.batch_axes
+    batch = x.shape[x_axis]
+    parts, size = conv.chunks(batch)
+    whole = Examples(0, batch)
+    if parts <= 1 or (block.needs_examples and site.examples != whole):
+        return gathered(site, x, dy)
+    part = dataclasses.replace(
+        site, examples=Examples(0, size) if site.examples == whole else LOST
+    )
+
+    def one(index: Array) -> dict[str, Array]:
+        start = index * size
+        return gathered(
+            part,
+            jax.lax.dynamic_slice_in_dim(x, start, size, x_axis),
+            jax.lax.dynamic_slice_in_dim(dy, start, size, y_axis),
+        )
+
+    total = _estimation.sum_over(one, parts)
+    done = parts * size
+    if done == batch:
+        return total
+    rest = dataclasses.replace(
+        site, examples=Examples(0, batch - done) if site.examples == whole else LOST
+    )
+    last = gathered(
+        rest,
+        jax.lax.slice_in_dim(x, done, batch, axis=x_axis),
+        jax.lax.slice_in_dim(dy, done, batch, axis=y_axis),
+    )
+    return jax.tree.map(jnp.add, total, last)

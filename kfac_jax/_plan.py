@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from kfac_jax import _batch, _estimation, _report
+from kfac_jax._gathering import site_statistics
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
 from kfac_jax._jaxpr.discovery import Found, discover
@@ -316,6 +317,6 @@ def _gather(site: Site, layer: Layer) -> Callable[[Array | None, Array], Probe]:
 
     def gather(x: Array | None, dy: Array) -> Probe:
         assert block is not None
-        return block.statistics(*site.canonical(x, dy, layer.homogeneous))
+        return site_statistics(site, block, layer.shape, x, dy)
 
     return gather

@@ -6,65 +6,27 @@ A consumer gets the node, the views of its operands (None for data), the paramet
 shapes and where the examples are in the result. It returns a linear site, or why not.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from kfac_jax._jaxpr.examples import LOST, Examples, State
+from kfac_jax._jaxpr.examples import State
 from kfac_jax._jaxpr.graph import Node
-from kfac_jax._jaxpr.sites import Site
-from kfac_jax._jaxpr.view import (
-    Axis,
-    Layout,
-    Piece,
-    View,
-    axis_size,
-    layout,
-    source_view,
+from kfac_jax._jaxpr.outcomes import (
+    Generic,
+    Linear,
+    Outcome,
+    Refused,
+    Shapes,
+    plain_linear,
+    row_examples,
 )
-
-Shapes = Sequence[Sequence[int]]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Linear:
-    """A linear site, and its output as a view of what the site puts out."""
-
-    site: Site
-    view: View
-    shape: tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Refused:
-    """Why an equation is not a layer."""
-
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Generic:
-    """The user's generic tag on a parameter."""
-
-    leaf: int
-
-
-Outcome = Linear | Refused | Generic
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.view import Axis, Layout, Piece, View, axis_size, layout
 
 
 def is_one(scale: Any) -> bool:
     """Whether a scale is known to be one."""
     return isinstance(scale, float | int) and scale == 1.0
-
-
-def _linear(node: Node, site: Site) -> Linear:
-    return Linear(site, source_view(-1, node.out_shape()), node.out_shape())
-
-
-def _row_examples(state: State, rows: Sequence[int]) -> State:
-    if isinstance(state, Examples) and state.axis not in rows:
-        return LOST
-    return state
 
 
 def dot_general(
@@ -110,7 +72,7 @@ def dot_general(
             tuple(x_contract),
         ),
         y_axes=(tuple(independent), rows, second),
-        examples=_row_examples(state, rows),
+        examples=row_examples(state, rows),
         weight=(view.source, found),
         bias=None,
         scale=view.scale,
@@ -118,7 +80,7 @@ def dot_general(
         repeated=view.repeated,
         source=node.source,
     )
-    return _linear(node, site)
+    return plain_linear(node, site)
 
 
 def _free(rank: int, *used: Sequence[int]) -> list[int]:
@@ -183,7 +145,7 @@ def _elementwise(
         x=node.inputs[1 - at] if kind == "scale" else None,
         x_axes=axes if kind == "scale" else ((), (), ()),
         y_axes=axes,
-        examples=_row_examples(state, rows),
+        examples=row_examples(state, rows),
         weight=(view.source, found) if kind == "scale" else None,
         bias=None if kind == "scale" else (view.source, found),
         scale=view.scale if kind == "scale" else view.scale * sign,
@@ -191,7 +153,7 @@ def _elementwise(
         repeated=view.repeated,
         source=node.source,
     )
-    return _linear(node, site)
+    return plain_linear(node, site)
 
 
 def scale(
@@ -259,7 +221,7 @@ def _tagged_dense(
         x=node.inputs[1],
         x_axes=axes,
         y_axes=axes,
-        examples=_row_examples(state, axes[1]),
+        examples=row_examples(state, axes[1]),
         weight=(w.source, weight),
         bias=(b.source, bias) if b is not None and bias is not None else None,
         scale=w.scale,
@@ -267,7 +229,7 @@ def _tagged_dense(
         repeated=w.repeated,
         source=node.source,
     )
-    return _linear(node, site)
+    return plain_linear(node, site)
 
 
 def _tagged_scale_and_shift(
@@ -314,7 +276,7 @@ def _tagged_scale_and_shift(
         x=node.inputs[1] if scale_view is not None else None,
         x_axes=axes if scale_view is not None else ((), (), ()),
         y_axes=axes,
-        examples=_row_examples(state, rows),
+        examples=row_examples(state, rows),
         weight=(scale_view.source, weight) if scale_view and weight else None,
         bias=(shift_view.source, bias) if shift_view and bias else None,
         scale=first.scale,
@@ -322,7 +284,7 @@ def _tagged_scale_and_shift(
         repeated=first.repeated,
         source=node.source,
     )
-    return _linear(node, site)
+    return plain_linear(node, site)
 
 
 TAGGED = {"dense": _tagged_dense, "scale_and_shift": _tagged_scale_and_shift}
@@ -334,7 +296,6 @@ def bias_layout(linear: Linear, bias: View, shapes: Shapes) -> Layout | None:
     Each piece of the output's view must meet one axis of the bias: rows meet axes along
     which the bias is repeated, independent and output axes meet entries of the bias.
     """
-    site = linear.site
     if len(bias.axes) != len(linear.view.axes):
         return None
     sizes: list[int] = []
@@ -350,7 +311,7 @@ def bias_layout(linear: Linear, bias: View, shapes: Shapes) -> Layout | None:
         return None
     meets = dict(zip(pieces, fine.axes, strict=True))
     groups: dict[int, list[Axis]] = {}
-    kinds = {a: k for k, axes in enumerate(site.y_axes) for a in axes}
+    kinds = {a: k for k, axes in enumerate(linear.y_axes) for a in axes}
     for piece, axis in _origin(linear):
         met = meets.get(piece, ())
         is_row = kinds[axis] == 1
@@ -359,8 +320,8 @@ def bias_layout(linear: Linear, bias: View, shapes: Shapes) -> Layout | None:
             return None
         if not is_row:
             groups.setdefault(axis, []).append(met)
-    independent = [groups.get(a, []) for a in site.y_axes[0]]
-    out = [axis for a in site.y_axes[2] for axis in groups.get(a, [])]
+    independent = [groups.get(a, []) for a in linear.y_axes[0]]
+    out = [axis for a in linear.y_axes[2] for axis in groups.get(a, [])]
     return layout(
         fine,
         shapes[bias.source],

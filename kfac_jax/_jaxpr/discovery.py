@@ -14,7 +14,9 @@ from typing import Any, cast
 import jax
 import jax.core
 
-from kfac_jax._jaxpr import _compat, consumers
+from kfac_jax._jaxpr import _compat, consumers, outcomes
+from kfac_jax._jaxpr.convolution import convolution
+from kfac_jax._jaxpr.embedding import embedding
 from kfac_jax._jaxpr.examples import State
 from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value, needed, use_counts
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
@@ -88,7 +90,7 @@ class _Finder:
         self.states = states
         self.views: dict[int, View] = {}
         self.known: dict[int, Any] = {}
-        self.linear: dict[int, consumers.Linear] = {}
+        self.linear: dict[int, outcomes.Linear] = {}
         self.uses: list[Use] = []
         self.scanned: dict[Node, set[int]] = {}
 
@@ -122,16 +124,16 @@ class _Finder:
             return
         consumer = CONSUMERS.get(node.name)
         outcome = (
-            consumers.Refused(f"consumed by `{node.name}`, which is not a layer")
+            outcomes.Refused(f"consumed by `{node.name}`, which is not a layer")
             if consumer is None
             else consumer(node, views, shapes, self.states.get(node.outputs[0]))
         )
-        if isinstance(outcome, consumers.Linear) and outcome.site.kind == "shift":
+        if isinstance(outcome, outcomes.Linear) and outcome.site.kind == "shift":
             outcome = self._as_bias(node, outcome, shapes)
-        if isinstance(outcome, consumers.Linear):
+        if isinstance(outcome, outcomes.Linear):
             self.uses.append(outcome.site)
             self.linear[node.outputs[0]] = outcome
-        elif isinstance(outcome, consumers.Generic):
+        elif isinstance(outcome, outcomes.Generic):
             self.uses.append(OtherUse(outcome.leaf, "generic", "", node.source))
         else:
             self._refuse(node, views, outcome.reason)
@@ -143,8 +145,8 @@ class _Finder:
                 self.uses.append(OtherUse(view.source, "unmatched", reason, line))
 
     def _as_bias(
-        self, node: Node, shift: consumers.Linear, shapes: Sequence[Sequence[int]]
-    ) -> consumers.Linear:
+        self, node: Node, shift: outcomes.Linear, shapes: Sequence[Sequence[int]]
+    ) -> outcomes.Linear:
         """Notes on the shift's site which linear output it is the bias of, if any."""
         other = next((a for a in node.inputs if self.view(a) is None), None)
         linear = self.linear.get(other) if isinstance(other, int) else None
@@ -282,8 +284,10 @@ VIEW_RULES: dict[str, ViewRule] = {
     "div": _multiply,
 }
 
-CONSUMERS: dict[str, Callable[..., consumers.Outcome]] = {
+CONSUMERS: dict[str, Callable[..., outcomes.Outcome]] = {
     "dot_general": consumers.dot_general,
+    "conv_general_dilated": convolution,
+    "gather": embedding,
     "mul": consumers.scale,
     "add": consumers.shift,
     "sub": consumers.shift,

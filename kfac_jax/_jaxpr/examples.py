@@ -134,6 +134,37 @@ def _convolution(node: Node, states: Sequence[State]) -> list[State]:
     return [state]
 
 
+def _gather(node: Node, states: Sequence[State]) -> list[State]:
+    """Rows of a table: the examples are those of the indices, or whole in the table."""
+    numbers = node.params["dimension_numbers"]
+    table, indices = states
+    offset = list(numbers.offset_dims)
+    if numbers.operand_batching_dims:
+        return [LOST]
+    results: list[State] = []
+    if isinstance(indices, Examples):
+        batch = [a for a in range(len(node.out_shape())) if a not in offset]
+        if indices.axis >= len(batch):
+            return [LOST]
+        results.append(dataclasses.replace(indices, axis=batch[indices.axis]))
+    else:
+        results.append(indices)
+    if isinstance(table, Examples):
+        kept = [
+            a
+            for a in range(len(node.shape(0)))
+            if a not in numbers.collapsed_slice_dims
+        ]
+        whole = node.params["slice_sizes"][table.axis] == node.shape(0)[table.axis]
+        if table.axis not in kept or not whole:
+            return [LOST]
+        axis = offset[kept.index(table.axis)]
+        results.append(dataclasses.replace(table, axis=axis))
+    else:
+        results.append(table)
+    return [_merge(results)]
+
+
 def _along(param: str) -> Rule:
     """Works along one axis (or several), which must not be that of the examples."""
 
@@ -166,6 +197,7 @@ RULES: dict[str, Rule] = {
     "reshape": _reshape,
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
+    "gather": _gather,
     "concatenate": _along("dimension"),
     "rev": _along("dimensions"),
     "sort": _along("dimension"),
@@ -191,7 +223,7 @@ RULES.update(
 )
 RULES.update({name: _reduce for name in ("argmax", "argmin")})
 
-_CONTROL = ("scan", "while", "cond", "shard_map", "gather", "scatter", "scatter-add")
+_CONTROL = ("scan", "while", "cond", "shard_map", "scatter", "scatter-add")
 
 
 def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:

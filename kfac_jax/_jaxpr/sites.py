@@ -1,7 +1,7 @@
 """Sites: the places where a program combines parameters with data."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 from jax import Array
@@ -11,16 +11,39 @@ from kfac_jax._jaxpr.graph import Atom
 from kfac_jax._jaxpr.view import Layout
 
 
+class Patches(Protocol):
+    """Makes a convolution's operands those of a dense layer."""
+
+    @property
+    def batch_axes(self) -> tuple[int, int]:
+        """The axes of input and output that hold the batch."""
+        ...
+
+    def inputs(self, x: Array) -> Array:
+        """Patches, `[batch, *positions, group, inputs]`."""
+        ...
+
+    def outputs(self, y: Array) -> Array:
+        """Outputs, `[batch, *positions, group, outputs]`."""
+        ...
+
+    def chunks(self, batch: int) -> tuple[int, int]:
+        """How many parts of what size to make patches of at once."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """One use of a linear layer, `y[e, r, o] = Σ_i x[e, r, i] w[e, i, o] + b[e, o]`.
 
     Attributes:
-      kind: "dense", "scale" or "shift".
+      kind: "dense", "conv", "embedding", "scale" or "shift".
       output: the id of `y`, where statistics are gathered.
       x: the id (or literal) of the input; None for a shift, whose input is 1.
-      x_axes: the axes of `x` that are independent, rows, inputs.
-      y_axes: the axes of `y` that are independent, rows, outputs.
+      x_axes: the axes of `x` that are independent, rows, inputs; of a convolution's
+        patches.
+      y_axes: the axes of `y` that are independent, rows, outputs; of a convolution's
+        outputs in the order of its patches.
       examples: which rows belong to one example; LOST or None where not known.
       weight: leaf and layout of the weight, or None for a shift.
       bias: leaf and layout of the bias added to `y`, or None.
@@ -28,6 +51,9 @@ class Site:
       scans: the scans that run over the parameter.
       repeated: whether a scan uses the parameter in all its steps.
       source: the user's source line.
+      convolution: what makes patches of `x`; None for other kinds.
+      vocabulary: how many rows an embedding's table has; its `x` are integers.
+      drops: whether an embedding gives a constant for indices out of bounds.
     """
 
     kind: str
@@ -42,15 +68,17 @@ class Site:
     scans: tuple[int, ...]
     repeated: bool
     source: str
+    convolution: "Patches | None" = None
+    vocabulary: int = 0
+    drops: bool = False
 
     def canonical(
         self, x: Array | None, dy: Array, homogeneous: bool
     ) -> tuple[Array, Array]:
-        """Brings input and output gradient to `[*independent.
+        """Brings `x` and `dy` to `[*independent, batch, shared, features]`.
 
-        Batch, shared, features]`.
-
-        Rows with `dy` exactly zero (masked, not routed here) become zero in `x`. With
+        An embedding's `x` are integers without an axis of features, out of bounds for
+        rows that do not count. Rows with `dy` exactly zero (masked, not routed here) become zero in `x`. With
         `homogeneous`, `x` gets the coordinate 1 as its last feature.
 
         Args:
@@ -61,8 +89,16 @@ class Site:
         Returns:
           `x` and `dy` in the canonical layout.
         """
+        if self.convolution is not None:
+            assert x is not None
+            x, dy = self.convolution.inputs(x), self.convolution.outputs(dy)
         dy = self._rows(dy, self.y_axes)
         active = (dy != 0).any(-1, keepdims=True)
+        if self.vocabulary:
+            assert x is not None
+            return self._indices(x, active[..., 0]), dy * jnp.asarray(
+                self.scale, dy.dtype
+            )
         coordinate = active.astype(dy.dtype)
         if x is None:
             return coordinate * jnp.asarray(self.scale, dy.dtype), dy
@@ -73,6 +109,13 @@ class Site:
         if homogeneous:
             x = jnp.concatenate([x, coordinate.astype(x.dtype)], axis=-1)
         return x, dy
+
+    def _indices(self, x: Array, active: Array) -> Array:
+        indices = self._rows(x, self.x_axes)[..., 0].astype(jnp.int32)
+        if self.drops:
+            active = active & (indices >= 0) & (indices < self.vocabulary)
+        indices = jnp.clip(indices, 0, self.vocabulary - 1)
+        return jnp.where(active, indices, self.vocabulary)
 
     def _rows(self, value: Array, axes: tuple[tuple[int, ...], ...]) -> Array:
         independent, rows, features = axes

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -29,6 +30,8 @@ class BlockShape:
       inputs: i.
       outputs: o.
       homogeneous: whether the last input is the constant 1 that a bias multiplies.
+      one_hot: whether inputs are given as integers `x [*e, b, s]`, those out of bounds
+        being rows that do not count.
     """
 
     stacked: tuple[int, ...]
@@ -36,6 +39,7 @@ class BlockShape:
     inputs: int
     outputs: int
     homogeneous: bool = False
+    one_hot: bool = False
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -106,7 +110,7 @@ class Block(abc.ABC):
         """Shapes of the factors."""
 
     @abc.abstractmethod
-    def statistics(self, x: Array, dy: Array) -> Factors:
+    def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
         """Sums over the batch from `x [*e, b, s, i]` and `dy [*e, b, s, o]`.
 
         `Σ_b dy dyᵀ` is already a mean over cases: the cotangents come scaled by √(1/N).
@@ -137,7 +141,9 @@ class Block(abc.ABC):
         """An eigendecomposition of the block."""
 
 
-def per_example(x: Array, dy: Array) -> Array:
+def per_example(x: Array, dy: Array, shape: BlockShape) -> Array:
     """Each example's gradient, `[*e, b, i, o]`, summed over its positions."""
     dtype = wide_dtype(dy.dtype)
+    if shape.one_hot:
+        x = jax.nn.one_hot(x, shape.inputs, dtype=dy.dtype)
     return jnp.einsum("...bsi,...bso->...bio", x, dy, preferred_element_type=dtype)

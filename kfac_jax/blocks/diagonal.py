@@ -35,14 +35,16 @@ class Diagonal(Block):
         """`diagonal: [*e, i, o]`."""
         return {"diagonal": shape.matrix}
 
-    def statistics(self, x: Array, dy: Array) -> Factors:
+    def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
         """`Σ_b (Σ_s x dy)²`; with one position, `(x²)ᵀ dy²` without more memory."""
-        if x.shape[-2] == 1:
+        if shape.one_hot:
+            return {"diagonal": _one_hot_squares(x, dy, shape)}
+        if dy.shape[-2] == 1:
             dtype = wide_dtype(dy.dtype)
             x, dy = x.astype(dtype), dy.astype(dtype)
             sums = jnp.einsum("...bsi,...bso->...io", jnp.square(x), jnp.square(dy))
             return {"diagonal": sums}
-        return {"diagonal": jnp.square(per_example(x, dy)).sum(-3)}
+        return {"diagonal": jnp.square(per_example(x, dy, shape)).sum(-3)}
 
     def factors(self, statistics: Factors, weight: Array) -> Factors:
         """Divides by the number of batches."""
@@ -72,3 +74,16 @@ class Diagonal(Block):
             to_basis=lambda v: v,
             from_basis=lambda v: v,
         )
+
+
+def _one_hot_squares(x: Array, dy: Array, shape: BlockShape) -> Array:
+    """`Σ_b (Σ_s x dy)²` of one-hot x: positions of one row of the table add up first.
+
+    `(Σ_s x dy)² = Σ_s x dy Σ_t [x_t = x_s] dy_t`, so that only rows that occur are met.
+    """
+    dy = dy.astype(wide_dtype(dy.dtype))
+    same = (x[..., :, None] == x[..., None, :]).astype(dy.dtype)
+    products = dy * (same @ dy)
+    flat = products.reshape(-1, shape.outputs)
+    zeros = jnp.zeros((shape.inputs, shape.outputs), dy.dtype)
+    return zeros.at[x.reshape(-1)].add(flat, mode="drop")

@@ -34,9 +34,9 @@ class Full(Block):
         """`full: [*stacked, p, p]` for the p parameters of a slice."""
         return {"full": (*shape.stacked, shape.slice_size, shape.slice_size)}
 
-    def statistics(self, x: Array, dy: Array) -> Factors:
+    def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
         """`Σ_b g gᵀ` over each example's flattened gradient."""
-        g = per_example(x, dy)
+        g = per_example(x, dy, shape)
         g = jnp.moveaxis(g, -3, 0)
         flat = g.reshape(len(g), -1)
         return {"full": flat.T @ flat}

@@ -26,7 +26,7 @@ class Identity(Block):
         """Keeps none."""
         return {}
 
-    def statistics(self, x: Array, dy: Array) -> Factors:
+    def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
         """Gathers none."""
         return {}
 

@@ -10,13 +10,6 @@ from kfac_jax._dtypes import wide_dtype
 from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
 
 
-def _second_moment(x: Array) -> Array:
-    """`Σ_rows x xᵀ` over batch and positions, in float32 or wider."""
-    dtype = wide_dtype(x.dtype)
-    rows = x.reshape(*x.shape[:-3], -1, x.shape[-1])
-    return jnp.einsum("...ri,...rj->...ij", rows, rows, preferred_element_type=dtype)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kronecker(Block):
     """`F ≈ A ⊗ G`, with `A = E[x xᵀ]` and `G = E[dy dyᵀ]`.
@@ -28,15 +21,33 @@ class Kronecker(Block):
     Factored damping replaces the factors by `A + π √λ I` and `G + √λ / π I`, π from
     the trace norm.
 
+    Of a side longer than `max_factor_dim`, and of one-hot inputs (an embedding's
+    vocabulary, where nothing is lost by it), only the diagonal is kept; the factor is
+    then called `input_diagonal` or `output_diagonal`.
+
+    Attributes:
+      max_factor_dim: the longest side with a full factor; None for no limit.
+
     References:
       Martens & Grosse 2015, sections 3, 4.2 and 6.3. Eschenhagen et al. 2023 for
       "expand".
 
     >>> Kronecker()
-    Kronecker()
+    Kronecker(max_factor_dim=8192)
     """
 
-    row_statistics = frozenset({"input", "count"})
+    max_factor_dim: int | None = 8192
+
+    elementwise = frozenset({"input_diagonal", "output_diagonal"})
+    row_statistics = frozenset({"input", "input_diagonal", "count"})
+
+    def __post_init__(self) -> None:
+        """Checks the range."""
+        limit = self.max_factor_dim
+        if limit is not None and (not isinstance(limit, int) or limit < 1):
+            raise ValueError(
+                f"max_factor_dim must be an integer ≥ 1 or None; got {limit!r}."
+            )
 
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """Sums for both factors, and the number of rows that count.
@@ -47,54 +58,84 @@ class Kronecker(Block):
         return self.factor_shapes(shape) | count
 
     def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
-        """`input: [*e, i, i]` and `output: [*e, o, o]`."""
-        i, o = shape.inputs, shape.outputs
-        return {"input": (*shape.lead, i, i), "output": (*shape.lead, o, o)}
-
-    def statistics(self, x: Array, dy: Array) -> Factors:
-        """Both sums; rows without a gradient do not count."""
-        count = (dy != 0).any(-1).sum((-2, -1))
+        """`input: [*e, i, i]` and `output: [*e, o, o]`, or their diagonals."""
+        sides = {"input": shape.inputs, "output": shape.outputs}
+        diagonal = {name: self._is_long(d) for name, d in sides.items()}
+        diagonal["input"] |= shape.one_hot
         return {
-            "input": _second_moment(x),
-            "output": _second_moment(dy),
-            "count": count,
+            name + "_diagonal" if diagonal[name] else name: (
+                (*shape.lead, d) if diagonal[name] else (*shape.lead, d, d)
+            )
+            for name, d in sides.items()
         }
+
+    def _is_long(self, d: int) -> bool:
+        return self.max_factor_dim is not None and d > self.max_factor_dim
+
+    def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
+        """The sums; rows without a gradient do not count."""
+        kept = self.statistics_shapes(shape)
+        result: Factors = {}
+        if shape.one_hot:
+            result["input_diagonal"] = _occurrences(x, shape.inputs, dy.dtype)
+        elif "input" in kept:
+            result["input"] = _second_moment(x)
+        else:
+            result["input_diagonal"] = _squares(x)
+        if "output" in kept:
+            result["output"] = _second_moment(dy)
+        else:
+            result["output_diagonal"] = _squares(dy)
+        if "count" in kept:
+            result["count"] = (dy != 0).any(-1).sum((-2, -1))
+        return result
 
     def factors(self, statistics: Factors, weight: Array) -> Factors:
         """Divides inputs by the number of rows, outputs by that of batches."""
-        rows = statistics.get("count", statistics["input"][..., -1, -1])
-        count = jnp.maximum(rows, 1.0)[..., None, None]
-        return {
-            "input": statistics["input"] / count,
-            "output": statistics["output"] / weight,
-        }
+        (a, a_is_full), (g, _) = _side(statistics, "input"), _side(statistics, "output")
+        if "count" in statistics:
+            rows = statistics["count"]
+        else:
+            rows = a[..., -1, -1] if a_is_full else a[..., -1]
+        rows = jnp.maximum(rows, 1.0)
+        names = sorted(name for name in statistics if name != "count")
+        rows = rows[..., None, None] if a_is_full else rows[..., None]
+        return dict(zip(names, (a / rows, g / weight), strict=True))
 
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Factored Tikhonov damping (section 6.3)."""
-        a, g = factors["input"], factors["output"]
-        pi = linalg.trace_pi(a, g)
+        (a, a_is_full), (g, g_is_full) = _sides(factors)
+        pi = _pi(factors)
         gamma = jnp.sqrt(jnp.asarray(damping, a.dtype))
-        return {"input": Damped(a, pi * gamma), "output": Damped(g, gamma / pi)}
+        shifts = pi * gamma, gamma / pi
+        shifts = [
+            shift if is_full else shift[..., None]
+            for shift, is_full in zip(shifts, (a_is_full, g_is_full), strict=True)
+        ]
+        damped = Damped(a, shifts[0]), Damped(g, shifts[1])
+        return dict(zip(sorted(factors), damped, strict=True))
 
     def solve(self, inverses: Factors, v: Array) -> Array:
         """`A⁻¹ V G⁻¹`."""
-        return inverses["input"] @ v @ inverses["output"]
+        return self.matvec(inverses, v)
 
     def matvec(self, factors: Factors, v: Array) -> Array:
         """`A V G`."""
-        return factors["input"] @ v @ factors["output"]
+        (a, a_is_full), (g, g_is_full) = _sides(factors)
+        v = a @ v if a_is_full else a[..., :, None] * v
+        return v @ g if g_is_full else v * g[..., None, :]
 
     def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
         """The outer product of both diagonals."""
-        a = jnp.diagonal(factors["input"], axis1=-2, axis2=-1)
-        g = jnp.diagonal(factors["output"], axis1=-2, axis2=-1)
+        a, g = (linalg.diagonal(x) if full else x for x, full in _sides(factors))
         return a[..., :, None] * g[..., None, :]
 
     def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
         """The joint eigenbasis `U_A ⊗ U_G`; exact damping adds λ to the products."""
-        a, g = factors["input"], factors["output"]
-        (wa, ua), (wg, ug) = linalg.eigh(a), linalg.eigh(g)
-        pi = linalg.trace_pi(a, g)[..., None]
+        (wa, ua), (wg, ug) = (
+            linalg.eigh(x) if full else (x, None) for x, full in _sides(factors)
+        )
+        pi = _pi(factors)[..., None]
 
         def eigenvalues(damping: Array, mode: str) -> Array:
             damping = jnp.asarray(damping, wa.dtype)
@@ -103,8 +144,53 @@ class Kronecker(Block):
             gamma = jnp.sqrt(damping)
             return (wa + pi * gamma)[..., :, None] * (wg + gamma / pi)[..., None, :]
 
-        return Spectrum(
-            eigenvalues,
-            to_basis=lambda v: jnp.swapaxes(ua, -1, -2) @ v @ ug,
-            from_basis=lambda v: ua @ v @ jnp.swapaxes(ug, -1, -2),
-        )
+        def to_basis(v: Array) -> Array:
+            v = v if ua is None else jnp.swapaxes(ua, -1, -2) @ v
+            return v if ug is None else v @ ug
+
+        def from_basis(v: Array) -> Array:
+            v = v if ua is None else ua @ v
+            return v if ug is None else v @ jnp.swapaxes(ug, -1, -2)
+
+        return Spectrum(eigenvalues, to_basis, from_basis)
+
+
+def _side(factors: Factors, name: str) -> tuple[Array, bool]:
+    """One side's factor, and whether it is a full matrix or a diagonal."""
+    if name in factors:
+        return factors[name], True
+    return factors[name + "_diagonal"], False
+
+
+def _sides(factors: Factors) -> tuple[tuple[Array, bool], tuple[Array, bool]]:
+    return _side(factors, "input"), _side(factors, "output")
+
+
+def _pi(factors: Factors) -> Array:
+    """π by the trace norm, `[*e]`."""
+    means = [
+        (jnp.trace(x, axis1=-2, axis2=-1) / x.shape[-1]) if full else x.mean(-1)
+        for x, full in _sides(factors)
+    ]
+    return linalg.trace_pi(*means)
+
+
+def _rows(x: Array) -> Array:
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+def _second_moment(x: Array) -> Array:
+    """`Σ_rows x xᵀ` over batch and positions, in float32 or wider."""
+    dtype, rows = wide_dtype(x.dtype), _rows(x)
+    return jnp.einsum("...ri,...rj->...ij", rows, rows, preferred_element_type=dtype)
+
+
+def _squares(x: Array) -> Array:
+    """The diagonal of `_second_moment`."""
+    return jnp.square(_rows(x).astype(wide_dtype(x.dtype))).sum(-2)
+
+
+def _occurrences(x: Array, size: int, dtype: jnp.dtype) -> Array:
+    """How often each index occurs, `[size]`; those out of bounds do not count."""
+    zeros = jnp.zeros((size,), wide_dtype(dtype))
+    return zeros.at[x.reshape(-1)].add(1.0, mode="drop")

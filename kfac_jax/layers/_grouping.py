@@ -97,7 +97,8 @@ def _linear_layer(
         return None
     params = [(leaf, sites[0].weight[1], "weight")]
     bias = sites[0].bias
-    if bias is not None and _joins(bias, sites, leaves[bias[0]], uses):
+    plain = sites[0].kind != "embedding"  # whose inputs have no place for a constant
+    if plain and bias is not None and _joins(bias, sites, leaves[bias[0]], uses):
         params.append((leaves[bias[0]], bias[1], "bias"))
     else:
         sites = [dataclasses.replace(site, bias=None) for site in sites]
@@ -154,7 +155,10 @@ def _layer(
     independent = len(sites[0].y_axes[0])
     split = len(lead) - independent
     joint = {role for _, _, role in params} == {"weight", "bias"}
-    block_shape = BlockShape(lead[:split], lead[split:], inputs, outputs, joint)
+    one_hot = kind == "embedding"
+    block_shape = BlockShape(
+        lead[:split], lead[split:], inputs, outputs, joint, one_hot
+    )
     leaves = [leaf for leaf, _, _ in params]
     return Layer(
         name=_common([leaf.path for leaf in leaves]),
@@ -190,7 +194,7 @@ def _distinct(
 
 def _default_block(kind: str, sites: Sequence[Site]) -> Block:
     """Elementwise layers get their exact diagonal where one use can be summed."""
-    if kind == "dense" or _is_shared(sites) or _is_lost(sites):
+    if kind in ("dense", "conv", "embedding") or _is_shared(sites) or _is_lost(sites):
         return Kronecker()
     return Diagonal()
 

@@ -12,6 +12,8 @@ from kfac_jax.blocks import Block, BlockShape
 
 KINDS = {
     "dense": "a weight contracted with data, with or without bias",
+    "conv": "a convolution of any rank, with or without bias",
+    "embedding": "rows of a table picked by integers",
     "scale": "an elementwise scale",
     "scale_and_shift": "an elementwise scale with the shift that follows it",
     "shift": "a parameter added to data that is not some layer's bias",
@@ -20,6 +22,9 @@ KINDS = {
     "unused": "no registered loss depends on it",
 }
 """The kinds of layers, as `blocks={kind: ...}` knows them."""
+
+TAGGED = ("dense", "conv", "embedding", "scale", "scale_and_shift", "shift")
+"""Those with inputs and outputs that statistics are gathered from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +85,7 @@ class Layer:
     @property
     def tagged(self) -> bool:
         """Whether statistics come from inputs and output gradients of the layer."""
-        return self.kind in ("dense", "scale", "scale_and_shift", "shift")
+        return self.kind in TAGGED
 
     def to_matrix(self, leaves: Sequence[Array]) -> Array:
         """Joins the layer's parameters (or vectors like them) as `[*e, i, o]`."""

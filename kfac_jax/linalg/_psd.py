@@ -194,18 +194,23 @@ def eigh(x: Array) -> tuple[Array, Array]:
     return jnp.maximum(w, 0.0), u
 
 
-def trace_pi(a: Array, g: Array) -> Array:
+def trace_pi(mean_a: Array, mean_g: Array) -> Array:
     """`π = √((tr A / dim A) / (tr G / dim G))`, 1 where that is 0 or not finite.
+
+    Args:
+      mean_a: `tr A / dim A`, the mean eigenvalue of A.
+      mean_g: that of G.
+
+    Returns:
+      π, of the same shape.
 
     References:
       Martens & Grosse 2015, section 6.3 (trace norm).
 
     >>> import jax.numpy as jnp
-    >>> trace_pi(4.0 * jnp.eye(3), jnp.eye(2))
-    Array(2., dtype=float32)
+    >>> trace_pi(jnp.asarray(4.0), jnp.asarray(1.0))
+    Array(2., dtype=float32...)
     """
-    mean_a = jnp.trace(a, axis1=-2, axis2=-1) / a.shape[-1]
-    mean_g = jnp.trace(g, axis1=-2, axis2=-1) / g.shape[-1]
     good = (mean_a > 0) & (mean_g > 0)
     ratio = jnp.where(good, mean_a, 1.0) / jnp.where(good, mean_g, 1.0)
     return jnp.where(jnp.isfinite(ratio) & (ratio > 0), jnp.sqrt(ratio), 1.0)
