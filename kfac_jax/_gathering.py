@@ -122,7 +122,7 @@ def _squares(layers: Sequence[Layer], gradients: Sequence[Array]) -> Sums:
 def site_statistics(
     site: Site, block: Block, shape: BlockShape, x: Array | None, dy: Array
 ) -> dict[str, Array]:
-    """One use's statistics, from its input and output cotangent as the program has them.
+    """One use's statistics, from input and output cotangent as the program has them.
 
     Patches of a convolution take the kernel's size times the memory of its input; they
     are made of a part of the batch at a time, so that they never take more than that.

@@ -831,26 +831,103 @@ def test_tagged_scale_and_shift_agrees_with_the_detected():
     )
 
 
-def test_a_tag_without_a_block_says_so():
-    def apply(w, x):
+def test_a_tagged_convolution_is_the_one_its_output_comes_from():
+    def apply(params, x):
         dims = ("NHWC", "HWIO", "NHWC")
-        y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=dims)
-        return kfac_jax.register_conv2d(y, x, w)
+        y = jax.lax.conv_general_dilated(
+            x, params["w"], (2, 1), "SAME", dimension_numbers=dims
+        )
+        y = y + jnp.broadcast_to(params["b"], y.shape)
+        if tagged:
+            y = kfac_jax.register_conv2d(y, x, params["w"], params["b"], padding="SAME")
+        return y
 
-    with pytest.warns(UserWarning, match="tagged as conv2d"):
+    params = {"w": models.array(0, 3, 3, 1, 2), "b": models.array(2, 2)}
+    x = models.array(1, 2, 4, 4, 1)
+    tagged = False
+    bare = _plan(apply, params, x)
+    tagged = True
+    plan = _plan(apply, params, x)
+    assert [layer.kind for layer in plan.layers] == ["conv"]
+    assert plan.layers[0].params == ("w", "b")
+    assert plan.layers[0].factor_shapes == bare.layers[0].factor_shapes
+
+
+def test_a_convolution_tag_on_something_else_is_reported():
+    def apply(w, x):
+        return kfac_jax.register_conv2d(x * jnp.exp(w).sum(), x, w)
+
+    with pytest.warns(UserWarning, match="consumed by `exp`"):
         _plan(apply, models.array(0, 3, 3, 1, 2), models.array(1, 2, 4, 4, 1))
 
 
-def test_parameters_that_enter_shard_map_are_reported():
+def _sharded(check_vma=True, spec=P()):
     def apply(params, x):
         inside = jax.shard_map(
-            models.mlp, mesh=MESH, in_specs=(P(), P("data")), out_specs=P("data")
+            models.mlp,
+            mesh=MESH,
+            in_specs=(spec, P("data")),
+            out_specs=P("data"),
+            check_vma=check_vma,
         )
         return inside(params, x)
 
-    with pytest.warns(UserWarning, match="enters `shard_map`"):
-        plan = _plan(apply, NET, X)
-    assert {layer.kind for layer in plan.layers} == {"unmatched"}
+    return apply
+
+
+@pytest.mark.parametrize("block", [kfac_jax.blocks.Kronecker(), kfac_jax.blocks.Full()])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map_statistics_are_those_of_the_whole_batch(block, check_vma):
+    size = 4 * MESH.devices.size
+    x, y = models.array(1, size, 3), models.array(2, size, 2)
+    net = models.dense_params(0, 3, 4, 2)
+    results = []
+    for apply in (models.mlp, _sharded(check_vma)):
+
+        def loss_fn(params, x, y, apply=apply):
+            z = apply(params, x)
+            return kfac_jax.losses.squared_error(z, y).sum(-1).mean()
+
+        plan = kfac_jax.make_curvature(
+            loss_fn, net, x, y, estimation_mode="ggn_exact", blocks=block
+        )
+        assert [layer.kind for layer in plan.layers] == ["dense", "dense"]
+        assert all(layer.block == block for layer in plan.layers)
+        results.append(jax.jit(plan.value_grad_and_statistics)(net, x, y))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), *results
+    )
+
+
+def test_parameters_that_enter_shard_map_in_parts_are_reported():
+    def apply(w, x):
+        inside = jax.shard_map(
+            lambda w, x: jax.lax.psum(x @ w, "data"),
+            mesh=MESH,
+            in_specs=(P("data"), P(None, "data")),
+            out_specs=P(),
+        )
+        return inside(w, x)
+
+    size = MESH.devices.size
+    with pytest.warns(UserWarning, match="enters a shard_map in parts"):
+        _plan(apply, models.array(0, size, 2), models.array(1, 3, size))
+
+
+def test_a_loss_inside_shard_map_is_refused():
+    def loss_fn(w, x):
+        def inside(w, x):
+            z = kfac_jax.register_squared_error_loss(x @ w)
+            return jax.lax.pmean((z**2).sum(-1).mean(), "data")
+
+        return jax.shard_map(
+            inside, mesh=MESH, in_specs=(P(), P("data")), out_specs=P()
+        )(w, x)
+
+    w, x = models.array(0, 3, 2), models.array(1, MESH.devices.size, 3)
+    with pytest.raises(ValueError, match="inside `shard_map`"):
+        plan = kfac_jax.make_curvature(loss_fn, w, x)
+        plan.value_grad_and_statistics(w, x, rng=jax.random.key(0))
 
 
 def test_a_program_without_a_registered_loss_is_refused():

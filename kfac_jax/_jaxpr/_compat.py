@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
+from jax import Array
 from jax.extend import core as extend_core
 from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir
@@ -121,3 +122,31 @@ def set_batching(primitive: Any, rule: Any) -> None:
         return rule(operands, axes, **params)
 
     batching.primitive_batchers[primitive] = batcher
+
+
+def manual_axes(params: dict[str, Any]) -> frozenset[str]:
+    """The mesh axes that a `shard_map` takes over (its parameter's name changed)."""
+    names = ("newly_manual_axes", "manual_axes")
+    return frozenset(next(params[name] for name in names if name in params))
+
+
+def vary_like(x: Array, *others: Array | None) -> Array:
+    """Marks x as varying over the mesh axes that others vary over, inside `shard_map`.
+
+    The transpose of this is the sum over those axes.
+    """
+    wanted = frozenset[str]().union(*(_varying(y) for y in others if y is not None))
+    missing = tuple(sorted(wanted - _varying(x)))
+    if not missing:
+        return x
+    lax: Any = jax.lax
+    if hasattr(lax, "pcast"):
+        return lax.pcast(x, missing, to="varying")
+    return lax.pvary(x, missing)
+
+
+def _varying(x: Array) -> frozenset[str]:
+    aval: Any = jax.typeof(x)
+    if hasattr(aval, "manual_axis_type"):
+        return frozenset(aval.manual_axis_type.varying)
+    return frozenset(aval.vma)

@@ -9,7 +9,7 @@ shapes and where the examples are in the result. It returns a linear site, or wh
 from collections.abc import Sequence
 from typing import Any
 
-from kfac_jax._jaxpr.examples import State
+from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.outcomes import (
     Generic,
@@ -126,7 +126,11 @@ def _elementwise(
     assert view is not None
     shape = node.out_shape()
     features = _feature_axes(view, shape)
-    if features is None or node.shape(1 - at) != shape:
+    data = node.shape(1 - at)
+    stretches = len(data) == len(shape) and all(
+        n in (1, m) for n, m in zip(data, shape, strict=True)
+    )
+    if features is None or not stretches:
         return Refused(f"broadcast against data by `{node.name}` in an unusual way")
     stacked = [[a] for a in view.stacked]
     if kind == "scale":
@@ -168,6 +172,46 @@ def shift(
 ) -> Outcome:
     """An elementwise shift: a layer whose only input is the constant one."""
     return _elementwise(node, views, shapes, state, "shift")
+
+
+def concatenated(
+    node: Node, views: Sequence[View | None], shapes: Shapes, state: State
+) -> Outcome:
+    """A parameter that is repeated for each example and joined to data: a token.
+
+    It is a shift of nothing, so its statistics are gathered where it is repeated.
+    """
+    given = [(i, view) for i, view in enumerate(views) if view is not None]
+    if len(given) > 1:
+        return Refused("concatenated with another parameter")
+    ((at, view),) = given
+    shape = node.shape(at)
+    features = _feature_axes(view, shape)
+    repeated = isinstance(state, Examples) and any(
+        piece.new and piece.size > 1 for piece in view.axes[state.axis]
+    )
+    if features is None or not repeated:
+        return Refused("concatenated with data without one copy for each example")
+    groups = [*([a] for a in view.stacked), [view.axes[a] for a in features]]
+    found = layout(view, shapes[view.source], groups)
+    if found is None:
+        return Refused("repeated or only partly used by `concatenate`")
+    rows = tuple(i for i in range(len(shape)) if i not in features)
+    site = Site(
+        kind="shift",
+        output=node.inputs[at],
+        x=None,
+        x_axes=((), (), ()),
+        y_axes=((), rows, features),
+        examples=row_examples(state, rows),
+        weight=None,
+        bias=(view.source, found),
+        scale=view.scale,
+        scans=view.scans,
+        repeated=view.repeated,
+        source=node.source,
+    )
+    return plain_linear(node, site)
 
 
 def generic(

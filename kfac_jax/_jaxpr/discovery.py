@@ -18,7 +18,15 @@ from kfac_jax._jaxpr import _compat, consumers, outcomes
 from kfac_jax._jaxpr.convolution import convolution
 from kfac_jax._jaxpr.embedding import embedding
 from kfac_jax._jaxpr.examples import State
-from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value, needed, use_counts
+from kfac_jax._jaxpr.graph import (
+    Atom,
+    Graph,
+    Node,
+    is_value,
+    needed,
+    read_inputs,
+    use_counts,
+)
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
 from kfac_jax._jaxpr.tracking import track
 from kfac_jax._jaxpr.view import View, source_view
@@ -113,6 +121,8 @@ class _Finder:
 
     def _step(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
         views = [self.view(atom) for atom in node.inputs]
+        if node.name == "kfac_layer" and read_inputs(node) == node.inputs[:1]:
+            views = views[:1]
         if not any(views):
             self._fold(node)
             self._follow_linear(node)
@@ -128,7 +138,7 @@ class _Finder:
             if consumer is None
             else consumer(node, views, shapes, self.states.get(node.outputs[0]))
         )
-        if isinstance(outcome, outcomes.Linear) and outcome.site.kind == "shift":
+        if isinstance(outcome, outcomes.Linear) and node.name in ("add", "sub"):
             outcome = self._as_bias(node, outcome, shapes)
         if isinstance(outcome, outcomes.Linear):
             self.uses.append(outcome.site)
@@ -204,6 +214,8 @@ class _Finder:
             return
         if node.name == "scan":
             views = self._scan_views(node, views)
+        if node.name == "shard_map":
+            views = self._replicated(node, views)
         for body in node.bodies:
             for value, view, atom in zip(
                 body.inputs, views[offset:], node.inputs[offset:], strict=True
@@ -213,6 +225,18 @@ class _Finder:
                 elif node.name != "scan" and self.value(atom) is not None:
                     self.known[value] = self.value(atom)
             self.visit(body, shapes)
+
+    def _replicated(
+        self, node: Node, views: Sequence[View | None]
+    ) -> list[View | None]:
+        """The views of operands of which every device gets the whole."""
+        result: list[View | None] = []
+        for view, spec in zip(views, node.params["in_specs"], strict=True):
+            if view is not None and any(name is not None for name in spec):
+                self._refuse(node, [view], "enters a shard_map in parts")
+                view = None
+            result.append(view)
+        return result
 
     def _scan_views(
         self, node: Node, views: Sequence[View | None]
@@ -246,6 +270,17 @@ def _whole_slice(_: _Finder, node: Node, views: Sequence[View | None]) -> View |
     return views[0] if node.out_shape() == node.shape() else None
 
 
+def _tile(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
+    """Repeats axes of length one."""
+    shape, view = node.shape(), views[0]
+    if view is None or any(
+        n != 1 and times != 1
+        for n, times in zip(shape, node.params["reps"], strict=True)
+    ):
+        return None
+    return view.broadcast(node.out_shape(), range(len(shape)))
+
+
 def _multiply(finder: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
     """A scalar constant factor is part of the view (W * 2.0, W / sqrt(d))."""
     if len(views) != 2 or (views[0] is None and views[1] is None):
@@ -274,6 +309,7 @@ VIEW_RULES: dict[str, ViewRule] = {
     "pcast": _same,
     "transpose": lambda _, n, v: v[0] and v[0].transpose(n.params["permutation"]),
     "slice": _whole_slice,
+    "tile": _tile,
     "squeeze": lambda _, n, v: v[0] and v[0].squeeze(n.params["dimensions"]),
     "reshape": lambda _, n, v: v[0] and v[0].reshape(n.params["new_sizes"]),
     "broadcast_in_dim": lambda _, n, v: (
@@ -288,6 +324,7 @@ CONSUMERS: dict[str, Callable[..., outcomes.Outcome]] = {
     "dot_general": consumers.dot_general,
     "conv_general_dilated": convolution,
     "gather": embedding,
+    "concatenate": consumers.concatenated,
     "mul": consumers.scale,
     "add": consumers.shift,
     "sub": consumers.shift,
@@ -303,6 +340,7 @@ BODY_OFFSETS = {
     "remat": 0,
     "custom_jvp_call": 0,
     "custom_vjp_call": 0,
+    "shard_map": 0,
 }
 """Equations discovery looks into, and where their bodies' operands begin."""
 

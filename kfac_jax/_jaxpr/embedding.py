@@ -25,14 +25,19 @@ def embedding(
     if view is None:
         return Refused("used as indices by `gather`")
     numbers = node.params["dimension_numbers"]
-    picked = tuple(numbers.start_index_map)
+    fill = node.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
     sizes, shape = tuple(node.params["slice_sizes"]), node.shape(0)
+    columns = tuple(numbers.start_index_map)
+    # an index along an axis that is taken whole is clamped to zero
+    picked = [a for a in columns if sizes[a] != shape[a]] or list(columns[:1])
     features = [a for a in range(len(shape)) if a not in picked]
     if (
         len(picked) != 1
-        or tuple(numbers.collapsed_slice_dims) != picked
+        or sizes[picked[0]] != 1
+        or not set(numbers.collapsed_slice_dims) <= set(picked)
         or numbers.operand_batching_dims
         or any(sizes[a] != shape[a] for a in features)
+        or (fill and len(columns) > 1)
     ):
         return Refused("only partly used by `gather`; whole rows along one axis are")
     found = layout(
@@ -48,7 +53,6 @@ def embedding(
         return Refused("repeated or only partly used by `gather`")
     outs = tuple(numbers.offset_dims)
     rows = tuple(a for a in range(len(node.out_shape())) if a not in outs)
-    fill = node.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
     site = Site(
         kind="embedding",
         output=node.outputs[0],
@@ -63,6 +67,7 @@ def embedding(
         repeated=view.repeated,
         source=node.source,
         vocabulary=shape[picked[0]],
+        column=columns.index(picked[0]),
         drops=fill,
     )
     return plain_linear(node, site)

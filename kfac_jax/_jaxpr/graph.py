@@ -194,14 +194,23 @@ def needed(graph: Graph, wanted: set[int]) -> set[int]:
             if any(out in found for out in node.outputs):
                 for body in node.bodies:
                     found.update(a for a in body.outputs if is_value(a))
-            # A tagged layer stands for what its raw output `y` was computed from.
-            inputs = node.inputs[1:] if node.name == "kfac_layer" else node.inputs
-            found.update(a for a in inputs if is_value(a))
+            found.update(a for a in read_inputs(node) if is_value(a))
             for body in node.bodies:
                 visit(body)
 
     visit(graph)
     return found
+
+
+def read_inputs(node: Node) -> tuple[Atom, ...]:
+    """The operands an equation is made of, for discovery.
+
+    A tagged layer stands for what its raw output `y` was computed from; but a tag does
+    not say all about a convolution, which is looked up where `y` comes from.
+    """
+    if node.name != "kfac_layer":
+        return node.inputs
+    return node.inputs[:1] if node.params["kind"] == "conv2d" else node.inputs[1:]
 
 
 def _defined(graph: Graph) -> Iterator[int]:

@@ -136,6 +136,7 @@ def _tag(gather: Gather, y: Array, x: Array | None, probe: Probe) -> Array:
         return dy, None, statistics
 
     shapes = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in probe.items()}
+    probe = {name: _compat.vary_like(p, y, x) for name, p in probe.items()}
     tag.defvjp(forward, backward)
     return tag(y, x, probe)
 
@@ -251,6 +252,34 @@ def _cond(
     return list(jax.lax.switch(operands[0], branches, *operands[1:])), []
 
 
+def _shard_map(
+    program: Program,
+    node: Node,
+    operands: Sequence[Any],
+    probes: Mapping[int, Probe] | None,
+) -> tuple[list[Any], list[RegisteredLoss]]:
+    """Probes enter on every device, so their cotangents are summed over devices."""
+    if any(n.name == "kfac_loss" for n in node.bodies[0].walk()):
+        raise ValueError(
+            "A loss is registered inside `shard_map` at "
+            f"{_compat.source_line(node.equation)}, where only one device's part of "
+            "the outputs is known. Register the loss outside of it."
+        )
+
+    def body(operands: Sequence[Any], probes: Mapping[int, Probe] | None) -> list[Any]:
+        return _run(program, node.bodies[0], operands, probes)[0]
+
+    mapped = jax.shard_map(
+        body,
+        mesh=node.params["mesh"],
+        in_specs=(list(node.params["in_specs"]), jax.sharding.PartitionSpec()),
+        out_specs=list(node.params["out_specs"]),
+        axis_names=set(_compat.manual_axes(node.params)),
+        check_vma=node.params["check_vma"],
+    )
+    return list(mapped(list(operands), probes)), []
+
+
 def _inline(
     program: Program,
     node: Node,
@@ -280,4 +309,5 @@ CONTROL: dict[str, ControlRule] = {
     "remat": _checkpoint,
     "scan": _scan,
     "cond": _cond,
+    "shard_map": _shard_map,
 }

@@ -53,6 +53,7 @@ class Site:
       source: the user's source line.
       convolution: what makes patches of `x`; None for other kinds.
       vocabulary: how many rows an embedding's table has; its `x` are integers.
+      column: which of an embedding's indices picks the row.
       drops: whether an embedding gives a constant for indices out of bounds.
     """
 
@@ -70,6 +71,7 @@ class Site:
     source: str
     convolution: "Patches | None" = None
     vocabulary: int = 0
+    column: int = 0
     drops: bool = False
 
     def canonical(
@@ -78,8 +80,9 @@ class Site:
         """Brings `x` and `dy` to `[*independent, batch, shared, features]`.
 
         An embedding's `x` are integers without an axis of features, out of bounds for
-        rows that do not count. Rows with `dy` exactly zero (masked, not routed here) become zero in `x`. With
-        `homogeneous`, `x` gets the coordinate 1 as its last feature.
+        rows that do not count. Rows with `dy` exactly zero (masked, not routed here)
+        become zero in `x`. With `homogeneous`, `x` gets the coordinate 1 as its last
+        feature.
 
         Args:
           x: the input as the program has it; None for a shift.
@@ -92,6 +95,7 @@ class Site:
         if self.convolution is not None:
             assert x is not None
             x, dy = self.convolution.inputs(x), self.convolution.outputs(dy)
+        shape = dy.shape
         dy = self._rows(dy, self.y_axes)
         active = (dy != 0).any(-1, keepdims=True)
         if self.vocabulary:
@@ -102,6 +106,8 @@ class Site:
         coordinate = active.astype(dy.dtype)
         if x is None:
             return coordinate * jnp.asarray(self.scale, dy.dtype), dy
+        if self.kind == "scale":
+            x = jnp.broadcast_to(x, shape)
         x = self._rows(x, self.x_axes)
         x = jnp.where(active, x, jnp.zeros((), x.dtype))
         if not (isinstance(self.scale, float) and self.scale == 1.0):
@@ -111,7 +117,7 @@ class Site:
         return x, dy
 
     def _indices(self, x: Array, active: Array) -> Array:
-        indices = self._rows(x, self.x_axes)[..., 0].astype(jnp.int32)
+        indices = self._rows(x, self.x_axes)[..., self.column].astype(jnp.int32)
         if self.drops:
             active = active & (indices >= 0) & (indices < self.vocabulary)
         indices = jnp.clip(indices, 0, self.vocabulary - 1)

@@ -1,6 +1,7 @@
 """Runs the rules of `examples` over a whole program, control flow included."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.examples import LOST, Examples, State, propagate
@@ -29,6 +30,8 @@ def _track(
         elif node.name == "cond":
             branches = [_track(body, operands[1:], states) for body in node.bodies]
             results = [_join(group) for group in zip(*branches, strict=True)]
+        elif node.name == "shard_map":
+            results = _shard_map(node, operands, states)
         elif len(node.bodies) == 1 and len(node.bodies[0].inputs) == len(operands):
             results = _track(node.bodies[0], operands, states)
         else:
@@ -56,6 +59,27 @@ def _scan(node: Node, operands: list[State], states: dict[int, State]) -> list[S
             break
         carry = merged
     return [*carry, *(_shift(state, 1) for state in results[layout.num_carry :])]
+
+
+def _shard_map(
+    node: Node, operands: list[State], states: dict[int, State]
+) -> list[State]:
+    """Inside, each device has its own examples."""
+    body: Any = node.params["jaxpr"]
+    local = [tuple(var.aval.shape) for var in getattr(body, "jaxpr", body).invars]
+    inside = [_resize(s, shape) for s, shape in zip(operands, local, strict=True)]
+    results = _track(node.bodies[0], inside, states)
+    return [_resize(state, node.out_shape(i)) for i, state in enumerate(results)]
+
+
+def _resize(state: State, shape: Sequence[int]) -> State:
+    if not isinstance(state, Examples) or shape[state.axis] == (
+        state.outer * state.size * state.inner
+    ):
+        return state
+    if state.outer * state.inner != 1:
+        return LOST
+    return Examples(state.axis, shape[state.axis])
 
 
 def _shift(state: State, by: int) -> State:

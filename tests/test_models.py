@@ -1,0 +1,339 @@
+"""Models of common libraries: every parameter is a layer, without a tag."""
+
+import equinox as eqx
+import flax.linen as nn
+import haiku as hk
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import kfac_jax
+from kfac_jax import losses
+
+KEY = jax.random.key(0)
+IDS = jnp.arange(12, dtype=jnp.int32).reshape(2, 6) % 7
+IMAGES = jax.random.normal(KEY, (3, 8, 8, 3), jnp.float32)
+SEQUENCES = jax.random.normal(KEY, (3, 6, 4), jnp.float32)
+
+# the libraries rely on promotion, which the other tests forbid
+pytestmark = pytest.mark.usefixtures("promotion")
+
+
+@pytest.fixture
+def promotion():
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.enable_x64(False),
+    ):
+        yield
+
+
+class Block(nn.Module):
+    """A transformer's block."""
+
+    norm: type[nn.Module] = nn.LayerNorm
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        h = self.norm(dtype=self.dtype)(x)
+        attention = nn.MultiHeadDotProductAttention(num_heads=2, dtype=self.dtype)
+        x = x + attention(h, h)
+        h = nn.Dense(16, dtype=self.dtype)(self.norm(dtype=self.dtype)(x))
+        return x + nn.Dense(8, dtype=self.dtype)(nn.gelu(h))
+
+
+class Language(nn.Module):
+    """A transformer over tokens with learned positions."""
+
+    norm: type[nn.Module] = nn.LayerNorm
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(7, 8, dtype=self.dtype)(ids)
+        x = x + self.param("positions", nn.initializers.normal(), (6, 8)).astype(
+            x.dtype
+        )
+        for _ in range(2):
+            x = Block(self.norm, self.dtype)(x)
+        return nn.Dense(7, dtype=self.dtype)(self.norm(dtype=self.dtype)(x))
+
+
+class Step(nn.Module):
+    """A rematerialised block as the body of a scan over layers."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.remat(Block, prevent_cse=False)()(x), None
+
+
+class Scanned(nn.Module):
+    """A transformer whose layers are scanned and rematerialised."""
+
+    @nn.compact
+    def __call__(self, ids):
+        x = nn.Embed(7, 8)(ids)
+        layers = nn.scan(
+            Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+        )
+        x, _ = layers()(x, None)
+        return nn.Dense(7)(nn.LayerNorm()(x))
+
+
+class Recurrent(nn.Module):
+    """A recurrent net."""
+
+    cell: type[nn.RNNCellBase]
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(4)(nn.RNN(self.cell(5))(x))
+
+
+class ResNet(nn.Module):
+    """Two residual blocks."""
+
+    norm: str
+
+    def normalize(self, x):
+        if self.norm == "group":
+            return nn.GroupNorm(2)(x)
+        return nn.BatchNorm(use_running_average=False)(x)
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(4, (3, 3))(x)
+        for stride in (1, 2):
+            width, strides = 4 * stride, (stride, stride)
+            h = nn.Conv(width, (3, 3), strides, use_bias=False)(x)
+            h = self.normalize(nn.Conv(width, (3, 3))(nn.relu(self.normalize(h))))
+            x = nn.Conv(width, (1, 1), strides)(x) if stride > 1 else x
+            x = nn.relu(x + h)
+        return nn.Dense(5)(x.mean((1, 2)))
+
+
+class UNet(nn.Module):
+    """Down and up again by a transposed convolution."""
+
+    @nn.compact
+    def __call__(self, x):
+        fine = nn.relu(nn.Conv(4, (3, 3))(x))
+        coarse = nn.relu(nn.Conv(8, (3, 3), (2, 2))(fine))
+        up = nn.ConvTranspose(4, (2, 2), (2, 2))(coarse)
+        return nn.Conv(3, (1, 1))(jnp.concatenate([up, fine], -1))
+
+
+def patches(x):
+    x = nn.Conv(8, (4, 4), (4, 4))(x)
+    return x.reshape(x.shape[0], -1, 8)
+
+
+class ViT(nn.Module):
+    """A vision transformer with a class token."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = patches(x)
+        token = self.param("token", nn.initializers.zeros, (1, 1, 8))
+        x = jnp.concatenate([jnp.tile(token, [len(x), 1, 1]), x], 1)
+        x = x + self.param("positions", nn.initializers.normal(), (1, 5, 8))
+        return nn.Dense(4)(Block()(x)[:, 0])
+
+
+class Mixer(nn.Module):
+    """An MLP-Mixer's block."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = patches(x)
+        y = nn.LayerNorm()(x).swapaxes(1, 2)
+        x = x + nn.Dense(4)(nn.gelu(nn.Dense(6)(y))).swapaxes(1, 2)
+        x = x + nn.Dense(8)(nn.gelu(nn.Dense(12)(nn.LayerNorm()(x))))
+        return nn.Dense(4)(x.mean(1))
+
+
+class Experts(nn.Module):
+    """A mixture of experts, each with its own bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        gates = jax.nn.softmax(nn.Dense(3)(x))
+        normal = nn.initializers.normal()
+        w1, b1 = self.param("w1", normal, (3, 4, 6)), self.param("b1", normal, (3, 6))
+        w2 = self.param("w2", normal, (3, 6, 5))
+        h = nn.relu(jnp.einsum("bti,eio->bteo", x, w1) + b1)
+        return jnp.einsum("bteo,eok,bte->btk", h, w2, gates)
+
+
+def linen(module):
+    def build(x):
+        variables = module.init(KEY, x)
+        rest = {name: value for name, value in variables.items() if name != "params"}
+
+        def apply(params, x):
+            y = module.apply({"params": params, **rest}, x, mutable=list(rest))
+            return y[0]
+
+        return variables["params"], apply
+
+    return build
+
+
+class Attention(nnx.Module):
+    """Attention and both norms."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.embed = nnx.Embed(7, 8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, rngs=rngs, decode=False)
+        self.layer_norm = nnx.LayerNorm(8, rngs=rngs)
+        self.rms_norm = nnx.RMSNorm(8, rngs=rngs)
+        self.head = nnx.Linear(8, 7, rngs=rngs)
+
+    def __call__(self, ids):
+        x = self.embed(ids)
+        return self.head(self.rms_norm(x + self.attention(self.layer_norm(x))))
+
+
+def nnx_model(make):
+    def build(x):
+        graph, params, rest = nnx.split(make(), nnx.Param, ...)
+        return params, lambda params, x: nnx.merge(graph, params, rest)(x)
+
+    return build
+
+
+class EquinoxAttention(eqx.Module):
+    """Attention under vmap."""
+
+    embed: eqx.nn.Embedding
+    norm: eqx.nn.LayerNorm
+    attention: eqx.nn.MultiheadAttention
+    head: eqx.nn.Linear
+
+    def __init__(self):
+        keys = jax.random.split(KEY, 3)
+        self.embed = eqx.nn.Embedding(7, 8, key=keys[0])
+        self.norm = eqx.nn.LayerNorm(8)
+        self.attention = eqx.nn.MultiheadAttention(
+            2, 8, use_query_bias=True, key=keys[1]
+        )
+        self.head = eqx.nn.Linear(8, 5, key=keys[2])
+
+    def __call__(self, ids):
+        x = jax.vmap(self.embed)(ids)
+        h = jax.vmap(self.norm)(x)
+        return jax.vmap(self.head)(x + self.attention(h, h, h))
+
+
+class EquinoxConvolutions(eqx.Module):
+    """A convolution and a transposed one under vmap."""
+
+    down: eqx.nn.Conv2d
+    up: eqx.nn.ConvTranspose2d
+
+    def __init__(self):
+        self.down = eqx.nn.Conv2d(8, 4, 3, key=KEY)
+        self.up = eqx.nn.ConvTranspose2d(4, 3, 2, 2, key=KEY)
+
+    def __call__(self, x):
+        return self.up(jax.nn.relu(self.down(x))).mean((1, 2))
+
+
+def equinox(make):
+    def build(x):
+        params, static = eqx.partition(make(), eqx.is_inexact_array)
+        return params, lambda params, x: jax.vmap(eqx.combine(params, static))(x)
+
+    return build
+
+
+def haiku(function):
+    def build(x):
+        model = hk.without_apply_rng(hk.transform(function))
+        return model.init(KEY, x), model.apply
+
+    return build
+
+
+def haiku_convolutions(x):
+    x = hk.Conv2D(4, 3, 2)(hk.LayerNorm(-1, True, True)(x))
+    return hk.Linear(3)(jax.nn.relu(hk.GroupNorm(2)(x)).mean((1, 2)))
+
+
+def ensemble(x):
+    """Three nets at once."""
+    params = {"w": jnp.ones((3, 4, 5)), "head": jnp.ones((3, 5, 2))}
+
+    def apply(params, x):
+        one = lambda p, x: jnp.tanh(x @ p["w"]) @ p["head"]  # noqa: E731
+        return jax.vmap(one, (0, None), 2)(params, x)
+
+    return params, apply
+
+
+def low_rank(x):
+    """Two parameters with data between."""
+    params = {"a": jnp.ones((4, 2)), "b": jnp.ones((2, 5)), "c": jnp.ones((5, 3))}
+    return params, lambda p, x: jnp.tanh(x @ p["a"] @ p["b"]) @ p["c"]
+
+
+MODELS = {
+    "linen transformer": (linen(Language()), IDS),
+    "linen transformer, RMS norm": (linen(Language(nn.RMSNorm)), IDS),
+    "linen transformer, bf16": (linen(Language(dtype=jnp.bfloat16)), IDS),
+    "linen transformer, scanned": (linen(Scanned()), IDS),
+    "linen LSTM": (linen(Recurrent(nn.LSTMCell)), SEQUENCES),
+    "linen GRU": (linen(Recurrent(nn.GRUCell)), SEQUENCES),
+    "linen ResNet, group norm": (linen(ResNet("group")), IMAGES),
+    "linen ResNet, batch norm": (linen(ResNet("batch")), IMAGES),
+    "linen U-Net": (linen(UNet()), IMAGES),
+    "linen ViT": (linen(ViT()), IMAGES),
+    "linen Mixer": (linen(Mixer()), IMAGES),
+    "linen experts": (linen(Experts()), SEQUENCES),
+    "nnx attention": (nnx_model(Attention), IDS),
+    "equinox MLP": (
+        equinox(lambda: eqx.nn.MLP(4, 3, 8, 2, key=KEY)),
+        SEQUENCES[:, 0],
+    ),
+    "equinox attention": (equinox(EquinoxAttention), IDS),
+    "equinox convolutions": (equinox(EquinoxConvolutions), IMAGES),
+    "haiku convolutions": (haiku(haiku_convolutions), IMAGES),
+    "ensemble": (ensemble, SEQUENCES),
+    "low rank": (low_rank, SEQUENCES),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_is_covered(name):
+    build, x = MODELS[name]
+    params, apply = build(x)
+
+    def loss_fn(params, x):
+        z = apply(params, x)
+        z = z.reshape(-1, z.shape[-1])
+        labels = jnp.zeros(len(z), int)
+        return losses.softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    curvature = kfac_jax.make_curvature(loss_fn, params, x, on_unmatched="error")
+    assert {"generic", "unused"}.isdisjoint(layer.kind for layer in curvature.layers)
+    gather = jax.jit(curvature.value_grad_and_statistics)
+    value, grads, statistics = gather(params, x, rng=KEY)
+    expected = jax.jit(jax.value_and_grad(loss_fn))(params, x)
+    tolerance = 0.1 if "bf16" in name else 1e-5
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance),
+        (value, grads),
+        expected,
+    )
+    factors = curvature.update_factors(
+        curvature.init_factors(params), statistics, step=1
+    )
+    for layer in curvature.layers:
+        for factor in factors[layer.name].values():
+            assert factor.dtype == jnp.float32
+            assert np.isfinite(factor).all()
