@@ -174,10 +174,12 @@ def _check_scalar(loss: Any, has_aux: bool) -> None:
 
 
 def group_layers(
-    traced: Traced, tree: TreeSpec, blocks: BlocksSpec
+    traced: Traced, tree: TreeSpec, blocks: BlocksSpec, weight_sharing: str
 ) -> tuple[list[Layer], Mapping[int, list[Site]]]:
     """Groups what was found into layers with blocks; see `layers.group`."""
-    return group(traced.found.uses, tree.paths, tree.shapes, tree.dtypes, blocks)
+    return group(
+        traced.found.uses, tree.paths, tree.shapes, tree.dtypes, blocks, weight_sharing
+    )
 
 
 def apply_policy(

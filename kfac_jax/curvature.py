@@ -14,6 +14,7 @@ from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation
 from kfac_jax.blocks import Block
+from kfac_jax.blocks.kronecker import check_weight_sharing
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import BlocksSpec, Layer
 
@@ -62,6 +63,7 @@ class Curvature:
     tree: TreeSpec = dataclasses.field(repr=False)
     blocks: BlocksSpec = dataclasses.field(repr=False, compare=False)
     on_unmatched: str
+    weight_sharing: str
 
     def __str__(self) -> str:
         """The report."""
@@ -204,7 +206,9 @@ class Curvature:
         Raises:
           ValueError: if the program's layers are not the plan's.
         """
-        layers, sites = _plan.group_layers(traced, self.tree, self.blocks)
+        layers, sites = _plan.group_layers(
+            traced, self.tree, self.blocks, self.weight_sharing
+        )
         layers = _plan.apply_policy(layers, self.on_unmatched, quiet=True)
         mine = [_plan.signature(layer) for layer in self.layers]
         theirs = [_plan.signature(layer) for layer in layers]
@@ -524,7 +528,10 @@ def make_curvature(
         kind or path regex to a block or None; or a function of the layer. None as a
         block leaves the gradient of that layer as it is.
       structure: how blocks relate: `BlockDiagonal()`.
-      weight_sharing: "expand": the positions at which a weight is used count as cases.
+      weight_sharing: what default blocks do with the positions of one example at which
+        a weight is used: "expand" takes each for a case, "reduce" averages inputs and
+        adds output gradients first, which suits losses of the positions' mean. Blocks
+        given in `blocks` have their own.
       on_unmatched: what to do about parameters no layer covers: "warn" gives them the
         diagonal `N · ḡ²` of the sampled batch gradient ḡ, "error" raises, "ignore"
         gives them the identity.
@@ -556,11 +563,10 @@ def make_curvature(
     )
     if not isinstance(structure, BlockDiagonal):
         raise ValueError(f"structure must be BlockDiagonal(); got {structure!r}.")
-    if weight_sharing != "expand":
-        raise ValueError(f'weight_sharing must be "expand"; got {weight_sharing!r}.')
+    check_weight_sharing(weight_sharing)
     tree = _plan.tree_spec(params)
     traced = _plan.trace(loss_fn, has_aux, tree, params, args)
-    layers, _ = _plan.group_layers(traced, tree, blocks)
+    layers, _ = _plan.group_layers(traced, tree, blocks, weight_sharing)
     layers = _plan.apply_policy(layers, on_unmatched, quiet=False)
     if statistics_fraction < 1.0:
         _batch.batch_size(args)
@@ -576,4 +582,5 @@ def make_curvature(
         tree=tree,
         blocks=blocks,
         on_unmatched=on_unmatched,
+        weight_sharing=weight_sharing,
     )

@@ -861,12 +861,12 @@ def test_a_convolution_tag_on_something_else_is_reported():
         _plan(apply, models.array(0, 3, 3, 1, 2), models.array(1, 2, 4, 4, 1))
 
 
-def _sharded(check_vma=True, spec=P()):
+def _sharded(check_vma):
     def apply(params, x):
         inside = jax.shard_map(
             models.mlp,
             mesh=MESH,
-            in_specs=(spec, P("data")),
+            in_specs=(P(), P("data")),
             out_specs=P("data"),
             check_vma=check_vma,
         )

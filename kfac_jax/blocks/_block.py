@@ -92,14 +92,16 @@ class Block(abc.ABC):
     factored form for `Kronecker`); `spectrum` agrees with `matvec`.
     """
 
-    needs_examples: ClassVar[bool] = False
-    """Whether rows must be summed within an example."""
-
     elementwise: ClassVar[frozenset[str]] = frozenset()
     """Which results of `damp` are inverted by reciprocals."""
 
     row_statistics: ClassVar[frozenset[str]] = frozenset()
     """Statistics of inputs only: exact modes gather them once, not for each output."""
+
+    @property
+    def needs_examples(self) -> bool:
+        """Whether rows must be summed within an example."""
+        return False
 
     @abc.abstractmethod
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:

@@ -24,8 +24,12 @@ class Diagonal(Block):
     Diagonal()
     """
 
-    needs_examples = True
     elementwise = frozenset({"diagonal"})
+
+    @property
+    def needs_examples(self) -> bool:
+        """Yes: gradients are summed within an example before they are squared."""
+        return True
 
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """One number for each parameter."""

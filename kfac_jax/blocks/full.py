@@ -24,7 +24,10 @@ class Full(Block):
     Full()
     """
 
-    needs_examples = True
+    @property
+    def needs_examples(self) -> bool:
+        """Yes: gradients are summed within an example before they are squared."""
+        return True
 
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """One matrix for each slice of the stacked axes."""

@@ -14,9 +14,13 @@ from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
 class Kronecker(Block):
     """`F ≈ A ⊗ G`, with `A = E[x xᵀ]` and `G = E[dy dyᵀ]`.
 
-    A layer used at R rows per case (weight sharing) has `A` averaged over rows and `G`
-    summed over them (the "expand" setting). Weight and bias share the block: the bias
-    is the weight of a homogeneous coordinate. As a matrix, `V ↦ A V G`.
+    Weight and bias share the block: the bias is the weight of a homogeneous coordinate.
+    As a matrix, `V ↦ A V G`.
+
+    A layer used at several positions of an example (weight sharing) has, in the
+    "expand" setting, `A` averaged over all of them and `G` summed. In the "reduce"
+    setting x is averaged and dy summed over an example's positions first. Each is exact
+    for deep linear nets where the loss treats positions, or their mean, as cases.
 
     Factored damping replaces the factors by `A + π √λ I` and `G + √λ / π I`, π from
     the trace norm.
@@ -27,16 +31,18 @@ class Kronecker(Block):
 
     Attributes:
       max_factor_dim: the longest side with a full factor; None for no limit.
+      weight_sharing: "expand" or "reduce".
 
     References:
-      Martens & Grosse 2015, sections 3, 4.2 and 6.3. Eschenhagen et al. 2023 for
-      "expand".
+      Martens & Grosse 2015, sections 3, 4.2 and 6.3. Eschenhagen et al. 2023
+      (arXiv:2311.00636) for weight sharing.
 
-    >>> Kronecker()
-    Kronecker(max_factor_dim=8192)
+    >>> Kronecker(weight_sharing="reduce")
+    Kronecker(max_factor_dim=8192, weight_sharing='reduce')
     """
 
     max_factor_dim: int | None = 8192
+    weight_sharing: str = "expand"
 
     elementwise = frozenset({"input_diagonal", "output_diagonal"})
     row_statistics = frozenset({"input", "input_diagonal", "count"})
@@ -48,6 +54,12 @@ class Kronecker(Block):
             raise ValueError(
                 f"max_factor_dim must be an integer ≥ 1 or None; got {limit!r}."
             )
+        check_weight_sharing(self.weight_sharing)
+
+    @property
+    def needs_examples(self) -> bool:
+        """In the "reduce" setting."""
+        return self.weight_sharing == "reduce"
 
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """Sums for both factors, and the number of rows that count.
@@ -76,7 +88,15 @@ class Kronecker(Block):
         """The sums; rows without a gradient do not count."""
         kept = self.statistics_shapes(shape)
         result: Factors = {}
-        if shape.one_hot:
+        active = (dy != 0).any(-1)
+        if self.weight_sharing == "reduce":
+            dy = dy.sum(-2, keepdims=True, dtype=wide_dtype(dy.dtype))
+            used = jnp.maximum(active.sum(-1, keepdims=True), 1).astype(dy.dtype)
+            if not shape.one_hot:
+                x = x.sum(-2, keepdims=True, dtype=dy.dtype) / used[..., None]
+        if shape.one_hot and self.weight_sharing == "reduce":
+            result["input_diagonal"] = _mean_occurrences(x, shape.inputs, used)
+        elif shape.one_hot:
             result["input_diagonal"] = _occurrences(x, shape.inputs, dy.dtype)
         elif "input" in kept:
             result["input"] = _second_moment(x)
@@ -87,7 +107,9 @@ class Kronecker(Block):
         else:
             result["output_diagonal"] = _squares(dy)
         if "count" in kept:
-            result["count"] = (dy != 0).any(-1).sum((-2, -1))
+            if self.weight_sharing == "reduce":
+                active = active.any(-1, keepdims=True)
+            result["count"] = active.sum((-2, -1))
         return result
 
     def factors(self, statistics: Factors, weight: Array) -> Factors:
@@ -194,3 +216,20 @@ def _occurrences(x: Array, size: int, dtype: jnp.dtype) -> Array:
     """How often each index occurs, `[size]`; those out of bounds do not count."""
     zeros = jnp.zeros((size,), wide_dtype(dtype))
     return zeros.at[x.reshape(-1)].add(1.0, mode="drop")
+
+
+def _mean_occurrences(x: Array, size: int, used: Array) -> Array:
+    """`Σ_b p_b²`, `[size]`, with p_b how often each index occurs in an example.
+
+    As a part of the positions that count; `p² = Σ_s [x_s = v] Σ_t [x_t = v] / used²`.
+    """
+    same = (x[..., :, None] == x[..., None, :]).astype(used.dtype).sum(-1)
+    zeros = jnp.zeros((size,), used.dtype)
+    parts = (same / jnp.square(used)).reshape(-1)
+    return zeros.at[x.reshape(-1)].add(parts, mode="drop")
+
+
+def check_weight_sharing(value: str) -> None:
+    """Raises ValueError unless it is one of the settings."""
+    if value not in ("expand", "reduce"):
+        raise ValueError(f'weight_sharing must be "expand" or "reduce"; got {value!r}.')

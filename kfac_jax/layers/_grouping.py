@@ -29,6 +29,7 @@ def group(
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[str],
     blocks: BlocksSpec,
+    weight_sharing: str,
 ) -> tuple[list[Layer], dict[int, list[Site]]]:
     """Makes layers of uses.
 
@@ -41,6 +42,7 @@ def group(
       shapes: each parameter's shape.
       dtypes: each parameter's type.
       blocks: the user's choice of blocks.
+      weight_sharing: the setting of default blocks.
 
     Returns:
       The layers in the order of their first parameters, and for each layer (by its
@@ -65,7 +67,12 @@ def group(
         if leaf.index not in taken:
             made = _shift_layer(leaf, uses)
             layers[leaf.index] = made or (_other_layer(leaf, uses), [])
-    ordered = sorted(layers.values(), key=lambda pair: min(pair[0].leaves))
+    ordered = [
+        (_with_sharing(layer, weight_sharing), sites)
+        for layer, sites in sorted(
+            layers.values(), key=lambda pair: min(pair[0].leaves)
+        )
+    ]
     chosen = _choose(blocks, _distinct(ordered), leaves)
     return [layer for layer, _ in chosen], dict(enumerate(sites for _, sites in chosen))
 
@@ -197,6 +204,13 @@ def _default_block(kind: str, sites: Sequence[Site]) -> Block:
     if kind in ("dense", "conv", "embedding") or _is_shared(sites) or _is_lost(sites):
         return Kronecker()
     return Diagonal()
+
+
+def _with_sharing(layer: Layer, weight_sharing: str) -> Layer:
+    if not isinstance(layer.block, Kronecker):
+        return layer
+    block = dataclasses.replace(layer.block, weight_sharing=weight_sharing)
+    return dataclasses.replace(layer, block=block)
 
 
 def _is_shared(sites: Sequence[Site]) -> bool:
