@@ -87,28 +87,26 @@ class Kronecker(Block):
     def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
         """The sums; rows without a gradient do not count."""
         kept = self.statistics_shapes(shape)
-        result: Factors = {}
         active = (dy != 0).any(-1)
-        if self.weight_sharing == "reduce":
+        reduce = self.weight_sharing == "reduce"
+        positions = jnp.maximum(active.sum(-1, keepdims=True), 1)
+        result: Factors = {}
+        if shape.one_hot:
+            weight = 1 / positions if reduce else jnp.ones_like(positions)
+            weight = weight.astype(wide_dtype(dy.dtype))
+            result["input_diagonal"] = _occurrences(x, shape.inputs, weight, reduce)
+        else:
+            if reduce:
+                x = x.sum(-2, keepdims=True, dtype=wide_dtype(x.dtype))
+                x = x / positions[..., None].astype(x.dtype)
+            full = "input" in kept
+            result["input" if full else "input_diagonal"] = _moment(x, full)
+        if reduce:
             dy = dy.sum(-2, keepdims=True, dtype=wide_dtype(dy.dtype))
-            used = jnp.maximum(active.sum(-1, keepdims=True), 1).astype(dy.dtype)
-            if not shape.one_hot:
-                x = x.sum(-2, keepdims=True, dtype=dy.dtype) / used[..., None]
-        if shape.one_hot and self.weight_sharing == "reduce":
-            result["input_diagonal"] = _mean_occurrences(x, shape.inputs, used)
-        elif shape.one_hot:
-            result["input_diagonal"] = _occurrences(x, shape.inputs, dy.dtype)
-        elif "input" in kept:
-            result["input"] = _second_moment(x)
-        else:
-            result["input_diagonal"] = _squares(x)
-        if "output" in kept:
-            result["output"] = _second_moment(dy)
-        else:
-            result["output_diagonal"] = _squares(dy)
+            active = active.any(-1, keepdims=True)
+        full = "output" in kept
+        result["output" if full else "output_diagonal"] = _moment(dy, full)
         if "count" in kept:
-            if self.weight_sharing == "reduce":
-                active = active.any(-1, keepdims=True)
             result["count"] = active.sum((-2, -1))
         return result
 
@@ -197,36 +195,28 @@ def _pi(factors: Factors) -> Array:
     return linalg.trace_pi(*means)
 
 
-def _rows(x: Array) -> Array:
-    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
-
-
-def _second_moment(x: Array) -> Array:
-    """`Σ_rows x xᵀ` over batch and positions, in float32 or wider."""
-    dtype, rows = wide_dtype(x.dtype), _rows(x)
+def _moment(x: Array, full: bool) -> Array:
+    """`Σ_rows x xᵀ` over batch and positions, or its diagonal; in float32 or wider."""
+    dtype = wide_dtype(x.dtype)
+    rows = x.reshape(*x.shape[:-3], -1, x.shape[-1])
+    if not full:
+        return jnp.square(rows.astype(dtype)).sum(-2)
     return jnp.einsum("...ri,...rj->...ij", rows, rows, preferred_element_type=dtype)
 
 
-def _squares(x: Array) -> Array:
-    """The diagonal of `_second_moment`."""
-    return jnp.square(_rows(x).astype(wide_dtype(x.dtype))).sum(-2)
+def _occurrences(x: Array, size: int, weight: Array, reduce: bool) -> Array:
+    """The diagonal of `_moment` of one-hot rows, `[size]`.
 
-
-def _occurrences(x: Array, size: int, dtype: jnp.dtype) -> Array:
-    """How often each index occurs, `[size]`; those out of bounds do not count."""
-    zeros = jnp.zeros((size,), wide_dtype(dtype))
-    return zeros.at[x.reshape(-1)].add(1.0, mode="drop")
-
-
-def _mean_occurrences(x: Array, size: int, used: Array) -> Array:
-    """`Σ_b p_b²`, `[size]`, with p_b how often each index occurs in an example.
-
-    As a part of the positions that count; `p² = Σ_s [x_s = v] Σ_t [x_t = v] / used²`.
+    Rows are taken one by one, or averaged within each example (with their `weight`):
+    `(Σ_s w [x_s = v])² = Σ_s [x_s = v] Σ_t [x_t = v] w²`. Indices out of bounds do not
+    count.
     """
-    same = (x[..., :, None] == x[..., None, :]).astype(used.dtype).sum(-1)
-    zeros = jnp.zeros((size,), used.dtype)
-    parts = (same / jnp.square(used)).reshape(-1)
-    return zeros.at[x.reshape(-1)].add(parts, mode="drop")
+    parts = jnp.broadcast_to(jnp.square(weight), x.shape)
+    if reduce:
+        same = x[..., :, None] == x[..., None, :]
+        parts = parts * same.sum(-1).astype(parts.dtype)
+    zeros = jnp.zeros((size,), parts.dtype)
+    return zeros.at[x.reshape(-1)].add(parts.reshape(-1), mode="drop")
 
 
 def check_weight_sharing(value: str) -> None:
