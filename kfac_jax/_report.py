@@ -46,11 +46,12 @@ def explain(layer: Layer) -> str:
     return f"  {layer.name}: {layer.reason}{at}"
 
 
-def table(layers: Sequence[Layer]) -> str:
+def table(layers: Sequence[Layer], fraction: float) -> str:
     """Formats the layers.
 
     Args:
       layers: the plan's layers.
+      fraction: τ1, the part of the batch that statistics are gathered from.
 
     Returns:
       The table, then totals, then what is not covered and why.
@@ -72,11 +73,35 @@ def table(layers: Sequence[Layer]) -> str:
         f"{len(layers)} layers, {parameters} parameters, {covered} of them covered; "
         f"factors {_bytes(total)}, as much again for inverses."
     )
+    lines.append(_kinds(layers))
+    lines.append(_costs(layers, fraction))
     uncovered = [layer for layer in layers if layer.reason]
     if uncovered:
         lines.append("Not covered by a layer:")
         lines.extend(explain(layer) for layer in uncovered)
     return "\n".join(lines)
+
+
+def _kinds(layers: Sequence[Layer]) -> str:
+    """How many parameters there are of each kind."""
+    counts: dict[str, int] = {}
+    for layer in layers:
+        size = sum(map(_size, layer.shapes))
+        counts[layer.kind] = counts.get(layer.kind, 0) + size
+    total = max(sum(counts.values()), 1)
+    parts = [f"{kind} {n} ({n / total:.1%})" for kind, n in counts.items()]
+    return f"Parameters by kind: {', '.join(parts)}."
+
+
+def _costs(layers: Sequence[Layer], fraction: float) -> str:
+    """Arithmetic, as the products of the layers count it."""
+    inversion = sum(layer.inversion_cost for layer in layers)
+    gradient = sum(layer.gradient_cost for layer in layers)
+    statistics = sum(layer.statistics_cost for layer in layers) * fraction
+    text = f"One refresh of the inverses: {inversion:.2g} multiply-adds"
+    if gradient:
+        text += f"; statistics of one batch: {statistics / gradient:.2f} × the gradient"
+    return text + "."
 
 
 def _size(shape: Sequence[int]) -> int:

@@ -75,7 +75,7 @@ class Curvature:
         Below the table, each parameter that is not covered, with the reason and the
         line of the model that uses it.
         """
-        return _report.table(self.layers)
+        return _report.table(self.layers, self.statistics_fraction)
 
     def value_and_grad(self, params: Params, *args: Any) -> tuple[Any, Params]:
         """Value and gradient without statistics: `jax.value_and_grad` of the loss.

@@ -8,6 +8,7 @@ the line.
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
@@ -101,6 +102,7 @@ class _Finder:
         self.linear: dict[int, outcomes.Linear] = {}
         self.uses: list[Use] = []
         self.scanned: dict[Node, set[int]] = {}
+        self.steps = 1  # how often the equation at hand is run, scans included
 
     def view(self, atom: Atom) -> View | None:
         return self.views.get(atom) if is_value(atom) else None
@@ -138,6 +140,10 @@ class _Finder:
             if consumer is None
             else consumer(node, views, shapes, self.states.get(node.outputs[0]))
         )
+        if isinstance(outcome, outcomes.Linear):
+            rows = math.prod(outcome.shape[a] for a in outcome.y_axes[1])
+            site = dataclasses.replace(outcome.site, rows=rows * self.steps)
+            outcome = dataclasses.replace(outcome, site=site)
         if isinstance(outcome, outcomes.Linear) and node.name in ("add", "sub"):
             outcome = self._as_bias(node, outcome, shapes)
         if isinstance(outcome, outcomes.Linear):
@@ -216,6 +222,9 @@ class _Finder:
             views = self._scan_views(node, views)
         if node.name == "shard_map":
             views = self._replicated(node, views)
+        steps = self.steps
+        if node.name == "scan":
+            self.steps *= _compat.scan_layout(node.params).length
         for body in node.bodies:
             for value, view, atom in zip(
                 body.inputs, views[offset:], node.inputs[offset:], strict=True
@@ -225,6 +234,7 @@ class _Finder:
                 elif node.name != "scan" and self.value(atom) is not None:
                     self.known[value] = self.value(atom)
             self.visit(body, shapes)
+        self.steps = steps
 
     def _replicated(
         self, node: Node, views: Sequence[View | None]

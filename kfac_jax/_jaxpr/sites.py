@@ -51,6 +51,7 @@ class Site:
       scans: the scans that run over the parameter.
       repeated: whether a scan uses the parameter in all its steps.
       source: the user's source line.
+      rows: at how many positions of the batch each independent layer is used.
       convolution: what makes patches of `x`; None for other kinds.
       vocabulary: how many rows an embedding's table has; its `x` are integers.
       column: which of an embedding's indices picks the row.
@@ -69,6 +70,7 @@ class Site:
     scans: tuple[int, ...]
     repeated: bool
     source: str
+    rows: int = 0
     convolution: "Patches | None" = None
     vocabulary: int = 0
     column: int = 0

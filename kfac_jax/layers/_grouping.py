@@ -174,6 +174,7 @@ def _layer(
         shapes=tuple(leaf.shape for leaf in leaves),
         dtype=_wide(leaves[0].dtype),
         uses=len(sites),
+        rows=sum(site.rows for site in sites),
         block=_default_block(kind, sites),
         shape=block_shape,
         source=sites[0].source,

@@ -38,6 +38,7 @@ class Layer:
       shapes: their shapes.
       dtype: the factors' type, float32 or wider.
       uses: at how many places the program uses it.
+      rows: at how many positions of the plan's batch, all uses together.
       block: the approximation; None leaves the gradient as it is.
       shape: the canonical shape.
       reason: why no better block applies; empty where nothing is amiss.
@@ -53,6 +54,7 @@ class Layer:
     shapes: tuple[tuple[int, ...], ...]
     dtype: str
     uses: int
+    rows: int = 0
     block: Block | None
     shape: BlockShape
     reason: str = ""
@@ -71,6 +73,35 @@ class Layer:
         """How much the factors hold, in bytes; their inverses hold as much again."""
         sizes = (math.prod(shape) for shape in self.factor_shapes.values())
         return sum(sizes) * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def inversion_cost(self) -> int:
+        """Multiply-adds of one refresh of the inverses, d³ for a factor `[d, d]`."""
+        if self.block is None:
+            return 0
+        return sum(
+            math.prod(shape) * shape[-1]
+            for name, shape in self.factor_shapes.items()
+            if name not in self.block.elementwise
+        )
+
+    @property
+    def statistics_cost(self) -> float:
+        """Multiply-adds of one batch's statistics, gradients of outputs included."""
+        if not self.factor_shapes or not self.tagged:
+            return 0
+        moments = sum(math.prod(shape) for shape in self.factor_shapes.values())
+        return self._rows_each * (moments + math.prod(self.shape.matrix))
+
+    @property
+    def gradient_cost(self) -> float:
+        """Multiply-adds of the layer in one gradient: three products."""
+        return 3 * self._rows_each * math.prod(self.shape.matrix)
+
+    @property
+    def _rows_each(self) -> float:
+        """Rows of each slice of the stacked axes, of which `rows` counts all."""
+        return self.rows / math.prod(self.shape.stacked)
 
     @property
     def row_statistics(self) -> frozenset[str]:
