@@ -933,3 +933,39 @@ def test_a_loss_inside_shard_map_is_refused():
 def test_a_program_without_a_registered_loss_is_refused():
     with pytest.raises(ValueError, match="No loss is registered"):
         kfac_jax.make_curvature(lambda w, x: (x @ w).sum(), models.array(0, I, O), X)
+
+
+# ------------------------------------------------------------------------------ one-hot
+
+
+@pytest.mark.parametrize(
+    "block",
+    [kfac_jax.blocks.Kronecker(), kfac_jax.blocks.Full(), kfac_jax.blocks.Diagonal()],
+)
+def test_one_hot_products_are_embeddings_with_the_same_curvature(block):
+    ids = jnp.array([[0, 1, 1, 6, 9], [2, 1, -1, 3, 0]])  # some out of bounds
+    params = {"table": models.array(0, 7, 3), "head": models.array(1, 3, 2)}
+    ones = jnp.ones((*ids.shape, 1))
+    one_hot = lambda ids: jax.nn.one_hot(ids, 7)  # noqa: E731
+    ways = {
+        "embedding": lambda w, ids: one_hot(ids) @ w,
+        "mapped": lambda w, ids: jax.vmap(lambda i: one_hot(i) @ w)(ids),
+        "dense": lambda w, ids: (one_hot(ids) * ones) @ w,  # hidden from discovery
+    }
+    found = []
+    for name, embed in ways.items():
+
+        def loss_fn(params, ids, embed=embed):
+            z = jnp.tanh(embed(params["table"], ids)).mean(1) @ params["head"]
+            return kfac_jax.losses.squared_error(z).sum(-1).mean()
+
+        plan = kfac_jax.make_curvature(
+            loss_fn, params, ids, estimation_mode="ggn_exact", blocks={"table": block}
+        )
+        kind = {layer.name: layer.kind for layer in plan.layers}["table"]
+        assert kind == ("dense" if name == "dense" else "embedding")
+        _, _, statistics = plan.value_grad_and_statistics(params, ids)
+        factors = plan.update_factors(plan.init_factors(params), statistics, step=1)
+        found.append(np.asarray(plan.approximation(factors).to_dense()))
+    np.testing.assert_allclose(found[1], found[0], rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(found[2], found[0], rtol=1e-12, atol=1e-15)

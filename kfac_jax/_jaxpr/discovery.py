@@ -17,7 +17,7 @@ import jax.core
 
 from kfac_jax._jaxpr import _compat, consumers, outcomes
 from kfac_jax._jaxpr.convolution import convolution
-from kfac_jax._jaxpr.embedding import embedding
+from kfac_jax._jaxpr.embedding import OneHot, embedding
 from kfac_jax._jaxpr.examples import State
 from kfac_jax._jaxpr.graph import (
     Atom,
@@ -102,6 +102,7 @@ class _Finder:
         self.linear: dict[int, outcomes.Linear] = {}
         self.uses: list[Use] = []
         self.scanned: dict[Node, set[int]] = {}
+        self.one_hot = OneHot()
         self.steps = 1  # how often the equation at hand is run, scans included
 
     def view(self, atom: Atom) -> View | None:
@@ -128,6 +129,7 @@ class _Finder:
         if not any(views):
             self._fold(node)
             self._follow_linear(node)
+            self.one_hot.note(node)
             return
         rule = VIEW_RULES.get(node.name)
         moved = rule(self, node, views) if rule is not None else None
@@ -142,7 +144,8 @@ class _Finder:
         )
         if isinstance(outcome, outcomes.Linear):
             rows = math.prod(outcome.shape[a] for a in outcome.y_axes[1])
-            site = dataclasses.replace(outcome.site, rows=rows * self.steps)
+            site = self.one_hot.as_embedding(outcome.site)
+            site = dataclasses.replace(site, rows=rows * self.steps)
             outcome = dataclasses.replace(outcome, site=site)
         if isinstance(outcome, outcomes.Linear) and node.name in ("add", "sub"):
             outcome = self._as_bias(node, outcome, shapes)

@@ -1,11 +1,13 @@
 """Rows of a table picked by integers: dense layers of one-hot inputs."""
 
+import dataclasses
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 
 from kfac_jax._jaxpr.examples import State
-from kfac_jax._jaxpr.graph import Node
+from kfac_jax._jaxpr.graph import Atom, Node, is_value
 from kfac_jax._jaxpr.outcomes import (
     Outcome,
     Refused,
@@ -71,3 +73,58 @@ def embedding(
         drops=fill,
     )
     return plain_linear(node, site)
+
+
+class OneHot:
+    """Knows which values are one-hot: integers compared with an `iota`, and cast."""
+
+    def __init__(self) -> None:
+        """Knows none."""
+        self._iotas: dict[int, int] = {}  # along which axis a value counts
+        self._indices: dict[int, tuple[Atom, int, int]] = {}  # and the axis, its size
+
+    def note(self, node: Node) -> None:
+        """Looks at an equation without parameters."""
+        if len(node.outputs) != 1:
+            return
+        out = node.outputs[0]
+        first = next((atom for atom in node.inputs[:1] if is_value(atom)), -1)
+        if node.name == "iota":
+            self._iotas[out] = node.params["dimension"]
+        elif node.name == "broadcast_in_dim" and first in self._iotas:
+            axis = node.params["broadcast_dimensions"][self._iotas[first]]
+            if node.out_shape()[axis] == node.shape()[self._iotas[first]]:
+                self._iotas[out] = axis
+        elif node.name == "convert_element_type" and first in self._indices:
+            self._indices[out] = self._indices[first]
+        elif node.name == "eq":
+            self._compare(node)
+
+    def _compare(self, node: Node) -> None:
+        for counted, other in ((0, 1), (1, 0)):
+            atom = node.inputs[counted]
+            axis = self._iotas.get(atom) if is_value(atom) else None
+            compared = node.inputs[other]
+            if axis is None or (is_value(compared) and compared in self._iotas):
+                continue
+            shape, size = list(node.out_shape()), node.out_shape()[axis]
+            shape[axis] = 1
+            integers = jnp.issubdtype(
+                node.equation.invars[other].aval.dtype, jnp.integer
+            )
+            if integers and list(node.shape(other)) == shape:
+                self._indices[node.outputs[0]] = (compared, axis, size)
+
+    def as_embedding(self, site: Site) -> Site:
+        """A dense site whose input is one-hot, as the embedding that it is."""
+        found = None
+        if site.x is not None and is_value(site.x):
+            found = self._indices.get(site.x)
+        if site.kind != "dense" or found is None:
+            return site
+        indices, axis, size = found
+        if site.x_axes[0] or site.x_axes[2] != (axis,):
+            return site
+        return dataclasses.replace(
+            site, kind="embedding", x=indices, vocabulary=size, drops=True
+        )
