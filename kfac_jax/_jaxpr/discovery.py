@@ -283,6 +283,14 @@ def _whole_slice(_: _Finder, node: Node, views: Sequence[View | None]) -> View |
     return views[0] if node.out_shape() == node.shape() else None
 
 
+def _reshape(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
+    """May transpose first (as batched convolutions do)."""
+    view, order = views[0], node.params["dimensions"]
+    if view is not None and order is not None:
+        view = view.transpose(order)
+    return view and view.reshape(node.params["new_sizes"])
+
+
 def _tile(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
     """Repeats axes of length one."""
     shape, view = node.shape(), views[0]
@@ -324,7 +332,7 @@ VIEW_RULES: dict[str, ViewRule] = {
     "slice": _whole_slice,
     "tile": _tile,
     "squeeze": lambda _, n, v: v[0] and v[0].squeeze(n.params["dimensions"]),
-    "reshape": lambda _, n, v: v[0] and v[0].reshape(n.params["new_sizes"]),
+    "reshape": _reshape,
     "broadcast_in_dim": lambda _, n, v: (
         v[0] and v[0].broadcast(n.params["shape"], n.params["broadcast_dimensions"])
     ),

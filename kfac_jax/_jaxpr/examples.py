@@ -90,6 +90,10 @@ def _reshape(node: Node, states: Sequence[State]) -> list[State]:
     if not isinstance(state, Examples):
         return [state]
     old, new = node.shape(), node.out_shape()
+    order = node.params["dimensions"]
+    if order is not None:  # transposes first
+        state = dataclasses.replace(state, axis=tuple(order).index(state.axis))
+        old = tuple(old[a] for a in order)
     before = math.prod(old[: state.axis]) * state.outer
     for axis, size in enumerate(new):
         start = math.prod(new[:axis])

@@ -102,9 +102,10 @@ class Site:
         active = (dy != 0).any(-1, keepdims=True)
         if self.vocabulary:
             assert x is not None
-            return self._indices(x, active[..., 0]), dy * jnp.asarray(
-                self.scale, dy.dtype
-            )
+            x = self._indices(x, active[..., 0])
+            inside = (x < self.vocabulary)[..., None]
+            dy = jnp.where(inside, dy * jnp.asarray(self.scale, dy.dtype), 0)
+            return x, dy
         coordinate = active.astype(dy.dtype)
         if x is None:
             return coordinate * jnp.asarray(self.scale, dy.dtype), dy
