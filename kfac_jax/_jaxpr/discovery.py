@@ -74,15 +74,61 @@ def discover(
     ):
         finder.views[value] = source_view(leaf, shape)
     finder.visit(graph, leaf_shapes)
+    loss_examples = tuple(
+        states.get(n.inputs[0]) if is_value(n.inputs[0]) else None for n in losses
+    )
+    uses = finder.uses
+    if any(state is not None for state in loss_examples):
+        uses = _without_constants(uses, graph, states)
     return Found(
         graph=graph,
-        uses=tuple(finder.uses),
+        uses=tuple(uses),
         scanned={node: frozenset(leaves) for node, leaves in finder.scanned.items()},
         losses=len(losses),
-        loss_examples=tuple(
-            states.get(n.inputs[0]) if is_value(n.inputs[0]) else None for n in losses
-        ),
+        loss_examples=loss_examples,
     )
+
+
+def _without_constants(
+    uses: Sequence[Use], graph: Graph, states: Mapping[int, State]
+) -> list[Use]:
+    """Refuses layers of constants, whose output gradients are sums over examples.
+
+    A constant may have an axis of examples too (the first state of a recurrent net);
+    that shows where its output meets data of the same shape.
+    """
+    readers: dict[int, list[Node]] = {}
+    for node in graph.walk():
+        for atom in node.inputs:
+            if is_value(atom):
+                readers.setdefault(atom, []).append(node)
+
+    def examples(value: int) -> State:
+        for node in readers.get(value, []):
+            at = node.inputs.index(value)
+            moves = node.name in ("transpose", "rev", "dot_general")
+            if node.bodies or moves or node.shape(at) != node.out_shape():
+                continue
+            state = states.get(node.outputs[0])
+            state = examples(node.outputs[0]) if state is None else state
+            if state is not None:
+                return state
+        return None
+
+    result: list[Use] = []
+    for use in uses:
+        if isinstance(use, OtherUse) or use.examples is not None:
+            result.append(use)
+        elif examples(use.output) is not None:
+            result.append(use)
+        else:
+            leaf = use.weight or use.bias
+            assert leaf is not None
+            reason = (
+                "its inputs do not depend on the batch, so gradients mix the examples"
+            )
+            result.append(OtherUse(leaf[0], "unmatched", reason, use.source))
+    return result
 
 
 class _Finder:
