@@ -150,28 +150,18 @@ def site_statistics(
     whole = Examples(0, batch)
     if parts <= 1 or (block.needs_examples and site.examples != whole):
         return gathered(site, x, dy)
-    part = dataclasses.replace(
-        site, examples=Examples(0, size) if site.examples == whole else LOST
-    )
 
-    def one(index: Array) -> dict[str, Array]:
-        start = index * size
+    def piece(start: Array | int, size: int) -> dict[str, Array]:
         return gathered(
-            part,
+            dataclasses.replace(
+                site, examples=Examples(0, size) if site.examples == whole else LOST
+            ),
             jax.lax.dynamic_slice_in_dim(x, start, size, x_axis),
             jax.lax.dynamic_slice_in_dim(dy, start, size, y_axis),
         )
 
-    total = _estimation.sum_over(one, parts)
+    total = _estimation.sum_over(lambda index: piece(index * size, size), parts)
     done = parts * size
     if done == batch:
         return total
-    rest = dataclasses.replace(
-        site, examples=Examples(0, batch - done) if site.examples == whole else LOST
-    )
-    last = gathered(
-        rest,
-        jax.lax.slice_in_dim(x, done, batch, axis=x_axis),
-        jax.lax.slice_in_dim(dy, done, batch, axis=y_axis),
-    )
-    return jax.tree.map(jnp.add, total, last)
+    return jax.tree.map(jnp.add, total, piece(done, batch - done))

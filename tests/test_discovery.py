@@ -850,7 +850,12 @@ def test_a_tagged_convolution_is_the_one_its_output_comes_from():
     plan = _plan(apply, params, x)
     assert [layer.kind for layer in plan.layers] == ["conv"]
     assert plan.layers[0].params == ("w", "b")
-    assert plan.layers[0].factor_shapes == bare.layers[0].factor_shapes
+    found, expected = (
+        models.statistics_to_factors(each, params, x, rng=jax.random.key(0))
+        for each in (plan, bare)
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-12)
+    jax.tree.map(close, found, expected)
 
 
 def test_a_convolution_tag_on_something_else_is_reported():
@@ -969,3 +974,61 @@ def test_one_hot_products_are_embeddings_with_the_same_curvature(block):
         found.append(np.asarray(plan.approximation(factors).to_dense()))
     np.testing.assert_allclose(found[1], found[0], rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(found[2], found[0], rtol=1e-12, atol=1e-15)
+
+
+# -------------------------------------------------- parameters that meet data unusually
+
+
+def _token(params, x):
+    token = jnp.tile(params["token"], [len(x), 1, 1])
+    return models.mixing(params["net"], jnp.concatenate([token, x], 1))
+
+
+def _stretched_scale(params, x):
+    """As layer norms do: the scale first meets a statistic without features."""
+    inverse = jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1.0)
+    y = x * (inverse * jnp.broadcast_to(params["scale"], (1, 1, 3)))
+    return models.mixing(params["net"], y)
+
+
+UNUSUAL = {
+    "token": (_token, "shift", {"token": models.array(5, 1, 1, 3)}),
+    "scale": (_stretched_scale, "scale", {"scale": models.array(6, 3)}),
+}
+
+
+@pytest.mark.parametrize("block", [kfac_jax.blocks.Full(), kfac_jax.blocks.Diagonal()])
+@pytest.mark.parametrize("name", UNUSUAL)
+def test_tokens_and_stretched_scales_are_exact(name, block):
+    apply, kind, own = UNUSUAL[name]
+    params = {"net": models.dense_params(0, 3, 4, 2), **own}
+    x = models.array(7, 4, 2, 3)
+    outputs = lambda params: apply(params, x).reshape(len(x), -1)  # noqa: E731
+
+    def loss_fn(params, x):
+        z = apply(params, x).reshape(len(x), -1)
+        return kfac_jax.losses.squared_error(z).sum(-1).mean()
+
+    plan = kfac_jax.make_curvature(
+        loss_fn, params, x, estimation_mode="ggn_exact", blocks={name: block}
+    )
+    (layer,) = (layer for layer in plan.layers if layer.name == name)
+    assert (layer.kind, layer.block) == (kind, block)
+    nll = lambda z: kfac_jax.losses.squared_error(z).sum()  # noqa: E731
+    expected = oracles.block(oracles.ggn(outputs, nll, params), params, name)
+    if block == kfac_jax.blocks.Diagonal():
+        expected = np.diag(np.diag(expected))
+    factors = models.statistics_to_factors(plan, params, x)
+    found = oracles.block(
+        np.asarray(plan.approximation(factors).to_dense()), params, name
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_a_token_repeated_outside_of_the_checkpoint_that_joins_it_is_refused():
+    def apply(token, x):
+        inside = jax.checkpoint(lambda t, x: jnp.concatenate([t, x], 1) ** 2)
+        return inside(jnp.tile(token, [len(x), 1, 1]), x).sum(1)
+
+    with pytest.warns(UserWarning, match="already repeated"):
+        _plan(apply, models.array(5, 1, 1, 3), models.array(7, 4, 2, 3))

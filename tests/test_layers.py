@@ -588,7 +588,7 @@ def test_the_operator_of_full_and_diagonal_factors(name):
     close([oracles.vector(one) for one in vectors], expected, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("limit", [0, -1, 2.5, "8"])
+@pytest.mark.parametrize("limit", [0, -1, 2.5, "8", True])
 def test_a_bad_longest_side_is_refused(limit):
     with pytest.raises(ValueError, match="max_factor_dim must be an integer ≥ 1 or"):
         Kronecker(max_factor_dim=limit)

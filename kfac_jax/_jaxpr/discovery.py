@@ -8,6 +8,7 @@ the line.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -103,6 +104,7 @@ def _without_constants(
             if is_value(atom):
                 readers.setdefault(atom, []).append(node)
 
+    @functools.cache
     def examples(value: int) -> State:
         for node in readers.get(value, []):
             at = node.inputs.index(value)
@@ -148,6 +150,7 @@ class _Finder:
         self.linear: dict[int, outcomes.Linear] = {}
         self.uses: list[Use] = []
         self.scanned: dict[Node, set[int]] = {}
+        self.produced: set[int] = set()  # by equations, so that they can be tagged
         self.one_hot = OneHot()
         self.steps = 1  # how often the equation at hand is run, scans included
 
@@ -167,6 +170,7 @@ class _Finder:
                 self._enter(node, shapes)
             else:
                 self._step(node, shapes)
+            self.produced.update(node.outputs)
 
     def _step(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
         views = [self.view(atom) for atom in node.inputs]
@@ -189,6 +193,14 @@ class _Finder:
             else consumer(node, views, shapes, self.states.get(node.outputs[0]))
         )
         if isinstance(outcome, outcomes.Linear):
+            tagged = outcome.site.output
+            if tagged not in node.outputs and tagged not in self.produced:
+                self._refuse(
+                    node,
+                    views,
+                    f"enters the control flow around `{node.name}` already repeated",
+                )
+                return
             rows = math.prod(outcome.shape[a] for a in outcome.y_axes[1])
             site = self.one_hot.as_embedding(outcome.site)
             site = dataclasses.replace(site, rows=rows * self.steps)

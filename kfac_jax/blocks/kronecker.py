@@ -50,7 +50,8 @@ class Kronecker(Block):
     def __post_init__(self) -> None:
         """Checks the range."""
         limit = self.max_factor_dim
-        if limit is not None and (not isinstance(limit, int) or limit < 1):
+        whole = isinstance(limit, int) and not isinstance(limit, bool)
+        if limit is not None and (not whole or limit < 1):
             raise ValueError(
                 f"max_factor_dim must be an integer ≥ 1 or None; got {limit!r}."
             )
