@@ -268,7 +268,8 @@ class Step:
         squares = jnp.stack([self.squared_length, inner_product(v, v)])
         rates = jnp.stack([alpha, mu]).astype(squares.dtype)
         length = (jnp.abs(rates) * jnp.sqrt(squares)).sum()
-        largest = min(float(jnp.finfo(x.dtype).max) for x in self.gradient)
+        limits = (float(jnp.finfo(x.dtype).max) for x in self.gradient)
+        largest = min(limits, default=float("inf"))
         finite = (length <= largest) & ~known_false_after(loss_of(value))
         delta: list[Array] = []
         kept: list[Array] = []
