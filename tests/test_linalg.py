@@ -6,6 +6,7 @@ import oracles
 import pytest
 
 from kfac_jax import linalg
+from kfac_jax.linalg import _psd
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 5), (2, 3, 3), (2, 2, 1, 1)])
@@ -110,3 +111,19 @@ def test_trace_pi_equals_the_paper():
 def test_trace_pi_is_one_where_it_is_not_defined(a, g):
     pi = linalg.trace_pi(jnp.asarray(a), jnp.asarray(g))
     np.testing.assert_array_equal(pi, 1.0)
+
+
+def test_sizes_one_apart_share_a_batch_and_rows_are_no_power_of_two_apart():
+    for d in (24, 32, 64, 128, 250, 256, 500, 512, 768, 784, 1000, 1024, 4096):
+        padded = _psd._padded(d)
+        assert _psd._padded(d + 1) == padded or d == 24
+        assert d <= padded <= 2 * d and padded % 8 == 0
+        assert padded & (padded - 1) or padded <= 8
+    assert [_psd._padded(d) for d in (1, 2, 3, 7, 8)] == [1, 2, 4, 8, 8]
+
+
+def test_mean_rows():
+    rng = np.random.default_rng(7)
+    rows = [rng.random((2, 3)), rng.random((2, 5))]
+    found = linalg.mean_rows([jnp.asarray(x) for x in rows])
+    np.testing.assert_allclose(found, [x.mean(-1) for x in rows], rtol=1e-14)

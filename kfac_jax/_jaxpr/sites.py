@@ -99,25 +99,23 @@ class Site:
             x, dy = self.convolution.inputs(x), self.convolution.outputs(dy)
         shape = dy.shape
         dy = self._rows(dy, self.y_axes)
-        active = (dy != 0).any(-1, keepdims=True)
+        active = jnp.abs(dy).max(-1, keepdims=True) != 0
         if self.vocabulary:
             assert x is not None
             x = self._indices(x, active[..., 0])
             inside = (x < self.vocabulary)[..., None]
             dy = jnp.where(inside, dy * jnp.asarray(self.scale, dy.dtype), 0)
             return x, dy
-        coordinate = active.astype(dy.dtype)
         if x is None:
-            return coordinate * jnp.asarray(self.scale, dy.dtype), dy
+            return active * jnp.asarray(self.scale, dy.dtype), dy
         if self.kind == "scale":
             x = jnp.broadcast_to(x, shape)
         x = self._rows(x, self.x_axes)
-        x = jnp.where(active, x, jnp.zeros((), x.dtype))
         if not (isinstance(self.scale, float) and self.scale == 1.0):
             x = x * jnp.asarray(self.scale, x.dtype)
         if homogeneous:
-            x = jnp.concatenate([x, coordinate.astype(x.dtype)], axis=-1)
-        return x, dy
+            x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+        return jnp.where(active, x, jnp.zeros((), x.dtype)), dy
 
     def _indices(self, x: Array, active: Array) -> Array:
         indices = self._rows(x, self.x_axes)[..., self.column].astype(jnp.int32)

@@ -126,12 +126,13 @@ class Kronecker(Block):
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Factored Tikhonov damping (section 6.3)."""
         (a, a_is_full), (g, g_is_full) = _sides(factors)
-        pi = _pi(factors)
-        gamma = jnp.sqrt(jnp.asarray(damping, a.dtype))
-        shifts = pi * gamma, gamma / pi
+        # π and 1/π at once: on scalars, compiling costs more than computing
+        means = _means(factors)
+        both = linalg.trace_pi(means, means[::-1])
+        both = both * jnp.sqrt(jnp.asarray(damping, a.dtype))
         shifts = [
             shift if is_full else shift[..., None]
-            for shift, is_full in zip(shifts, (a_is_full, g_is_full), strict=True)
+            for shift, is_full in zip(both, (a_is_full, g_is_full), strict=True)
         ]
         damped = Damped(a, shifts[0]), Damped(g, shifts[1])
         return dict(zip(sorted(factors), damped, strict=True))
@@ -156,7 +157,7 @@ class Kronecker(Block):
         (wa, ua), (wg, ug) = (
             linalg.eigh(x) if full else (x, None) for x, full in _sides(factors)
         )
-        pi = _pi(factors)[..., None]
+        pi = linalg.trace_pi(*_means(factors))[..., None]
 
         def eigenvalues(damping: Array, mode: str) -> Array:
             damping = jnp.asarray(damping, wa.dtype)
@@ -187,13 +188,10 @@ def _sides(factors: Factors) -> tuple[tuple[Array, bool], tuple[Array, bool]]:
     return _side(factors, "input"), _side(factors, "output")
 
 
-def _pi(factors: Factors) -> Array:
-    """π by the trace norm, `[*e]`."""
-    means = [
-        (jnp.trace(x, axis1=-2, axis2=-1) / x.shape[-1]) if full else x.mean(-1)
-        for x, full in _sides(factors)
-    ]
-    return linalg.trace_pi(*means)
+def _means(factors: Factors) -> Array:
+    """The mean eigenvalue of both sides, `[2, *e]`."""
+    sides = [linalg.diagonal(x) if full else x for x, full in _sides(factors)]
+    return linalg.mean_rows(sides)
 
 
 def _moment(x: Array, full: bool) -> Array:

@@ -6,5 +6,6 @@ from ._psd import eigh as eigh
 from ._psd import finite_diagonals as finite_diagonals
 from ._psd import inverse as inverse
 from ._psd import inverse_many as inverse_many
+from ._psd import mean_rows as mean_rows
 from ._psd import symmetrize as symmetrize
 from ._psd import trace_pi as trace_pi
