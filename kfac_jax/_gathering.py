@@ -120,7 +120,12 @@ def _squares(layers: Sequence[Layer], gradients: Sequence[Array]) -> Sums:
 
 
 def site_statistics(
-    site: Site, block: Block, shape: BlockShape, x: Array | None, dy: Array
+    site: Site,
+    block: Block,
+    shape: BlockShape,
+    x: Array | None,
+    dy: Array,
+    carried: dict[str, Array],
 ) -> dict[str, Array]:
     """One use's statistics, from input and output cotangent as the program has them.
 
@@ -133,13 +138,15 @@ def site_statistics(
       shape: the layer's shape.
       x: the input; None for a shift.
       dy: the cotangent of the output.
+      carried: the factors that the block's statistics need.
 
     Returns:
       The block's sums.
     """
 
     def gathered(site: Site, x: Array | None, dy: Array) -> dict[str, Array]:
-        return block.statistics(*site.canonical(x, dy, shape.homogeneous), shape)
+        rows = site.canonical(x, dy, shape.homogeneous)
+        return block.statistics(*rows, shape, **carried)
 
     conv = site.convolution
     if conv is None or x is None:

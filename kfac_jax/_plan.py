@@ -17,7 +17,7 @@ from kfac_jax._gathering import site_statistics
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
 from kfac_jax._jaxpr.discovery import Found, discover
-from kfac_jax._jaxpr.interpreter import Probe, Program, Tap, run
+from kfac_jax._jaxpr.interpreter import Gather, Probe, Program, Tap, run
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._trees import TreeSpec
 from kfac_jax._trees import tree_spec as tree_spec
@@ -306,7 +306,8 @@ def tapped_program(
     for index, layer in enumerate(layers):
         owner.update(dict.fromkeys(layer.leaves, index))
         for site in sites[index]:
-            taps[site.output] = Tap(index, site.x, _gather(site, layer))
+            carried = tuple(layer.carried_shapes)
+            taps[site.output] = Tap(index, site.x, _gather(site, layer), carried)
     scanned = {
         node: frozenset(owner[leaf] for leaf in leaves)
         for node, leaves in traced.found.scanned.items()
@@ -314,11 +315,11 @@ def tapped_program(
     return Program(traced.found.graph, taps, scanned)
 
 
-def _gather(site: Site, layer: Layer) -> Callable[[Array | None, Array], Probe]:
+def _gather(site: Site, layer: Layer) -> Gather:
     block: Block | None = layer.block
 
-    def gather(x: Array | None, dy: Array) -> Probe:
+    def gather(x: Array | None, dy: Array, carried: Probe) -> Probe:
         assert block is not None
-        return site_statistics(site, block, layer.shape, x, dy)
+        return site_statistics(site, block, layer.shape, x, dy, carried)
 
     return gather

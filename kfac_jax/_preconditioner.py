@@ -47,16 +47,24 @@ def init_inverses(layers: Sequence[Layer]) -> Factors:
 
 
 @jax.named_scope("kfac_inverses")
+def refresh_factors(layers: Sequence[Layer], factors: Factors) -> Factors:
+    """Moves factors that are in a basis to the present one."""
+    blocks = _blocks(layers)
+    return {name: blocks[name].refresh(part) for name, part in factors.items()}
+
+
+@jax.named_scope("kfac_inverses")
 def refresh_inverses(
     layers: Sequence[Layer], factors: Factors, old: Factors, damping: Array
 ) -> tuple[Factors, Array]:
     """Inverts the damped factors.
 
-    A layer whose inverse is not finite keeps the old one.
+    A layer whose inverse is not finite keeps the old one, and so does one without
+    factors here.
 
     Args:
       layers: the plan's layers.
-      factors: the moving averages.
+      factors: the moving averages, by layer name.
       old: the inverses so far.
       damping: λ + η.
 
@@ -67,7 +75,7 @@ def refresh_inverses(
     damped = {
         layer.name: layer.block.damp(factors[layer.name], damping.astype(layer.dtype))
         for layer in layers
-        if layer.block is not None
+        if layer.block is not None and layer.name in factors
     }
     new = invert(blocks, damped)
     result: Factors = {}
@@ -92,7 +100,10 @@ def refresh_inverses(
 
 @jax.named_scope("kfac_precondition")
 def precondition(
-    layers: Sequence[Layer], inverses: Factors, leaves: Sequence[Array | None]
+    layers: Sequence[Layer],
+    factors: Factors,
+    inverses: Factors,
+    leaves: Sequence[Array | None],
 ) -> tuple[list[Array | None], Array]:
     """Applies the inverses to a vector's leaves.
 
@@ -100,6 +111,7 @@ def precondition(
 
     Args:
       layers: the plan's layers.
+      factors: the moving averages, of which those that a block carries are used.
       inverses: from `refresh_inverses`.
       leaves: the vector's leaves; None where hidden by a mask.
 
@@ -110,8 +122,11 @@ def precondition(
     blocks = _blocks(layers)
     dtypes = {layer.name: layer.dtype for layer in layers}
     vectors = layer_vectors(layers, leaves)
+    carried = {
+        x.name: {n: factors[x.name][n] for n in x.carried_shapes} for x in layers
+    }
     solved = {
-        name: blocks[name].solve(inverses[name], v.astype(dtypes[name]))
+        name: blocks[name].solve(carried[name] | inverses[name], v.astype(dtypes[name]))
         for name, v in vectors.items()
     }
     covered = {i for layer in layers if layer.name in solved for i in layer.leaves}

@@ -13,7 +13,7 @@ from jax import Array
 from kfac_jax import _batch
 from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._ordering import known_false_after
-from kfac_jax._preconditioner import refresh_inverses
+from kfac_jax._preconditioner import refresh_factors, refresh_inverses
 from kfac_jax._vectors import inner_product
 from kfac_jax.curvature import Curvature, Factors, Params, Statistics
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Solution
@@ -151,12 +151,23 @@ def advance(
     every = jnp.asarray(inverse_every, jnp.int32)
     due = (informed & (batches <= 3)) | ((step % every == 0) & (batches > 0))
     total = damping + curvature.l2
-    inverses, failed = jax.lax.cond(
+    layers = curvature.layers
+    moving = {x.name: factors[x.name] for x in layers if x.carried_shapes}
+
+    def refresh(moving: Factors, old: Factors) -> tuple[Factors, Factors, Array]:
+        moving = refresh_factors(layers, moving)
+        return moving, *refresh_inverses(layers, factors | moving, old, total)
+
+    moving, inverses, failed = jax.lax.cond(
         due,
-        lambda old: refresh_inverses(curvature.layers, factors, old, total),
-        lambda old: (old, jnp.zeros((), jnp.int32)),
+        refresh,
+        lambda moving, old: (moving, old, jnp.zeros((), jnp.int32)),
+        moving,
         state.inverses,
     )
+    factors = factors | moving
+    inverses, unsafe = refresh_inverses(layers, moving, inverses, total)
+    failed += unsafe
     info = state.info._replace(
         damping=damping,
         inverse_refreshes=state.info.inverse_refreshes + due.astype(jnp.int32),

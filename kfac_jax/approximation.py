@@ -169,12 +169,14 @@ class Approximation:
             for name, block in blocks.items()
         }
         inverses = invert(blocks, damped)
-        return self._map(
-            v,
-            lambda layer, x: _block(layer).solve(
-                {name: part.inverse for name, part in inverses[layer.name].items()}, x
-            ),
-        )
+
+        def apply(layer: Layer, x: Array) -> Array:
+            parts = inverses[layer.name]
+            carried = {n: self.factors[layer.name][n] for n in layer.carried_shapes}
+            solved = {name: part.inverse for name, part in parts.items()}
+            return _block(layer).solve(carried | solved, x)
+
+        return self._map(v, apply)
 
     def power(
         self,

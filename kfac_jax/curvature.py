@@ -95,7 +95,11 @@ class Curvature:
 
     @jax.named_scope("kfac_statistics")
     def value_grad_and_statistics(
-        self, params: Params, *args: Any, rng: Array | None = None
+        self,
+        params: Params,
+        *args: Any,
+        rng: Array | None = None,
+        factors: Factors | None = None,
     ) -> tuple[Any, Params, Statistics]:
         """Value, gradient and curvature statistics from one forward pass.
 
@@ -106,6 +110,9 @@ class Curvature:
           params: the parameters.
           *args: the loss function's further arguments.
           rng: a key for the sampled modes.
+          factors: the factors so far, `state.factors`. Only `blocks.Eigen` uses them,
+            for its basis, which otherwise is computed from this very batch at the cost
+            of an eigendecomposition and a second pass.
 
         Returns:
           The value, `(loss, aux)` with `has_aux`; the gradient; the statistics.
@@ -123,11 +130,18 @@ class Curvature:
                 "value_grad_and_statistics(..., rng=key)."
             )
         leaves = self.tree.leaves(params, "params")
-        if self.statistics_fraction < 1.0:
+        whole = self.statistics_fraction == 1.0
+        part = args if whole else _batch.take(args, self.statistics_fraction)
+        if factors is not None:
+            self._check_names(factors, "factors")
+        elif any(layer.carried_shapes for layer in self.layers):
+            _, _, first = self._linearize(params, part, leaves, self.zero_factors())
+            factors = self._own_basis(first(rng))
+        linear = self._linearize(params, part, leaves, factors)
+        if not whole:
             value, grads = self.value_and_grad(params, *args)
-            part = _batch.take(args, self.statistics_fraction)
-            return value, grads, self._linearize(params, part, leaves)[2](rng)
-        value, gradient, statistics = self._linearize(params, args, leaves)
+            return value, grads, linear[2](rng)
+        value, gradient, statistics = linear
         if gradient is None:  # a custom derivative rule decides about the gradient
             value, grads = self.value_and_grad(params, *args)
             return value, grads, statistics(rng)
@@ -151,16 +165,38 @@ class Curvature:
             {layer.name: _zeros(layer, "statistics_shapes") for layer in self.layers},
         )
 
+    def _own_basis(self, statistics: Statistics) -> Factors:
+        """What blocks carry, from a batch's own factors."""
+        return {
+            layer.name: layer.block.carry(
+                layer.block.factors(
+                    statistics.layers[layer.name],
+                    statistics.weight.astype(layer.dtype),
+                )
+            )
+            for layer in self.layers
+            if layer.block is not None and layer.carried_shapes
+        }
+
     def _linearize(
-        self, params: Params, args: Any, leaves: Sequence[Array]
+        self,
+        params: Params,
+        args: Any,
+        leaves: Sequence[Array],
+        factors: Factors | None,
     ) -> tuple[
         Any, Callable[[], list[Array]] | None, Callable[[Array | None], Statistics]
     ]:
         """One forward pass; pulls back the loss, or output cotangents, on demand."""
         traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
         program = self._program(traced)
+        carried = {
+            layer.name: {n: factors[layer.name][n] for n in layer.carried_shapes}
+            for layer in self.layers
+            if factors is not None and layer.carried_shapes
+        }
         probes = {
-            index: _zeros(layer, "statistics_shapes")
+            index: _zeros(layer, "statistics_shapes") | carried.get(layer.name, {})
             for index, layer in enumerate(self.layers)
             if is_tapped(layer)
         }
@@ -192,9 +228,16 @@ class Curvature:
                 pull_outputs,
                 rng,
             )
+            counted = {
+                layer: {name: x * count for name, x in part.items()}
+                for layer, part in carried.items()
+            }
             return Statistics(
                 jnp.asarray(count, jnp.float32),
-                {x.name: sums.get(i, {}) for i, x in enumerate(self.layers)},
+                {
+                    x.name: sums.get(i, {}) | counted.get(x.name, {})
+                    for i, x in enumerate(self.layers)
+                },
             )
 
         value = (loss, traced.unflatten_aux(aux)) if self.has_aux else loss
@@ -335,7 +378,7 @@ class Curvature:
     # ------------------------------------------------------------------------ factors
 
     def init_factors(self, params: Params) -> Factors:
-        """Zero factors of the right shapes, by layer name.
+        """Factors of the right shapes, by layer name: zeros, and standard bases.
 
         Args:
           params: the parameters.
@@ -408,12 +451,9 @@ class Curvature:
         finite = _finite_layers(blocks, new)
         result = dict(factors)
         for layer in new:
+            averages = blocks[layer].average(factors[layer], new[layer], epsilon)
             result[layer] = {
-                name: jnp.where(
-                    informed & finite[layer],
-                    _average(old, new[layer][name], epsilon),
-                    old,
-                )
+                name: jnp.where(informed & finite[layer], averages[name], old)
                 for name, old in factors[layer].items()
             }
         refused = [(informed & ~flag).astype(jnp.int32) for flag in finite.values()]
@@ -472,7 +512,13 @@ def _zeros(layer: Layer, which: str) -> dict[str, Array]:
     if which == "statistics_shapes" and not layer.tagged:
         which = "factor_shapes"
     shapes = getattr(block, which)(layer.shape)
-    return {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
+    standard = block.carried if which == "factor_shapes" else ()
+    return {
+        name: jnp.broadcast_to(jnp.eye(shape[-1], dtype=layer.dtype), shape)
+        if name in standard
+        else jnp.zeros(shape, layer.dtype)
+        for name, shape in shapes.items()
+    }
 
 
 def _finite_layers(blocks: dict[str, Block], factors: Factors) -> dict[str, Array]:
@@ -487,11 +533,6 @@ def _finite_layers(blocks: dict[str, Block], factors: Factors) -> dict[str, Arra
             if name in blocks[layer].elementwise:
                 flags[layer] &= jnp.isfinite(x).all()
     return flags
-
-
-def _average(old: Array, new: Array, epsilon: Array) -> Array:
-    epsilon = epsilon.astype(old.dtype)
-    return epsilon * old + (1 - epsilon) * new.astype(old.dtype)
 
 
 def make_curvature(

@@ -103,7 +103,9 @@ def scale_by_kfac(
         state, refused = advance(
             curvature, state, statistics, now, decay, inverse_every
         )
-        scaled, square = precondition(curvature.layers, state.inverses, grads)
+        scaled, square = precondition(
+            curvature.layers, state.factors, state.inverses, grads
+        )
         finite = jnp.isfinite(square)
         scaled = [
             None if x is None else jnp.where(finite, x, jnp.zeros_like(x))
@@ -212,7 +214,9 @@ def kfac(
             curvature, state, statistics, now, decay, inverse_every
         )
         down = [None if x is None else -x for x in grads]
-        scaled, square = precondition(curvature.layers, state.inverses, down)
+        scaled, square = precondition(
+            curvature.layers, state.factors, state.inverses, down
+        )
         step = Step(
             curvature=curvature,
             params=params,

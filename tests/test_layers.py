@@ -18,7 +18,7 @@ import pytest
 
 import kfac_jax
 from kfac_jax._jaxpr.convolution import Convolution
-from kfac_jax.blocks import Diagonal, Full, Kronecker
+from kfac_jax.blocks import TNT, Diagonal, Eigen, Full, Kronecker
 from kfac_jax.losses import squared_error
 
 DAMPING = 0.3
@@ -26,7 +26,9 @@ DAMPING = 0.3
 fast_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
-BLOCKS = {"Full": Full(), "Diagonal": Diagonal(), "Kronecker": Kronecker()}
+UNIQUE = {"Full": Full(), "Diagonal": Diagonal(), "Kronecker": Kronecker()}
+UNIQUE["TNT"] = TNT()
+BLOCKS = UNIQUE | {"Eigen": Eigen()}  # whose basis is not, in the null space
 
 
 @dataclasses.dataclass(frozen=True)
@@ -491,6 +493,20 @@ def test_statistics_and_gradient(name, wrap, check):
         check_factors(case, factors[layer.name], a, g)
         exact = case.dense(params, map(np.kron, a, g))
     expected = oracles.block(exact, params, *names)
+    if check == "TNT":
+        places = case.places(params)  # [e, i, o]
+        each = exact[places[..., None, None], places[:, None, None]]
+        a, g = np.einsum("eiojo->eij", each), np.einsum("eioip->eop", each)
+        if case.kind == "embedding":
+            a = a * np.eye(a.shape[-1])
+        g = g / np.trace(g, axis1=1, axis2=2)[:, None, None]
+        expected = oracles.block(case.dense(params, map(np.kron, a, g)), params, *names)
+    if check == "Eigen":
+        one_hot = case.kind == "embedding"
+        u = [np.tile(np.eye(a.shape[-1]), (len(a), 1, 1)), np.linalg.eigh(a)[1]]
+        u = case.dense(params, map(np.kron, u[not one_hot], np.linalg.eigh(g)[1]))
+        u = oracles.block(u, params, *names)
+        expected = (u * np.diag(u.T @ expected @ u)) @ u.T
     if check == "Diagonal":
         expected = np.diag(np.diag(expected))
     close(oracles.block(np.asarray(found), params, *names), expected)
@@ -512,7 +528,7 @@ def test_a_scan_that_shares_the_layer_is_the_unrolled_loop(name, steps):
         check_factors(case, factors[layer.name], a, g)
 
 
-@pytest.mark.parametrize("block", ["Full", "Diagonal"])
+@pytest.mark.parametrize("block", ["Full", "Diagonal", "Eigen", "TNT"])
 @pytest.mark.parametrize("name", EACH)
 def test_blocks_that_sum_within_an_example_refuse_a_shared_layer(name, block):
     case = CASES[name]
@@ -541,7 +557,7 @@ def test_a_scan_over_stacked_layers_is_a_batch_of_layers(name):
 
     def all_factors(over, layer):
         params, loss_fn = first | {"layer": layer}, case.loss_fn(over=over)
-        plans = [plan_of(loss_fn, params, case.x, block) for block in BLOCKS.values()]
+        plans = [plan_of(loss_fn, params, case.x, block) for block in UNIQUE.values()]
         return [factors_of(plan, params, case.x) for plan in plans]
 
     compute = lambda a, b: (all_factors(by_scan, a), all_factors(one_by_one, b))  # noqa: E731
@@ -602,7 +618,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(n, parts, monkeypatch):
 
     def factors(chunks):
         monkeypatch.setattr(Convolution, "chunks", chunks)
-        plans = [plan_of(case.loss_fn(), params, case.x, b) for b in BLOCKS.values()]
+        plans = [plan_of(case.loss_fn(), params, case.x, b) for b in UNIQUE.values()]
         compute = lambda p, x: [factors_of(plan, p, x) for plan in plans]  # noqa: E731
         return fast_jit(compute)(params, case.x)
 

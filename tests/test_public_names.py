@@ -14,7 +14,7 @@ register_normal_predictive_distribution register_scale_and_shift
 register_sigmoid_cross_entropy_loss register_softmax_cross_entropy_loss
 register_squared_error_loss scale_by_kfac
 """
-BLOCKS = "Block BlockShape Damped Diagonal Full Identity Kronecker Spectrum"
+BLOCKS = "Block BlockShape Damped Diagonal Eigen Full Identity Kronecker Spectrum TNT"
 LOSSES = """
 convex sigmoid_binary_cross_entropy softmax_cross_entropy
 softmax_cross_entropy_with_integer_labels squared_error

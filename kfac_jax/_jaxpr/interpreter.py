@@ -19,8 +19,9 @@ from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value
 from kfac_jax.distributions import RegisteredLoss
 
 Probe = dict[str, Array]
-Gather = Callable[[Array | None, Array], Probe]
-"""From a layer's input and output cotangent, as the program has them, to statistics."""
+Gather = Callable[[Array | None, Array, Probe], Probe]
+"""From a layer's input and output cotangent, as the program has them, and what
+its probe carries, to statistics; those it leaves out are zero."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +31,7 @@ class Tap:
     layer: int
     x: Atom | None
     gather: Gather
+    carried: tuple[str, ...] = ()  # entries of the probe that are values, not zeros
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,7 +104,7 @@ def _run(
             if tap is not None and probes is not None and tap.layer in probes:
                 x = None if tap.x is None else read(tap.x)
                 with _compat.under(node.equation):
-                    result = _tag(tap.gather, result, x, probes[tap.layer])
+                    result = _tag(tap, result, x, probes[tap.layer])
             env[value] = result
     return [read(atom) for atom in graph.outputs], losses
 
@@ -119,26 +121,29 @@ def _registered(node: Node, operands: Sequence[Any]) -> RegisteredLoss:
     )
 
 
-def _tag(gather: Gather, y: Array, x: Array | None, probe: Probe) -> Array:
+def _tag(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
     @jax.custom_vjp
-    def tag(y: Array, x: Array | None, probe: Probe) -> Array:
+    def identity(y: Array, x: Array | None, probe: Probe) -> Array:
         return y
 
-    def forward(y: Array, x: Array | None, probe: Probe) -> tuple[Array, Array | None]:
-        return y, x
+    def forward(y: Array, x: Array | None, probe: Probe) -> Any:
+        return y, (x, {name: probe[name] for name in tap.carried})
 
-    def backward(x: Array | None, dy: Array) -> tuple[Array, None, Probe]:
-        gathered = gather(x, dy)
+    def backward(residuals: Any, dy: Array) -> tuple[Array, None, Probe]:
+        x, carried = residuals
+        gathered = tap.gather(x, dy, carried)
         statistics = {
             name: gathered[name].reshape(like.shape).astype(like.dtype)
+            if name in gathered
+            else jnp.zeros(like.shape, like.dtype)
             for name, like in shapes.items()
         }
         return dy, None, statistics
 
     shapes = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in probe.items()}
     probe = {name: _compat.vary_like(p, y, x) for name, p in probe.items()}
-    tag.defvjp(forward, backward)
-    return tag(y, x, probe)
+    identity.defvjp(forward, backward)
+    return identity(y, x, probe)
 
 
 def _interesting(

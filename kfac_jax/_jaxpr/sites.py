@@ -107,7 +107,7 @@ class Site:
             dy = jnp.where(inside, dy * jnp.asarray(self.scale, dy.dtype), 0)
             return x, dy
         if x is None:
-            return active * jnp.asarray(self.scale, dy.dtype), dy
+            return active.astype(dy.dtype) * jnp.asarray(self.scale, dy.dtype), dy
         if self.kind == "scale":
             x = jnp.broadcast_to(x, shape)
         x = self._rows(x, self.x_axes)

@@ -5,6 +5,8 @@ from ._block import BlockShape as BlockShape
 from ._block import Damped as Damped
 from ._block import Spectrum as Spectrum
 from .diagonal import Diagonal as Diagonal
+from .eigen import Eigen as Eigen
 from .full import Full as Full
 from .identity import Identity as Identity
 from .kronecker import Kronecker as Kronecker
+from .tnt import TNT as TNT

@@ -98,6 +98,10 @@ class Block(abc.ABC):
     row_statistics: ClassVar[frozenset[str]] = frozenset()
     """Statistics of inputs only: exact modes gather them once, not for each output."""
 
+    carried: ClassVar[frozenset[str]] = frozenset()
+    """Factors that `statistics` needs, as keywords, and `solve`, beside the inverses:
+    a basis. Statistics hold them too, once for each batch."""
+
     @property
     def needs_examples(self) -> bool:
         """Whether rows must be summed within an example."""
@@ -122,9 +126,29 @@ class Block(abc.ABC):
     def factors(self, statistics: Factors, weight: Array) -> Factors:
         """Normalises statistics; `weight` is how many batches they are a sum of."""
 
+    def carry(self, factors: Factors) -> Factors:
+        """Computes what is `carried` from the other factors."""
+        return {}
+
+    def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
+        """Moves the averages on by a batch: `ε · old + (1 - ε) · new`."""
+        return {
+            name: epsilon.astype(x.dtype) * x
+            + (1 - epsilon.astype(x.dtype)) * new[name].astype(x.dtype)
+            for name, x in old.items()
+        }
+
+    def refresh(self, factors: Factors) -> Factors:
+        """What happens to the factors when inverses are refreshed, every T3 steps."""
+        return factors
+
     @abc.abstractmethod
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
-        """Returns what is to be inverted for the block with damping λ."""
+        """Returns what is to be inverted for the block with damping λ.
+
+        With `carried` factors all of it must be elementwise: it is inverted in every
+        step then.
+        """
 
     @abc.abstractmethod
     def solve(self, inverses: Factors, v: Array) -> Array:

@@ -42,7 +42,7 @@ class Diagonal(Block):
     def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
         """`Σ_b (Σ_s x dy)²`; with one position, `(x²)ᵀ dy²` without more memory."""
         if shape.one_hot:
-            return {"diagonal": _one_hot_squares(x, dy, shape)}
+            return {"diagonal": one_hot_squares(x, dy, shape)}
         if dy.shape[-2] == 1:
             dtype = wide_dtype(dy.dtype)
             x, dy = x.astype(dtype), dy.astype(dtype)
@@ -80,7 +80,7 @@ class Diagonal(Block):
         )
 
 
-def _one_hot_squares(x: Array, dy: Array, shape: BlockShape) -> Array:
+def one_hot_squares(x: Array, dy: Array, shape: BlockShape) -> Array:
     """`Σ_b (Σ_s x dy)²` of one-hot x: positions of one row of the table add up first.
 
     `(Σ_s x dy)² = Σ_s x dy Σ_t [x_t = x_s] dy_t`, so that only rows that occur are met.

@@ -69,6 +69,12 @@ class Layer:
         return {} if self.block is None else self.block.factor_shapes(self.shape)
 
     @property
+    def carried_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of those factors that the block's statistics need."""
+        carried = frozenset() if self.block is None else self.block.carried
+        return {n: s for n, s in self.factor_shapes.items() if n in carried}
+
+    @property
     def factor_bytes(self) -> int:
         """How much the factors hold, in bytes; their inverses hold as much again."""
         sizes = (math.prod(shape) for shape in self.factor_shapes.values())
@@ -82,7 +88,7 @@ class Layer:
         return sum(
             math.prod(shape) * shape[-1]
             for name, shape in self.factor_shapes.items()
-            if name not in self.block.elementwise
+            if name not in self.block.elementwise | self.block.carried
         )
 
     @property

@@ -1,0 +1,212 @@
+"""EKFAC: the Kronecker eigenbasis with the exact second moments in it."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax import linalg
+from kfac_jax.blocks._block import BlockShape, Damped, Factors, Spectrum
+from kfac_jax.blocks.diagonal import Diagonal
+from kfac_jax.blocks.kronecker import Kronecker
+
+SIDES = ("input", "output")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Eigen(Kronecker):
+    """`F ≈ U diag(s) Uᵀ` with `U = U_A ⊗ U_G` and `s = E[(U_Aᵀ g U_G)²]`.
+
+    `U_A` and `U_G` are the eigenvectors of `Kronecker`'s factors; g is the gradient of
+    an example. In the Frobenius norm that is the best approximation with this basis,
+    so never worse than `Kronecker`, and exact wherever that is. Damping is exact:
+    `s + λ`. Options are those of `Kronecker`; a side with a diagonal factor keeps the
+    standard basis.
+
+    The basis is part of the factors. An optimizer recomputes it every T3 steps and
+    carries the moments over, while s moves on, and counts, at every step. Pass
+    `factors=state.factors` to `value_grad_and_statistics`: the moments are then
+    gathered in that basis. Without, the batch's own eigenbasis is computed in every
+    call (as exact, but much slower), and sums over micro-batches mean nothing.
+
+    References:
+      George et al. 2018 (arXiv:1806.03884).
+
+    >>> Eigen(max_factor_dim=1024)
+    Eigen(max_factor_dim=1024, weight_sharing='expand')
+    """
+
+    elementwise = Kronecker.elementwise | {"moments"}
+    carried = frozenset({"input_basis", "output_basis"})
+
+    @property
+    def needs_examples(self) -> bool:
+        """Yes: gradients are summed within an example before they are squared."""
+        return True
+
+    def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+        """Those of `Kronecker`, the squares, and the basis that these are in."""
+        return super().statistics_shapes(shape) | self._more(shape)
+
+    def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+        """Those of `Kronecker`, `moments: [*e, i, o]` and `input_basis` and so on."""
+        return super().factor_shapes(shape) | self._more(shape)
+
+    def _more(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+        sides = super().factor_shapes(shape)
+        bases = {side + "_basis": sides[side] for side in SIDES if side in sides}
+        return {"moments": shape.matrix} | bases
+
+    def statistics(
+        self,
+        x: Array,
+        dy: Array,
+        shape: BlockShape,
+        *,
+        input_basis: Array | None = None,
+        output_basis: Array | None = None,
+    ) -> Factors:
+        """`Kronecker`'s sums, and `Σ_b (Σ_s U_Aᵀ x dy U_G)²`."""
+        u, v = x, dy
+        if input_basis is not None:
+            u = x @ input_basis.astype(x.dtype)[..., None, :, :]
+        if output_basis is not None:
+            v = dy @ output_basis.astype(dy.dtype)[..., None, :, :]
+        squares = Diagonal().statistics(u, v, shape)
+        return super().statistics(x, dy, shape) | {"moments": squares["diagonal"]}
+
+    def carry(self, factors: Factors) -> Factors:
+        """The eigenvectors of both sides."""
+        return {
+            side + "_basis": linalg.eigh(factors[side])[1]
+            for side in SIDES
+            if side in factors
+        }
+
+    def factors(self, statistics: Factors, weight: Array) -> Factors:
+        """Normalises like `Kronecker`; a basis counted once for each batch."""
+        own = [name for name in statistics if name == "moments" or name in self.carried]
+        rest = {name: x for name, x in statistics.items() if name not in own}
+        moved = {name: statistics[name] / weight for name in own}
+        return super().factors(rest, weight) | moved
+
+    def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
+        """The first batch brings its basis; later ones move to the one that is there.
+
+        They are in it already if it was passed to `value_grad_and_statistics`.
+        """
+        first = epsilon == 0
+        basis = {
+            name: jnp.where(first, new[name], old[name])
+            for name in old
+            if name in self.carried
+        }
+        moments = self.rebase(new, basis)
+        rest = {name: old[name] for name in old if name not in basis}
+        moved = super().average(rest, new | {"moments": moments}, epsilon)
+        return moved | basis
+
+    def refresh(self, factors: Factors) -> Factors:
+        """Moves to the present eigenbasis, where that is finite."""
+        basis = self.carry(factors)
+        finite = jnp.asarray(True)
+        for x in basis.values():
+            finite &= jnp.isfinite(x).all()
+        basis = {n: jnp.where(finite, x, factors[n]) for n, x in basis.items()}
+        return factors | basis | {"moments": self.rebase(factors, basis)}
+
+    def rebase(self, factors: Factors, basis: Factors) -> Array:
+        """The moments, estimated in another basis.
+
+        By how much they exceed the Kronecker-factored ones is averaged over the old
+        directions that make up a new one: exact if the basis stays, and if F is a
+        Kronecker product.
+
+        Args:
+          factors: with the moments in their own basis.
+          basis: the other one.
+
+        Returns:
+          `moments` in the other basis.
+        """
+        moments = factors["moments"]
+        if not basis:
+            return moments
+        tolerance = _eps(moments) ** 0.5
+        same = jnp.asarray(True)
+        for name, x in basis.items():
+            same &= (jnp.abs(x - factors[name]) <= tolerance).all()
+
+        def move() -> Array:
+            before = self._factored_moments(factors, factors)
+            known = before > _eps(before) * before.max((-2, -1), keepdims=True)
+            excess = jnp.where(known, moments / jnp.where(known, before, 1.0), 1.0)
+            for name, x in basis.items():
+                weights = jnp.square(jnp.swapaxes(x, -1, -2) @ factors[name])
+                if name == "input_basis":
+                    excess = weights @ excess
+                else:
+                    excess = excess @ jnp.swapaxes(weights, -1, -2)
+            return excess * self._factored_moments(factors, basis)
+
+        return jax.lax.cond(same, lambda: moments, move)
+
+    def _factored_moments(self, factors: Factors, basis: Factors) -> Array:
+        """The diagonal of `A ⊗ G` in a basis, `[*e, i, o]`."""
+
+        def side(name: str) -> Array:
+            if name not in factors:
+                return factors[name + "_diagonal"]
+            u = basis[name + "_basis"]
+            return jnp.maximum((u * (factors[name] @ u)).sum(-2), 0.0)
+
+        return side("input")[..., :, None] * side("output")[..., None, :]
+
+    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
+        """Adds λ to the moments, in either mode."""
+        return {"moments": Damped(factors["moments"], jnp.asarray(damping))}
+
+    def solve(self, inverses: Factors, v: Array) -> Array:
+        """`U_A ((U_Aᵀ V U_G) / (s + λ)) U_Gᵀ`."""
+        return self.matvec(inverses, v)
+
+    def matvec(self, factors: Factors, v: Array) -> Array:
+        """`U_A (s ∘ (U_Aᵀ V U_G)) U_Gᵀ`."""
+        return _from_basis(factors, factors["moments"] * _to_basis(factors, v))
+
+    def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
+        """`(U_A ∘ U_A) s (U_G ∘ U_G)ᵀ`."""
+        squares = {
+            name: jnp.square(x) for name, x in factors.items() if name in self.carried
+        }
+        return _from_basis(squares, factors["moments"])
+
+    def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
+        """The moments in their basis; damping adds λ in either mode."""
+        s = factors["moments"]
+        return Spectrum(
+            lambda damping, _: s + jnp.asarray(damping, s.dtype),
+            to_basis=lambda v: _to_basis(factors, v),
+            from_basis=lambda v: _from_basis(factors, v),
+        )
+
+
+def _eps(x: Array) -> float:
+    return float(jnp.finfo(x.dtype).eps)
+
+
+def _to_basis(basis: Factors, v: Array) -> Array:
+    """`U_Aᵀ V U_G`."""
+    if "input_basis" in basis:
+        v = jnp.swapaxes(basis["input_basis"], -1, -2) @ v
+    return v @ basis["output_basis"] if "output_basis" in basis else v
+
+
+def _from_basis(basis: Factors, v: Array) -> Array:
+    """`U_A V U_Gᵀ`."""
+    if "input_basis" in basis:
+        v = basis["input_basis"] @ v
+    if "output_basis" in basis:
+        v = v @ jnp.swapaxes(basis["output_basis"], -1, -2)
+    return v

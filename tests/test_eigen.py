@@ -1,0 +1,214 @@
+"""EKFAC in an optimizer: where its basis comes from, and what becomes of moments."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import optax
+import oracles
+import pytest
+
+import kfac_jax
+from kfac_jax.blocks import Eigen, Kronecker
+from kfac_jax.losses import squared_error
+
+DAMPING = 0.01
+
+
+def loss_fn(params, x, y):
+    h = jnp.tanh(x @ params["a"]["w"] + params["a"]["b"][None])
+    return squared_error(h @ params["z"], y).sum(-1).mean()
+
+
+PARAMS = {
+    "a": {"w": models.array(1, 4, 3), "b": models.array(2, 3)},
+    "z": models.array(3, 3, 2),
+}
+X, Y = models.array(4, 9, 4), models.array(5, 9, 2)
+
+
+def plan(block, loss_fn=loss_fn, args=(X, Y), params=PARAMS, **options):
+    options = {"estimation_mode": "ggn_exact", "on_unmatched": "error"} | options
+    return kfac_jax.make_curvature(loss_fn, params, *args, blocks=block, **options)
+
+
+def first_factors(curvature, params=PARAMS, args=(X, Y)):
+    return jax.jit(functools.partial(models.statistics_to_factors, curvature))(
+        params, *args
+    )
+
+
+def blocks_of(a, g, exact):
+    """The EKFAC approximation of an exact block."""
+    u = np.kron(np.linalg.eigh(a)[1], np.linalg.eigh(g)[1])
+    s = np.diag(u.T @ exact @ u)
+    return (u * s) @ u.T, u, s
+
+
+@functools.cache
+def oracle():
+    """For each layer the exact block in matrix order, A and G, of the first batch."""
+    factors = first_factors(plan(Kronecker()))
+    forward = lambda p: jnp.tanh(X @ p["a"]["w"] + p["a"]["b"][None]) @ p["z"]  # noqa: E731
+    nll = lambda z, y: jnp.square(z - y).sum()  # noqa: E731
+    exact = oracles.ggn(forward, nll, PARAMS, Y)
+    places = oracles.indices(PARAMS)
+    w = np.concatenate([places["a/w"], places["a/b"][None]]).reshape(-1)
+    z = places["z"].reshape(-1)
+    return {
+        name: (place, exact[np.ix_(place, place)], f["input"], f["output"])
+        for name, place in (("a", w), ("z", z))
+        for f in (factors[name],)
+    }
+
+
+def test_the_first_step_is_the_papers_formula():
+    """`-α U (Uᵀ g U) / (s + λ)`, with and without a basis passed."""
+    curvature = plan(Eigen())
+    tx = kfac_jax.scale_by_kfac(curvature, damping=DAMPING)
+    state = tx.init(PARAMS)
+    grads, statistics = curvature.value_grad_and_statistics(PARAMS, X, Y)[1:]
+    updates, state = tx.update(grads, state, PARAMS, statistics=statistics)
+    gradient = oracles.vector(grads)
+    expected = np.zeros_like(gradient)
+    for place, exact, a, g in oracle().values():
+        _, u, s = blocks_of(a, g, exact)
+        expected[place] = u @ ((u.T @ gradient[place]) / (s + DAMPING))
+    np.testing.assert_allclose(oracles.vector(updates), expected, rtol=1e-8)
+
+
+def test_it_is_never_further_from_the_exact_block_than_kronecker():
+    errors = {
+        name: [
+            np.linalg.norm(approximation - exact)
+            for approximation in (blocks_of(a, g, exact)[0], np.kron(a, g))
+        ]
+        for name, (_, exact, a, g) in oracle().items()
+    }
+    assert errors["a"][0] < 0.95 * errors["a"][1]
+    assert max(errors["z"]) < 1e-12  # the last layer of squared errors: exact
+
+
+def test_moments_are_gathered_in_the_basis_that_is_passed():
+    curvature = plan(Eigen())
+    factors = first_factors(curvature)
+    other = X[::-1] * 0.7 + 0.2
+    compute = jax.jit(curvature.value_grad_and_statistics)
+    statistics = compute(PARAMS, other, Y, factors=factors)[2]
+    moved = curvature.update_factors(factors, statistics, 2, 0.95)
+    exact = first_factors(plan(kfac_jax.blocks.Full()), args=(other, Y))
+    for name, part in moved.items():
+        u = np.kron(part["input_basis"], part["output_basis"])
+        np.testing.assert_array_equal(part["input_basis"], factors[name]["input_basis"])
+        s = np.diag(u.T @ np.asarray(exact[name]["full"]) @ u)
+        expected = 0.5 * np.asarray(factors[name]["moments"]).reshape(-1) + 0.5 * s
+        np.testing.assert_allclose(part["moments"].reshape(-1), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("passed", [False, True])
+def test_a_kronecker_product_stays_one_through_changes_of_basis(passed):
+    """Of a linear net with one output F is `A ⊗ G`: and EKFAC's with a fresh basis."""
+    params = {"w": models.array(1, 4, 1)}
+    fn = lambda p, x, y: squared_error(x @ p["w"], y).sum(-1).mean()  # noqa: E731
+    args = (X, Y[:, :1])
+    curvature = plan(Eigen(), fn, args, params)
+    reference = plan(Kronecker(), fn, args, params)
+    txs = [
+        kfac_jax.scale_by_kfac(c, damping=DAMPING, inverse_every=2)
+        for c in (curvature, reference)
+    ]
+
+    @jax.jit
+    def step(states, x):
+        out = []
+        for tx, c, state in zip(txs, (curvature, reference), states, strict=True):
+            given = {"factors": state.factors} if passed else {}
+            _, grads, statistics = c.value_grad_and_statistics(
+                params, x, args[1], **given
+            )
+            out.append(tx.update(grads, state, params, statistics=statistics)[1])
+        return out
+
+    states = [tx.init(params) for tx in txs]
+    for seed in range(6):
+        states = step(states, models.array(seed, 9, 4))
+        if seed == 4:  # the fifth step leaves the basis as it was
+            continue
+        found, expected = (
+            c.approximation(s.factors).to_dense()
+            for c, s in zip((curvature, reference), states, strict=True)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_stacked_layers_in_a_checkpointed_scan():
+    params = {"w": models.array(1, 3, 4, 4), "z": models.array(2, 4, 2)}
+
+    def by_scan(params, x, y):
+        body = jax.checkpoint(lambda x, w: (jnp.tanh(x @ w), None))
+        x = jax.lax.scan(body, x, params["w"])[0]
+        return squared_error(x @ params["z"], y).sum(-1).mean()
+
+    def unrolled(params, x, y):
+        for w in params["w"]:
+            x = jnp.tanh(x @ w)
+        return squared_error(x @ params["z"], y).sum(-1).mean()
+
+    each = {"w": list(params["w"]), "z": params["z"]}
+    stacked = plan(Eigen(), by_scan, (X, Y), params)
+    apart = plan(Eigen(), unrolled, (X, Y), each)
+    a, b = first_factors(stacked, params), first_factors(apart, each)
+    found = stacked.approximation(a).to_dense()
+    expected = apart.approximation(b).to_dense()
+    np.testing.assert_allclose(found, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_training_with_every_rule_in_a_scan():
+    """A whole run inside `scan`, the state's own basis passed, sampled mode."""
+    curvature = plan(Eigen(), estimation_mode="fisher_gradients")
+    tx = kfac_jax.kfac(
+        curvature,
+        kfac_jax.QuadraticModel(),
+        None,
+        kfac_jax.LevenbergMarquardt(1.0),
+        inverse_every=5,
+    )
+
+    def step(carry, key):
+        params, state = carry
+        value, grads, statistics = curvature.value_grad_and_statistics(
+            params, X, Y, rng=key, factors=state.factors
+        )
+        updates, state = tx.update(
+            grads, state, params, statistics=statistics, value=value, args=(X, Y)
+        )
+        return (optax.apply_updates(params, updates), state), value
+
+    keys = jax.random.split(jax.random.key(0), 60)
+    (_, state), values = jax.jit(lambda c: jax.lax.scan(step, c, keys))(
+        (PARAMS, tx.init(PARAMS))
+    )
+    assert values[-1] < 0.5 * values[0]
+    assert state.info.skipped_updates == 0
+    for part in state.factors.values():
+        u = np.asarray(part["input_basis"])
+        np.testing.assert_allclose(u.T @ u, np.eye(len(u)), atol=1e-10)
+        assert (np.asarray(part["moments"]) >= 0).all()
+
+
+def test_factors_of_another_plan_are_refused():
+    curvature = plan(Eigen())
+    with pytest.raises(ValueError, match="factors must have an entry for each layer"):
+        curvature.value_grad_and_statistics(PARAMS, X, Y, factors={"w": {}})
+
+
+def test_statistics_that_are_not_finite_leave_basis_and_moments():
+    curvature = plan(Eigen())
+    factors = first_factors(curvature)
+    bad = curvature.value_grad_and_statistics(
+        PARAMS, X.at[0, 0].set(jnp.nan), Y, factors=factors
+    )[2]
+    moved = curvature.update_factors(factors, bad, 2)
+    jax.tree.map(np.testing.assert_array_equal, moved, factors)
