@@ -1,6 +1,7 @@
 """K-FAC for JAX: curvature of neural networks as pure functional transformations."""
 
 from kfac_jax import blocks as blocks
+from kfac_jax import distributions as distributions
 from kfac_jax import losses as losses
 from kfac_jax.curvature import BlockDiagonal as BlockDiagonal
 from kfac_jax.curvature import Curvature as Curvature
@@ -12,6 +13,7 @@ from kfac_jax.rules import QuadraticModel as QuadraticModel
 from kfac_jax.tags import register_conv2d as register_conv2d
 from kfac_jax.tags import register_dense as register_dense
 from kfac_jax.tags import register_generic as register_generic
+from kfac_jax.tags import register_loss as register_loss
 from kfac_jax.tags import (
     register_normal_predictive_distribution as register_normal_predictive_distribution,
 )

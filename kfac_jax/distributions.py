@@ -132,6 +132,39 @@ class Normal(Distribution):
 
 
 @dataclasses.dataclass(frozen=True)
+class NormalWithVariance(Distribution):
+    """Independent normal variables; `z` is mean μ and log variance s on the last axis.
+
+    The Fisher over (μ, s) is `diag(e⁻ˢ, ½)`. The Hessian may be indefinite, as (μ, s)
+    are no natural parameters; the Fisher stands for it in the ggn modes, too.
+    """
+
+    event_rank = 1
+
+    def negative_log_likelihood(self, z: Array, data: Data) -> Array:
+        """Returns `s / 2 + (μ - y)² / (2 eˢ)`, `z.shape[:-1]`."""
+        (targets,) = data
+        mean, log_variance = z[..., 0], z[..., 1]
+        error = jnp.square(mean - targets.astype(z.dtype))
+        return 0.5 * (log_variance + error * jnp.exp(-log_variance))
+
+    def sample_gradient(self, z: Array, data: Data, key: Array) -> Array:
+        """Returns `(-ε e^{-s/2}, (1 - ε²) / 2)` for standard normal ε."""
+        noise = jax.random.normal(key, z.shape[:-1], z.dtype)
+        mean = -noise * jnp.exp(-0.5 * z[..., 1])
+        return jnp.stack([mean, 0.5 * (1.0 - jnp.square(noise))], -1)
+
+    def multiply_root(self, z: Array, data: Data, r: Array) -> Array:
+        """`B = diag(e^{-s/2}, √½)`."""
+        mean = r[..., 0] * jnp.exp(-0.5 * z[..., 1])
+        return jnp.stack([mean, r[..., 1] * 0.5**0.5], -1)
+
+    def multiply_root_transpose(self, z: Array, data: Data, v: Array) -> Array:
+        """The root is diagonal, so this is `multiply_root`."""
+        return self.multiply_root(z, data, v)
+
+
+@dataclasses.dataclass(frozen=True)
 class Convex(Distribution):
     """Any loss that is convex in the output; its factor comes from autodiff.
 

@@ -163,6 +163,49 @@ def squared_error(
     return optax.losses.squared_error(predictions, known)
 
 
+def normal_negative_log_likelihood(
+    mean: ArrayLike,
+    log_variance: ArrayLike,
+    targets: ArrayLike,
+    *,
+    weight: ArrayLike = 1.0,
+) -> Array:
+    """Computes and registers `-log N(target; μ, eˢ)` without constants, elementwise.
+
+    For networks that predict the variance, too. With a fixed variance use
+    `squared_error`, or `register_normal_predictive_distribution`.
+
+    Args:
+      mean: μ, `[n, ...]`.
+      log_variance: s, of the same shape.
+      targets: of the same shape.
+      weight: the factor of this loss in the returned scalar.
+
+    Returns:
+      `s / 2 + (target - μ)² / (2 eˢ)`, `[n, ...]`: sum within a case, average over
+      cases.
+
+    Raises:
+      ValueError: if the shapes differ.
+
+    >>> import jax.numpy as jnp
+    >>> zeros = jnp.zeros((1, 2))
+    >>> normal_negative_log_likelihood(jnp.ones((1, 2)), zeros, zeros)
+    Array([[0.5, 0.5]], dtype=float32)
+    """
+    mean, log_variance = jnp.asarray(mean), jnp.asarray(log_variance)
+    targets = jnp.asarray(targets)
+    if not mean.shape == log_variance.shape == targets.shape:
+        raise ValueError(
+            "normal_negative_log_likelihood expects mean, log_variance and targets of "
+            f"one shape; got {mean.shape}, {log_variance.shape} and {targets.shape}."
+        )
+    distribution = distributions.NormalWithVariance()
+    z = jnp.stack([mean, log_variance], axis=-1)
+    tags.bind_loss(distribution, z, [targets], None, weight)
+    return distribution.negative_log_likelihood(z, (targets,))
+
+
 def convex(
     per_case_loss: Callable[..., Array],
     outputs: ArrayLike,

@@ -300,6 +300,49 @@ def bind_loss(
     )
 
 
+def register_loss(
+    distribution: distributions.Distribution,
+    z: ArrayLike,
+    *data: ArrayLike,
+    mask: ArrayLike | None = None,
+    weight: ArrayLike = 1.0,
+) -> Array:
+    """Registers `weight · mean_n Σ mask · -log r(y | z)` for any distribution r.
+
+    Args:
+      distribution: a `kfac_jax.distributions.Distribution`, also one of your own.
+      z: what the network puts out, `[n, ..., d]`.
+      *data: what the distribution's methods get as `data`, such as targets: arrays
+        with the same leading axis. None for sampled and exact modes.
+      mask: `[n, ...]`, leading axes of z without the event; None for all.
+      weight: the factor of this loss where several are added.
+
+    Returns:
+      `z`.
+
+    Raises:
+      TypeError: if the distribution is none, or z is not real floating point.
+      ValueError: if shapes do not fit together.
+
+    >>> import jax.numpy as jnp
+    >>> from kfac_jax.distributions import Bernoulli
+    >>> register_loss(Bernoulli(), jnp.ones((4, 1)), jnp.zeros((4, 1))).shape
+    (4, 1)
+    """
+    if not isinstance(distribution, distributions.Distribution):
+        raise TypeError(
+            "register_loss expects a kfac_jax.distributions.Distribution; got "
+            f"{type(distribution).__name__}."
+        )
+    shape = jnp.shape(z)
+    if not shape or any(jnp.shape(x)[:1] != shape[:1] for x in data):
+        raise ValueError(
+            "register_loss expects z and data with one leading axis of cases; got "
+            f"{shape} and {[jnp.shape(x) for x in data]}."
+        )
+    return bind_loss(distribution, z, data, mask, weight)
+
+
 def _targets_like(
     name: str, z: ArrayLike, targets: ArrayLike | None
 ) -> list[ArrayLike]:
@@ -409,7 +452,8 @@ def register_normal_predictive_distribution(
     except Exception as error:
         raise TypeError(
             "register_normal_predictive_distribution expects a fixed variance (a "
-            f"Python number); got {variance!r}."
+            f"Python number); got {variance!r}. For a variance that the network "
+            "predicts use kfac_jax.losses.normal_negative_log_likelihood."
         ) from error
     if not (variance > 0 and math.isfinite(variance)):
         raise ValueError(

@@ -15,6 +15,7 @@ from kfac_jax.distributions import (
     Categorical,
     Convex,
     Normal,
+    NormalWithVariance,
     RegisteredLoss,
 )
 
@@ -187,6 +188,67 @@ def test_samples_have_mean_zero_and_the_fisher_as_covariance(name, variant):
     atol = MC_TOLERANCE * np.abs(expected).max()
     np.testing.assert_allclose(covariance, expected, atol=atol)
     np.testing.assert_allclose(u.mean(0), 0.0, atol=0.05 * np.abs(u).max())
+
+
+def _mean_and_log_variance_fisher(z):
+    """`E_y` of the Hessian: y = μ ± σ have the first moments that it depends on."""
+
+    def nll(z, y):
+        mean, s = z
+        return 0.5 * s + 0.5 * (y - mean) ** 2 * jnp.exp(-s)
+
+    spread = jnp.exp(0.5 * z[1])
+    return sum(jax.hessian(nll)(z, z[0] + sign * spread) for sign in (-1, 1)) / 2
+
+
+def test_a_learned_variance_end_to_end():
+    """Values, samples' covariance, and the exact Fisher of a net with two heads."""
+    x, targets = models.array(1, 6, 3), models.array(2, 6, 2)
+    params = {"a": models.array(3, 3, 2), "b": 0.3 * models.array(4, 3, 2)}
+    nll = losses.normal_negative_log_likelihood
+
+    def loss_fn(params, x, targets):
+        values = nll(x @ params["a"], x @ params["b"], targets)
+        return values.sum(-1).mean()
+
+    mean, s = x @ params["a"], x @ params["b"]
+    log_pdf = jax.scipy.stats.norm.logpdf(targets, mean, jnp.exp(0.5 * s))
+    np.testing.assert_allclose(
+        nll(mean, s, targets), -log_pdf - 0.5 * np.log(2 * np.pi), rtol=1e-12
+    )
+
+    z = jnp.stack([mean, s], -1)
+    fisher = jax.vmap(jax.vmap(_mean_and_log_variance_fisher))(z)
+    loss = RegisteredLoss(NormalWithVariance(), z, (targets,), None, ONE)
+    keys = jax.random.split(jax.random.key(0), SAMPLES)
+    u = np.asarray(jax.jit(jax.vmap(loss.sample_gradient))(keys)) * 6**0.5
+    covariance = np.einsum("knoi,knoj->noij", u, u) / SAMPLES
+    atol = MC_TOLERANCE * np.abs(fisher).max()
+    np.testing.assert_allclose(covariance, fisher, atol=atol)
+
+    _, factors = models.exact_factors(
+        loss_fn, params, x, targets, blocks=kfac_jax.blocks.Full()
+    )
+    for name, entry in (("a", 0), ("b", 1)):
+        expected = (
+            np.einsum("ni,no,nj,op->iojp", x, fisher[..., entry, entry], x, np.eye(2))
+            / 6
+        )
+        np.testing.assert_allclose(
+            factors[name]["full"], expected.reshape(6, 6), rtol=1e-11, atol=1e-14
+        )
+
+
+def test_a_learned_variance_of_other_shape_is_refused():
+    with pytest.raises(ValueError, match="targets of one shape; got"):
+        losses.normal_negative_log_likelihood(Z, Z, Z[:, :1])
+
+
+def test_register_loss_refuses_what_is_no_distribution_or_other_cases():
+    with pytest.raises(TypeError, match="expects a kfac_jax"):
+        kfac_jax.register_loss("normal", Z)
+    with pytest.raises(ValueError, match="one leading axis of cases"):
+        kfac_jax.register_loss(Normal(), Z, TARGETS[:2])
 
 
 def test_convex_cross_entropy_equals_categorical():

@@ -7,16 +7,16 @@ import kfac_jax
 
 TOP = """
 BlockDiagonal Curvature Info KFACState Layer LevenbergMarquardt QuadraticModel
-Statistics blocks kfac losses make_curvature
+Statistics blocks distributions kfac losses make_curvature
 register_categorical_predictive_distribution register_conv2d register_dense
-register_generic register_multi_bernoulli_predictive_distribution
+register_generic register_loss register_multi_bernoulli_predictive_distribution
 register_normal_predictive_distribution register_scale_and_shift
 register_sigmoid_cross_entropy_loss register_softmax_cross_entropy_loss
 register_squared_error_loss scale_by_kfac
 """
 BLOCKS = "Block BlockShape Damped Diagonal Eigen Full Identity Kronecker Spectrum TNT"
 LOSSES = """
-convex sigmoid_binary_cross_entropy softmax_cross_entropy
+convex normal_negative_log_likelihood sigmoid_binary_cross_entropy softmax_cross_entropy
 softmax_cross_entropy_with_integer_labels squared_error
 """
 CURVATURE = """
@@ -37,7 +37,7 @@ def _public(module, exported_modules=()):
 
 
 def test_top_level_names():
-    assert _public(kfac_jax, ("blocks", "losses")) == set(TOP.split())
+    assert _public(kfac_jax, ("blocks", "distributions", "losses")) == set(TOP.split())
 
 
 def test_block_names():

@@ -1,12 +1,13 @@
-"""The README's code runs as written."""
+"""The code of README and documentation runs as written."""
 
 import pathlib
 import re
 
 import jax
+import numpy as np
 import pytest
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -18,14 +19,45 @@ def user_settings():
 
 
 def test_the_readme_runs_as_written(user_settings, capsys):
-    text = README.read_text()
-    scope = {}
-    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
-        exec(code, scope)
+    text = (ROOT / "README.md").read_text()
+    _run(text)
     printed = capsys.readouterr().out.strip().splitlines()
     assert float(printed[-1].removeprefix("loss ")) < 0.3
     table = re.search(r"prints\n\n```\n(.*?)```", text, flags=re.DOTALL)
     assert table and _cells(printed[:-1]) == _cells(table[1].strip().splitlines())
+
+
+def test_a_block_and_a_loss_of_the_users_own(user_settings, capsys):
+    text = (ROOT / "docs" / "extending.md").read_text()
+    scope = _run(text)
+    first, last = (
+        float(line.removeprefix("loss "))
+        for line in capsys.readouterr().out.strip().splitlines()
+    )
+    assert last < first - 0.3
+    block = text.split("class InputOnly")[1].split("```")[0]
+    assert len(block.splitlines()) < 50
+    curvature, params = scope["curvature"], scope["params"]
+    args = scope["x"], scope["counts"]
+    statistics = curvature.value_grad_and_statistics(
+        params, *args, rng=jax.random.key(0)
+    )[2]
+    factors = curvature.update_factors(curvature.init_factors(params), statistics, 1)
+    op = curvature.approximation(factors)
+    a = np.asarray(factors["w2"]["input"])
+    h = np.tanh(np.asarray(args[0] @ params["w1"] + params["b1"]))
+    np.testing.assert_allclose(a, h.T @ h / len(h), rtol=1e-3, atol=1e-5)
+    for mode in ("factored", "exact"):
+        solved = op.solve(params, 0.1, mode)["w2"]
+        expected = np.linalg.solve(a + 0.1 * np.eye(len(a)), params["w2"])
+        np.testing.assert_allclose(solved, expected, rtol=1e-3, atol=1e-4)
+
+
+def _run(text):
+    scope = {}
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        exec(code, scope)
+    return scope
 
 
 def _cells(lines):
