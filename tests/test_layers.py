@@ -675,3 +675,58 @@ def test_what_is_no_layer_is_refused_by_name(reason):
         plan = plan_of(loss_fn, params, x, None)
     (layer,) = layers_of(plan)
     assert layer.kind == "unmatched" and reason in layer.reason
+
+
+POSITIONS = {  # a table of positions, all of them in order, is added to [4, 3, 2, 5]
+    "w[arange]": ((3, 2, 5), lambda w: w[jnp.arange(3)][None]),
+    "w[arange[None]]": ((3, 2, 5), lambda w: w[jnp.arange(3)[None]]),
+    "w[:, arange]": ((2, 3, 5), lambda w: w[:, jnp.arange(3)].swapaxes(0, 1)[None]),
+    "take": ((3, 2, 5), lambda w: jnp.take(w, jnp.arange(3), axis=0)[None]),
+    "of a scaled view": ((3, 10), lambda w: (2 * w)[jnp.arange(3)].reshape(1, 3, 2, 5)),
+    "two axes": ((6, 5), lambda w: w[jnp.arange(6).reshape(1, 3, 2)]),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+def test_a_whole_table_of_positions_is_a_shift(name):
+    shape, rows = POSITIONS[name]
+    x = models.array(1, 4, 3, 2, 5)
+    params = {"layer": {"w": models.array(2, *shape)}, "head": jnp.ones(1)}
+
+    def loss_fn(params, x, shift=rows):
+        z = jnp.tanh(x + jnp.broadcast_to(shift(params["layer"]["w"]), x.shape))
+        return squared_error(z.reshape(len(z), -1)).sum(-1).mean()
+
+    plan = plan_of(loss_fn, params, x, Full())
+    (layer,) = layers_of(plan)
+    assert (layer.kind, layer.reason) == ("shift", "")
+    factors = fast_jit(lambda p, x: models.statistics_to_factors(plan, p, x))(params, x)
+    found = plan.approximation(factors).to_dense()
+
+    def outputs(tree):
+        z = jnp.tanh(x + jnp.broadcast_to(rows(tree["layer"]["w"]), x.shape))
+        return z.reshape(len(z), -1)
+
+    j = oracles.jacobian(outputs, params)
+    exact = 2 * np.einsum("nap,naq->pq", j, j) / len(j)
+    close(
+        oracles.block(np.asarray(found), params, "layer/w"),
+        oracles.block(exact, params, "layer/w"),
+    )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [lambda w: w[jnp.arange(3)], lambda w: w[2 - jnp.arange(3)], lambda w: w[:3]],
+    ids=["some", "reversed", "slice"],
+)
+def test_other_rows_of_a_table_of_positions_are_refused(rows):
+    params = {"layer": {"w": models.array(2, 4, 5)}, "head": jnp.ones(1)}
+
+    def loss_fn(params, x):
+        z = jnp.tanh(x + rows(params["layer"]["w"])[None])
+        return squared_error(z.reshape(len(z), -1)).sum(-1).mean()
+
+    with pytest.warns(UserWarning, match="layer/w"):
+        plan = plan_of(loss_fn, params, models.array(1, 4, 3, 5), None)
+    assert layers_of(plan)[0].kind == "unmatched"

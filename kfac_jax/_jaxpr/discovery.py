@@ -15,10 +15,12 @@ from typing import Any, cast
 
 import jax
 import jax.core
+import jax.numpy as jnp
+import numpy as np
 
 from kfac_jax._jaxpr import _compat, consumers, outcomes
 from kfac_jax._jaxpr.convolution import convolution
-from kfac_jax._jaxpr.embedding import OneHot, embedding
+from kfac_jax._jaxpr.embedding import OneHot, embedding, picked_axis
 from kfac_jax._jaxpr.examples import State
 from kfac_jax._jaxpr.graph import (
     Atom,
@@ -147,6 +149,7 @@ class _Finder:
         self.states = states
         self.views: dict[int, View] = {}
         self.known: dict[int, Any] = {}
+        self.makers: dict[int, Node] = {}  # which equation a value comes from
         self.linear: dict[int, outcomes.Linear] = {}
         self.uses: list[Use] = []
         self.scanned: dict[Node, set[int]] = {}
@@ -166,6 +169,7 @@ class _Finder:
         for node in graph.nodes:
             if not any(out in self.live for out in node.outputs) and not node.bodies:
                 continue
+            self.makers.update(dict.fromkeys(node.outputs, node))
             if node.bodies:
                 self._enter(node, shapes)
             else:
@@ -262,10 +266,25 @@ class _Finder:
         values = [self.value(atom) for atom in node.inputs]
         if any(value is None for value in values) or not values:
             return
-        traced = any(isinstance(value, jax.core.Tracer) for value in values)
-        context = contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
-        with context:
-            (self.known[node.outputs[0]],) = _compat.evaluate(node.equation, values)
+        self.known[node.outputs[0]] = _evaluated(node, values)
+
+    def indices(self, atom: Atom) -> Any:
+        """Integers that are made of literals and constants only; None for others."""
+        known = self.value(atom)
+        if known is not None or not is_value(atom):
+            return known
+        node = self.makers.get(atom)
+        if node is None or node.bodies or len(node.outputs) != 1:
+            return None
+        whole = jnp.issubdtype(node.equation.outvars[0].aval.dtype, jnp.integer)
+        logical = node.equation.outvars[0].aval.dtype == bool
+        if not (whole or logical) or math.prod(node.out_shape()) > LARGEST_FOLDED:
+            return None
+        values = [self.indices(one) for one in node.inputs]
+        if any(value is None for value in values):
+            return None
+        result = self.known[atom] = _evaluated(node, values)
+        return result
 
     def _enter(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
         views = [self.view(atom) for atom in node.inputs]
@@ -329,6 +348,18 @@ class _Finder:
         return result
 
 
+LARGEST_FOLDED = 2**20
+"""How many integers are evaluated while planning, at most."""
+
+
+def _evaluated(node: Node, values: Sequence[Any]) -> Any:
+    traced = any(isinstance(value, jax.core.Tracer) for value in values)
+    context = contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
+    with context:
+        (result,) = _compat.evaluate(node.equation, values)
+    return result
+
+
 ViewRule = Callable[[_Finder, Node, Sequence[View | None]], View | None]
 
 
@@ -339,6 +370,35 @@ def _same(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
 def _whole_slice(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
     """A slice that takes everything, as `w[0]` of one layer makes in JAX 0.8."""
     return views[0] if node.out_shape() == node.shape() else None
+
+
+def _whole_table(
+    finder: _Finder, node: Node, views: Sequence[View | None]
+) -> View | None:
+    """Every row of a table once and in order, `w[jnp.arange(len(w))]` (positions)."""
+    view, picked = views[0], picked_axis(node)
+    if view is None or picked is None:
+        return None
+    rows = node.shape(1)[:-1]
+    if math.prod(rows) != node.shape(0)[picked.axis]:
+        return None
+    indices = finder.indices(node.inputs[1])
+    if indices is None or isinstance(indices, jax.core.Tracer):
+        return None
+    column = np.asarray(indices)[..., picked.column].reshape(-1)
+    if not np.array_equal(column, np.arange(column.size)):
+        return None
+    features = [a for a in range(len(view.axes)) if a != picked.axis]
+    first = view.transpose([picked.axis, *features])
+    shape = [*rows, *(node.shape(0)[a] for a in features)]
+    outs = node.params["dimension_numbers"].offset_dims
+    order = iter(range(len(rows)))
+    places = [
+        len(rows) + outs.index(p) if p in outs else next(order)
+        for p in range(len(shape))
+    ]
+    split = first.reshape(shape)
+    return split and split.transpose(places)
 
 
 def _reshape(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
@@ -388,6 +448,7 @@ VIEW_RULES: dict[str, ViewRule] = {
     "pcast": _same,
     "transpose": lambda _, n, v: v[0] and v[0].transpose(n.params["permutation"]),
     "slice": _whole_slice,
+    "gather": _whole_table,
     "tile": _tile,
     "squeeze": lambda _, n, v: v[0] and v[0].squeeze(n.params["dimensions"]),
     "reshape": _reshape,

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,38 @@ from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.view import View, layout
 
 
+class Picked(NamedTuple):
+    """The axis of which a gather picks whole rows."""
+
+    axis: int
+    column: int  # of the indices
+    drops: bool  # whether indices out of bounds give no row
+
+
+def picked_axis(node: Node) -> Picked | None:
+    """The axis that a gather picks rows along; None if they are not whole rows."""
+    numbers = node.params["dimension_numbers"]
+    fill = node.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
+    sizes, shape = tuple(node.params["slice_sizes"]), node.shape(0)
+    columns = tuple(numbers.start_index_map)
+    # an index along an axis that is taken whole is clamped to zero
+    picked = [a for a in columns if sizes[a] != shape[a]] or list(columns[:1])
+    if (
+        len(picked) != 1
+        or sizes[picked[0]] != 1
+        or not set(numbers.collapsed_slice_dims) <= set(picked)
+        or numbers.operand_batching_dims
+        or any(
+            n != m
+            for a, (n, m) in enumerate(zip(sizes, shape, strict=True))
+            if a not in picked
+        )
+        or (fill and len(columns) > 1)
+    ):
+        return None
+    return Picked(picked[0], columns.index(picked[0]), fill)
+
+
 def embedding(
     node: Node, views: Sequence[View | None], shapes: Shapes, state: State
 ) -> Outcome:
@@ -26,34 +59,23 @@ def embedding(
     view = views[0]
     if view is None:
         return Refused("used as indices by `gather`")
-    numbers = node.params["dimension_numbers"]
-    fill = node.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
-    sizes, shape = tuple(node.params["slice_sizes"]), node.shape(0)
-    columns = tuple(numbers.start_index_map)
-    # an index along an axis that is taken whole is clamped to zero
-    picked = [a for a in columns if sizes[a] != shape[a]] or list(columns[:1])
-    features = [a for a in range(len(shape)) if a not in picked]
-    if (
-        len(picked) != 1
-        or sizes[picked[0]] != 1
-        or not set(numbers.collapsed_slice_dims) <= set(picked)
-        or numbers.operand_batching_dims
-        or any(sizes[a] != shape[a] for a in features)
-        or (fill and len(columns) > 1)
-    ):
+    picked = picked_axis(node)
+    if picked is None:
         return Refused("only partly used by `gather`; whole rows along one axis are")
+    shape = node.shape(0)
+    features = [a for a in range(len(shape)) if a != picked.axis]
     found = layout(
         view,
         shapes[view.source],
         [
             *([a] for a in view.stacked),
-            [view.axes[picked[0]]],
+            [view.axes[picked.axis]],
             [view.axes[a] for a in features],
         ],
     )
     if found is None:
         return Refused("repeated or only partly used by `gather`")
-    outs = tuple(numbers.offset_dims)
+    outs = tuple(node.params["dimension_numbers"].offset_dims)
     rows = tuple(a for a in range(len(node.out_shape())) if a not in outs)
     site = Site(
         kind="embedding",
@@ -68,9 +90,9 @@ def embedding(
         scans=view.scans,
         repeated=view.repeated,
         source=node.source,
-        vocabulary=shape[picked[0]],
-        column=columns.index(picked[0]),
-        drops=fill,
+        vocabulary=shape[picked.axis],
+        column=picked.column,
+        drops=picked.drops,
     )
     return plain_linear(node, site)
 
