@@ -212,3 +212,44 @@ def test_statistics_that_are_not_finite_leave_basis_and_moments():
     )[2]
     moved = curvature.update_factors(factors, bad, 2)
     jax.tree.map(np.testing.assert_array_equal, moved, factors)
+
+
+def test_a_step_without_statistics_moves_nothing():
+    curvature = plan(Eigen())
+    factors = first_factors(curvature)
+    nothing = curvature.zero_statistics(PARAMS)
+    moved = curvature.update_factors(factors, nothing, 2)
+    jax.tree.map(np.testing.assert_array_equal, moved, factors)
+
+
+def test_micro_batches_in_one_basis_add_up():
+    curvature = plan(Eigen())
+    factors = first_factors(curvature)
+    compute = jax.jit(
+        lambda x, y: curvature.value_grad_and_statistics(PARAMS, x, y, factors=factors)
+    )
+    parts = [compute(X[i : i + 3], Y[i : i + 3])[2] for i in (0, 3, 6)]
+    total = jax.tree.map(lambda *a: sum(a), *parts)
+    whole = compute(X, Y)[2]
+    found, expected = (curvature.update_factors(factors, s, 2) for s in (total, whole))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12),
+        found,
+        expected,
+    )
+
+
+def test_half_precision_data_are_rotated_in_single():
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
+    args = X.astype(jnp.bfloat16), Y.astype(jnp.bfloat16)
+    curvature = plan(Eigen(), args=args, params=half)
+    factors = first_factors(curvature, half, args)
+    for part in factors.values():
+        assert {x.dtype for x in part.values()} == {jnp.dtype("float32")}
+    exact = first_factors(
+        plan(kfac_jax.blocks.Full(), args=args, params=half), half, args
+    )
+    for name, part in factors.items():
+        u = np.kron(part["input_basis"], part["output_basis"]).astype(np.float64)
+        s = np.diag(u.T @ np.asarray(exact[name]["full"], np.float64) @ u)
+        np.testing.assert_allclose(part["moments"].reshape(-1), s, rtol=0.02, atol=0.01)

@@ -70,9 +70,9 @@ class Eigen(Kronecker):
         """`Kronecker`'s sums, and `Σ_b (Σ_s U_Aᵀ x dy U_G)²`."""
         u, v = x, dy
         if input_basis is not None:
-            u = x @ input_basis.astype(x.dtype)[..., None, :, :]
+            u = x.astype(input_basis.dtype) @ input_basis[..., None, :, :]
         if output_basis is not None:
-            v = dy @ output_basis.astype(dy.dtype)[..., None, :, :]
+            v = dy.astype(output_basis.dtype) @ output_basis[..., None, :, :]
         squares = Diagonal().statistics(u, v, shape)
         return super().statistics(x, dy, shape) | {"moments": squares["diagonal"]}
 
@@ -134,9 +134,10 @@ class Eigen(Kronecker):
         if not basis:
             return moments
         tolerance = _eps(moments) ** 0.5
-        same = jnp.asarray(True)
+        same, empty = jnp.asarray(True), jnp.asarray(True)
         for name, x in basis.items():
             same &= (jnp.abs(x - factors[name]) <= tolerance).all()
+            empty &= (factors[name] == 0).all()  # of a step without statistics
 
         def move() -> Array:
             before = self._factored_moments(factors, factors)
@@ -150,7 +151,7 @@ class Eigen(Kronecker):
                     excess = excess @ jnp.swapaxes(weights, -1, -2)
             return excess * self._factored_moments(factors, basis)
 
-        return jax.lax.cond(same, lambda: moments, move)
+        return jax.lax.cond(same | empty, lambda: moments, move)
 
     def _factored_moments(self, factors: Factors, basis: Factors) -> Array:
         """The diagonal of `A ⊗ G` in a basis, `[*e, i, o]`."""
