@@ -18,30 +18,18 @@ def _blocks(layers: Sequence[Layer]) -> dict[str, Block]:
     return {layer.name: layer.block for layer in layers if layer.block is not None}
 
 
-def _abstract_factors(layer: Layer) -> dict[str, jax.ShapeDtypeStruct]:
-    return {
-        name: jax.ShapeDtypeStruct(shape, layer.dtype)
-        for name, shape in layer.factor_shapes.items()
-    }
-
-
 def init_inverses(layers: Sequence[Layer]) -> Factors:
     """Identities: until the first refresh succeeds, steps follow the gradient."""
     result: Factors = {}
     for layer in layers:
-        block = layer.block
-        if block is None:
-            result[layer.name] = {}
-            continue
-        one = jax.ShapeDtypeStruct((), layer.dtype)
-        damped = jax.eval_shape(block.damp, _abstract_factors(layer), one)
+        elementwise = frozenset() if layer.block is None else layer.block.elementwise
         result[layer.name] = {
             name: (
                 jnp.ones(x.shape, x.dtype)
-                if name in block.elementwise
+                if name in elementwise
                 else jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
             )
-            for name, (x, _) in damped.items()
+            for name, x in layer.damped.items()
         }
     return result
 

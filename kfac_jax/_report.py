@@ -69,9 +69,10 @@ def table(layers: Sequence[Layer], fraction: float) -> str:
         _size(shape) for layer in layers if not layer.reason for shape in layer.shapes
     )
     total = sum(layer.factor_bytes for layer in layers)
+    inverses = sum(layer.inverse_bytes for layer in layers)
     lines.append(
         f"{len(layers)} layers, {parameters} parameters, {covered} of them covered; "
-        f"factors {_bytes(total)}, as much again for inverses."
+        f"factors {_bytes(total)}, inverses {_bytes(inverses)}."
     )
     lines.append(_kinds(layers))
     lines.append(_costs(layers, fraction))

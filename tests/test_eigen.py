@@ -253,3 +253,15 @@ def test_half_precision_data_are_rotated_in_single():
         u = np.kron(part["input_basis"], part["output_basis"]).astype(np.float64)
         s = np.diag(u.T @ np.asarray(exact[name]["full"], np.float64) @ u)
         np.testing.assert_allclose(part["moments"].reshape(-1), s, rtol=0.02, atol=0.01)
+
+
+def test_the_report_says_what_is_held():
+    curvature = plan(Eigen())
+    state = kfac_jax.scale_by_kfac(curvature, damping=DAMPING).init(PARAMS)
+    for layer in curvature.layers:
+        held = state.inverses[layer.name]
+        assert layer.inverse_bytes == sum(x.nbytes for x in held.values())
+        held = state.factors[layer.name]
+        assert layer.factor_bytes == sum(x.nbytes for x in held.values())
+    total = sum(layer.inverse_bytes for layer in curvature.layers)
+    assert f"inverses {total} B." in curvature.report()

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -76,9 +77,27 @@ class Layer:
 
     @property
     def factor_bytes(self) -> int:
-        """How much the factors hold, in bytes; their inverses hold as much again."""
+        """How much the factors hold, in bytes."""
         sizes = (math.prod(shape) for shape in self.factor_shapes.values())
         return sum(sizes) * jnp.dtype(self.dtype).itemsize
+
+    @property
+    def damped(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """What is inverted, as abstract arrays."""
+        if self.block is None:
+            return {}
+        factors = {
+            name: jax.ShapeDtypeStruct(shape, self.dtype)
+            for name, shape in self.factor_shapes.items()
+        }
+        one = jax.ShapeDtypeStruct((), self.dtype)
+        damped = jax.eval_shape(self.block.damp, factors, one)
+        return {name: x for name, (x, _) in damped.items()}
+
+    @property
+    def inverse_bytes(self) -> int:
+        """How much the inverses hold, in bytes."""
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in self.damped.values())
 
     @property
     def inversion_cost(self) -> int:
