@@ -11,7 +11,7 @@ import oracles
 import pytest
 
 import kfac_jax
-from kfac_jax.blocks import Diagonal, Full, Identity, Kronecker
+from kfac_jax.blocks import TNT, Diagonal, Eigen, Full, Identity, Kronecker
 
 DAMPING = 0.3
 SAMPLES = 20_000
@@ -38,6 +38,10 @@ KINDS = {
     "Diagonal": Diagonal(),
     "Full": Full(),
     "Identity": Identity(),
+    "Eigen": Eigen(),
+    "Eigen, long sides": Eigen(max_factor_dim=2),
+    "TNT": TNT(),
+    "TNT, long sides": TNT(max_factor_dim=2),
     "default": None,
 }
 
@@ -47,9 +51,12 @@ def _random_factors(curvature, seed=0, rank=None, scale=1.0):
     rng = np.random.default_rng(seed)
 
     def one(name, like):
-        if name == "diagonal":
+        if name.endswith("diagonal") or name == "moments":
             return jnp.asarray(scale * rng.random(like.shape), like.dtype)
         *lead, d, _ = like.shape
+        if name.endswith("basis"):
+            q, _ = np.linalg.qr(rng.standard_normal(like.shape))
+            return jnp.asarray(q, like.dtype)
         each = [
             oracles.random_psd(rng, d, rank) for _ in range(np.prod(lead, dtype=int))
         ]
@@ -97,9 +104,25 @@ def _dense(kind, damping=0.0, mode="exact"):
         lead = len(places)
         for i, place in enumerate(places):
             rows = place.reshape(-1)
-            if "input" in own:
-                a = own["input"].reshape(lead, *own["input"].shape[-2:])[i]
-                g = own["output"].reshape(lead, *own["output"].shape[-2:])[i]
+            if "moments" in own:
+                bases = [
+                    own[f"{side}_basis"].reshape(lead, d, d)[i]
+                    if f"{side}_basis" in own
+                    else np.eye(d)
+                    for side, d in zip(("input", "output"), place.shape, strict=True)
+                ]
+                u = np.kron(*bases)
+                s = own["moments"].reshape(lead, -1)[i]
+                block = (u * (s + damping)) @ u.T
+            elif own.keys() & {"input", "input_diagonal"}:
+                a, g = (
+                    own[side].reshape(lead, d, d)[i]
+                    if side in own
+                    else np.diag(own[f"{side}_diagonal"].reshape(lead, d)[i])
+                    for side, d in zip(("input", "output"), place.shape, strict=True)
+                )
+                if isinstance(layer.block, TNT):
+                    g = g / np.trace(g)
                 if mode == "factored":
                     block = oracles.factored_damping(a, g, damping)
                 else:
@@ -164,7 +187,7 @@ def test_logdet(kind, mode):
     np.testing.assert_allclose(op.logdet(DAMPING, mode), expected, rtol=1e-11)
 
 
-@pytest.mark.parametrize("kind", ["Kronecker", "Full"])
+@pytest.mark.parametrize("kind", ["Kronecker", "Full", "Eigen", "TNT"])
 def test_samples_have_the_inverse_as_covariance(kind):
     _, _, op = _case(kind)
     keys = jax.random.split(jax.random.key(0), SAMPLES)
@@ -211,7 +234,7 @@ DEGENERATE = {
 
 
 @pytest.mark.parametrize("name", DEGENERATE)
-@pytest.mark.parametrize("kind", ["Kronecker", "Diagonal", "Full"])
+@pytest.mark.parametrize("kind", ["Kronecker", "Diagonal", "Full", "Eigen", "TNT"])
 def test_degenerate_factors_stay_finite_with_damping(kind, name):
     curvature = _plan(kind)
     op = curvature.approximation(_random_factors(curvature, 3, **DEGENERATE[name]))
@@ -319,7 +342,7 @@ def test_bad_arguments_are_refused():
 
 
 def test_blocks_are_frozen_hashable_and_equal():
-    for block in (Kronecker, Diagonal, Full, Identity):
+    for block in (Kronecker, Diagonal, Full, Identity, Eigen, TNT):
         assert block() == block() and hash(block()) == hash(block())
         with pytest.raises(dataclasses.FrozenInstanceError):
             block().anything = 1

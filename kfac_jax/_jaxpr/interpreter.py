@@ -135,7 +135,7 @@ def _tag(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
         statistics = {
             name: gathered[name].reshape(like.shape).astype(like.dtype)
             if name in gathered
-            else jnp.zeros(like.shape, like.dtype)
+            else _compat.vary_like(jnp.zeros(like.shape, like.dtype), dy, x)
             for name, like in shapes.items()
         }
         return dy, None, statistics
