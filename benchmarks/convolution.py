@@ -3,10 +3,11 @@
     python benchmarks/convolution.py            about a minute
     python benchmarks/convolution.py --quick    a smoke test
 
-The statistics are those of the targets' gradients, so that no memory is for samples.
-The explicit rival computes both factors from `conv_general_dilated_patches` of the
-whole batch. Memory is what the compiled program needs for temporaries beyond the
-gradient's, as a multiple of the layer's input.
+Statistics are those of the targets' gradients, and of sampled ones, which take memory
+for the samples that has nothing to do with the convolution. The explicit rival computes
+both factors from `conv_general_dilated_patches` of the whole batch. Memory is what the
+compiled program needs for temporaries beyond the gradient's, as a multiple of the
+layer's input.
 """
 
 from __future__ import annotations
@@ -61,12 +62,15 @@ def main() -> None:
     rng = np.random.default_rng(0)
     x = jnp.asarray(rng.standard_normal((n, size, size, channels)), jnp.float32)
     w = jnp.asarray(rng.standard_normal((3, 3, channels, channels)), jnp.float32)
-    curvature = kfac_jax.make_curvature(
-        loss_fn, w, x, on_unmatched="error", estimation_mode="fisher_empirical"
+    empirical, sampled = (
+        kfac_jax.make_curvature(loss_fn, w, x, on_unmatched="error", estimation_mode=m)
+        for m in ("fisher_empirical", "fisher_gradients")
     )
+    key = jax.random.key(0)
     programs = {
         "gradient": jax.value_and_grad(loss_fn),
-        "statistics": lambda w, x: curvature.value_grad_and_statistics(w, x),
+        "statistics": lambda w, x: empirical.value_grad_and_statistics(w, x),
+        "sampled": lambda w, x: sampled.value_grad_and_statistics(w, x, rng=key),
         "explicit": explicit,
     }
     compiled = {
@@ -88,10 +92,14 @@ def main() -> None:
         ratio = seconds[name] / seconds["gradient"]
         extra = (memory[name] - memory["gradient"]) / x.nbytes
         print(f"{name}: {ratio:.2f} × the gradient's time, {extra:+.2f} inputs more")
-    extra = (memory["statistics"] - memory["gradient"]) / x.nbytes
+    extra, more = (
+        (memory[name] - memory["gradient"]) / x.nbytes
+        for name in ("statistics", "sampled")
+    )
     slower = seconds["statistics"] / seconds["explicit"]
     for name, value, limit in (
         ("extra memory, in inputs", extra, 2.0),
+        ("extra memory with samples, in inputs", more, 2.0),
         ("time, in that of explicit patches", slower, 1.0),
     ):
         verdict = "met" if value <= limit else "MISSED"

@@ -24,9 +24,10 @@ MODES = (
     "ggn_exact",
     "ggn_curvature_prop",
 )
-"""Sampled gradients; exact; at the targets; random signs. For the losses registered
-here the generalised Gauss-Newton matrix and the Fisher are equal, and so are their
-modes."""
+"""Sampled gradients; exact; at the targets; random signs. For losses in natural
+parameters the generalised Gauss-Newton matrix and the Fisher are equal, and so are
+their modes; for others (a predicted variance, distributions of the user's own) the
+Fisher is used in both."""
 
 Pull = Callable[[list[Array]], Any]
 

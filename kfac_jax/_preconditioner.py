@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._factors import Factors
 from kfac_jax._vectors import inner_product
 from kfac_jax.approximation import invert, layer_leaves, layer_vectors
 from kfac_jax.blocks import Block
-from kfac_jax.curvature import Factors
 from kfac_jax.layers import Layer
 
 

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _batch
+from kfac_jax import _batch, _factors
 from kfac_jax._dtypes import wide, wide_dtype
+from kfac_jax._factors import Factors, Statistics
 from kfac_jax._ordering import known_false_after
 from kfac_jax._preconditioner import refresh_factors, refresh_inverses
 from kfac_jax._vectors import inner_product
-from kfac_jax.curvature import Curvature, Factors, Params, Statistics
+from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Solution
 
 Scalar = float | Array
@@ -142,21 +143,22 @@ def advance(
     Both ε and the refreshes at the first three steps count batches that brought
     statistics: a step without any must not pass for the first.
     """
-    step = state.step + 1
-    factors, refused = curvature.update_factors_and_count(
-        state.factors, statistics, state.batches + 1, decay
+    step, layers = state.step + 1, curvature.layers
+    informative = sum(bool(layer.factor_shapes) for layer in layers)
+    factors, refused = _factors.average(
+        layers, state.factors, statistics, state.batches + 1, decay
     )
-    informed = (statistics.weight > 0) & (refused < max(1, curvature.informed_layers))
+    informed = (statistics.weight > 0) & (refused < max(1, informative))
     batches = state.batches + informed.astype(jnp.int32)
     every = jnp.asarray(inverse_every, jnp.int32)
     due = (informed & (batches <= 3)) | ((step % every == 0) & (batches > 0))
     total = damping + curvature.l2
-    layers = curvature.layers
     moving = {x.name: factors[x.name] for x in layers if x.carried_shapes}
+    fixed = {name: part for name, part in factors.items() if name not in moving}
 
     def refresh(moving: Factors, old: Factors) -> tuple[Factors, Factors, Array]:
         moving = refresh_factors(layers, moving)
-        return moving, *refresh_inverses(layers, factors | moving, old, total)
+        return moving, *refresh_inverses(layers, fixed, old, total)
 
     moving, inverses, failed = jax.lax.cond(
         due,
@@ -166,6 +168,7 @@ def advance(
         state.inverses,
     )
     factors = factors | moving
+    # those in a basis are diagonal there and follow the factors in every step
     inverses, unsafe = refresh_inverses(layers, moving, inverses, total)
     failed += unsafe
     info = state.info._replace(

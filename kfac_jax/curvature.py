@@ -2,35 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _batch, _estimation, _plan, _report, linalg
+from kfac_jax import _batch, _estimation, _factors, _plan, _report
+from kfac_jax._factors import Factors, Statistics
 from kfac_jax._gathering import gather, is_tapped
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation
-from kfac_jax.blocks import Block
 from kfac_jax.blocks.kronecker import check_weight_sharing
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import BlocksSpec, Layer
 
 Params = Any
-Factors = dict[str, dict[str, Array]]
-
-
-class Statistics(NamedTuple):
-    """Second moments of one or more batches, as sums.
-
-    Statistics of micro-batches may be added, those of devices added or averaged:
-    factors are ratios of these sums.
-    """
-
-    weight: Array  # []: how many batches the sums are over; 0 means no information
-    layers: Factors  # for each layer the sums its block asks for, float32 or wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,8 +106,9 @@ class Curvature:
           The value, `(loss, aux)` with `has_aux`; the gradient; the statistics.
 
         Raises:
-          ValueError: if the parameters differ from the plan's, if the program's layers
-            do (its structure depends on the batch), or if a sampled mode gets no key.
+          ValueError: if the parameters or factors differ from the plan's, if the
+            program's layers do (its structure depends on the batch), or if a sampled
+            mode gets no key.
 
         References:
           Martens & Grosse 2015, section 5 and, for τ1, section 8.
@@ -133,9 +122,11 @@ class Curvature:
         whole = self.statistics_fraction == 1.0
         part = args if whole else _batch.take(args, self.statistics_fraction)
         if factors is not None:
-            self._check_names(factors, "factors")
+            _factors.check(self.layers, "factor_shapes", factors)
         elif any(layer.carried_shapes for layer in self.layers):
-            _, _, first = self._linearize(params, part, leaves, self.zero_factors())
+            _, _, first = self._linearize(
+                params, part, leaves, self.init_factors(params)
+            )
             factors = self._own_basis(first(rng))
         linear = self._linearize(params, part, leaves, factors)
         if not whole:
@@ -162,7 +153,7 @@ class Curvature:
         self.tree.leaves(params, "params")
         return Statistics(
             jnp.zeros((), jnp.float32),
-            {layer.name: _zeros(layer, "statistics_shapes") for layer in self.layers},
+            _factors.zeros(self.layers, "statistics_shapes"),
         )
 
     def _own_basis(self, statistics: Statistics) -> Factors:
@@ -195,8 +186,9 @@ class Curvature:
             for layer in self.layers
             if factors is not None and layer.carried_shapes
         }
+        zeros = _factors.zeros(self.layers, "statistics_shapes")
         probes = {
-            index: _zeros(layer, "statistics_shapes") | carried.get(layer.name, {})
+            index: zeros[layer.name] | carried.get(layer.name, {})
             for index, layer in enumerate(self.layers)
             if is_tapped(layer)
         }
@@ -275,8 +267,9 @@ class Curvature:
           params: the parameters.
           v: a vector like the parameters.
           *args: the loss function's further arguments.
-          matrix: "fisher", "ggn" (equal to it for the losses registered here), or
-            "hessian", the Hessian of the returned loss.
+          matrix: "fisher", "ggn" (the same: they are equal for losses in natural
+            parameters, and for others the Fisher is used), or "hessian", the Hessian
+            of the returned loss.
 
         Returns:
           The product, like the parameters. `l2` is not included, except in the Hessian
@@ -387,11 +380,7 @@ class Curvature:
           The factors.
         """
         self.tree.leaves(params, "params")
-        return self.zero_factors()
-
-    def zero_factors(self) -> Factors:
-        """Like `init_factors`, which checks that the parameters are the plan's."""
-        return {layer.name: _zeros(layer, "factor_shapes") for layer in self.layers}
+        return _factors.zeros(self.layers, "factor_shapes")
 
     def update_factors(
         self, factors: Factors, statistics: Statistics, step: Any, decay: float = 0.95
@@ -413,65 +402,7 @@ class Curvature:
         References:
           Martens & Grosse 2015, section 5.
         """
-        return self.update_factors_and_count(factors, statistics, step, decay)[0]
-
-    @jax.named_scope("kfac_factors")
-    def update_factors_and_count(
-        self, factors: Factors, statistics: Statistics, step: Any, decay: Any = 0.95
-    ) -> tuple[Factors, Array]:
-        """Like `update_factors`.
-
-        Also returns how many layers' statistics were refused.
-        """
-        self._check_names(factors, "factors")
-        self._check_names(statistics.layers, "statistics")
-        for layer in self.layers:
-            for which, found in (
-                ("factor_shapes", factors),
-                ("statistics_shapes", statistics.layers),
-            ):
-                _check_shapes(layer, which, found[layer.name])
-        informed = statistics.weight > 0
-        weight = jnp.where(informed, statistics.weight, 1.0)
-        epsilon = jnp.minimum(
-            1.0 - 1.0 / jnp.asarray(step, float), jnp.asarray(decay, float)
-        )
-        blocks = {
-            layer.name: layer.block
-            for layer in self.layers
-            if layer.block is not None and statistics.layers[layer.name]
-        }
-        new = {
-            layer.name: blocks[layer.name].factors(
-                statistics.layers[layer.name], weight.astype(layer.dtype)
-            )
-            for layer in self.layers
-            if layer.name in blocks
-        }
-        finite = _finite_layers(blocks, new)
-        result = dict(factors)
-        for layer in new:
-            averages = blocks[layer].average(factors[layer], new[layer], epsilon)
-            result[layer] = {
-                name: jnp.where(informed & finite[layer], averages[name], old)
-                for name, old in factors[layer].items()
-            }
-        refused = [(informed & ~flag).astype(jnp.int32) for flag in finite.values()]
-        return result, sum(refused, jnp.zeros((), jnp.int32))
-
-    @property
-    def informed_layers(self) -> int:
-        """How many layers keep factors."""
-        return sum(bool(layer.factor_shapes) for layer in self.layers)
-
-    def _check_names(self, found: Any, what: str) -> None:
-        names = {layer.name for layer in self.layers}
-        if not isinstance(found, dict) or set(found) != names:
-            got = sorted(found) if isinstance(found, dict) else type(found).__name__
-            raise ValueError(
-                f"{what} must have an entry for each layer of the plan, "
-                f"{sorted(names)}; got {got}. Use what this plan returned."
-            )
+        return _factors.average(self.layers, factors, statistics, step, decay)[0]
 
     def approximation(self, factors: Factors) -> Approximation:
         """The block-diagonal curvature as a linear operator over the parameters.
@@ -486,53 +417,8 @@ class Curvature:
         Raises:
           ValueError: if the factors are of another plan.
         """
-        self._check_names(factors, "factors")
+        _factors.check(self.layers, "factor_shapes", factors)
         return Approximation(layers=self.layers, tree=self.tree, factors=factors)
-
-
-_WHAT = {"factor_shapes": "factors", "statistics_shapes": "statistics"}
-
-
-def _check_shapes(layer: Layer, which: str, found: dict[str, Array]) -> None:
-    expected = {
-        n: x.shape for n, x in jax.eval_shape(lambda: _zeros(layer, which)).items()
-    }
-    got = {name: jnp.shape(x) for name, x in found.items()}
-    if got != expected:
-        raise ValueError(
-            f"{_WHAT[which]} must have the shapes {expected} for layer "
-            f"'{layer.name}'; got {got}. Use what this very plan returned."
-        )
-
-
-def _zeros(layer: Layer, which: str) -> dict[str, Array]:
-    block: Block | None = layer.block
-    if block is None:
-        return {}
-    if which == "statistics_shapes" and not layer.tagged:
-        which = "factor_shapes"
-    shapes = getattr(block, which)(layer.shape)
-    standard = block.carried if which == "factor_shapes" else ()
-    return {
-        name: jnp.broadcast_to(jnp.eye(shape[-1], dtype=layer.dtype), shape)
-        if name in standard
-        else jnp.zeros(shape, layer.dtype)
-        for name, shape in shapes.items()
-    }
-
-
-def _finite_layers(blocks: dict[str, Block], factors: Factors) -> dict[str, Array]:
-    """Whether all factors of a layer are finite, by layer name."""
-    matrices = [
-        [x for name, x in part.items() if name not in blocks[layer].elementwise]
-        for layer, part in factors.items()
-    ]
-    flags = dict(zip(factors, linalg.finite_diagonals(matrices), strict=True))
-    for layer, part in factors.items():
-        for name, x in part.items():
-            if name in blocks[layer].elementwise:
-                flags[layer] &= jnp.isfinite(x).all()
-    return flags
 
 
 def make_curvature(

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from kfac_jax._factors import Statistics, zeros
 from kfac_jax._preconditioner import init_inverses, precondition
 from kfac_jax._step import (
     Info as Info,
@@ -26,7 +27,7 @@ from kfac_jax._step import (
     initial_info,
     loss_of,
 )
-from kfac_jax.curvature import Curvature, Params, Statistics
+from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Solution
 
 
@@ -246,8 +247,9 @@ def _initial(
     curvature: Curvature, params: Params, damping: Any, velocity: Params
 ) -> KFACState:
     curvature.tree.masked_leaves(params, "params")
+    layers = curvature.layers
     # compiled at once: one by one, each shape would be compiled for itself
-    fill = jax.jit(lambda: (curvature.zero_factors(), init_inverses(curvature.layers)))
+    fill = jax.jit(lambda: (zeros(layers, "factor_shapes"), init_inverses(layers)))
     factors, inverses = fill()
     return KFACState(
         step=jnp.zeros((), jnp.int32),

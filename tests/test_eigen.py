@@ -15,6 +15,7 @@ from kfac_jax.blocks import Eigen, Kronecker
 from kfac_jax.losses import squared_error
 
 DAMPING = 0.01
+SIDES = {"input": 3, "output": 2}
 
 
 def loss_fn(params, x, y):
@@ -65,7 +66,7 @@ def oracle():
 
 
 def test_the_first_step_is_the_papers_formula():
-    """`-α U (Uᵀ g U) / (s + λ)`, with and without a basis passed."""
+    """`U (Uᵀ g) / (s + λ)` in the eigenbasis of the batch's own factors."""
     curvature = plan(Eigen())
     tx = kfac_jax.scale_by_kfac(curvature, damping=DAMPING)
     state = tx.init(PARAMS)
@@ -79,16 +80,52 @@ def test_the_first_step_is_the_papers_formula():
     np.testing.assert_allclose(oracles.vector(updates), expected, rtol=1e-8)
 
 
-def test_it_is_never_further_from_the_exact_block_than_kronecker():
+def test_it_is_closer_to_the_exact_block_than_kronecker():
+    plans = [plan(block) for block in (Eigen(), Kronecker())]
+    dense = [np.asarray(c.approximation(first_factors(c)).to_dense()) for c in plans]
     errors = {
-        name: [
-            np.linalg.norm(approximation - exact)
-            for approximation in (blocks_of(a, g, exact)[0], np.kron(a, g))
-        ]
-        for name, (_, exact, a, g) in oracle().items()
+        name: [np.linalg.norm(d[np.ix_(place, place)] - exact) for d in dense]
+        for name, (place, exact, _, _) in oracle().items()
     }
     assert errors["a"][0] < 0.95 * errors["a"][1]
     assert max(errors["z"]) < 1e-12  # the last layer of squared errors: exact
+
+
+@pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("limit", [1, 2, 3, None])
+def test_moments_are_exact_with_shared_weights_and_long_sides(weight_sharing, limit):
+    """TNT, too: its marginals, or their diagonals, are those of the exact block."""
+    params, x = {"w": models.array(1, 3, 2)}, models.array(2, 7, 4, 3)
+    fn = lambda p, x: squared_error(jnp.tanh(x @ p["w"]).sum(1)).sum(-1).mean()  # noqa: E731
+    full, eigen, kronecker, tnt = (
+        first_factors(plan(block, fn, (x,), params), params, (x,))["w"]
+        for block in (
+            kfac_jax.blocks.Full(),
+            Eigen(max_factor_dim=limit, weight_sharing=weight_sharing),
+            Kronecker(max_factor_dim=limit, weight_sharing=weight_sharing),
+            kfac_jax.blocks.TNT(max_factor_dim=limit),
+        )
+    )
+    exact = np.asarray(full["full"])
+    for name, factor in kronecker.items():
+        np.testing.assert_allclose(eigen[name], factor, rtol=1e-12)
+    bases = [np.asarray(eigen.get(f"{s}_basis", np.eye(d))) for s, d in SIDES.items()]
+    u = np.kron(*bases)
+    s = np.diag(u.T @ exact @ u)
+    np.testing.assert_allclose(eigen["moments"].reshape(-1), s, rtol=1e-10, atol=1e-14)
+    each = exact.reshape(3, 2, 3, 2)
+    marginals = np.einsum("iojo->ij", each), np.einsum("ioip->op", each)
+    for (side, d), marginal in zip(SIDES.items(), marginals, strict=True):
+        long = limit is not None and d > limit
+        assert (f"{side}_basis" in eigen) != long
+        found = tnt[f"{side}_diagonal"] if long else tnt[side]
+        expected = np.diag(marginal) if long else marginal
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_tnt_has_no_weight_sharing():
+    with pytest.raises(ValueError, match="TNT sums gradients over an example's"):
+        kfac_jax.blocks.TNT(weight_sharing="reduce")
 
 
 def test_moments_are_gathered_in_the_basis_that_is_passed():
@@ -202,6 +239,10 @@ def test_factors_of_another_plan_are_refused():
     curvature = plan(Eigen())
     with pytest.raises(ValueError, match="factors must have an entry for each layer"):
         curvature.value_grad_and_statistics(PARAMS, X, Y, factors={"w": {}})
+    factors = curvature.init_factors(PARAMS)
+    factors["z"]["input_basis"] = jnp.eye(5)
+    with pytest.raises(ValueError, match=r"factors must have the shapes .* layer 'z'"):
+        curvature.value_grad_and_statistics(PARAMS, X, Y, factors=factors)
 
 
 def test_statistics_that_are_not_finite_leave_basis_and_moments():

@@ -26,9 +26,14 @@ DAMPING = 0.3
 fast_jit = functools.partial(
     jax.jit, compiler_options={"xla_backend_optimization_level": 0}
 )
-UNIQUE = {"Full": Full(), "Diagonal": Diagonal(), "Kronecker": Kronecker()}
-UNIQUE["TNT"] = TNT()
-BLOCKS = UNIQUE | {"Eigen": Eigen()}  # whose basis is not, in the null space
+UNIQUE = {
+    "Full": Full(),
+    "Diagonal": Diagonal(),
+    "Kronecker": Kronecker(),
+    "TNT": TNT(),
+}
+"""Blocks whose factors are unique; the basis of `Eigen` is not, in the null space."""
+BLOCKS = UNIQUE | {"Eigen": Eigen()}
 
 
 @dataclasses.dataclass(frozen=True)

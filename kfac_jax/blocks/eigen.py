@@ -11,7 +11,7 @@ from kfac_jax.blocks._block import BlockShape, Damped, Factors, Spectrum
 from kfac_jax.blocks.diagonal import Diagonal
 from kfac_jax.blocks.kronecker import Kronecker
 
-SIDES = ("input", "output")
+_SIDES = ("input", "output")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +55,7 @@ class Eigen(Kronecker):
 
     def _more(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         sides = super().factor_shapes(shape)
-        bases = {side + "_basis": sides[side] for side in SIDES if side in sides}
+        bases = {side + "_basis": sides[side] for side in _SIDES if side in sides}
         return {"moments": shape.matrix} | bases
 
     def statistics(
@@ -80,7 +80,7 @@ class Eigen(Kronecker):
         """The eigenvectors of both sides."""
         return {
             side + "_basis": linalg.eigh(factors[side])[1]
-            for side in SIDES
+            for side in _SIDES
             if side in factors
         }
 

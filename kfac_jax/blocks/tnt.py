@@ -20,7 +20,7 @@ class TNT(Kronecker):
     Unlike `Kronecker` it does not assume that inputs and output gradients are
     independent, and needs no convention for shared weights; it is exact where F is a
     Kronecker product, and its trace always is. A kernel counts as one matrix of taps
-    and inputs by outputs. `weight_sharing` has no effect.
+    and inputs by outputs. Of `Kronecker`'s options only `max_factor_dim` applies.
 
     References:
       Ren & Goldfarb 2021 (arXiv:2106.02925), with exact rather than batch-averaged
@@ -31,6 +31,15 @@ class TNT(Kronecker):
     """
 
     row_statistics = frozenset()
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        super().__post_init__()
+        if self.weight_sharing != "expand":
+            raise ValueError(
+                "TNT sums gradients over an example's positions and has no "
+                f"weight_sharing; got {self.weight_sharing!r}. Leave it out."
+            )
 
     @property
     def needs_examples(self) -> bool:
