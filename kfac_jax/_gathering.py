@@ -12,6 +12,7 @@ from kfac_jax._dtypes import wide
 from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax.blocks import Block, BlockShape
+from kfac_jax.blocks._tied import join
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import Layer
 
@@ -146,7 +147,8 @@ def site_statistics(
 
     def gathered(site: Site, x: Array | None, dy: Array) -> dict[str, Array]:
         rows = site.canonical(x, dy, shape.homogeneous)
-        return block.statistics(*rows, shape, **carried)
+        sums = block.statistics(*rows, shape.terms[site.swapped], **carried)
+        return join({}, sums) if site.swapped else sums
 
     conv = site.convolution
     if conv is None or x is None:

@@ -468,10 +468,18 @@ def test_blocks_that_sum_within_an_example_sum_over_all_uses(form, block):
     np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_tied_in_different_layouts_is_unmatched_with_the_reason():
-    w = models.array(0, I, I)
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda w, x: (x @ w).reshape(-1, 2) @ w.reshape(2, 8),
+        lambda w, x: x @ w + w[jnp.argmax(x, axis=1)],
+    ],
+    ids=["split otherwise", "dense and a table"],
+)
+def test_uses_that_are_different_maps_are_unmatched_with_the_reason(apply):
+    w, x = models.array(0, 4, 4), models.array(1, B, 4)
     with pytest.warns(UserWarning, match="different linear maps"):
-        plan = _plan(lambda w, x: jnp.tanh(x @ w) @ w.T, w, X)
+        plan = _plan(apply, w, x)
     (layer,) = plan.layers
     assert layer.kind == "unmatched" and layer.uses == 2
 

@@ -656,7 +656,7 @@ REFUSED = {  # by reason: the parameter's shape, its use, the data
     # all examples share the output: the gradients at it are sums over them
     "inputs do not depend on the batch": (
         (5, 3),
-        lambda w, x: x + jnp.broadcast_to(w[jnp.arange(3)], x.shape),
+        lambda w, x: x + jnp.broadcast_to(w[2 - jnp.arange(3)], x.shape),
         X,
     ),
     "so gradients mix the examples": (
@@ -682,18 +682,32 @@ def test_what_is_no_layer_is_refused_by_name(reason):
     assert layer.kind == "unmatched" and reason in layer.reason
 
 
-POSITIONS = {  # a table of positions, all of them in order, is added to [4, 3, 2, 5]
+POSITIONS = {  # rows of a table of positions, in order, are added to [4, 3, 2, 5]
     "w[arange]": ((3, 2, 5), lambda w: w[jnp.arange(3)][None]),
     "w[arange[None]]": ((3, 2, 5), lambda w: w[jnp.arange(3)[None]]),
     "w[:, arange]": ((2, 3, 5), lambda w: w[:, jnp.arange(3)].swapaxes(0, 1)[None]),
     "take": ((3, 2, 5), lambda w: jnp.take(w, jnp.arange(3), axis=0)[None]),
     "of a scaled view": ((3, 10), lambda w: (2 * w)[jnp.arange(3)].reshape(1, 3, 2, 5)),
     "two axes": ((6, 5), lambda w: w[jnp.arange(6).reshape(1, 3, 2)]),
+    "w[:n]": ((7, 2, 5), lambda w: w[None, :3]),
+    "w[arange(n)]": ((7, 2, 5), lambda w: w[jnp.arange(3)][None]),
+    "w[m:n]": ((7, 2, 5), lambda w: w[2:5][None]),
+    "w[m + arange(n)]": ((7, 2, 5), lambda w: w[2 + jnp.arange(3)][None]),
+    "part of two axes": ((7, 4, 5), lambda w: w[4:, 1:3][None]),
+    "part of a view": ((5, 2, 7), lambda w: (2 * w.T)[None, 3:6]),
+    "dynamic slice": (
+        (7, 2, 5),
+        lambda w: jax.lax.dynamic_slice_in_dim(w, 1 + 1, 3)[None],
+    ),
+    "dynamic slice, clamped": (
+        (7, 2, 5),
+        lambda w: jax.lax.dynamic_slice_in_dim(w, 6, 3)[None],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", POSITIONS)
-def test_a_whole_table_of_positions_is_a_shift(name):
+def test_a_table_of_positions_is_a_shift(name):
     shape, rows = POSITIONS[name]
     x = models.array(1, 4, 3, 2, 5)
     params = {"layer": {"w": models.array(2, *shape)}, "head": jnp.ones(1)}
@@ -722,11 +736,16 @@ def test_a_whole_table_of_positions_is_a_shift(name):
 
 @pytest.mark.parametrize(
     "rows",
-    [lambda w: w[jnp.arange(3)], lambda w: w[2 - jnp.arange(3)], lambda w: w[:3]],
-    ids=["some", "reversed", "slice"],
+    [
+        lambda w: w[2 - jnp.arange(3)],
+        lambda w: w[::2],
+        lambda w: w[:1],
+        lambda w: w.reshape(25)[:15].reshape(3, 5),
+    ],
+    ids=["reversed", "strided", "one", "cut after a split"],
 )
 def test_other_rows_of_a_table_of_positions_are_refused(rows):
-    params = {"layer": {"w": models.array(2, 4, 5)}, "head": jnp.ones(1)}
+    params = {"layer": {"w": models.array(2, 5, 5)}, "head": jnp.ones(1)}
 
     def loss_fn(params, x):
         z = jnp.tanh(x + rows(params["layer"]["w"])[None])

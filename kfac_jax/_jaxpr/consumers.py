@@ -49,16 +49,12 @@ def dot_general(
     repeated = [_is_new(view.axes[a]) for a in w_batch]
     independent = [i for i, new in enumerate(repeated) if not new]
     y_batch, first, second = _output_axes(len(batch[0]), x_free, w_free, side)
-    found = layout(
-        view,
-        shapes[view.source],
-        [
-            *([a] for a in view.stacked),
-            *([view.axes[w_batch[i]]] for i in independent),
-            [view.axes[a] for a in w_contract],
-            [view.axes[a] for a in w_free],
-        ],
-    )
+    lead = [
+        *([a] for a in view.stacked),
+        *([view.axes[w_batch[i]]] for i in independent),
+    ]
+    ins, outs = [view.axes[a] for a in w_contract], [view.axes[a] for a in w_free]
+    found = layout(view, shapes[view.source], [*lead, ins, outs])
     if found is None:
         return Refused("repeated or only partly used by `dot_general`")
     rows = (*(i for i in y_batch if repeated[i]), *first)
@@ -79,6 +75,7 @@ def dot_general(
         scans=view.scans,
         repeated=view.repeated,
         source=node.source,
+        transposed=layout(view, shapes[view.source], [*lead, outs, ins]),
     )
     return plain_linear(node, site)
 
@@ -137,7 +134,10 @@ def _elementwise(
         groups = [*([view.axes[a]] for a in features), [], []]
     else:
         groups = [[view.axes[a] for a in features]]
-    found = layout(view, shapes[view.source], [*stacked, *groups])
+    parts = _parts(view, features) if kind == "shift" else None
+    found = layout(
+        view, shapes[view.source], [*stacked, *groups], parts=parts is not None
+    )
     if found is None:
         return Refused(f"repeated or only partly used by `{node.name}`")
     rows = tuple(i for i in range(len(shape)) if i not in features)
@@ -156,8 +156,25 @@ def _elementwise(
         scans=view.scans,
         repeated=view.repeated,
         source=node.source,
+        parts=parts or (),
     )
     return plain_linear(node, site)
+
+
+def _parts(
+    view: View, features: Sequence[int]
+) -> tuple[tuple[int, int, int], ...] | None:
+    """Which axes are parts of the parameter, where, and of how much.
+
+    None where a part is not an axis.
+    """
+    parts: list[tuple[int, int, int]] = []
+    for axis in features:
+        pieces = [piece for piece in view.axes[axis] if piece.size != 1]
+        if len(pieces) == 1 and pieces[0].part:
+            parts.append((axis, *pieces[0].part))
+    cut = sum(piece.part is not None for piece in view.order)
+    return tuple(parts) if len(parts) == cut else None
 
 
 def scale(

@@ -367,27 +367,57 @@ def _same(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
     return views[0]
 
 
-def _whole_slice(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
-    """A slice that takes everything, as `w[0]` of one layer makes in JAX 0.8."""
-    return views[0] if node.out_shape() == node.shape() else None
+def _slice(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
+    starts, strides = node.params["start_indices"], node.params["strides"]
+    if any(stride != 1 for stride in strides or ()):
+        return None
+    return _cut(node, views[0], starts)
 
 
-def _whole_table(
+def _dynamic_slice(
     finder: _Finder, node: Node, views: Sequence[View | None]
 ) -> View | None:
-    """Every row of a table once and in order, `w[jnp.arange(len(w))]` (positions)."""
+    """A slice from a place that is known."""
+    starts = [finder.value(atom) for atom in node.inputs[1:]]
+    if any(x is None or isinstance(x, jax.core.Tracer) for x in starts):
+        return None
+    limits = [n - m for n, m in zip(node.shape(), node.out_shape(), strict=True)]
+    clamped = [
+        max(0, min(int(start), limit))
+        for start, limit in zip(starts, limits, strict=True)
+    ]
+    return _cut(node, views[0], clamped)
+
+
+def _cut(node: Node, view: View | None, starts: Sequence[int]) -> View | None:
+    """Cuts the axes that get shorter."""
+    sizes = zip(node.shape(), node.out_shape(), strict=True)
+    for axis, (before, after) in enumerate(sizes):
+        if view is not None and before != after:
+            view = view.cut(axis, int(starts[axis]), after)
+    return view
+
+
+def _positions(
+    finder: _Finder, node: Node, views: Sequence[View | None]
+) -> View | None:
+    """Consecutive rows of a table, `w[jnp.arange(n)]`, as of positions."""
     view, picked = views[0], picked_axis(node)
     if view is None or picked is None:
         return None
-    rows = node.shape(1)[:-1]
-    if math.prod(rows) != node.shape(0)[picked.axis]:
-        return None
+    rows, length = node.shape(1)[:-1], node.shape(0)[picked.axis]
     indices = finder.indices(node.inputs[1])
     if indices is None or isinstance(indices, jax.core.Tracer):
         return None
     column = np.asarray(indices)[..., picked.column].reshape(-1)
-    if not np.array_equal(column, np.arange(column.size)):
+    start = int(column[0]) if column.size else 0
+    inside = 0 <= start and start + column.size <= length
+    if not inside or not np.array_equal(column, start + np.arange(column.size)):
         return None
+    if column.size != length:
+        view = view.cut(picked.axis, start, column.size)
+        if view is None:
+            return None
     features = [a for a in range(len(view.axes)) if a != picked.axis]
     first = view.transpose([picked.axis, *features])
     shape = [*rows, *(node.shape(0)[a] for a in features)]
@@ -447,8 +477,9 @@ VIEW_RULES: dict[str, ViewRule] = {
     "pvary": _same,
     "pcast": _same,
     "transpose": lambda _, n, v: v[0] and v[0].transpose(n.params["permutation"]),
-    "slice": _whole_slice,
-    "gather": _whole_table,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+    "gather": _positions,
     "tile": _tile,
     "squeeze": lambda _, n, v: v[0] and v[0].squeeze(n.params["dimensions"]),
     "reshape": _reshape,

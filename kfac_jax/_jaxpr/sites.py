@@ -56,6 +56,10 @@ class Site:
       vocabulary: how many rows an embedding's table has; its `x` are integers.
       column: which of an embedding's indices picks the row.
       drops: whether an embedding gives a constant for indices out of bounds.
+      transposed: the layout of a dense layer's weight with inputs and outputs swapped.
+      swapped: whether the layer has the weight in that layout.
+      parts: for axes of `y` along which only a part of the parameter is used: the axis,
+        where the part begins, and the length of the whole.
     """
 
     kind: str
@@ -75,6 +79,9 @@ class Site:
     vocabulary: int = 0
     column: int = 0
     drops: bool = False
+    transposed: Layout | None = None
+    swapped: bool = False
+    parts: tuple[tuple[int, int, int], ...] = ()
 
     def canonical(
         self, x: Array | None, dy: Array, homogeneous: bool
@@ -97,6 +104,7 @@ class Site:
         if self.convolution is not None:
             assert x is not None
             x, dy = self.convolution.inputs(x), self.convolution.outputs(dy)
+        dy = self._whole(dy)
         shape = dy.shape
         dy = self._rows(dy, self.y_axes)
         active = jnp.abs(dy).max(-1, keepdims=True) != 0
@@ -116,6 +124,15 @@ class Site:
         if homogeneous:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
         return jnp.where(active, x, jnp.zeros((), x.dtype)), dy
+
+    def _whole(self, dy: Array) -> Array:
+        """The cotangent of what all of the parameter would have put out."""
+        if not self.parts:
+            return dy
+        widths = [(0, 0)] * dy.ndim
+        for axis, start, whole in self.parts:
+            widths[axis] = start, whole - start - dy.shape[axis]
+        return jnp.pad(dy, widths)
 
     def _indices(self, x: Array, active: Array) -> Array:
         indices = self._rows(x, self.x_axes)[..., self.column].astype(jnp.int32)

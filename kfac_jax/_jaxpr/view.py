@@ -4,7 +4,8 @@ The axes of a view are lists of *pieces*. A piece is a run of the source array's
 reshape splits axes into pieces, a transposition reorders them) or, where it is `new`,
 an axis along which the source is repeated. A value is a view exactly when each axis is
 a product of pieces, which holds for everything that reshapes, transposes and broadcasts
-make of a weight except a reshape that cuts across pieces.
+make of a weight except a reshape that cuts across pieces. A slice makes of a piece a
+*part* of one.
 """
 
 import dataclasses
@@ -15,10 +16,22 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Piece:
-    """A run of an axis; compared by identity."""
+    """A run of an axis; compared by identity.
+
+    Attributes:
+      size: how long it is.
+      new: whether it repeats the source.
+      part: where it begins in a longer run of the source, and how long that is.
+    """
 
     size: int
     new: bool = False
+    part: tuple[int, int] | None = None
+
+    @property
+    def whole(self) -> int:
+        """The length of the run that it is a part of, or its own."""
+        return self.part[1] if self.part else self.size
 
 
 Axis = tuple[Piece, ...]
@@ -73,6 +86,17 @@ class View:
                 axes[position] = axis
         return dataclasses.replace(self, axes=tuple(axes))
 
+    def cut(self, axis: int, start: int, size: int) -> "View | None":
+        """Slices an axis that is one piece of the source; None for other axes."""
+        pieces = [piece for piece in self.axes[axis] if piece.size != 1]
+        # parts of one entry would be dropped, as all pieces of that size are
+        if len(pieces) != 1 or pieces[0].new or pieces[0].part or size == 1:
+            return None
+        part = Piece(size, part=(start, pieces[0].size))
+        order = _split(self.order, {pieces[0]: (part,)})
+        axes = (*self.axes[:axis], (part,), *self.axes[axis + 1 :])
+        return dataclasses.replace(self, order=order, axes=axes)
+
     def reshape(self, shape: Sequence[int]) -> "View | None":
         """Regroups (and splits) pieces; None where a cut falls across pieces."""
         queue = [p for axis in self.axes for p in axis if p.size != 1]
@@ -84,7 +108,7 @@ class View:
             while rest > 1:
                 piece = queue.pop(0)
                 if rest % piece.size:
-                    if piece.size % rest:
+                    if piece.size % rest or piece.part:
                         return None
                     head = Piece(rest, piece.new)
                     tail = Piece(piece.size // rest, piece.new)
@@ -153,17 +177,31 @@ class Layout:
 
 
 def layout(
-    view: View, source_shape: Sequence[int], groups: Sequence[Sequence[Axis]]
+    view: View,
+    source_shape: Sequence[int],
+    groups: Sequence[Sequence[Axis]],
+    *,
+    parts: bool = False,
 ) -> Layout | None:
     """The layout that makes each of `groups` (of the view's axes) one matrix axis.
 
-    Returns None where the groups do not hold every entry of the source exactly once.
+    Args:
+      view: the view.
+      source_shape: the shape of its source.
+      groups: axes of the view.
+      parts: whether parts of the source stand for all of it.
+
+    Returns:
+      The layout of the whole source; None where the groups do not hold every entry
+      exactly once.
     """
     order = [piece for piece in view.order if piece.size != 1]
     target = [p for group in groups for axis in group for p in axis if p.size != 1]
     if len(target) != len(order) or set(target) != set(order):
         return None
-    shape = tuple(math.prod(axis_size(a) for a in group) for group in groups)
+    if not parts and any(piece.part for piece in order):
+        return None
+    shape = tuple(math.prod(p.whole for a in group for p in a) for group in groups)
     position = {piece: i for i, piece in enumerate(order)}
     runs: list[list[int]] = []  # maximal runs that are adjacent in source and target
     for piece in target:
@@ -173,6 +211,6 @@ def layout(
         else:
             runs.append([index])
     by_source = sorted(runs)
-    sizes = tuple(math.prod(order[i].size for i in run) for run in by_source)
+    sizes = tuple(math.prod(order[i].whole for i in run) for run in by_source)
     permutation = tuple(by_source.index(run) for run in runs)
     return Layout(tuple(source_shape), sizes, permutation, shape)

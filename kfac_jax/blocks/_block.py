@@ -32,6 +32,7 @@ class BlockShape:
       homogeneous: whether the last input is the constant 1 that a bias multiplies.
       one_hot: whether inputs are given as integers `x [*e, b, s]`, those out of bounds
         being rows that do not count.
+      tied: whether the transposed parameters are used too.
     """
 
     stacked: tuple[int, ...]
@@ -40,6 +41,18 @@ class BlockShape:
     outputs: int
     homogeneous: bool = False
     one_hot: bool = False
+    tied: bool = False
+
+    @property
+    def terms(self) -> "tuple[BlockShape, ...]":
+        """The shapes of the parameters as they are and, if `tied`, transposed."""
+        if not self.tied:
+            return (self,)
+        first = dataclasses.replace(self, tied=False)
+        second = dataclasses.replace(
+            first, inputs=self.outputs, outputs=self.inputs, one_hot=False
+        )
+        return first, second
 
     @property
     def lead(self) -> tuple[int, ...]:
@@ -97,6 +110,11 @@ class Block(abc.ABC):
 
     row_statistics: ClassVar[frozenset[str]] = frozenset()
     """Statistics of inputs only: exact modes gather them once, not for each output."""
+
+    handles_tied: ClassVar[bool] = False
+    """Whether it can be the block of a weight that is used transposed too. The methods
+    that get a shape must then mind `tied`; `statistics` gets one of its `terms`, and
+    what it returns for the second is given the prefix `transposed_`."""
 
     carried: ClassVar[frozenset[str]] = frozenset()
     """Factors that `statistics` needs, as keywords, and `solve`, beside the inverses:

@@ -39,6 +39,7 @@ class Eigen(Kronecker):
 
     elementwise = Kronecker.elementwise | {"moments"}
     carried = frozenset({"input_basis", "output_basis"})
+    handles_tied = False
 
     @property
     def needs_examples(self) -> bool:

@@ -17,6 +17,7 @@ class Identity(Block):
     """
 
     elementwise = frozenset({"identity"})
+    handles_tied = True
 
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """Needs none."""

@@ -8,6 +8,8 @@ from jax import Array
 from kfac_jax import linalg
 from kfac_jax._dtypes import wide_dtype
 from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
+from kfac_jax.blocks._sides import DIAGONAL, sides
+from kfac_jax.blocks._tied import TRANSPOSED, join, nearest_product, split
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,10 @@ class Kronecker(Block):
 
     Factored damping replaces the factors by `A + π √λ I` and `G + √λ / π I`, π from
     the trace norm.
+
+    A weight that is used transposed too (a table of embeddings that is also the output
+    layer) has a sum of two such products, `A ⊗ G + G' ⊗ A'`, with four factors; the
+    block is the product nearest to it in the Frobenius norm.
 
     Of a side longer than `max_factor_dim`, and of one-hot inputs (an embedding's
     vocabulary, where nothing is lost by it), only the diagonal is kept; the factor is
@@ -45,7 +51,12 @@ class Kronecker(Block):
     weight_sharing: str = "expand"
 
     elementwise = frozenset({"input_diagonal", "output_diagonal"})
-    row_statistics = frozenset({"input", "input_diagonal", "count"})
+    row_statistics = frozenset(
+        prefix + name
+        for prefix in ("", TRANSPOSED)
+        for name in ("input", "input_diagonal", "count")
+    )
+    handles_tied = True
 
     def __post_init__(self) -> None:
         """Checks the range."""
@@ -67,19 +78,23 @@ class Kronecker(Block):
 
         With a homogeneous coordinate that is the last entry of the inputs' sum.
         """
+        if shape.tied:
+            return join(*map(self.statistics_shapes, shape.terms))
         count = {} if shape.homogeneous else {"count": shape.lead}
         return self.factor_shapes(shape) | count
 
     def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """`input: [*e, i, i]` and `output: [*e, o, o]`, or their diagonals."""
-        sides = {"input": shape.inputs, "output": shape.outputs}
-        diagonal = {name: self._is_long(d) for name, d in sides.items()}
+        if shape.tied:
+            return join(*map(self.factor_shapes, shape.terms))
+        lengths = {"input": shape.inputs, "output": shape.outputs}
+        diagonal = {name: self._is_long(d) for name, d in lengths.items()}
         diagonal["input"] |= shape.one_hot
         return {
-            name + "_diagonal" if diagonal[name] else name: (
+            name + DIAGONAL if diagonal[name] else name: (
                 (*shape.lead, d) if diagonal[name] else (*shape.lead, d, d)
             )
-            for name, d in sides.items()
+            for name, d in lengths.items()
         }
 
     def _is_long(self, d: int) -> bool:
@@ -113,7 +128,10 @@ class Kronecker(Block):
 
     def factors(self, statistics: Factors, weight: Array) -> Factors:
         """Divides inputs by the number of rows, outputs by that of batches."""
-        (a, a_is_full), (g, _) = _side(statistics, "input"), _side(statistics, "output")
+        first, second = split(statistics)
+        if second:
+            return join(self.factors(first, weight), self.factors(second, weight))
+        (a, a_is_full), (g, _) = sides(statistics)
         if "count" in statistics:
             rows = statistics["count"]
         else:
@@ -125,7 +143,8 @@ class Kronecker(Block):
 
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Factored Tikhonov damping (section 6.3)."""
-        (a, a_is_full), (g, g_is_full) = _sides(factors)
+        factors = nearest_product(factors)
+        (a, a_is_full), (g, g_is_full) = sides(factors)
         # π and 1/π at once: on scalars, compiling costs more than computing
         means = _means(factors)
         both = linalg.trace_pi(means, means[::-1])
@@ -143,19 +162,20 @@ class Kronecker(Block):
 
     def matvec(self, factors: Factors, v: Array) -> Array:
         """`A V G`."""
-        (a, a_is_full), (g, g_is_full) = _sides(factors)
+        (a, a_is_full), (g, g_is_full) = sides(nearest_product(factors))
         v = a @ v if a_is_full else a[..., :, None] * v
         return v @ g if g_is_full else v * g[..., None, :]
 
     def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
         """The outer product of both diagonals."""
-        a, g = (linalg.diagonal(x) if full else x for x, full in _sides(factors))
+        a, g = (part.diagonal for part in sides(nearest_product(factors)))
         return a[..., :, None] * g[..., None, :]
 
     def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
         """The joint eigenbasis `U_A ⊗ U_G`; exact damping adds λ to the products."""
+        factors = nearest_product(factors)
         (wa, ua), (wg, ug) = (
-            linalg.eigh(x) if full else (x, None) for x, full in _sides(factors)
+            linalg.eigh(x) if full else (x, None) for x, full in sides(factors)
         )
         pi = linalg.trace_pi(*_means(factors))[..., None]
 
@@ -177,21 +197,9 @@ class Kronecker(Block):
         return Spectrum(eigenvalues, to_basis, from_basis)
 
 
-def _side(factors: Factors, name: str) -> tuple[Array, bool]:
-    """One side's factor, and whether it is a full matrix or a diagonal."""
-    if name in factors:
-        return factors[name], True
-    return factors[name + "_diagonal"], False
-
-
-def _sides(factors: Factors) -> tuple[tuple[Array, bool], tuple[Array, bool]]:
-    return _side(factors, "input"), _side(factors, "output")
-
-
 def _means(factors: Factors) -> Array:
     """The mean eigenvalue of both sides, `[2, *e]`."""
-    sides = [linalg.diagonal(x) if full else x for x, full in _sides(factors)]
-    return linalg.mean_rows(sides)
+    return linalg.mean_rows([part.diagonal for part in sides(factors)])
 
 
 def _moment(x: Array, full: bool) -> Array:

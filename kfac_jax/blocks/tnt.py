@@ -31,6 +31,7 @@ class TNT(Kronecker):
     """
 
     row_statistics = frozenset()
+    handles_tied = False
 
     def __post_init__(self) -> None:
         """Checks the options."""

@@ -96,15 +96,17 @@ def _linear_layer(
 ) -> tuple[Layer, list[Site]] | None:
     own = _weight_uses(leaf, uses)
     sites = [use for use in own if isinstance(use, Site)]
-    if not sites or len(sites) != len(own) or sites[0].weight is None:
+    if not sites or len(sites) != len(own):
         return None
-    if any(site.weight is None or site.kind != sites[0].kind for site in sites):
+    oriented = _oriented(sites)
+    if oriented is None:
         return None
-    if len({site.weight[1] for site in sites if site.weight}) != 1:
-        return None
+    sites, tied = oriented
+    assert sites[0].weight is not None
     params = [(leaf, sites[0].weight[1], "weight")]
     bias = sites[0].bias
-    plain = sites[0].kind != "embedding"  # whose inputs have no place for a constant
+    # neither the inputs of a table nor both sides of a tied weight have a place for it
+    plain = sites[0].kind != "embedding" and not tied
     if plain and bias is not None and _joins(bias, sites, leaves[bias[0]], uses):
         params.append((leaves[bias[0]], bias[1], "bias"))
     else:
@@ -112,9 +114,32 @@ def _linear_layer(
     kind = sites[0].kind
     if kind == "scale" and len(params) == 2:
         kind = "scale_and_shift"
+    if tied:
+        kind = "tied"
     *lead, inputs, outputs = params[0][1].shape
     shape = (tuple(lead), inputs + len(params) - 1, outputs)
     return _layer(kind, params, sites, shape), sites
+
+
+def _oriented(sites: Sequence[Site]) -> tuple[list[Site], bool] | None:
+    """Marks the sites that use the first one's weight transposed, if there are any.
+
+    Those of a table come first. None if the sites are different linear maps.
+    """
+    tables = [site for site in sites if site.kind == "embedding"]
+    first = (tables or sites)[0]
+    result: list[Site] = []
+    for site in sites:
+        if first.weight is None or site.weight is None:
+            return None
+        if site.kind == first.kind and site.weight[1] == first.weight[1]:
+            result.append(site)
+        elif site.transposed == first.weight[1]:
+            result.append(dataclasses.replace(site, swapped=True))
+        else:
+            return None
+    tied = any(site.swapped for site in result)
+    return sorted(result, key=lambda site: site.swapped), tied
 
 
 def _joins(
@@ -162,9 +187,9 @@ def _layer(
     independent = len(sites[0].y_axes[0])
     split = len(lead) - independent
     joint = {role for _, _, role in params} == {"weight", "bias"}
-    one_hot = kind == "embedding"
+    one_hot, tied = sites[0].kind == "embedding", kind == "tied"
     block_shape = BlockShape(
-        lead[:split], lead[split:], inputs, outputs, joint, one_hot
+        lead[:split], lead[split:], inputs, outputs, joint, one_hot, tied
     )
     leaves = [leaf for leaf, _, _ in params]
     return Layer(
@@ -202,7 +227,8 @@ def _distinct(
 
 def _default_block(kind: str, sites: Sequence[Site]) -> Block:
     """Elementwise layers get their exact diagonal where one use can be summed."""
-    if kind in ("dense", "conv", "embedding") or _is_shared(sites) or _is_lost(sites):
+    matrix = kind in ("dense", "conv", "embedding", "tied")
+    if matrix or _is_shared(sites) or _is_lost(sites):
         return Kronecker()
     return Diagonal()
 
@@ -291,14 +317,8 @@ def _choose(
                 f"Layer '{layer.name}' ({layer.kind}) has no inputs and outputs to "
                 f"build {block!r} from; use Diagonal(), Identity() or None."
             )
-        lost = layer.tagged and _is_lost(sites)
-        shared = _is_shared(sites)
-        if (lost or shared) and block is not None and block.needs_examples:
-            reason = f"{block!r} sums within an example, and " + (
-                "this layer is used several times for each example"
-                if shared
-                else "which rows belong to one example could not be followed"
-            )
+        reason = _misfit(layer, sites, block)
+        if reason:
             result.extend(
                 (
                     _bare_layer(
@@ -311,6 +331,22 @@ def _choose(
             continue
         result.append((dataclasses.replace(layer, block=block), sites))
     return result
+
+
+def _misfit(layer: Layer, sites: Sequence[Site], block: Block | None) -> str:
+    """Why the block cannot be this layer's; empty if it can."""
+    if block is None or not layer.tagged:
+        return ""
+    if layer.shape.tied and not block.handles_tied:
+        return f"{block!r} is not for a weight that is used transposed too"
+    shared = _is_shared(sites)
+    if block.needs_examples and (shared or _is_lost(sites)):
+        return f"{block!r} sums within an example, and " + (
+            "this layer is used several times for each example"
+            if shared
+            else "which rows belong to one example could not be followed"
+        )
+    return ""
 
 
 def _as_rule(

@@ -15,6 +15,7 @@ KINDS = {
     "dense": "a weight contracted with data, with or without bias",
     "conv": "a convolution of any rank, with or without bias",
     "embedding": "rows of a table picked by integers",
+    "tied": "a weight that is used transposed too, as a table that is also the output",
     "scale": "an elementwise scale",
     "scale_and_shift": "an elementwise scale with the shift that follows it",
     "shift": "a parameter added to data that is not some layer's bias",
@@ -24,7 +25,7 @@ KINDS = {
 }
 """The kinds of layers, as `blocks={kind: ...}` knows them."""
 
-TAGGED = ("dense", "conv", "embedding", "scale", "scale_and_shift", "shift")
+TAGGED = ("dense", "conv", "embedding", "tied", "scale", "scale_and_shift", "shift")
 """Those with inputs and outputs that statistics are gathered from."""
 
 
@@ -104,10 +105,14 @@ class Layer:
         """Multiply-adds of one refresh of the inverses, d³ for a factor `[d, d]`."""
         if self.block is None:
             return 0
+        names = self.block.elementwise | self.block.carried
+        inverted = {name: x.shape for name, x in self.damped.items()}
+        if not self.shape.tied:  # whose factors are added up first
+            inverted |= self.factor_shapes
         return sum(
             math.prod(shape) * shape[-1]
-            for name, shape in self.factor_shapes.items()
-            if name not in self.block.elementwise | self.block.carried
+            for name, shape in inverted.items()
+            if name not in names
         )
 
     @property
@@ -116,6 +121,7 @@ class Layer:
         if not self.factor_shapes or not self.tagged:
             return 0
         moments = sum(math.prod(shape) for shape in self.factor_shapes.values())
+        moments /= len(self.shape.terms)  # about half of the rows are for either
         return self._rows_each * (moments + math.prod(self.shape.matrix))
 
     @property

@@ -1,0 +1,43 @@
+"""The two sides of a Kronecker product, each a full matrix or a diagonal."""
+
+from typing import NamedTuple
+
+from jax import Array
+
+from kfac_jax import linalg
+
+Factors = dict[str, Array]
+
+DIAGONAL = "_diagonal"
+"""What a factor's name ends in if only its diagonal is kept."""
+
+
+class Side(NamedTuple):
+    """One side's factor."""
+
+    array: Array  # [*e, d, d], or [*e, d] for a diagonal
+    is_full: bool
+
+    @property
+    def diagonal(self) -> Array:
+        """The diagonal, `[*e, d]`."""
+        return linalg.diagonal(self.array) if self.is_full else self.array
+
+
+def sides(factors: Factors) -> tuple[Side, Side]:
+    """The inputs' side and the outputs'."""
+    first, second = (
+        Side(factors[name], True)
+        if name in factors
+        else Side(factors[name + DIAGONAL], False)
+        for name in ("input", "output")
+    )
+    return first, second
+
+
+def named(inputs: Side, outputs: Side) -> Factors:
+    """Inverts `sides`."""
+    return {
+        name if part.is_full else name + DIAGONAL: part.array
+        for name, part in (("input", inputs), ("output", outputs))
+    }

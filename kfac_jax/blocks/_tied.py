@@ -1,0 +1,125 @@
+"""Weights that are used as they are and transposed: a sum of two Kronecker products.
+
+A table of embeddings that is also the output layer, or a decoder that shares the
+encoder's weights, has `F ≈ A ⊗ G + G' ⊗ A'`: A and G come from its own inputs and
+output gradients, A' and G' from those of its transpose, whose inputs meet the outputs'
+side. Factors of the second term have the prefix `transposed_`.
+
+Such a sum has no inverse that is made of factors. It is replaced by the Kronecker
+product nearest to it in the Frobenius norm, `X ⊗ Y`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax.blocks._sides import Factors, Side, named, sides
+
+TRANSPOSED = "transposed_"
+
+Pair = tuple[Side, Side]
+
+
+def join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+    """The factors (or statistics, or their shapes) of both terms in one mapping."""
+    return {**first, **{TRANSPOSED + name: value for name, value in second.items()}}
+
+
+def split(factors: Factors) -> tuple[Factors, Factors]:
+    """Inverts `join`; the second term is empty for a weight used in one way."""
+    start = len(TRANSPOSED)
+    first = {n: x for n, x in factors.items() if not n.startswith(TRANSPOSED)}
+    second = {n[start:]: x for n, x in factors.items() if n.startswith(TRANSPOSED)}
+    return first, second
+
+
+def nearest_product(factors: Factors) -> Factors:
+    """The factors X and Y of the nearest product; those of a single one as they are.
+
+    With the two terms written as `Σ_u w_u P_u ⊗ Q_u`, P and Q of norm one, laid out as
+    vectors, the sum is the matrix `P W Qᵀ`. Its best approximation of rank one is `X =
+    Σ_u a_u P_u` times `Y = Σ_u b_u Q_u`, where a is the leading eigenvector of `M = W
+    (QᵀQ) W (PᵀP)` and `b = W (PᵀP) a / (aᵀ (PᵀP) a)`. Inner products of semidefinite
+    matrices are not negative, so neither are the entries of M and a (Perron), and X and
+    Y are semidefinite.
+
+    References:
+      Van Loan & Pitsianis 1993, "Approximation with Kronecker products".
+    """
+    first, second = split(factors)
+    if not second:
+        return factors
+    (a, g), (other_a, other_g) = sides(first), sides(second)
+    p, q = (a, other_g), (g, other_a)
+    p_norms, q_norms = (jnp.stack([_norm(x) for x in pair]) for pair in (p, q))
+    tiny = jnp.finfo(p_norms.dtype).tiny
+    p_norms, q_norms = jnp.maximum(p_norms, tiny), jnp.maximum(q_norms, tiny)
+    # of the products only ratios matter, and they may be tiny themselves
+    log_w = jnp.log(p_norms) + jnp.log(q_norms)
+    largest = log_w.max(0, keepdims=True)
+    w = jnp.exp(log_w - largest)
+    p_cosine, q_cosine = _inner(p, p_norms), _inner(q, q_norms)
+    x = _leading(w, p_cosine, q_cosine)
+    mixed = x + p_cosine[None] * x[::-1]
+    y = w * mixed / jnp.maximum((x * mixed).sum(0, keepdims=True), tiny)
+    scale = jnp.exp(largest / 2)  # split evenly; π makes the damping ignore the split
+    return named(
+        _combine(scale * x / p_norms, p),
+        _combine(scale * y / q_norms, q),
+    )
+
+
+def _axes(x: Side) -> tuple[int, ...]:
+    return (-2, -1) if x.is_full else (-1,)
+
+
+def _norm(x: Side) -> Array:
+    """The Frobenius norm, `[*e]`; of numbers whose squares may underflow."""
+    largest = jnp.abs(x.array).max(_axes(x), keepdims=True)
+    scaled = x.array / jnp.maximum(largest, jnp.finfo(x.array.dtype).tiny)
+    return jnp.sqrt(jnp.square(scaled).sum(_axes(x))) * jnp.squeeze(largest, _axes(x))
+
+
+def _inner(pair: Pair, norms: Array) -> Array:
+    """The cosine of the angle between two matrices, `[*e]`."""
+    full = pair[0].is_full and pair[1].is_full
+    axes = (-2, -1) if full else (-1,)
+    x, y = (
+        (side.array if full else side.diagonal) / jnp.expand_dims(norm, axes)
+        for side, norm in zip(pair, norms, strict=True)
+    )
+    return jnp.maximum((x * y).sum(axes), 0)
+
+
+def _leading(w: Array, p_cosine: Array, q_cosine: Array) -> Array:
+    """The leading eigenvector of `W (QᵀQ) W (PᵀP)`, `[2, *e]`."""
+    both = w[0] * w[1]
+    top = jnp.square(w[0]) + both * p_cosine * q_cosine
+    bottom = jnp.square(w[1]) + both * p_cosine * q_cosine
+    right = jnp.square(w[0]) * p_cosine + both * q_cosine
+    left = jnp.square(w[1]) * p_cosine + both * q_cosine
+    half = (top - bottom) / 2
+    root = jnp.sqrt(jnp.square(half) + left * right)
+    # of the two rows of M - λ I, the one without cancellation
+    upper = jnp.stack([half + root, left])
+    lower = jnp.stack([right, root - half])
+    return jnp.where(half >= 0, upper, lower)
+
+
+def _combine(weights: Array, pair: Pair) -> Side:
+    """The sum with these weights, a diagonal only where both are."""
+    full = pair[0].is_full or pair[1].is_full
+    axes = (-2, -1) if full else (-1,)
+    first, second = (
+        jnp.expand_dims(weight, axes) * (_as_matrix(side) if full else side.array)
+        for weight, side in zip(weights, pair, strict=True)
+    )
+    return Side(first + second, full)
+
+
+def _as_matrix(x: Side) -> Array:
+    if x.is_full:
+        return x.array
+    return x.array[..., None] * jnp.eye(x.array.shape[-1], dtype=x.array.dtype)
