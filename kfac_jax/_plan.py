@@ -301,13 +301,14 @@ def tapped_program(
     traced: Traced, layers: Sequence[Layer], sites: Mapping[int, Sequence[Site]]
 ) -> Program:
     """The program with a tap at each site of each layer."""
-    taps: dict[int, Tap] = {}
+    taps: dict[int, list[Tap]] = {}
     owner: dict[int, int] = {}
     for index, layer in enumerate(layers):
         owner.update(dict.fromkeys(layer.leaves, index))
         for site in sites[index]:
             carried = tuple(layer.carried_shapes)
-            taps[site.output] = Tap(index, site.x, _gather(site, layer), carried)
+            tap = Tap(index, site.x, _gather(site, layer), carried)
+            taps.setdefault(site.output, []).append(tap)
     scanned = {
         node: frozenset(owner[leaf] for leaf in leaves)
         for node, leaves in traced.found.scanned.items()

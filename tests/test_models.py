@@ -1,5 +1,7 @@
 """Models of common libraries: every parameter is a layer, without a tag."""
 
+import functools
+
 import equinox as eqx
 import flax.linen as nn
 import haiku as hk
@@ -63,6 +65,16 @@ class Language(nn.Module):
         return nn.Dense(7, dtype=self.dtype)(self.norm(dtype=self.dtype)(x))
 
 
+class Tied(nn.Module):
+    """A transformer whose table is the output layer too, with more positions."""
+
+    @nn.compact
+    def __call__(self, ids):
+        embed = nn.Embed(7, 8)
+        positions = nn.Embed(9, 8)(jnp.arange(ids.shape[1]))
+        return embed.attend(nn.LayerNorm()(Block()(embed(ids) + positions)))
+
+
 class Step(nn.Module):
     """A rematerialised block as the body of a scan over layers."""
 
@@ -114,6 +126,30 @@ class ResNet(nn.Module):
             x = nn.Conv(width, (1, 1), strides)(x) if stride > 1 else x
             x = nn.relu(x + h)
         return nn.Dense(5)(x.mean((1, 2)))
+
+
+class ResNet18(nn.Module):
+    """The whole net."""
+
+    norm: str
+
+    @nn.compact
+    def __call__(self, x):
+        norm = {
+            "batch": functools.partial(nn.BatchNorm, use_running_average=False),
+            "group": nn.GroupNorm,
+        }[self.norm]
+        x = nn.relu(norm()(nn.Conv(64, (7, 7), (2, 2), use_bias=False)(x)))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for width, stride in [(64, 1), (64, 1), (128, 2), (128, 1), (256, 2), (256, 1)]:
+            strides = (stride, stride)
+            h = nn.Conv(width, (3, 3), strides, use_bias=False)(x)
+            h = nn.Conv(width, (3, 3), use_bias=False)(nn.relu(norm()(h)))
+            h = norm(scale_init=nn.initializers.zeros)(h)
+            if x.shape != h.shape:
+                x = norm()(nn.Conv(width, (1, 1), strides, use_bias=False)(x))
+            x = nn.relu(x + h)
+        return nn.Dense(1000)(x.mean((1, 2)))
 
 
 class UNet(nn.Module):
@@ -199,10 +235,27 @@ class Attention(nnx.Module):
         return self.head(self.rms_norm(x + self.attention(self.layer_norm(x))))
 
 
+class NormalizedConvolutions(nnx.Module):
+    """Convolutions with batch norm, whose statistics are not parameters."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Conv(3, 4, (3, 3), strides=(2, 2), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.depthwise = nnx.Conv(4, 4, (3, 3), feature_group_count=4, rngs=rngs)
+        self.head = nnx.Linear(4, 5, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.depthwise(nnx.relu(self.norm(self.first(x))))
+        return self.head(x.mean((1, 2)))
+
+
 def nnx_model(make):
     def build(x):
         graph, params, rest = nnx.split(make(), nnx.Param, ...)
-        return params, lambda params, x: nnx.merge(graph, params, rest)(x)
+        # copied: a batch norm writes its running averages
+        merge = functools.partial(nnx.merge, graph, copy=True)
+        return params, lambda params, x: merge(params, rest)(x)
 
     return build
 
@@ -265,6 +318,54 @@ def haiku_convolutions(x):
     return hk.Linear(3)(jax.nn.relu(hk.GroupNorm(2)(x)).mean((1, 2)))
 
 
+def haiku_resnet(x):
+    """The whole net, whose state is the running averages of its norms."""
+    model = hk.without_apply_rng(
+        hk.transform_with_state(lambda x: hk.nets.ResNet18(10)(x, is_training=True))
+    )
+    params, state = model.init(KEY, x)
+    return params, lambda params, x: model.apply(params, state, x)[0]
+
+
+def gpt(x):
+    """A GPT in plain JAX: stacked layers, scanned and rematerialised; a tied table."""
+    keys = iter(jax.random.split(KEY, 9))
+    new = lambda *shape: 0.1 * jax.random.normal(next(keys), shape)  # noqa: E731
+    layers, d, vocabulary = 3, 8, 7
+    params = {
+        "table": new(vocabulary, d),
+        "positions": new(10, d),
+        "layers": {
+            "qkv": new(layers, d, 3 * d),
+            "out": new(layers, d, d),
+            "up": new(layers, d, 4 * d),
+            "up_bias": jnp.zeros((layers, 4 * d)),
+            "down": new(layers, 4 * d, d),
+            "norm": jnp.ones((layers, d)),
+        },
+    }
+
+    def normalize(x, scale):
+        return scale * x / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
+
+    def attend(x, p):
+        b, t, _ = x.shape
+        qkv = (x @ p["qkv"]).reshape(b, t, 3, 2, d // 2)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True).reshape(b, t, d)
+
+    def block(x, p):
+        x = x + attend(normalize(x, p["norm"]), p) @ p["out"]
+        return x + jax.nn.gelu(x @ p["up"] + p["up_bias"]) @ p["down"], None
+
+    def apply(params, ids):
+        x = params["table"][ids] + params["positions"][: ids.shape[1]]
+        x, _ = jax.lax.scan(jax.checkpoint(block), x, params["layers"])
+        return x @ params["table"].T
+
+    return params, apply
+
+
 def ensemble(x):
     """Three nets at once."""
     params = {"w": jnp.ones((3, 4, 5)), "head": jnp.ones((3, 5, 2))}
@@ -288,6 +389,8 @@ MODELS = {
     "linen transformer, bf16": (linen(Language(dtype=jnp.bfloat16)), IDS),
     "linen transformer, scanned": (linen(Scanned()), IDS),
     "linen LSTM": (linen(Recurrent(nn.LSTMCell)), SEQUENCES),
+    "linen tied transformer": (linen(Tied()), IDS),
+    "linen LSTM, joined weights": (linen(Recurrent(nn.OptimizedLSTMCell)), SEQUENCES),
     "linen GRU": (linen(Recurrent(nn.GRUCell)), SEQUENCES),
     "linen ResNet, group norm": (linen(ResNet("group")), IMAGES),
     "linen ResNet, batch norm": (linen(ResNet("batch")), IMAGES),
@@ -303,22 +406,47 @@ MODELS = {
     "equinox attention": (equinox(EquinoxAttention), IDS),
     "equinox convolutions": (equinox(EquinoxConvolutions), IMAGES),
     "haiku convolutions": (haiku(haiku_convolutions), IMAGES),
+    "nnx convolutions": (nnx_model(NormalizedConvolutions), IMAGES),
+    "plain GPT": (gpt, IDS),
     "ensemble": (ensemble, SEQUENCES),
     "low rank": (low_rank, SEQUENCES),
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_is_covered(name):
-    build, x = MODELS[name]
-    params, apply = build(x)
+WHOLE = {
+    "linen ResNet-18, batch norm": linen(ResNet18("batch")),
+    "linen ResNet-18, group norm": linen(ResNet18("group")),
+    "haiku ResNet-18": haiku_resnet,
+}
 
+
+def loss_of(apply):
     def loss_fn(params, x):
         z = apply(params, x)
         z = z.reshape(-1, z.shape[-1])
         labels = jnp.zeros(len(z), int)
         return losses.softmax_cross_entropy_with_integer_labels(z, labels).mean()
 
+    return loss_fn
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_every_parameter_of_a_large_model_is_covered(name):
+    """From shapes alone: nothing is computed."""
+    x = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
+    params = jax.eval_shape(lambda x: WHOLE[name](x)[0], x)
+    apply = lambda params, x: WHOLE[name](x)[1](params, x)  # noqa: E731
+    plan = kfac_jax.make_curvature(loss_of(apply), params, x, on_unmatched="error")
+    covered = {"conv", "dense", "scale_and_shift", "scale", "shift"}
+    assert {layer.kind for layer in plan.layers} <= covered
+    assert sum(layer.kind == "conv" for layer in plan.layers) >= 15
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_is_covered(name):
+    build, x = MODELS[name]
+    params, apply = build(x)
+    loss_fn = loss_of(apply)
     curvature = kfac_jax.make_curvature(loss_fn, params, x, on_unmatched="error")
     assert {"generic", "unused"}.isdisjoint(layer.kind for layer in curvature.layers)
     gather = jax.jit(curvature.value_grad_and_statistics)

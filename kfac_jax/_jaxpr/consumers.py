@@ -20,7 +20,7 @@ from kfac_jax._jaxpr.outcomes import (
     plain_linear,
     row_examples,
 )
-from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.sites import Site, Windows
 from kfac_jax._jaxpr.view import Axis, Layout, Piece, View, axis_size, layout
 
 
@@ -54,7 +54,9 @@ def dot_general(
         *([view.axes[w_batch[i]]] for i in independent),
     ]
     ins, outs = [view.axes[a] for a in w_contract], [view.axes[a] for a in w_free]
-    found = layout(view, shapes[view.source], [*lead, ins, outs])
+    windows = _alone(view, (*w_contract, *w_free), "place")
+    shape = shapes[view.source]
+    found = layout(view, shape, [*lead, ins, outs], windows=windows)
     if found is None:
         return Refused("repeated or only partly used by `dot_general`")
     rows = (*(i for i in y_batch if repeated[i]), *first)
@@ -75,7 +77,9 @@ def dot_general(
         scans=view.scans,
         repeated=view.repeated,
         source=node.source,
-        transposed=layout(view, shapes[view.source], [*lead, outs, ins]),
+        x_places=_windows(view, w_contract, x_contract, "place"),
+        y_places=_windows(view, w_free, second, "place"),
+        transposed=layout(view, shape, [*lead, outs, ins], windows=windows),
     )
     return plain_linear(node, site)
 
@@ -134,10 +138,10 @@ def _elementwise(
         groups = [*([view.axes[a]] for a in features), [], []]
     else:
         groups = [[view.axes[a] for a in features]]
-    parts = _parts(view, features) if kind == "shift" else None
-    found = layout(
-        view, shapes[view.source], [*stacked, *groups], parts=parts is not None
-    )
+    windows: list[Piece] = []
+    if kind == "shift":
+        windows = [p for w in ("part", "place") for p in _alone(view, features, w)]
+    found = layout(view, shapes[view.source], [*stacked, *groups], windows=windows)
     if found is None:
         return Refused(f"repeated or only partly used by `{node.name}`")
     rows = tuple(i for i in range(len(shape)) if i not in features)
@@ -156,25 +160,27 @@ def _elementwise(
         scans=view.scans,
         repeated=view.repeated,
         source=node.source,
-        parts=parts or (),
+        parts=_windows(view, features, features, "part"),
+        y_places=_windows(view, features, features, "place"),
     )
     return plain_linear(node, site)
 
 
-def _parts(
-    view: View, features: Sequence[int]
-) -> tuple[tuple[int, int, int], ...] | None:
-    """Which axes are parts of the parameter, where, and of how much.
+def _alone(view: View, axes: Sequence[int], window: str) -> list[Piece]:
+    """Pieces with a "part" or "place" that are one of these axes."""
+    pieces = [view.only(axis) for axis in axes]
+    return [p for p in pieces if p is not None and getattr(p, window)]
 
-    None where a part is not an axis.
-    """
-    parts: list[tuple[int, int, int]] = []
-    for axis in features:
-        pieces = [piece for piece in view.axes[axis] if piece.size != 1]
-        if len(pieces) == 1 and pieces[0].part:
-            parts.append((axis, *pieces[0].part))
-    cut = sum(piece.part is not None for piece in view.order)
-    return tuple(parts) if len(parts) == cut else None
+
+def _windows(
+    view: View, axes: Sequence[int], others: Sequence[int], window: str
+) -> Windows:
+    """The windows of those pieces, on the axes of data that these axes meet."""
+    return tuple(
+        (other, *getattr(piece, window))
+        for axis, other in zip(axes, others, strict=True)
+        for piece in _alone(view, [axis], window)
+    )
 
 
 def scale(

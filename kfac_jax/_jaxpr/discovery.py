@@ -16,11 +16,10 @@ from typing import Any, cast
 import jax
 import jax.core
 import jax.numpy as jnp
-import numpy as np
 
-from kfac_jax._jaxpr import _compat, consumers, outcomes
+from kfac_jax._jaxpr import _compat, consumers, outcomes, view_rules
 from kfac_jax._jaxpr.convolution import convolution
-from kfac_jax._jaxpr.embedding import OneHot, embedding, picked_axis
+from kfac_jax._jaxpr.embedding import OneHot, embedding
 from kfac_jax._jaxpr.examples import State
 from kfac_jax._jaxpr.graph import (
     Atom,
@@ -75,7 +74,7 @@ def discover(
     for leaf, (value, shape) in enumerate(
         zip(graph.inputs[: len(leaf_shapes)], leaf_shapes, strict=True)
     ):
-        finder.views[value] = source_view(leaf, shape)
+        finder.views[value] = (source_view(leaf, shape),)
     finder.visit(graph, leaf_shapes)
     loss_examples = tuple(
         states.get(n.inputs[0]) if is_value(n.inputs[0]) else None for n in losses
@@ -147,7 +146,7 @@ class _Finder:
         self.live = live
         self.counts = counts
         self.states = states
-        self.views: dict[int, View] = {}
+        self.views: dict[int, tuple[View, ...]] = {}  # several of joined parameters
         self.known: dict[int, Any] = {}
         self.makers: dict[int, Node] = {}  # which equation a value comes from
         self.linear: dict[int, outcomes.Linear] = {}
@@ -157,8 +156,9 @@ class _Finder:
         self.one_hot = OneHot()
         self.steps = 1  # how often the equation at hand is run, scans included
 
-    def view(self, atom: Atom) -> View | None:
-        return self.views.get(atom) if is_value(atom) else None
+    def members(self, atom: Atom) -> tuple[View, ...]:
+        """The views that a value consists of; none for data."""
+        return self.views.get(atom, ()) if is_value(atom) else ()
 
     def value(self, atom: Atom) -> Any:
         """The value of a literal or of a constant; None if it is not known."""
@@ -177,19 +177,38 @@ class _Finder:
             self.produced.update(node.outputs)
 
     def _step(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
-        views = [self.view(atom) for atom in node.inputs]
+        members = [self.members(atom) for atom in node.inputs]
         if node.name == "kfac_layer" and read_inputs(node) == node.inputs[:1]:
-            views = views[:1]
-        if not any(views):
+            members = members[:1]
+        if not any(members):
             self._fold(node)
             self._follow_linear(node)
             self.one_hot.note(node)
             return
-        rule = VIEW_RULES.get(node.name)
-        moved = rule(self, node, views) if rule is not None else None
-        if moved is not None:
-            self.views[node.outputs[0]] = moved
+        joined = _joined(node, members)
+        if joined is not None:
+            self.views[node.outputs[0]] = joined
             return
+        choices = _one_at_a_time(members)
+        if choices is None:
+            views = [view for some in members for view in some]
+            self._refuse(node, views, f"joined and then combined by `{node.name}`")
+            return
+        rule = view_rules.TABLE.get(node.name)
+        moved = [rule(self, node, views) for views in choices] if rule else []
+        found = tuple(view for view in moved if view is not None)
+        if found and len(found) == len(choices):
+            self.views[node.outputs[0]] = found
+            return
+        for views in choices:
+            self._consume(node, views, shapes)
+
+    def _consume(
+        self,
+        node: Node,
+        views: Sequence[View | None],
+        shapes: Sequence[Sequence[int]],
+    ) -> None:
         consumer = CONSUMERS.get(node.name)
         outcome = (
             outcomes.Refused(f"consumed by `{node.name}`, which is not a layer")
@@ -210,7 +229,7 @@ class _Finder:
             site = dataclasses.replace(site, rows=rows * self.steps)
             outcome = dataclasses.replace(outcome, site=site)
         if isinstance(outcome, outcomes.Linear) and node.name in ("add", "sub"):
-            outcome = self._as_bias(node, outcome, shapes)
+            outcome = self._as_bias(node, views, outcome, shapes)
         if isinstance(outcome, outcomes.Linear):
             self.uses.append(outcome.site)
             self.linear[node.outputs[0]] = outcome
@@ -226,12 +245,16 @@ class _Finder:
                 self.uses.append(OtherUse(view.source, "unmatched", reason, line))
 
     def _as_bias(
-        self, node: Node, shift: outcomes.Linear, shapes: Sequence[Sequence[int]]
+        self,
+        node: Node,
+        views: Sequence[View | None],
+        shift: outcomes.Linear,
+        shapes: Sequence[Sequence[int]],
     ) -> outcomes.Linear:
         """Notes on the shift's site which linear output it is the bias of, if any."""
-        other = next((a for a in node.inputs if self.view(a) is None), None)
+        other = next((a for a in node.inputs if not self.members(a)), None)
         linear = self.linear.get(other) if isinstance(other, int) else None
-        view = next(v for v in map(self.view, node.inputs) if v is not None)
+        view = next(view for view in views if view is not None)
         if (
             linear is None
             or other is None
@@ -252,11 +275,12 @@ class _Finder:
         """Follows the output of a linear layer through views that keep it to itself."""
         atom = node.inputs[0] if node.inputs else None
         linear = self.linear.get(atom) if isinstance(atom, int) else None
-        rule = VIEW_RULES.get(node.name)
+        rule = view_rules.TABLE.get(node.name)
         if linear is None or rule is None or self.counts.get(cast("int", atom)) != 1:
             return
         moved = rule(self, node, [linear.view])
-        if moved is not None and len(node.inputs) == 1:
+        cut = node.name == "slice" and node.out_shape() != node.shape()
+        if moved is not None and len(node.inputs) == 1 and not cut:
             self.linear[node.outputs[0]] = dataclasses.replace(linear, view=moved)
 
     def _fold(self, node: Node) -> None:
@@ -287,65 +311,90 @@ class _Finder:
         return result
 
     def _enter(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
-        views = [self.view(atom) for atom in node.inputs]
+        members = [self.members(atom) for atom in node.inputs]
         offset = BODY_OFFSETS.get(node.name)
         if offset is None:
             live = any(out in self.live for out in node.outputs)
-            if live and any(views):
+            if live and any(members):
                 self._refuse(
                     node,
-                    views,
+                    [view for some in members for view in some],
                     f"enters `{node.name}`, which discovery does not look into",
                 )
             return
-        if node.name == "scan":
-            views = self._scan_views(node, views)
-        if node.name == "shard_map":
-            views = self._replicated(node, views)
+        inside = {"scan": self._scanned, "shard_map": self._replicated}.get(node.name)
+        if inside is not None:
+            entered = [
+                [inside(node, i, view) for view in some]
+                for i, some in enumerate(members)
+            ]
+            members = [
+                tuple(view for view in some if view is not None) for some in entered
+            ]
         steps = self.steps
         if node.name == "scan":
             self.steps *= _compat.scan_layout(node.params).length
         for body in node.bodies:
-            for value, view, atom in zip(
-                body.inputs, views[offset:], node.inputs[offset:], strict=True
+            for value, some, atom in zip(
+                body.inputs, members[offset:], node.inputs[offset:], strict=True
             ):
-                if view is not None:
-                    self.views[value] = view
+                if some:
+                    self.views[value] = some
                 elif node.name != "scan" and self.value(atom) is not None:
                     self.known[value] = self.value(atom)
             self.visit(body, shapes)
         self.steps = steps
 
-    def _replicated(
-        self, node: Node, views: Sequence[View | None]
-    ) -> list[View | None]:
-        """The views of operands of which every device gets the whole."""
-        result: list[View | None] = []
-        for view, spec in zip(views, node.params["in_specs"], strict=True):
-            if view is not None and any(name is not None for name in spec):
-                self._refuse(node, [view], "enters a shard_map in parts")
-                view = None
-            result.append(view)
-        return result
+    def _replicated(self, node: Node, i: int, view: View) -> View | None:
+        """The view of an operand of which every device gets the whole."""
+        if any(name is not None for name in node.params["in_specs"][i]):
+            self._refuse(node, [view], "enters a shard_map in parts")
+            return None
+        return view
 
-    def _scan_views(
-        self, node: Node, views: Sequence[View | None]
-    ) -> list[View | None]:
+    def _scanned(self, node: Node, i: int, view: View) -> View | None:
+        """The view that one step of a scan has of an operand."""
         layout = _compat.scan_layout(node.params)
         first_xs = layout.num_consts + layout.num_carry
-        result: list[View | None] = []
-        for i, view in enumerate(views):
-            if view is not None and layout.num_consts <= i < first_xs:
-                if node.bodies[0].inputs[i] in self.live:
-                    self._refuse(node, [view], "enters the carry of a scan")
-                view = None
-            elif view is not None and i >= first_xs:
-                self.scanned.setdefault(node, set()).add(view.source)
-                view = view.unstacked(node.outputs[0])
-            elif view is not None:
-                view = dataclasses.replace(view, repeated=True)
-            result.append(view)
-        return result
+        if i < layout.num_consts:
+            return dataclasses.replace(view, repeated=True)
+        if i < first_xs:
+            if node.bodies[0].inputs[i] in self.live:
+                self._refuse(node, [view], "enters the carry of a scan")
+            return None
+        self.scanned.setdefault(node, set()).add(view.source)
+        return view.unstacked(node.outputs[0])
+
+
+def _joined(node: Node, members: Sequence[tuple[View, ...]]) -> tuple[View, ...] | None:
+    """The views of parameters that are concatenated; None where they are not."""
+    if node.name != "concatenate" or not all(members):
+        return None
+    axis, start = node.params["dimension"], 0
+    total = node.out_shape()[axis]
+    result: list[View] = []
+    for i, some in enumerate(members):
+        for view in some:
+            placed = view.joined(axis, start, total)
+            if placed is None:
+                return None
+            result.append(placed)
+        start += node.shape(i)[axis]
+    return tuple(result)
+
+
+def _one_at_a_time(
+    members: Sequence[tuple[View, ...]],
+) -> list[list[View | None]] | None:
+    """The operands' views with one of several joined ones; None for two joints."""
+    several = [i for i, some in enumerate(members) if len(some) > 1]
+    if len(several) > 1:
+        return None
+    first: list[View | None] = [some[0] if some else None for some in members]
+    if not several:
+        return [first]
+    at = several[0]
+    return [[*first[:at], view, *first[at + 1 :]] for view in members[at]]
 
 
 LARGEST_FOLDED = 2**20
@@ -359,137 +408,6 @@ def _evaluated(node: Node, values: Sequence[Any]) -> Any:
         (result,) = _compat.evaluate(node.equation, values)
     return result
 
-
-ViewRule = Callable[[_Finder, Node, Sequence[View | None]], View | None]
-
-
-def _same(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
-    return views[0]
-
-
-def _slice(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
-    starts, strides = node.params["start_indices"], node.params["strides"]
-    if any(stride != 1 for stride in strides or ()):
-        return None
-    return _cut(node, views[0], starts)
-
-
-def _dynamic_slice(
-    finder: _Finder, node: Node, views: Sequence[View | None]
-) -> View | None:
-    """A slice from a place that is known."""
-    starts = [finder.value(atom) for atom in node.inputs[1:]]
-    if any(x is None or isinstance(x, jax.core.Tracer) for x in starts):
-        return None
-    limits = [n - m for n, m in zip(node.shape(), node.out_shape(), strict=True)]
-    clamped = [
-        max(0, min(int(start), limit))
-        for start, limit in zip(starts, limits, strict=True)
-    ]
-    return _cut(node, views[0], clamped)
-
-
-def _cut(node: Node, view: View | None, starts: Sequence[int]) -> View | None:
-    """Cuts the axes that get shorter."""
-    sizes = zip(node.shape(), node.out_shape(), strict=True)
-    for axis, (before, after) in enumerate(sizes):
-        if view is not None and before != after:
-            view = view.cut(axis, int(starts[axis]), after)
-    return view
-
-
-def _positions(
-    finder: _Finder, node: Node, views: Sequence[View | None]
-) -> View | None:
-    """Consecutive rows of a table, `w[jnp.arange(n)]`, as of positions."""
-    view, picked = views[0], picked_axis(node)
-    if view is None or picked is None:
-        return None
-    rows, length = node.shape(1)[:-1], node.shape(0)[picked.axis]
-    indices = finder.indices(node.inputs[1])
-    if indices is None or isinstance(indices, jax.core.Tracer):
-        return None
-    column = np.asarray(indices)[..., picked.column].reshape(-1)
-    start = int(column[0]) if column.size else 0
-    inside = 0 <= start and start + column.size <= length
-    if not inside or not np.array_equal(column, start + np.arange(column.size)):
-        return None
-    if column.size != length:
-        view = view.cut(picked.axis, start, column.size)
-        if view is None:
-            return None
-    features = [a for a in range(len(view.axes)) if a != picked.axis]
-    first = view.transpose([picked.axis, *features])
-    shape = [*rows, *(node.shape(0)[a] for a in features)]
-    outs = node.params["dimension_numbers"].offset_dims
-    order = iter(range(len(rows)))
-    places = [
-        len(rows) + outs.index(p) if p in outs else next(order)
-        for p in range(len(shape))
-    ]
-    split = first.reshape(shape)
-    return split and split.transpose(places)
-
-
-def _reshape(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
-    """May transpose first (as batched convolutions do)."""
-    view, order = views[0], node.params["dimensions"]
-    if view is not None and order is not None:
-        view = view.transpose(order)
-    return view and view.reshape(node.params["new_sizes"])
-
-
-def _tile(_: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
-    """Repeats axes of length one."""
-    shape, view = node.shape(), views[0]
-    if view is None or any(
-        n != 1 and times != 1
-        for n, times in zip(shape, node.params["reps"], strict=True)
-    ):
-        return None
-    return view.broadcast(node.out_shape(), range(len(shape)))
-
-
-def _multiply(finder: _Finder, node: Node, views: Sequence[View | None]) -> View | None:
-    """A scalar constant factor is part of the view (W * 2.0, W / sqrt(d))."""
-    if len(views) != 2 or (views[0] is None and views[1] is None):
-        return None
-    at = 0 if views[0] is not None else 1
-    view, factor = views[at], finder.value(node.inputs[1 - at])
-    if view is None or factor is None or getattr(factor, "size", 1) != 1:
-        return None
-    factor = factor.reshape(()) if getattr(factor, "ndim", 0) else factor
-    if node.name == "div":
-        if at:
-            return None
-        factor = 1.0 / factor
-    return view.scaled(factor)
-
-
-VIEW_RULES: dict[str, ViewRule] = {
-    "convert_element_type": _same,
-    "copy": _same,
-    "copy_p": _same,
-    "reduce_precision": _same,
-    "sharding_constraint": _same,
-    "name": _same,
-    "reshard": _same,
-    "pvary": _same,
-    "pcast": _same,
-    "transpose": lambda _, n, v: v[0] and v[0].transpose(n.params["permutation"]),
-    "slice": _slice,
-    "dynamic_slice": _dynamic_slice,
-    "gather": _positions,
-    "tile": _tile,
-    "squeeze": lambda _, n, v: v[0] and v[0].squeeze(n.params["dimensions"]),
-    "reshape": _reshape,
-    "broadcast_in_dim": lambda _, n, v: (
-        v[0] and v[0].broadcast(n.params["shape"], n.params["broadcast_dimensions"])
-    ),
-    "neg": lambda _, n, v: v[0] and v[0].scaled(-1.0),
-    "mul": _multiply,
-    "div": _multiply,
-}
 
 CONSUMERS: dict[str, Callable[..., outcomes.Outcome]] = {
     "dot_general": consumers.dot_general,

@@ -145,7 +145,7 @@ class OneHot:
         if site.kind != "dense" or found is None:
             return site
         indices, axis, size = found
-        if site.x_axes[0] or site.x_axes[2] != (axis,):
+        if site.x_axes[0] or site.x_axes[2] != (axis,) or site.x_places:
             return site
         return dataclasses.replace(
             site, kind="embedding", x=indices, vocabulary=size, drops=True

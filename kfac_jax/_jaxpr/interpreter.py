@@ -40,12 +40,12 @@ class Program:
 
     Attributes:
       graph: the program.
-      taps: by the id of the value.
+      taps: by the id of the value; several where parameters were joined.
       scanned: for each scan the layers whose parameters (and probes) it runs over.
     """
 
     graph: Graph
-    taps: Mapping[int, Tap]
+    taps: Mapping[int, Sequence[Tap]]
     scanned: Mapping[Node, frozenset[int]]
 
 
@@ -100,8 +100,9 @@ def _run(
         else:
             outputs = _compat.evaluate(node.equation, operands)
         for value, result in zip(node.outputs, outputs, strict=True):
-            tap = program.taps.get(value) if probes is not None else None
-            if tap is not None and probes is not None and tap.layer in probes:
+            for tap in program.taps.get(value, ()):
+                if probes is None or tap.layer not in probes:
+                    continue
                 x = None if tap.x is None else read(tap.x)
                 with _compat.under(node.equation):
                     result = _tag(tap, result, x, probes[tap.layer])

@@ -3,12 +3,16 @@
 import dataclasses
 from typing import Any, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax._jaxpr.graph import Atom
 from kfac_jax._jaxpr.view import Layout
+
+Windows = tuple[tuple[int, int, int], ...]
+"""For some axes: which, where the window begins, and a length."""
 
 
 class Patches(Protocol):
@@ -60,6 +64,9 @@ class Site:
       swapped: whether the layer has the weight in that layout.
       parts: for axes of `y` along which only a part of the parameter is used: the axis,
         where the part begins, and the length of the whole.
+      x_places: for axes of `x` that meet several joined parameters: the axis, where
+        this one's entries begin, and how many they are.
+      y_places: the same for axes of `y`.
     """
 
     kind: str
@@ -81,7 +88,9 @@ class Site:
     drops: bool = False
     transposed: Layout | None = None
     swapped: bool = False
-    parts: tuple[tuple[int, int, int], ...] = ()
+    parts: Windows = ()
+    x_places: Windows = ()
+    y_places: Windows = ()
 
     def canonical(
         self, x: Array | None, dy: Array, homogeneous: bool
@@ -104,7 +113,8 @@ class Site:
         if self.convolution is not None:
             assert x is not None
             x, dy = self.convolution.inputs(x), self.convolution.outputs(dy)
-        dy = self._whole(dy)
+        x = None if x is None else _windowed(x, self.x_places)
+        dy = self._whole(_windowed(dy, self.y_places))
         shape = dy.shape
         dy = self._rows(dy, self.y_axes)
         active = jnp.abs(dy).max(-1, keepdims=True) != 0
@@ -158,6 +168,12 @@ class Site:
             value = jnp.moveaxis(value, e + at + 1, e)
             return value.reshape((*head, self.examples.size, -1, size))
         return value.reshape((*head, -1, 1, size))
+
+
+def _windowed(value: Array, windows: Windows) -> Array:
+    for axis, start, size in windows:
+        value = jax.lax.slice_in_dim(value, start, start + size, axis=axis)
+    return value
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -4,13 +4,13 @@ The axes of a view are lists of *pieces*. A piece is a run of the source array's
 reshape splits axes into pieces, a transposition reorders them) or, where it is `new`,
 an axis along which the source is repeated. A value is a view exactly when each axis is
 a product of pieces, which holds for everything that reshapes, transposes and broadcasts
-make of a weight except a reshape that cuts across pieces. A slice makes of a piece a
-*part* of one.
+make of a weight except a reshape that cuts across pieces. A slice leaves a *part* of a
+piece; joined to other arrays it has a *place* among them.
 """
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 
@@ -22,16 +22,25 @@ class Piece:
       size: how long it is.
       new: whether it repeats the source.
       part: where it begins in a longer run of the source, and how long that is.
+      place: where in it the source's entries begin, and how many they are; the others
+        are not of this source.
     """
 
     size: int
     new: bool = False
     part: tuple[int, int] | None = None
+    place: tuple[int, int] | None = None
 
     @property
     def whole(self) -> int:
-        """The length of the run that it is a part of, or its own."""
-        return self.part[1] if self.part else self.size
+        """How long a run of the source it stands for."""
+        window = self.part or self.place
+        return window[1] if window else self.size
+
+    @property
+    def plain(self) -> bool:
+        """Whether its entries are the source's, one for one."""
+        return not (self.new or self.part or self.place)
 
 
 Axis = tuple[Piece, ...]
@@ -88,13 +97,31 @@ class View:
 
     def cut(self, axis: int, start: int, size: int) -> "View | None":
         """Slices an axis that is one piece of the source; None for other axes."""
-        pieces = [piece for piece in self.axes[axis] if piece.size != 1]
+        piece = self.only(axis)
         # parts of one entry would be dropped, as all pieces of that size are
-        if len(pieces) != 1 or pieces[0].new or pieces[0].part or size == 1:
+        if piece is None or not piece.plain or size == 1:
             return None
-        part = Piece(size, part=(start, pieces[0].size))
-        order = _split(self.order, {pieces[0]: (part,)})
-        axes = (*self.axes[:axis], (part,), *self.axes[axis + 1 :])
+        return self._replaced(axis, piece, Piece(size, part=(start, piece.size)))
+
+    def joined(self, axis: int, start: int, total: int) -> "View | None":
+        """Joins it to other arrays along an axis that is one piece of the source."""
+        piece, view = self.only(axis), self
+        if axis_size(self.axes[axis]) == 1:  # its piece may have been dropped
+            piece = Piece(1)
+            view = dataclasses.replace(self, order=(piece, *self.order))
+        if piece is None or not piece.plain:
+            return None
+        placed = Piece(total, place=(start, piece.size))
+        return view._replaced(axis, piece, placed)
+
+    def only(self, axis: int) -> Piece | None:
+        """The one piece (longer than one) that an axis consists of."""
+        pieces = [piece for piece in self.axes[axis] if piece.size != 1]
+        return pieces[0] if len(pieces) == 1 else None
+
+    def _replaced(self, axis: int, old: Piece, new: Piece) -> "View":
+        order = _split(self.order, {old: (new,)})
+        axes = (*self.axes[:axis], (new,), *self.axes[axis + 1 :])
         return dataclasses.replace(self, order=order, axes=axes)
 
     def reshape(self, shape: Sequence[int]) -> "View | None":
@@ -108,7 +135,7 @@ class View:
             while rest > 1:
                 piece = queue.pop(0)
                 if rest % piece.size:
-                    if piece.size % rest or piece.part:
+                    if piece.size % rest or not (piece.plain or piece.new):
                         return None
                     head = Piece(rest, piece.new)
                     tail = Piece(piece.size // rest, piece.new)
@@ -181,7 +208,7 @@ def layout(
     source_shape: Sequence[int],
     groups: Sequence[Sequence[Axis]],
     *,
-    parts: bool = False,
+    windows: Collection[Piece] = (),
 ) -> Layout | None:
     """The layout that makes each of `groups` (of the view's axes) one matrix axis.
 
@@ -189,7 +216,7 @@ def layout(
       view: the view.
       source_shape: the shape of its source.
       groups: axes of the view.
-      parts: whether parts of the source stand for all of it.
+      windows: parts and joined pieces that may stand for all of the source's.
 
     Returns:
       The layout of the whole source; None where the groups do not hold every entry
@@ -199,7 +226,7 @@ def layout(
     target = [p for group in groups for axis in group for p in axis if p.size != 1]
     if len(target) != len(order) or set(target) != set(order):
         return None
-    if not parts and any(piece.part for piece in order):
+    if not all(piece.plain or piece in windows for piece in order):
         return None
     shape = tuple(math.prod(p.whole for a in group for p in a) for group in groups)
     position = {piece: i for i, piece in enumerate(order)}
