@@ -1,0 +1,422 @@
+"""Every refusal that has no test elsewhere, and a check that none is left without one.
+
+`REASONS` are those why a parameter has no layer, `ERRORS` those that are raised. Their
+keys are parts of the messages.
+"""
+
+import ast
+import functools
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import models
+import optax
+import pytest
+
+import kfac_jax
+from kfac_jax.losses import squared_error
+
+X, IMAGES = models.array(0, 4, 3), models.array(1, 4, 4, 2, 2)
+conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1))
+
+
+def loss_of(apply):
+    def loss_fn(params, x):
+        z = jnp.tanh(apply(params, x))
+        return squared_error(z.reshape(len(z), -1)).sum(-1).mean()
+
+    return loss_fn
+
+
+def params_of(*shapes):
+    """Parameters "a", "b", ..., of these shapes."""
+    names = "abc"[: len(shapes)]
+    return {
+        name: models.array(i, *s)
+        for i, (name, s) in enumerate(zip(names, shapes, strict=True))
+    }
+
+
+# ------------------------------------------------------ why a parameter has no layer
+
+
+def tagged_under_vmap(p, x):
+    def each(scale, x):
+        return kfac_jax.register_scale_and_shift(x * scale, x, scale)
+
+    return jax.vmap(each, (0, 1), 1)(p["a"], x)
+
+
+def tagged_with_a_part(p, x):
+    scale = p["a"][:3]
+    y = x * jnp.broadcast_to(scale, x.shape)
+    return kfac_jax.register_scale_and_shift(y, x, scale)
+
+
+def tagged_with_two_shapes(p, x):
+    scale, shift = p["a"], jnp.broadcast_to(p["b"], (3,))
+    y = x * jnp.broadcast_to(scale, x.shape) + jnp.broadcast_to(shift, x.shape)
+    return kfac_jax.register_scale_and_shift(y, x, scale, shift)
+
+
+def tagged_with_a_repeated_weight(p, x):
+    w = jnp.broadcast_to(p["a"], (3, 3))
+    return kfac_jax.register_dense(x @ w, x, w)
+
+
+def tagged_with_a_function_of_a_weight(p, x):
+    w = jnp.exp(p["b"])
+    return kfac_jax.register_dense(x @ w, x, w, p["a"])
+
+
+REASONS = {  # the parameters' shapes, and their use
+    "multiplied with another parameter": (
+        [(3, 2), (2, 2)],
+        lambda p, x: x @ (p["a"] @ p["b"]),
+    ),
+    "combined with another parameter by `add`": (
+        [(3, 2), (3, 2)],
+        lambda p, x: x @ (p["a"] + p["b"]),
+    ),
+    "joined and then combined by `add`": (
+        [(1, 2), (2, 2)],
+        lambda p, x: (
+            x @ (jnp.concatenate([p["a"], p["b"]]) + jnp.concatenate([p["b"], p["a"]]))
+        ),
+    ),
+    "repeated or only partly used by `dot_general`": (
+        [(2,)],
+        lambda p, x: x @ jnp.broadcast_to(p["a"], (3, 2)),
+    ),
+    "repeated or only partly used by `mul`": (
+        [(5,)],
+        lambda p, x: x * jnp.broadcast_to(p["a"][:3], x.shape),
+    ),
+    "repeated or only partly used by `concatenate`": (
+        [(5,)],
+        lambda p, x: jnp.concatenate([x, jnp.broadcast_to(p["a"][:3], x.shape)], 1),
+    ),
+    "repeated or only partly used by `gather`": (
+        [(3,)],
+        lambda p, x: jnp.broadcast_to(p["a"], (2, 3))[(x[:, 0] > 0).astype(int)],
+    ),
+    "broadcast against data by `mul` in an unusual way": (
+        [()],
+        lambda p, x: x * p["a"],
+    ),
+    "concatenated with another parameter": (
+        [(4, 3), (4, 3)],
+        lambda p, x: x + jnp.concatenate([p["a"][:2], p["b"][:2]]),
+    ),
+    "concatenated with data without one copy for each example": (
+        [(4, 1)],
+        lambda p, x: jnp.concatenate([x, p["a"]], 1),
+    ),
+    "but an operand is not a view of a parameter": (
+        [(2,), (3, 2)],
+        tagged_with_a_function_of_a_weight,
+    ),
+    "but the layer's input is a parameter": (
+        [(4, 3), (3, 2)],
+        lambda p, x: (
+            x[:, :2] + kfac_jax.register_dense(p["a"] @ p["b"], p["a"], p["b"])
+        ),
+    ),
+    "tagged as dense, but a parameter is repeated or partly used": (
+        [(3,)],
+        tagged_with_a_repeated_weight,
+    ),
+    "tagged as scale_and_shift under a vmap over its parameters": (
+        [(3,)],
+        tagged_under_vmap,
+    ),
+    "tagged as scale_and_shift, but a parameter is partly used": (
+        [(5,)],
+        tagged_with_a_part,
+    ),
+    "tagged as scale_and_shift with shapes that do not match": (
+        [(3,), ()],
+        tagged_with_two_shapes,
+    ),
+    "convolved in groups that do not match its axes": (
+        [(3, 2, 2, 2, 2)],
+        lambda p, x: conv(
+            x, p["a"].reshape(6, 2, 2, 2), padding="SAME", feature_group_count=2
+        ),
+    ),
+    "convolved with data as the kernel": (
+        [(4, 4, 2, 2)],
+        lambda p, x: conv(p["a"], x, padding="SAME"),
+    ),
+    "consumed by `sort`, which is not a layer": (
+        [(3,)],
+        lambda p, x: x + jnp.sort(p["a"])[None],
+    ),
+    "which discovery does not look into": (
+        [(3,)],
+        lambda p, x: jax.lax.while_loop(
+            lambda x: x.sum() > 1.0, lambda x: x * p["a"][None], x
+        ),
+    ),
+    "no registered loss depends on it": ([(3,)], lambda p, x: x),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons(reason):
+    shapes, apply = REASONS[reason]
+    params = params_of(*shapes)
+    x = IMAGES if "convolved" in reason else X
+    plan = kfac_jax.make_curvature(loss_of(apply), params, x, on_unmatched="ignore")
+    assert any(reason in layer.reason for layer in plan.layers), plan
+
+
+# ------------------------------------------------------------------ what is raised
+
+W = {"w": models.array(2, 3, 2)}
+
+
+def plain(params, x):
+    return squared_error(x @ params["w"]).sum(-1).mean()
+
+
+@functools.cache
+def plan():
+    return kfac_jax.make_curvature(plain, W, X, estimation_mode="ggn_exact")
+
+
+def loss_within(control):
+    """A loss registered where `control(function)` calls it."""
+
+    def loss_fn(params, x):
+        def inside():
+            return squared_error(x @ params["w"]).sum(-1).mean()
+
+        return control(inside)
+
+    return kfac_jax.make_curvature(loss_fn, W, X)
+
+
+def twice(inside):
+    start = 0, jnp.zeros(())
+    return jax.lax.while_loop(
+        lambda c: c[0] < 2, lambda c: (c[0] + 1, inside() / 2 + c[1]), start
+    )[1]
+
+
+def sometimes(inside):
+    return jax.lax.cond(inside() > -1.0, inside, lambda: 0.0)
+
+
+def changed():
+    def by_size(params, x):
+        layer = x @ params["w"] if len(x) == 4 else x[:, :2] * params["w"][:1]
+        return squared_error(layer).sum(-1).mean()
+
+    made = kfac_jax.make_curvature(by_size, W, X, estimation_mode="ggn_exact")
+    made.value_grad_and_statistics(W, X[:3])
+
+
+def hidden():
+    value, _, statistics = plan().value_grad_and_statistics(W, X)
+    tx = kfac_jax.kfac(plan(), kfac_jax.QuadraticModel())
+    node = {"w": optax.MaskedNode()}
+    tx.update(node, tx.init(W), node, statistics=statistics, value=value, args=(X,))
+
+
+def with_transposed_factors():
+    factors = plan().init_factors(W)
+    plan().approximation({"w": {**factors["w"], "input": jnp.eye(2)}})
+
+
+def integer_labels():
+    logits = jnp.ones((4, 3))
+    kfac_jax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.ones(3, int))
+
+
+def disagreeing():
+    y = jnp.ones((6, 2))
+    kfac_jax.make_curvature(
+        lambda p, x, y: squared_error(x @ p["w"], y).mean(), W, X, y
+    )
+
+
+def unmatched(**options):
+    apply = lambda p, x: x @ jnp.exp(p["a"])  # noqa: E731
+    kfac_jax.make_curvature(loss_of(apply), params_of((3, 2)), X, **options)
+
+
+def full_of_two_uses():
+    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["a"]  # noqa: E731
+    block = {"a": kfac_jax.blocks.Full()}
+    kfac_jax.make_curvature(loss_of(apply), params_of((3, 3)), X, blocks=block)
+
+
+def full_of_a_generic():
+    apply = lambda p, x: x @ kfac_jax.register_generic(p["a"])  # noqa: E731
+    block = {"a": kfac_jax.blocks.Full()}
+    kfac_jax.make_curvature(loss_of(apply), params_of((3, 2)), X, blocks=block)
+
+
+ERRORS = {  # the type, and what raises it
+    "must have an entry for each layer of the plan": (
+        ValueError,
+        lambda: plan().approximation({}),
+    ),
+    "Use what this very plan returned": (ValueError, with_transposed_factors),
+    "so that it is not always computed": (ValueError, lambda: loss_within(sometimes)),
+    "which kfac_jax cannot bring out": (ValueError, lambda: loss_within(twice)),
+    "Expected one batch size": (ValueError, disagreeing),
+    "Make a new plan with make_curvature for these arguments": (ValueError, changed),
+    "has parameters hidden by a mask": (ValueError, hidden),
+    "statistics_fraction (τ1) must be in (0, 1]": (
+        ValueError,
+        lambda: kfac_jax.make_curvature(plain, W, X, statistics_fraction=2.0),
+    ),
+    "estimation_mode must be one of": (
+        ValueError,
+        lambda: kfac_jax.make_curvature(plain, W, X, estimation_mode="fisher"),
+    ),
+    "l2 (η) must be finite and at least 0": (
+        ValueError,
+        lambda: kfac_jax.make_curvature(plain, W, X, l2=-1.0),
+    ),
+    "must return a pair (loss, aux)": (
+        TypeError,
+        lambda: kfac_jax.make_curvature(plain, W, X, has_aux=True),
+    ),
+    "decay (ε) must be in [0.0, 1.0); got 2.0.": (
+        ValueError,
+        lambda: kfac_jax.kfac(plan(), decay=2.0),
+    ),
+    "momentum must be a number, a schedule or None; got str.": (
+        TypeError,
+        lambda: kfac_jax.kfac(plan(), momentum="nesterov"),
+    ),
+    "distribution must be None": (
+        ValueError,
+        lambda: kfac_jax.kfac(plan(), distribution="data"),
+    ),
+    "measures whole steps; use kfac(...)": (
+        TypeError,
+        lambda: kfac_jax.scale_by_kfac(plan(), kfac_jax.LevenbergMarquardt(1.0)),
+    ),
+    "norm_constraint limits steps of a given learning rate": (
+        ValueError,
+        lambda: kfac_jax.kfac(plan(), kfac_jax.QuadraticModel(), norm_constraint=1.0),
+    ),
+    "momentum=None lets the quadratic model choose it": (
+        ValueError,
+        lambda: kfac_jax.kfac(plan(), momentum=None),
+    ),
+    "every (T1) must be an integer ≥ 1": (
+        ValueError,
+        lambda: kfac_jax.LevenbergMarquardt(1.0, every=0),
+    ),
+    "factor (ω1) must be in (0, 1)": (
+        ValueError,
+        lambda: kfac_jax.LevenbergMarquardt(1.0, factor=1.0),
+    ),
+    "fraction (τ2) must be in (0, 1]": (
+        ValueError,
+        lambda: kfac_jax.QuadraticModel(fraction=0.0),
+    ),
+    "Make a new plan with make_curvature, or pass the tree it was made with": (
+        ValueError,
+        lambda: plan().init_factors({"v": W["w"]}),
+    ),
+    "Pass the tree the plan was made with.": (
+        ValueError,
+        lambda: kfac_jax.make_curvature(
+            lambda p, x: plain(p["net"], x), {"net": {**W, "b": jnp.ones(2)}}, X
+        ).init_factors({"net": W["w"]}),
+    ),
+    "Make a new plan with make_curvature for new shapes": (
+        ValueError,
+        lambda: plan().init_factors({"w": jnp.ones((3, 3))}),
+    ),
+    "blocks must hold blocks, not classes": (
+        TypeError,
+        lambda: kfac_jax.make_curvature(plain, W, X, blocks=kfac_jax.blocks.Full),
+    ),
+    "Full() sums within an example, and ": (UserWarning, full_of_two_uses),
+    "use Diagonal(), Identity() or None": (ValueError, full_of_a_generic),
+    "are expected for logits": (ValueError, integer_labels),
+    "that no layer covers a diagonal block": (UserWarning, unmatched),
+    "tag it with register_generic": (
+        ValueError,
+        functools.partial(unmatched, on_unmatched="error"),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", ERRORS)
+def test_errors(message):
+    error, function = ERRORS[message]
+    catch = pytest.warns if error is UserWarning else pytest.raises
+    with catch(error, match=re.escape(message)):
+        function()
+
+
+# ------------------------------------------------------------------ none is left out
+
+SOURCE, TESTS = (pathlib.Path(x).parent for x in (kfac_jax.__file__, __file__))
+WITHOUT = {
+    "tagged as {}, for which there is no block yet": "all tags have one",
+    "used as indices by `gather`": "parameters that index are compared with 0 first",
+}
+"""Messages that cannot be provoked, and why."""
+
+
+def text(node):
+    """A string as it is written in the source, with `{}` for what is filled in."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else "{}"
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(text, node.values))
+    return "{}"
+
+
+def messages():
+    """Strings in what is raised, and in what says why something is no layer."""
+    finders = ("layers", "_jaxpr")  # where functions return reasons
+    makers = ("Refused", "_refuse", "_bare_layer", "OtherUse", "warn")
+    for file in sorted(SOURCE.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            function = getattr(node, "func", None)
+            called = getattr(function, "id", getattr(function, "attr", ""))
+            targets = [getattr(t, "id", "") for t in getattr(node, "targets", [])]
+            says = isinstance(node, ast.Raise) or called in makers
+            reason = isinstance(node, ast.Return) and file.parent.name in finders
+            if not (says or reason or targets == ["reason"]):
+                continue
+            inner = [part for part in ast.walk(node) if isinstance(part, ast.JoinedStr)]
+            parts = {id(v) for joined in inner for v in joined.values}
+            for part in ast.walk(node):
+                if id(part) not in parts and len(re.findall(r"\w+ ", text(part))) > 2:
+                    yield f"{file.name}:{node.lineno}", text(part)
+
+
+def expected_by_tests():
+    """Phrases in the tests' strings, without what is special in regular expressions."""
+    for file in sorted(TESTS.glob("test_*.py")):
+        nodes = [*ast.walk(ast.parse(file.read_text()))]
+        docstrings = [n.value for n in nodes if isinstance(n, ast.Expr)]
+        for node in nodes:
+            if isinstance(node, ast.Constant) and node not in docstrings:
+                for phrase in re.split(r"\\.|[.*|?+^$\n\[\]{}]", str(node.value)):
+                    if len(phrase) >= 10 and " " in phrase.strip():
+                        yield phrase
+
+
+def test_every_message_is_expected_by_a_test():
+    phrases, keys = {*expected_by_tests()}, [*REASONS, *ERRORS, *WITHOUT]
+    missing = []
+    for place, message in messages():
+        pattern = ".*".join(map(re.escape, message.split("{}")))
+        here = any(key in message or re.search(pattern, key) for key in keys)
+        if not here and not any(phrase in message for phrase in phrases):
+            missing.append(f"{place}: {message}")
+    assert not missing, "\n".join(missing)
