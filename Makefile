@@ -13,7 +13,8 @@ PYTEST := $(BIN)/python -m pytest
 export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
-.PHONY: test test-slow doctest lint format types docs demo clean
+.PHONY: test test-slow doctest lint format types docs clean
+.PHONY: demo classifier language-model
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
@@ -40,6 +41,12 @@ docs: $(VENV)/docs.stamp
 
 demo: $(VENV)/examples.stamp
 	$(BIN)/python examples/autoencoder.py
+
+classifier: $(VENV)/examples.stamp
+	$(BIN)/python examples/classifier.py
+
+language-model: $(VENV)/examples.stamp
+	$(BIN)/python examples/language_model.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist site

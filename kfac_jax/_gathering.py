@@ -120,6 +120,20 @@ def _squares(layers: Sequence[Layer], gradients: Sequence[Array]) -> Sums:
     }
 
 
+def _repeated(
+    sums: dict[str, Array], row_statistics: frozenset[str], cases: int
+) -> dict[str, Array]:
+    """The statistics of a constant that stands for as many rows as there are cases.
+
+    The output's gradient is the sum over cases. Its square has the expectation of the
+    sum of squares, as the sampled gradients of cases are independent with mean zero.
+    """
+    return {
+        name: value * cases if name in row_statistics else value
+        for name, value in sums.items()
+    }
+
+
 def site_statistics(
     site: Site,
     block: Block,
@@ -148,6 +162,8 @@ def site_statistics(
     def gathered(site: Site, x: Array | None, dy: Array) -> dict[str, Array]:
         rows = site.canonical(x, dy, shape.homogeneous)
         sums = block.statistics(*rows, shape.terms[site.swapped], **carried)
+        if site.cases:
+            sums = _repeated(sums, block.row_statistics, site.cases)
         return join({}, sums) if site.swapped else sums
 
     conv = site.convolution

@@ -16,6 +16,7 @@ from kfac_jax import _batch, _estimation, _report
 from kfac_jax._gathering import site_statistics
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
+from kfac_jax._jaxpr.constants import mixed
 from kfac_jax._jaxpr.discovery import Found, discover
 from kfac_jax._jaxpr.interpreter import Gather, Probe, Program, Tap, run
 from kfac_jax._jaxpr.sites import Site
@@ -174,12 +175,21 @@ def _check_scalar(loss: Any, has_aux: bool) -> None:
 
 
 def group_layers(
-    traced: Traced, tree: TreeSpec, blocks: BlocksSpec, weight_sharing: str
+    traced: Traced,
+    tree: TreeSpec,
+    blocks: BlocksSpec,
+    weight_sharing: str,
+    estimation_mode: str,
 ) -> tuple[list[Layer], Mapping[int, list[Site]]]:
     """Groups what was found into layers with blocks; see `layers.group`."""
-    return group(
-        traced.found.uses, tree.paths, tree.shapes, tree.dtypes, blocks, weight_sharing
-    )
+    uses = traced.found.uses
+    if not _estimation.needs_rng(estimation_mode):
+        where = f"; only sampled modes can tell them apart, not {estimation_mode!r}"
+        uses = [
+            mixed(use, where) if isinstance(use, Site) and use.cases else use
+            for use in uses
+        ]
+    return group(uses, tree.paths, tree.shapes, tree.dtypes, blocks, weight_sharing)
 
 
 def apply_policy(

@@ -242,7 +242,11 @@ class Curvature:
           ValueError: if the program's layers are not the plan's.
         """
         layers, sites = _plan.group_layers(
-            traced, self.tree, self.blocks, self.weight_sharing
+            traced,
+            self.tree,
+            self.blocks,
+            self.weight_sharing,
+            self.estimation_mode,
         )
         layers = _plan.apply_policy(layers, self.on_unmatched, quiet=True)
         mine = [_plan.signature(layer) for layer in self.layers]
@@ -493,7 +497,9 @@ def make_curvature(
     check_weight_sharing(weight_sharing)
     tree = _plan.tree_spec(params)
     traced = _plan.trace(loss_fn, has_aux, tree, params, args)
-    layers, _ = _plan.group_layers(traced, tree, blocks, weight_sharing)
+    layers, _ = _plan.group_layers(
+        traced, tree, blocks, weight_sharing, estimation_mode
+    )
     layers = _plan.apply_policy(layers, on_unmatched, quiet=False)
     if statistics_fraction < 1.0:
         _batch.batch_size(args)

@@ -278,9 +278,8 @@ def oracle(name):
 
 def make(problem, **options):
     loss_fn, args = problem
-    return kfac_jax.make_curvature(
-        loss_fn, PARAMS, *args, estimation_mode="ggn_exact", **options
-    )
+    options = {"estimation_mode": "ggn_exact"} | options
+    return kfac_jax.make_curvature(loss_fn, PARAMS, *args, **options)
 
 
 def by_name(plan):
@@ -399,7 +398,7 @@ def test_blocks_that_sum_within_an_example_refuse_several_uses(block):
     assert [layer.kind for layer in weights] == ["unmatched"] * 3
 
 
-# ----------------------------------------------------------------- what is not covered
+# ------------------------------------------------------------- what all points share
 
 
 def along_fixed(params, x):
@@ -421,20 +420,80 @@ def slopes_of_each(params, x):
     return values[:, None], slopes
 
 
-NOT_COVERED = {  # the kinds of the weights
-    "along fixed axes": (poisson(along_fixed), ("unmatched", "dense", "dense")),
-    "grad": (sobolev(slopes_of_each), ("tied", "tied", "unmatched")),
-    "hessian": (poisson(hessian), ("unmatched", "tied", "unmatched")),
+def along_broadcast(params, x):
+    f = functools.partial(models.mlp, params)
+    return sum(second(f, x, t) for t in directions(x))[:, 0]
+
+
+def hessian_broadcast(params, x):
+    slopes = jax.grad(lambda x: models.mlp(params, x).sum())
+    along = jax.vmap(lambda t: jax.jvp(slopes, (x,), (t,))[1])(directions(x))
+    return jnp.einsum("dnd->n", along)
+
+
+def slopes_by_pulling(params, x):
+    z, pull = jax.vjp(functools.partial(models.mlp, params), x)
+    return z, pull(jnp.ones_like(z))[0]
+
+
+SHARED = {  # with constants, with a copy for each point; kinds in exact modes
+    "along fixed axes": (
+        poisson(along_fixed),
+        poisson(along_broadcast),
+        ("unmatched", "dense", "dense"),
+    ),
+    "grad": (
+        sobolev(slopes_of_each),
+        sobolev(slopes_by_pulling),
+        ("tied", "tied", "unmatched"),
+    ),
+    "hessian": (
+        poisson(hessian),
+        poisson(hessian_broadcast),
+        ("unmatched", "tied", "unmatched"),
+    ),
 }
+SAMPLES, MONTE_CARLO = 6000, 0.15  # the largest error, relative to the largest entry
 
 
-@pytest.mark.parametrize("name", NOT_COVERED)
-def test_products_of_a_weight_and_a_constant_are_refused(name):
+@pytest.mark.parametrize("name", SHARED)
+def test_sampled_factors_of_constants_are_those_of_copies(name):
     """Under vmap, what all points share: directions, the one that grad begins with.
 
-    At its output there is the sum of all points' gradients.
+    At its output there is the sum of the points' gradients, whose square has the
+    expectation of the sum of squares.
     """
-    problem, kinds = NOT_COVERED[name]
+    shared, copied, _ = SHARED[name]
+    options = {"on_unmatched": "error"}
+    sampled = {"estimation_mode": "fisher_gradients", "num_samples": SAMPLES}
+    plan, exact = make(shared, **options, **sampled), make(copied, **options)
+    ours, theirs = (
+        {layer.name: (layer.kind, layer.uses) for layer in p.layers}
+        for p in (plan, exact)
+    )
+    assert ours == theirs
+
+    @fast_jit
+    def factors(params, rng):
+        found = []
+        for p, (_, args) in ((plan, shared), (exact, copied)):
+            statistics = p.value_grad_and_statistics(params, *args, rng=rng)[2]
+            found.append(p.update_factors(p.init_factors(params), statistics, step=1))
+        return found
+
+    estimated, expected = factors(PARAMS, jax.random.key(0))
+    for layer, parts in expected.items():
+        for part, value in parts.items():
+            found, scale = estimated[layer][part], np.abs(value).max()
+            if part.endswith("input"):
+                close(found, value)
+            else:
+                assert np.abs(found - value).max() <= MONTE_CARLO * scale, (layer, part)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_exact_modes_refuse_products_of_a_weight_and_a_constant(name):
+    problem, _, kinds = SHARED[name]
     loss_fn, args = problem
     reason = "do not depend on the batch, so gradients mix the examples"
     with pytest.warns(UserWarning, match=reason):

@@ -8,7 +8,6 @@ the line.
 
 import contextlib
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -18,6 +17,7 @@ import jax.core
 import jax.numpy as jnp
 
 from kfac_jax._jaxpr import _compat, consumers, outcomes, view_rules
+from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.convolution import convolution
 from kfac_jax._jaxpr.embedding import OneHot, embedding
 from kfac_jax._jaxpr.examples import State
@@ -81,7 +81,7 @@ def discover(
     )
     uses = finder.uses
     if any(state is not None for state in loss_examples):
-        uses = _without_constants(uses, graph, states)
+        uses = with_cases(uses, graph, states)
     return Found(
         graph=graph,
         uses=tuple(uses),
@@ -89,49 +89,6 @@ def discover(
         losses=len(losses),
         loss_examples=loss_examples,
     )
-
-
-def _without_constants(
-    uses: Sequence[Use], graph: Graph, states: Mapping[int, State]
-) -> list[Use]:
-    """Refuses layers of constants, whose output gradients are sums over examples.
-
-    A constant may have an axis of examples too (the first state of a recurrent net);
-    that shows where its output meets data of the same shape.
-    """
-    readers: dict[int, list[Node]] = {}
-    for node in graph.walk():
-        for atom in node.inputs:
-            if is_value(atom):
-                readers.setdefault(atom, []).append(node)
-
-    @functools.cache
-    def examples(value: int) -> State:
-        for node in readers.get(value, []):
-            at = node.inputs.index(value)
-            moves = node.name in ("transpose", "rev", "dot_general")
-            if node.bodies or moves or node.shape(at) != node.out_shape():
-                continue
-            state = states.get(node.outputs[0])
-            state = examples(node.outputs[0]) if state is None else state
-            if state is not None:
-                return state
-        return None
-
-    result: list[Use] = []
-    for use in uses:
-        if isinstance(use, OtherUse) or use.examples is not None:
-            result.append(use)
-        elif examples(use.output) is not None:
-            result.append(use)
-        else:
-            leaf = use.weight or use.bias
-            assert leaf is not None
-            reason = (
-                "its inputs do not depend on the batch, so gradients mix the examples"
-            )
-            result.append(OtherUse(leaf[0], "unmatched", reason, use.source))
-    return result
 
 
 class _Finder:

@@ -57,6 +57,8 @@ class Site:
       source: the user's source line.
       rows: at how many positions of the batch each independent layer is used.
       convolution: what makes patches of `x`; None for other kinds.
+      cases: of a constant input, which each case of the batch shares, how many cases it
+        stands for; 0 for other inputs.
       vocabulary: how many rows an embedding's table has; its `x` are integers.
       column: which of an embedding's indices picks the row.
       drops: whether an embedding gives a constant for indices out of bounds.
@@ -83,6 +85,7 @@ class Site:
     source: str
     rows: int = 0
     convolution: "Patches | None" = None
+    cases: int = 0
     vocabulary: int = 0
     column: int = 0
     drops: bool = False

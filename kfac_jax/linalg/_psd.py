@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
@@ -200,9 +201,24 @@ def finite_diagonals(groups: Sequence[Sequence[Array]]) -> Array:
 
 
 def eigh(x: Array) -> tuple[Array, Array]:
-    """Eigenvalues, at least zero, and eigenvectors of semidefinite matrices."""
-    w, u = jnp.linalg.eigh(symmetrize(x))
-    return jnp.maximum(w, 0.0), u
+    """Eigenvalues, at least zero, and eigenvectors of semidefinite matrices.
+
+    On CPUs one matrix after the other, also under vmap: batched LAPACK calls that run
+    at the same time wait for each other's threads and can block for ever (jaxlib 0.10).
+    """
+    x = symmetrize(x)
+    flat = x.reshape(-1, *x.shape[-2:])
+    w, u = jax.lax.platform_dependent(flat, cpu=_eigh_in_turn, default=_eigh)
+    return jnp.maximum(w, 0.0).reshape(x.shape[:-1]), u.reshape(x.shape)
+
+
+def _eigh(x: Array) -> tuple[Array, Array]:
+    w, u = jnp.linalg.eigh(x)
+    return w, u
+
+
+def _eigh_in_turn(flat: Array) -> tuple[Array, Array]:
+    return jax.lax.map(jax.custom_batching.sequential_vmap(_eigh), flat)
 
 
 def mean_rows(rows: Sequence[Array]) -> Array:

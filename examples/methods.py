@@ -1,0 +1,168 @@
+"""The optimizers that the classifier and the language model compare.
+
+K-FAC, EKFAC and AdamW, all with the same schedule of their rate: up from zero at the
+start of the budget, down to zero at its end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from experiment import Problem, option
+from jax import Array
+from training import Method, Progress, PyTree
+
+import kfac_jax
+
+METHODS = ("kfac", "ekfac", "adamw")
+
+CONSTRAINT = "largest alpha^2 D'g of a step, for direction D and gradient g"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Constants of the optimizers, shared by the examples; each has its own values."""
+
+    kfac_rate: float = option(0.1, "K-FAC: highest learning rate, alpha")
+    kfac_damping: float = option(1e-3, "K-FAC: lambda")
+    kfac_constraint: float = option(1e-2, f"K-FAC: {CONSTRAINT}")
+    ekfac_rate: float = option(0.1, "EKFAC: highest learning rate, alpha")
+    ekfac_damping: float = option(1e-3, "EKFAC: lambda")
+    ekfac_constraint: float = option(1e-2, f"EKFAC: {CONSTRAINT}")
+    adamw_rate: float = option(1e-3, "AdamW: highest learning rate")
+    adamw_decay: float = option(1e-2, "AdamW: weight decay")
+    momentum: float = option(0.9, "K-FAC, EKFAC: mu")
+    inverse_every: int = option(20, "K-FAC, EKFAC: steps between inverses, T3")
+    statistics_fraction: float = option(0.25, "K-FAC, EKFAC: part of a batch, tau1")
+    warm_up: float = option(0.05, "all: part of the budget in which the rate rises")
+
+
+def make_method(
+    name: str, settings: Settings, problem: Problem, params: PyTree, seed: int
+) -> Method:
+    """Builds a method by name.
+
+    Args:
+        name: "kfac", "ekfac" or "adamw".
+        settings: the constants.
+        problem: the loss function and the batches.
+        params: the model's parameters, for their shapes.
+        seed: of the targets that K-FAC samples.
+
+    Returns:
+        The method.
+
+    Raises:
+        ValueError: the name is unknown, the warm-up is out of its range, or K-FAC does
+            not cover a parameter.
+    """
+    if not 0 < settings.warm_up < 1:
+        raise ValueError(f"warm_up must be between 0 and 1; got {settings.warm_up}.")
+    if name == "kfac":
+        constants = _Constants(
+            settings.kfac_rate, settings.kfac_damping, settings.kfac_constraint
+        )
+        blocks = kfac_jax.blocks.Kronecker()
+        return _kfac("K-FAC", blocks, constants, settings, problem, params, seed)
+    if name == "ekfac":
+        constants = _Constants(
+            settings.ekfac_rate, settings.ekfac_damping, settings.ekfac_constraint
+        )
+        blocks = kfac_jax.blocks.Eigen()
+        return _kfac("EKFAC", blocks, constants, settings, problem, params, seed)
+    if name == "adamw":
+        return _adamw(settings, problem)
+    raise ValueError(f"Unknown optimizer {name!r}: expected one of {METHODS}.")
+
+
+def scheduled(peak: float, warm_up: float, fraction: Array) -> Array:
+    """A rate that rises linearly from zero to its peak, then falls linearly to zero.
+
+    Args:
+        peak: the highest rate.
+        warm_up: the fraction at which it is reached.
+        fraction: of the budget that is used.
+
+    Returns:
+        The rate now.
+
+    >>> [float(scheduled(1.0, 0.2, jnp.float32(f))) for f in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    return peak * jnp.minimum(fraction / warm_up, (1 - fraction) / (1 - warm_up))
+
+
+class _Constants(NamedTuple):
+    rate: float
+    damping: float
+    constraint: float
+
+
+def _kfac(
+    name: str,
+    blocks: kfac_jax.blocks.Block,
+    constants: _Constants,
+    settings: Settings,
+    problem: Problem,
+    params: PyTree,
+    seed: int,
+) -> Method:
+    """K-FAC with fixed damping and momentum."""
+    curvature = kfac_jax.make_curvature(
+        problem.loss_fn,
+        params,
+        *problem.batches(0),
+        blocks=blocks,
+        statistics_fraction=settings.statistics_fraction,
+        on_unmatched="error",
+    )
+    key = jax.random.key(seed)
+
+    def transformation(rate: float | Array) -> optax.GradientTransformationExtraArgs:
+        """The optimizer at a rate, which its state does not depend on."""
+        return kfac_jax.kfac(
+            curvature,
+            learning_rate=rate,
+            momentum=settings.momentum,
+            damping=constants.damping,
+            norm_constraint=constants.constraint,
+            inverse_every=settings.inverse_every,
+        )
+
+    def step(params, state, batch, iteration, fraction):
+        now = scheduled(constants.rate, settings.warm_up, fraction)
+        value, grads, statistics = curvature.value_grad_and_statistics(
+            params,
+            *batch,
+            rng=jax.random.fold_in(key, iteration),
+            factors=state.factors,  # EKFAC's basis
+        )
+        updates, state = transformation(now).update(
+            grads, state, params, statistics=statistics
+        )
+        info = state.info
+        progress = Progress(value, constants.damping, info.learning_rate, info.momentum)
+        return optax.apply_updates(params, updates), state, progress
+
+    report = f"{name} covers the parameters so:\n{curvature}"
+    return Method(name, transformation(constants.rate).init, step, report)
+
+
+def _adamw(settings: Settings, problem: Problem) -> Method:
+    def transformation(rate: float | Array) -> optax.GradientTransformation:
+        """The optimizer at a rate, which its state does not depend on."""
+        return optax.adamw(rate, weight_decay=settings.adamw_decay)
+
+    def step(params, state, batch, iteration, fraction):
+        del iteration
+        now = scheduled(settings.adamw_rate, settings.warm_up, fraction)
+        value, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
+        updates, state = transformation(now).update(grads, state, params)
+        progress = Progress(value, jnp.nan, now, jnp.nan)
+        return optax.apply_updates(params, updates), state, progress
+
+    return Method("AdamW", transformation(settings.adamw_rate).init, step)
