@@ -29,6 +29,7 @@ class TreeSpec:
           Its leaves in the plan's order.
 
         Raises:
+          TypeError: if a leaf is not real floating-point.
           ValueError: if structure or shapes differ.
         """
         found = self.masked_leaves(tree, what)
@@ -52,6 +53,7 @@ class TreeSpec:
           Its leaves in the plan's order.
 
         Raises:
+          TypeError: if a leaf is not real floating-point.
           ValueError: if structure or shapes differ.
         """
         nodes, treedef = jax.tree.flatten(tree, is_leaf=_is_hidden)
@@ -59,13 +61,18 @@ class TreeSpec:
         result: list[Any | None] = [None] * len(self.paths)
         for node, place in zip(nodes, places, strict=True):
             for i in place:
-                result[i] = None if _is_hidden(node) else node
+                result[i] = None if _is_hidden(node) else _as_array(node)
         for leaf, path, shape in zip(result, self.paths, self.shapes, strict=True):
             if leaf is not None and jnp.shape(leaf) != shape:
                 raise ValueError(
                     f"{what} has shape {jnp.shape(leaf)} at '{path}'; the plan was "
                     f"made for {shape}. Make a new plan with make_curvature for new "
                     "shapes."
+                )
+            if leaf is not None and not jnp.issubdtype(leaf.dtype, jnp.floating):
+                raise TypeError(
+                    f"{what} has type {leaf.dtype} at '{path}'; expected real "
+                    "floating-point numbers, like the parameter."
                 )
         return result
 
@@ -121,6 +128,11 @@ class TreeSpec:
         if not missing and not extra:
             return f"expected {self.treedef}, got {jax.tree.structure(tree)}"
         return f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}"
+
+
+def _as_array(leaf: Any) -> Any:
+    """Numbers as arrays; arrays, and their shapes alone, as they are."""
+    return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
 
 
 def _is_hidden(node: Any) -> bool:

@@ -329,6 +329,13 @@ CASES = {
     "(2 w)[ids]": embedding(lambda w, ids: (2.0 * w)[ids], scale=2.0),
     "scale": elementwise("scale", (2, 3), (2,)),
     "scale, two axes": elementwise("scale", (2, 2, 3), (2, 3)),
+    "scale, a scalar": dataclasses.replace(
+        elementwise("scale", (2, 3), (2,)),
+        apply=lambda w, x: w * x,
+        w=models.array(2),
+        y=Axes(0, ()),
+        inputs=Axes(0, ()).canonical,
+    ),
     "shift": elementwise("shift", (2, 3), (2,), weight=False, bias=True),
     "scale and shift": elementwise("scale_and_shift", (2, 3), (2,), bias=True),
 }
@@ -645,6 +652,16 @@ REFUSED = {  # by reason: the parameter's shape, its use, the data
     "data as the kernel": (X.shape, lambda w, x: convolved(w, x), X),
     "another parameter": ((2, 2, 3, 3), lambda w, x: x * convolved(w, w), X[:2]),
     "batch_group_count > 1": (X.shape, lambda w, x: grouped(x, w), X),
+    "consumed by `convert_element_type`": (
+        (3, 2),
+        lambda w, x: x @ w.astype(int).astype(float),
+        X.reshape(-1, 3)[:4],
+    ),
+    "consumed by `convert_element_type`, which": (
+        (3, 2),
+        lambda w, x: (x.astype(complex) @ w.astype(complex)).real,
+        X.reshape(-1, 3)[:4],
+    ),
     "consumed by `rev`": (X.shape, lambda w, x: convolved(x, w[:, :, ::-1]), X),
     "consumed by `reshape`": ((2, 3), lambda w, x: x @ w.reshape(3, 2, order="F"), X),
     "repeated or only partly used by `conv_general_dilated`": (

@@ -125,3 +125,41 @@ def test_leaves_that_have_no_derivative_are_named(leaf, got):
 def test_none_is_no_leaf():
     plan = make(loss_fn, PARAMS | {"rest": None})
     assert [layer.kind for layer in plan.layers] == ["dense", "dense"]
+
+
+VECTORS = {  # what is asked with a vector of another type
+    "solve": lambda plan, tx, vector: plan.approximation(plan.init_factors(NET)).solve(
+        vector, DAMPING
+    ),
+    "matvec": lambda plan, tx, vector: plan.matvec(NET, vector, X, Y),
+    "value_and_grad": lambda plan, tx, vector: plan.value_and_grad(vector, X, Y),
+    "statistics": lambda plan, tx, vector: plan.value_grad_and_statistics(vector, X, Y),
+    "update": lambda plan, tx, vector: tx.update(
+        vector, tx.init(NET), NET, statistics=plan.zero_statistics(NET)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["int32", "complex128"])
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors_that_are_not_real_are_named(name, dtype):
+    plan = make(used_loss, NET)
+    first, *rest = jax.tree.leaves(NET)
+    tree = jax.tree.structure(NET)
+    vector = jax.tree.unflatten(tree, [first.astype(dtype), *rest])
+    with pytest.raises(TypeError, match="real floating-point numbers, like") as error:
+        VECTORS[name](plan, kfac_jax.kfac(plan, 0.1, 0.9, damping=0.1), vector)
+    assert f"has type {dtype} at 'layer0/b'" in str(error.value)
+
+
+def test_python_numbers_are_parameters_too():
+    params = {"scale": 2.0, "w": models.array(3, 3, 2)}
+    plan = make(lambda p, x, y: used_loss_of(p["scale"] * (x @ p["w"]), y), params)
+    operator = plan.approximation(models.statistics_to_factors(plan, params, X, Y))
+    solved = operator.solve(params, DAMPING)
+    arrays = jax.tree.map(jnp.asarray, params)
+    jax.tree.map(close, solved, operator.solve(arrays, DAMPING))
+
+
+def used_loss_of(z, y):
+    return squared_error(z, y).sum(-1).mean()

@@ -103,8 +103,8 @@ REASONS = {  # the parameters' shapes, and their use
         lambda p, x: jnp.broadcast_to(p["a"], (2, 3))[(x[:, 0] > 0).astype(int)],
     ),
     "broadcast against data by `mul` in an unusual way": (
-        [()],
-        lambda p, x: x * p["a"],
+        [(3,)],
+        lambda p, x: x + (p["a"] * x.sum())[None],
     ),
     "concatenated with another parameter": (
         [(4, 3), (4, 3)],

@@ -126,6 +126,8 @@ def _elementwise(
     view = views[at]
     assert view is not None
     shape = node.out_shape()
+    if not view.axes:  # a scalar, which an equation repeats by itself
+        view = view.broadcast(shape, ())
     features = _feature_axes(view, shape)
     data = node.shape(1 - at)
     stretches = len(data) == len(shape) and all(

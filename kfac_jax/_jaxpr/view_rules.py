@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 from kfac_jax._jaxpr.embedding import picked_axis
@@ -32,6 +33,12 @@ ViewRule = Callable[[Known, Node, Sequence[View | None]], View | None]
 
 def _same(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
     return views[0]
+
+
+def _converted(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
+    """Another real type; integers have no gradient, complex products no real factor."""
+    real = jnp.issubdtype(node.params["new_dtype"], jnp.floating)
+    return views[0] if real else None
 
 
 def _slice(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
@@ -132,7 +139,7 @@ def _multiply(finder: Known, node: Node, views: Sequence[View | None]) -> View |
 
 
 TABLE: dict[str, ViewRule] = {
-    "convert_element_type": _same,
+    "convert_element_type": _converted,
     "copy": _same,
     "copy_p": _same,
     "reduce_precision": _same,
