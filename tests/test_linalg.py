@@ -1,5 +1,8 @@
 """Inverses and eigendecompositions against numpy."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
@@ -90,6 +93,24 @@ def test_eigh_reconstructs_and_clamps():
     np.testing.assert_allclose((u * w[None]) @ u.T, x, atol=1e-12)
     w, _ = linalg.eigh(jnp.diag(jnp.array([-1e-9, 2.0])))
     np.testing.assert_array_equal(w, [0.0, 2.0])
+
+
+def test_eigh_takes_one_matrix_at_a_time_on_cpus():
+    """Batched LAPACK calls at the same time can block for ever."""
+    x = jnp.asarray(
+        np.stack(
+            [[oracles.random_psd(np.random.default_rng(i), 3)] * 2 for i in range(2)]
+        )
+    )
+    mapped = jax.jit(jax.vmap(linalg.eigh))
+    (call,) = re.findall(
+        r"custom_call @lapack_\w*syevd.* : \((.*?)\)", mapped.lower(x).as_text()
+    )
+    assert re.match(r"tensor<(1x)?3x3xf64>", call)
+    w, u = mapped(x)
+    np.testing.assert_allclose(
+        (u * w[..., None, :]) @ jnp.swapaxes(u, -1, -2), x, atol=1e-12
+    )
 
 
 def test_symmetrize():
