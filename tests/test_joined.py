@@ -4,12 +4,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 
 import kfac_jax
 from kfac_jax.losses import squared_error
-from tests import models
 
 B, I, O, P = 6, 4, 3, 2  # noqa: E741 (the letters of the layouts)
 X = models.array(9, B, I)

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
 
@@ -11,7 +12,6 @@ import kfac_jax
 from kfac_jax.blocks import TNT, Diagonal, Eigen, Full, Identity, Kronecker
 from kfac_jax.blocks._tied import join, nearest_product
 from kfac_jax.losses import softmax_cross_entropy_with_integer_labels, squared_error
-from tests import models
 
 V, D, B, T = 7, 4, 6, 3
 IDS = jnp.asarray(np.arange(B * T).reshape(B, T) * 5 % V)
