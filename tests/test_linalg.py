@@ -113,6 +113,25 @@ def test_eigh_takes_one_matrix_at_a_time_on_cpus():
     )
 
 
+@pytest.mark.parametrize("part", [0, 1])
+def test_eigh_has_the_derivatives_of_jax(part):
+    x = jnp.asarray(
+        np.stack([oracles.random_psd(np.random.default_rng(i), 4) for i in range(2)])
+    )
+    weights = jnp.asarray(np.random.default_rng(9).standard_normal((2, 4, 4)))
+
+    def loss(eigh, x):
+        result = eigh((x + jnp.swapaxes(x, -1, -2)) / 2)[part]
+        # squares: eigenvectors have no sign
+        return jnp.vdot(weights[:, 0] if part == 0 else weights, result**2)
+
+    ours, theirs = (
+        jax.jit(jax.value_and_grad(lambda x, f=f: loss(f, x)))(x)
+        for f in (linalg.eigh, jnp.linalg.eigh)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-9), ours, theirs)
+
+
 def test_symmetrize():
     x = jnp.asarray(np.random.default_rng(3).standard_normal((2, 3, 3)))
     expected = (np.asarray(x) + np.asarray(x).transpose(0, 2, 1)) / 2

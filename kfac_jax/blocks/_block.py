@@ -109,7 +109,8 @@ class Block(abc.ABC):
     """Which results of `damp` are inverted by reciprocals."""
 
     row_statistics: ClassVar[frozenset[str]] = frozenset()
-    """Statistics of inputs only: exact modes gather them once, not for each output."""
+    """Statistics of inputs only. Exact modes gather them once, not for each output; for
+    an input that all cases share they are multiplied by the number of cases."""
 
     handles_tied: ClassVar[bool] = False
     """Whether it can be the block of a weight that is used transposed too. The methods

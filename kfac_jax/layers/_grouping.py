@@ -339,6 +339,8 @@ def _misfit(layer: Layer, sites: Sequence[Site], block: Block | None) -> str:
         return ""
     if layer.shape.tied and not block.handles_tied:
         return f"{block!r} is not for a weight that is used transposed too"
+    if any(site.cases for site in sites) and not block.row_statistics:
+        return f"{block!r} is not for inputs that all cases share"
     shared = _is_shared(sites)
     if block.needs_examples and (shared or _is_lost(sites)):
         return f"{block!r} sums within an example, and " + (

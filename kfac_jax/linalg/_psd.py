@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -207,18 +207,35 @@ def eigh(x: Array) -> tuple[Array, Array]:
     at the same time wait for each other's threads and can block for ever (jaxlib 0.10).
     """
     x = symmetrize(x)
-    flat = x.reshape(-1, *x.shape[-2:])
-    w, u = jax.lax.platform_dependent(flat, cpu=_eigh_in_turn, default=_eigh)
+    w, u = _eigh(x.reshape(-1, *x.shape[-2:]))
     return jnp.maximum(w, 0.0).reshape(x.shape[:-1]), u.reshape(x.shape)
 
 
+@jax.custom_jvp
 def _eigh(x: Array) -> tuple[Array, Array]:
+    return jax.lax.platform_dependent(x, cpu=_eigh_in_turn, default=_eigh_at_once)
+
+
+def _eigh_at_once(x: Array) -> tuple[Array, Array]:
     w, u = jnp.linalg.eigh(x)
     return w, u
 
 
-def _eigh_in_turn(flat: Array) -> tuple[Array, Array]:
-    return jax.lax.map(jax.custom_batching.sequential_vmap(_eigh), flat)
+def _eigh_in_turn(x: Array) -> tuple[Array, Array]:
+    return jax.lax.map(jax.custom_batching.sequential_vmap(_eigh_at_once), x)
+
+
+@_eigh.defjvp
+def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    """`ẇ = diag(M)` and `u̇ = u (M ∘ F)`, `M = uᵀ ẋ u`, `F_ij = 1 / (w_j - w_i)`.
+
+    What is mapped one at a time for LAPACK's sake has no reverse mode of its own.
+    """
+    w, u = _eigh(*primals)
+    moved = _transpose(u) @ tangents[0] @ u
+    identity = jnp.eye(w.shape[-1], dtype=w.dtype)[None]
+    inverse_gaps = 1 / (w[:, None, :] - w[:, :, None] + identity) - identity
+    return (w, u), (diagonal(moved), u @ (moved * inverse_gaps))
 
 
 def mean_rows(rows: Sequence[Array]) -> Array:
