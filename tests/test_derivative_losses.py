@@ -453,7 +453,7 @@ SHARED = {  # with constants, with a copy for each point; kinds in exact modes
         ("unmatched", "tied", "unmatched"),
     ),
 }
-SAMPLES, MONTE_CARLO = 6000, 0.15  # the largest error, relative to the largest entry
+SAMPLES, MONTE_CARLO = 6000, 0.05  # the largest error, relative to the largest entry
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -489,6 +489,16 @@ def test_sampled_factors_of_constants_are_those_of_copies(name):
                 close(found, value)
             else:
                 assert np.abs(found - value).max() <= MONTE_CARLO * scale, (layer, part)
+
+
+def test_blocks_that_do_not_tell_inputs_apart_refuse_constants():
+    class Plain(blocks.Kronecker):
+        row_statistics = frozenset()
+
+    options = {"estimation_mode": "fisher_gradients", "blocks": {"layer0/w": Plain()}}
+    with pytest.warns(UserWarning, match="is not for inputs that all cases share"):
+        plan = make(SHARED["along fixed axes"][0], **options)
+    assert by_name(plan)["layer0/w"].kind == "unmatched"
 
 
 @pytest.mark.parametrize("name", SHARED)

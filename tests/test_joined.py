@@ -61,8 +61,6 @@ def transposed(p, x):
 
 
 def nested(p, x):
-    one = jnp.concatenate([p["v"][:, :1], p["v"][:, 1:]], axis=1)
-    del one  # not used: no use of v either
     three = jnp.concatenate([jnp.concatenate([p["v"]], axis=1), p["w"]], axis=1)
     return halves(x @ three)
 
