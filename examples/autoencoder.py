@@ -27,7 +27,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import experiment
 import jax
 import mnist
-from autoencoder_methods import METHODS, Settings, make_method
+from autoencoder_methods import METHODS, Settings
 from autoencoder_model import Params, init_params, loss_fn, reconstruction_error
 from autoencoder_report import plot_reconstructions
 from batches import Batches
@@ -95,7 +95,6 @@ EXAMPLE = experiment.Example(
     add_options=_add_options,
     identity=("data",),
     load=_load,
-    make_method=make_method,
 )
 main = partial(experiment.main, EXAMPLE)
 

@@ -14,8 +14,6 @@ from training import Method, Progress
 
 import kfac_jax
 
-METHODS = ("kfac", "nesterov", "adam")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -51,30 +49,6 @@ class Settings:
     adam_rate: float = option(0.003, "Adam: learning rate")
 
 
-def make_method(
-    name: str, settings: Settings, problem: Problem, params: Params, seed: int
-) -> Method:
-    """Builds a method by name.
-
-    Args:
-        name: "kfac", "nesterov" or "adam".
-        settings: the constants.
-        problem: the loss function and the batches.
-        params: the model's parameters, for their shapes.
-        seed: of the targets that K-FAC samples.
-
-    Returns:
-        The method.
-    """
-    if name == "kfac":
-        return _kfac(settings, problem, params, seed)
-    if name == "nesterov":
-        return _nesterov(settings, problem)
-    if name == "adam":
-        return _adam(settings, problem)
-    raise ValueError(f"Unknown optimizer {name!r}: expected one of {METHODS}.")
-
-
 def _kfac(settings: Settings, problem: Problem, params: Params, seed: int) -> Method:
     """K-FAC with everything chosen by the quadratic model: alpha, mu and lambda."""
     curvature = kfac_jax.make_curvature(
@@ -108,7 +82,11 @@ def _kfac(settings: Settings, problem: Problem, params: Params, seed: int) -> Me
     return Method("K-FAC", tx.init, step)
 
 
-def _nesterov(settings: Settings, problem: Problem) -> Method:
+def _nesterov(
+    settings: Settings, problem: Problem, params: Params, seed: int
+) -> Method:
+    del params, seed
+
     def momentum(iteration: Array) -> Array:
         """The paper's mu_t = min(1 - 2^(-1 - log2(floor(t / 250) + 1)), mu_max)."""
         halvings = 1 + jnp.log2(iteration // settings.nesterov_period + 1)
@@ -127,7 +105,9 @@ def _nesterov(settings: Settings, problem: Problem) -> Method:
     return Method("Nesterov", tx.init, step)
 
 
-def _adam(settings: Settings, problem: Problem) -> Method:
+def _adam(settings: Settings, problem: Problem, params: Params, seed: int) -> Method:
+    del params, seed
+
     tx = optax.adam(settings.adam_rate)
 
     def step(params, state, batch, iteration, fraction):
@@ -138,3 +118,6 @@ def _adam(settings: Settings, problem: Problem) -> Method:
         return optax.apply_updates(params, updates), state, progress
 
     return Method("Adam", tx.init, step)
+
+
+METHODS = {"kfac": _kfac, "nesterov": _nesterov, "adam": _adam}

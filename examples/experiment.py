@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -41,13 +41,18 @@ class Problem:
     plot: Callable[[Path, dict[str, Run]], None] = lambda folder, runs: None
 
 
+# The constants, the problem, the parameters (for their shapes) and the seed of what is
+# sampled -> the method.
+Build = Callable[[Any, Problem, PyTree, int], Method]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Example:
     """An example: its problem, its optimizers, and how it reports."""
 
     name: str  # of its output folder, less "_results"
     summary: str  # one line for --help
-    methods: tuple[str, ...]
+    methods: Mapping[str, Build]  # the optimizers, by the names of --optimizers
     settings: Any  # the constants' defaults: a frozen dataclass of `option` fields
     measures: report.Measures
     batch_size: int
@@ -57,8 +62,6 @@ class Example:
     identity: tuple[str, ...] = ()  # its own options that a resumed run must share
     # the options -> the problem; with args.tune, one that judges by validation cases
     load: Callable[[argparse.Namespace], Problem]
-    # name, settings, problem, params, seed -> the method
-    make_method: Callable[[str, Any, Problem, PyTree, int], Method]
     # instead of training, with --tune; returns whether Ctrl-C cut it short
     tune: Callable[[Example, argparse.Namespace, Problem], bool] | None = None
     tune_iterations: str = ""  # the default of --tune-iterations
@@ -122,7 +125,7 @@ def _train_all(
             folder = args.output / "checkpoints" / name
             store = stack.enter_context(Checkpoints(folder, config))
             params = problem.init_params(args.seed)
-            method = example.make_method(name, settings, problem, params, args.seed)
+            method = example.methods[name](settings, problem, params, args.seed)
             if method.report:
                 print(f"\n{method.report}\n")
             run = Run(params=params, state=method.init(params))
@@ -181,7 +184,7 @@ def add_data_options(parser: argparse.ArgumentParser, on_disk: str) -> None:
 
 def _add_run_options(example: Example, parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
-    methods, output = example.methods, Path(f"{example.name}_results")
+    methods, output = tuple(example.methods), Path(f"{example.name}_results")
     add("--optimizers", nargs="+", choices=methods, default=methods, help="in order")
     add("--batch-size", type=int, default=example.batch_size, help="per step, for all")
     add(

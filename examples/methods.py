@@ -15,10 +15,9 @@ import optax
 from experiment import Problem, option
 from jax import Array
 from training import Method, Progress, PyTree
+from tuning import Grids
 
 import kfac_jax
-
-METHODS = ("kfac", "ekfac", "adamw")
 
 CONSTRAINT = "largest alpha^2 D'g of a step, for direction D and gradient g"
 
@@ -41,45 +40,17 @@ class Settings:
     warm_up: float = option(0.05, "all: part of the budget in which the rate rises")
 
 
-def make_method(
-    name: str, settings: Settings, problem: Problem, params: PyTree, seed: int
-) -> Method:
-    """Builds a method by name.
-
-    Args:
-        name: "kfac", "ekfac" or "adamw".
-        settings: the constants.
-        problem: the loss function and the batches.
-        params: the model's parameters, for their shapes.
-        seed: of the targets that K-FAC samples.
-
-    Returns:
-        The method.
-
-    Raises:
-        ValueError: the name is unknown, the warm-up is out of its range, or K-FAC does
-            not cover a parameter.
-    """
-    if not 0 < settings.warm_up < 1:
-        raise ValueError(f"warm_up must be between 0 and 1; got {settings.warm_up}.")
-    if name == "kfac":
-        constants = _Constants(
-            settings.kfac_rate, settings.kfac_damping, settings.kfac_constraint
-        )
-        blocks = kfac_jax.blocks.Kronecker()
-        return _kfac("K-FAC", blocks, constants, settings, problem, params, seed)
-    if name == "ekfac":
-        constants = _Constants(
-            settings.ekfac_rate, settings.ekfac_damping, settings.ekfac_constraint
-        )
-        blocks = kfac_jax.blocks.Eigen()
-        return _kfac("EKFAC", blocks, constants, settings, problem, params, seed)
-    if name == "adamw":
-        return _adamw(settings, problem)
-    raise ValueError(f"Unknown optimizer {name!r}: expected one of {METHODS}.")
+def grids(rates: tuple[float, ...]) -> Grids:
+    """The constants that `--tune` compares, for rates of K-FAC and EKFAC."""
+    dampings = (0.03, 0.1)
+    return {
+        "kfac": {"kfac_rate": rates, "kfac_damping": dampings},
+        "ekfac": {"ekfac_rate": rates, "ekfac_damping": dampings},
+        "adamw": {"adamw_rate": (1e-3, 2e-3, 4e-3, 8e-3), "adamw_decay": (0.01, 0.1)},
+    }
 
 
-def scheduled(peak: float, warm_up: float, fraction: Array) -> Array:
+def scheduled(peak: float, warm_up: float, fraction: Array | float) -> Array:
     """A rate that rises linearly from zero to its peak, then falls linearly to zero.
 
     Args:
@@ -90,21 +61,48 @@ def scheduled(peak: float, warm_up: float, fraction: Array) -> Array:
     Returns:
         The rate now.
 
-    >>> [float(scheduled(1.0, 0.2, jnp.float32(f))) for f in (0.0, 0.1, 0.2, 0.6, 1.0)]
+    Raises:
+        ValueError: the warm-up is out of its range.
+
+    >>> [round(float(scheduled(1.0, 0.2, f)), 3) for f in (0.0, 0.1, 0.2, 0.6, 1.0)]
     [0.0, 0.5, 1.0, 0.5, 0.0]
     """
+    if not 0 < warm_up < 1:
+        raise ValueError(f"warm_up must be between 0 and 1; got {warm_up}.")
     return peak * jnp.minimum(fraction / warm_up, (1 - fraction) / (1 - warm_up))
 
 
+def _kfac(settings: Settings, problem: Problem, params: PyTree, seed: int) -> Method:
+    constants = _Constants(
+        "K-FAC",
+        kfac_jax.blocks.Kronecker(),
+        settings.kfac_rate,
+        settings.kfac_damping,
+        settings.kfac_constraint,
+    )
+    return _with_curvature(constants, settings, problem, params, seed)
+
+
+def _ekfac(settings: Settings, problem: Problem, params: PyTree, seed: int) -> Method:
+    constants = _Constants(
+        "EKFAC",
+        kfac_jax.blocks.Eigen(),
+        settings.ekfac_rate,
+        settings.ekfac_damping,
+        settings.ekfac_constraint,
+    )
+    return _with_curvature(constants, settings, problem, params, seed)
+
+
 class _Constants(NamedTuple):
+    name: str
+    blocks: kfac_jax.blocks.Block
     rate: float
     damping: float
     constraint: float
 
 
-def _kfac(
-    name: str,
-    blocks: kfac_jax.blocks.Block,
+def _with_curvature(
     constants: _Constants,
     settings: Settings,
     problem: Problem,
@@ -116,7 +114,7 @@ def _kfac(
         problem.loss_fn,
         params,
         *problem.batches(0),
-        blocks=blocks,
+        blocks=constants.blocks,
         statistics_fraction=settings.statistics_fraction,
         on_unmatched="error",
     )
@@ -148,11 +146,13 @@ def _kfac(
         progress = Progress(value, constants.damping, info.learning_rate, info.momentum)
         return optax.apply_updates(params, updates), state, progress
 
-    report = f"{name} covers the parameters so:\n{curvature}"
-    return Method(name, transformation(constants.rate).init, step, report)
+    report = f"{constants.name} covers the parameters so:\n{curvature}"
+    return Method(constants.name, transformation(constants.rate).init, step, report)
 
 
-def _adamw(settings: Settings, problem: Problem) -> Method:
+def _adamw(settings: Settings, problem: Problem, params: PyTree, seed: int) -> Method:
+    del params, seed
+
     def transformation(rate: float | Array) -> optax.GradientTransformation:
         """The optimizer at a rate, which its state does not depend on."""
         return optax.adamw(rate, weight_decay=settings.adamw_decay)
@@ -166,3 +166,6 @@ def _adamw(settings: Settings, problem: Problem) -> Method:
         return optax.apply_updates(params, updates), state, progress
 
     return Method("AdamW", transformation(settings.adamw_rate).init, step)
+
+
+METHODS = {"kfac": _kfac, "ekfac": _ekfac, "adamw": _adamw}

@@ -114,7 +114,7 @@ def _run_trial(
     interrupt: Interrupt,
 ) -> Run:
     params = problem.init_params(seed)
-    method = example.make_method(name, settings, problem, params, seed)
+    method = example.methods[name](settings, problem, params, seed)
     limits = Limits(seconds=math.inf, iterations=iterations, evaluate_every=None)
     trainer = Trainer(
         method,

@@ -1,12 +1,12 @@
 """What the examples read and feed; the examples themselves are run by hand."""
 
+import doctest
+import importlib
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-
-pytest.importorskip("tqdm")  # of the extra `examples`
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -84,3 +84,9 @@ def test_a_damaged_package_is_refused(tmp_path):
     path.write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"no \.deb"):
         debian.read(path, ["a"])
+
+
+@pytest.mark.parametrize("name", ["batches", "methods", "tuning"])
+def test_the_examples_in_docstrings_hold(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted and not result.failed
