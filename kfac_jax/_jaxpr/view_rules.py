@@ -72,6 +72,29 @@ def _cut(node: Node, view: View | None, starts: Sequence[int]) -> View | None:
     return view
 
 
+def _gather(finder: Known, node: Node, views: Sequence[View | None]) -> View | None:
+    return _window(finder, node, views) or _positions(finder, node, views)
+
+
+def _window(finder: Known, node: Node, views: Sequence[View | None]) -> View | None:
+    """One slice from a place that is known, as `w[None, :n]` is in JAX 0.8."""
+    numbers, shape = node.params["dimension_numbers"], node.shape()
+    sizes = node.params["slice_sizes"]
+    if len(node.shape(1)) != 1 or node.out_shape() != tuple(sizes):
+        return None
+    indices = finder.indices(node.inputs[1])
+    if indices is None or isinstance(indices, jax.core.Tracer):
+        return None
+    starts = [0] * len(shape)
+    for axis, start in zip(numbers.start_index_map, np.asarray(indices), strict=True):
+        starts[axis] = int(start)
+    inside = all(
+        0 <= start <= n - size
+        for start, n, size in zip(starts, shape, sizes, strict=True)
+    )
+    return _cut(node, views[0], starts) if inside else None
+
+
 def _positions(finder: Known, node: Node, views: Sequence[View | None]) -> View | None:
     """Consecutive rows of a table, `w[jnp.arange(n)]`, as of positions."""
     view, picked = views[0], picked_axis(node)
@@ -151,7 +174,7 @@ TABLE: dict[str, ViewRule] = {
     "transpose": lambda _, n, v: v[0] and v[0].transpose(n.params["permutation"]),
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
-    "gather": _positions,
+    "gather": _gather,
     "tile": _tile,
     "squeeze": lambda _, n, v: v[0] and v[0].squeeze(n.params["dimensions"]),
     "reshape": _reshape,
