@@ -59,7 +59,7 @@ SETTINGS = Settings(
     ekfac_damping=0.1,
     adamw_rate=8e-3,
 )
-GRIDS = grids((0.03, 0.1))
+GRIDS = grids((0.03, 0.1), (0.03, 0.1, 0.3), (2e-3, 4e-3, 8e-3))
 MEASURES = Measures(
     train="training loss",
     test="test error rate, %",
@@ -170,7 +170,7 @@ EXAMPLE = experiment.Example(
     add_options=_add_options,
     load=_load,
     tune=partial(tune, GRIDS),
-    tune_iterations="kfac=80 ekfac=70 adamw=105",
+    tune_iterations="kfac=246 ekfac=210 adamw=295",
 )
 main = partial(experiment.main, EXAMPLE)
 

@@ -53,7 +53,7 @@ SETTINGS = Settings(
     ekfac_damping=0.1,
     adamw_rate=2e-3,
 )
-GRIDS = grids((0.1, 0.3))
+GRIDS = grids((0.3, 1.0), (0.01, 0.03, 0.1), (1e-3, 2e-3, 4e-3))
 MEASURES = Measures(
     train="cross-entropy, nats per character",
     test="held-out text",
@@ -119,7 +119,7 @@ EXAMPLE = experiment.Example(
     add_options=_add_options,
     load=_load,
     tune=partial(tune, GRIDS),
-    tune_iterations="kfac=80 ekfac=70 adamw=105",
+    tune_iterations="kfac=393 ekfac=311 adamw=528",
 )
 main = partial(experiment.main, EXAMPLE)
 

@@ -40,13 +40,25 @@ class Settings:
     warm_up: float = option(0.05, "all: part of the budget in which the rate rises")
 
 
-def grids(rates: tuple[float, ...]) -> Grids:
-    """The constants that `--tune` compares, for rates of K-FAC and EKFAC."""
-    dampings = (0.03, 0.1)
+def grids(
+    rates: tuple[float, ...],
+    dampings: tuple[float, ...],
+    adamw_rates: tuple[float, ...],
+) -> Grids:
+    """The constants that `--tune` compares: as many trials for each optimizer.
+
+    Args:
+        rates: of K-FAC and EKFAC.
+        dampings: of K-FAC and EKFAC.
+        adamw_rates: of AdamW; each is tried with two weight decays.
+
+    Returns:
+        The values to try, for each optimizer.
+    """
     return {
         "kfac": {"kfac_rate": rates, "kfac_damping": dampings},
         "ekfac": {"ekfac_rate": rates, "ekfac_damping": dampings},
-        "adamw": {"adamw_rate": (1e-3, 2e-3, 4e-3, 8e-3), "adamw_decay": (0.01, 0.1)},
+        "adamw": {"adamw_rate": adamw_rates, "adamw_decay": (0.01, 0.1)},
     }
 
 

@@ -1,5 +1,6 @@
 """Statistics of batches, and the factors: moving averages of them, layer by layer."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import linalg
-from kfac_jax.blocks import Block
-from kfac_jax.layers import Layer
+from kfac_jax.blocks import Block, Kronecker
+from kfac_jax.layers import CROSS, Layer
 
 Factors = dict[str, dict[str, Array]]
 """By layer name."""
@@ -52,7 +53,7 @@ def _zeros(layer: Layer, which: str) -> dict[str, Array]:
 def _shapes(layer: Layer, which: str) -> dict[str, tuple[int, ...]]:
     if which == "factor_shapes" or layer.block is None or not layer.tagged:
         return layer.factor_shapes
-    return layer.block.statistics_shapes(layer.shape)
+    return layer.block.statistics_shapes(layer.shape) | layer.cross_shapes
 
 
 _WHAT = {"factor_shapes": "factors", "statistics_shapes": "statistics"}
@@ -114,12 +115,20 @@ def average(
     }
     new = {
         layer.name: blocks[layer.name].factors(
-            statistics.layers[layer.name], weight.astype(layer.dtype)
+            {
+                name: x
+                for name, x in statistics.layers[layer.name].items()
+                if name not in layer.cross_shapes
+            },
+            weight.astype(layer.dtype),
         )
         for layer in layers
         if layer.name in blocks
     }
-    finite = _finite_layers(blocks, new)
+    finite = _finite_trees(layers, _finite_layers(blocks, new))
+    for layer in layers:
+        if layer.cross_shapes:
+            new[layer.name] |= _cross(layer, blocks, statistics.layers, weight)
     result = dict(factors)
     for layer in new:
         averages = blocks[layer].average(factors[layer], new[layer], epsilon)
@@ -129,6 +138,40 @@ def average(
         }
     refused = [(informed & ~flag).astype(jnp.int32) for flag in finite.values()]
     return result, sum(refused, jnp.zeros((), jnp.int32))
+
+
+def _cross(
+    layer: Layer, blocks: dict[str, Block], statistics: Factors, weight: Array
+) -> dict[str, Array]:
+    """The factors of a link.
+
+    Where the numbers of rows that count differ, inputs are divided by their geometric
+    mean, which keeps the second moments of both layers together semidefinite.
+    """
+    assert layer.link is not None
+    assert layer.link.parent is not None
+    counts: list[Array] = []
+    for name in (layer.name, layer.link.parent):
+        block = blocks[name]
+        assert isinstance(block, Kronecker)
+        counts.append(block.count(statistics[name]))
+    inputs, outputs = (statistics[layer.name][name] for name in CROSS)
+    rows = jnp.sqrt(counts[0]) * jnp.sqrt(counts[1])
+    factors = inputs / rows, outputs / weight.astype(layer.dtype)
+    return dict(zip(CROSS, factors, strict=True))
+
+
+def _finite_trees(layers: Sequence[Layer], flags: dict[str, Array]) -> dict[str, Array]:
+    """Linked layers are finite only together: each other's moments must fit."""
+    trees: dict[str, list[str]] = {}
+    for layer in layers:
+        if layer.link is not None:
+            trees.setdefault(layer.link.root, []).append(layer.name)
+    result = dict(flags)
+    for names in trees.values():
+        together = functools.reduce(jnp.logical_and, [flags[name] for name in names])
+        result |= dict.fromkeys(names, together)
+    return result
 
 
 def _finite_layers(blocks: dict[str, Block], factors: Factors) -> dict[str, Array]:

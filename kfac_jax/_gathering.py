@@ -11,10 +11,10 @@ from kfac_jax import _estimation
 from kfac_jax._dtypes import wide
 from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.sites import Site
-from kfac_jax.blocks import Block, BlockShape
+from kfac_jax.blocks import Block, BlockShape, Kronecker
 from kfac_jax.blocks._tied import join
 from kfac_jax.distributions import RegisteredLoss
-from kfac_jax.layers import Layer
+from kfac_jax.layers import CROSS, Layer, paired_rows
 
 Sums = dict[int, dict[str, Array]]
 """Statistics by the layer's place in the plan."""
@@ -132,6 +132,59 @@ def _repeated(
         name: value * cases if name in row_statistics else value
         for name, value in sums.items()
     }
+
+
+ROWS = ("input_rows", "output_rows")
+"""What the taps of linked layers bring out besides statistics, `[rows, i]` and
+`[rows, o]`: what second moments with other layers' rows are made of."""
+
+
+def probe(layer: Layer, sites: Sequence[Site]) -> dict[str, Array]:
+    """Zeros like what the taps of a layer bring out."""
+    assert layer.block is not None
+    shapes = layer.block.statistics_shapes(layer.shape)
+    if layer.link is not None:
+        count = paired_rows(layer, sites[0])
+        sizes = layer.shape.inputs, layer.shape.outputs
+        shapes |= {name: (count, n) for name, n in zip(ROWS, sizes, strict=True)}
+    return {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
+
+
+def link_rows(
+    site: Site, block: Block, shape: BlockShape, x: Array | None, dy: Array
+) -> dict[str, Array]:
+    """A linked layer's rows, from input and output cotangent as the program has them.
+
+    Args:
+      site: the layer's only use.
+      block: its block.
+      shape: its shape.
+      x: the input.
+      dy: the cotangent of the output.
+
+    Returns:
+      The rows by name, zero where they do not count.
+    """
+    assert isinstance(block, Kronecker)
+    x, dy = site.canonical(x, dy, shape.homogeneous)
+    active = (dy != 0).any(-1)
+    rows = block.input_rows(x, active), block.output_rows(dy)
+    return dict(zip(ROWS, rows, strict=True))
+
+
+def with_cross(layers: Sequence[Layer], sums: Sums) -> Sums:
+    """Puts second moments of linked layers' rows in place of the rows."""
+    places = {layer.name: i for i, layer in enumerate(layers)}
+    result: Sums = {}
+    for i, part in sums.items():
+        layer, found = layers[i], dict(part)
+        rows = [found.pop(name) for name in ROWS if name in found]
+        if layer.link is not None and layer.link.parent is not None:
+            parent = sums[places[layer.link.parent]]
+            for name, own, row in zip(CROSS, rows, ROWS, strict=True):
+                found[name] = own.T @ parent[row]
+        result[i] = found
+    return result
 
 
 def site_statistics(

@@ -13,7 +13,7 @@ import numpy as np
 from jax import Array
 
 from kfac_jax import _batch, _estimation, _report
-from kfac_jax._gathering import site_statistics
+from kfac_jax._gathering import link_rows, site_statistics
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
 from kfac_jax._jaxpr.constants import mixed
@@ -23,7 +23,8 @@ from kfac_jax._jaxpr.sites import Site
 from kfac_jax._trees import TreeSpec
 from kfac_jax._trees import tree_spec as tree_spec
 from kfac_jax.blocks import Block, Identity
-from kfac_jax.layers import BlocksSpec, Layer, group
+from kfac_jax.layers import BlocksSpec, Layer, group, link
+from kfac_jax.structures import BlockTridiagonal, Structure
 
 
 def check_options(
@@ -180,8 +181,9 @@ def group_layers(
     blocks: BlocksSpec,
     weight_sharing: str,
     estimation_mode: str,
+    structure: Structure,
 ) -> tuple[list[Layer], Mapping[int, list[Site]]]:
-    """Groups what was found into layers with blocks; see `layers.group`."""
+    """Groups what was found into layers with blocks, and links them if asked to."""
     uses = traced.found.uses
     if not _estimation.needs_rng(estimation_mode):
         where = f"; only sampled modes can tell them apart, not {estimation_mode!r}"
@@ -189,7 +191,12 @@ def group_layers(
             mixed(use, where) if isinstance(use, Site) and use.cases else use
             for use in uses
         ]
-    return group(uses, tree.paths, tree.shapes, tree.dtypes, blocks, weight_sharing)
+    layers, sites = group(
+        uses, tree.paths, tree.shapes, tree.dtypes, blocks, weight_sharing
+    )
+    if isinstance(structure, BlockTridiagonal):
+        layers = link(layers, sites, traced.found.graph)
+    return layers, sites
 
 
 def apply_policy(
@@ -236,7 +243,7 @@ def apply_policy(
 
 def signature(layer: Layer) -> tuple[Any, ...]:
     """What must not change between the plan and a later trace of the loss function."""
-    return layer.name, layer.kind, layer.block, layer.shape, layer.layouts
+    return layer.name, layer.kind, layer.block, layer.shape, layer.layouts, layer.link
 
 
 def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
@@ -331,6 +338,9 @@ def _gather(site: Site, layer: Layer) -> Gather:
 
     def gather(x: Array | None, dy: Array, carried: Probe) -> Probe:
         assert block is not None
-        return site_statistics(site, block, layer.shape, x, dy, carried)
+        sums = site_statistics(site, block, layer.shape, x, dy, carried)
+        if layer.link is not None:
+            sums |= link_rows(site, block, layer.shape, x, dy)
+        return sums
 
     return gather

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax import _tridiagonal
 from kfac_jax._factors import Factors
 from kfac_jax._vectors import inner_product
 from kfac_jax.approximation import invert, layer_leaves, layer_vectors
@@ -22,6 +23,9 @@ def init_inverses(layers: Sequence[Layer]) -> Factors:
     """Identities: until the first refresh succeeds, steps follow the gradient."""
     result: Factors = {}
     for layer in layers:
+        if layer.link is not None:
+            result[layer.name] = _tridiagonal.init(layer)
+            continue
         elementwise = frozenset() if layer.block is None else layer.block.elementwise
         result[layer.name] = {
             name: (
@@ -45,7 +49,7 @@ def refresh_factors(layers: Sequence[Layer], factors: Factors) -> Factors:
 def refresh_inverses(
     layers: Sequence[Layer], factors: Factors, old: Factors, damping: Array
 ) -> tuple[Factors, Array]:
-    """Inverts the damped factors.
+    """Inverts the damped factors; of linked layers, computes what takes their place.
 
     A layer whose inverse is not finite keeps the old one, and so does one without
     factors here.
@@ -57,33 +61,48 @@ def refresh_inverses(
       damping: λ + η.
 
     Returns:
-      The inverses, and how many layers failed.
+      The inverses, and how many layers failed. Linked layers fail together.
     """
     blocks = _blocks(layers)
+    found, finite = _inverses(layers, blocks, factors, damping)
+    result = dict(old)
+    failed = jnp.zeros((), jnp.int32)
+    for name, part in found.items():
+        result[name] = {
+            key: jnp.where(finite[name], x, old[name][key]).astype(old[name][key].dtype)
+            for key, x in part.items()
+        }
+        failed += (~finite[name]).astype(jnp.int32)
+    return result, failed
+
+
+def _inverses(
+    layers: Sequence[Layer],
+    blocks: dict[str, Block],
+    factors: Factors,
+    damping: Array,
+) -> tuple[Factors, dict[str, Array]]:
+    """Those of the layers that have factors, and whether they are finite, by name."""
     damped = {
         layer.name: layer.block.damp(factors[layer.name], damping.astype(layer.dtype))
         for layer in layers
-        if layer.block is not None and layer.name in factors
+        if layer.block is not None and layer.link is None and layer.name in factors
     }
-    new = invert(blocks, damped)
-    result: Factors = {}
-    failed = jnp.zeros((), jnp.int32)
-    for layer in layers:
-        name = layer.name
-        if name not in new:
-            result[name] = old[name]
-            continue
-        finite = functools.reduce(
-            jnp.logical_and, [part.finite for part in new[name].values()]
+    found: Factors = {}
+    finite: dict[str, Array] = {}
+    for name, parts in invert(blocks, damped).items():
+        found[name] = {part: inverse for part, (inverse, _) in parts.items()}
+        finite[name] = functools.reduce(
+            jnp.logical_and, [part.finite for part in parts.values()]
         )
-        result[name] = {
-            part: jnp.where(finite, inverse, old[name][part]).astype(
-                old[name][part].dtype
-            )
-            for part, (inverse, _) in new[name].items()
-        }
-        failed += (~finite).astype(jnp.int32)
-    return result, failed
+    linked = [x for x in layers if x.link is not None and x.name in factors]
+    if linked:
+        joint, together = _tridiagonal.refresh(linked, factors, damping)
+        found |= joint
+        for layer in linked:
+            assert layer.link is not None
+            finite[layer.name] = together[layer.link.root]
+    return found, finite
 
 
 @jax.named_scope("kfac_precondition")
@@ -113,10 +132,15 @@ def precondition(
     carried = {
         x.name: {n: factors[x.name][n] for n in x.carried_shapes} for x in layers
     }
+    linked = [x.name for x in layers if x.link is not None and x.name in vectors]
     solved = {
         name: blocks[name].solve(carried[name] | inverses[name], v.astype(dtypes[name]))
         for name, v in vectors.items()
+        if name not in linked
     }
+    if linked:
+        joint = {n: vectors[n].astype(dtypes[n]) for n in linked}
+        solved |= _tridiagonal.solve(layers, inverses, joint)
     covered = {i for layer in layers if layer.name in solved for i in layer.leaves}
     rest = [x for i, x in enumerate(leaves) if x is not None and i not in covered]
     everything = [*solved.values(), *rest]

@@ -76,11 +76,25 @@ def table(layers: Sequence[Layer], fraction: float) -> str:
     )
     lines.append(_kinds(layers))
     lines.append(_costs(layers, fraction))
+    lines.extend(_links(layers))
     uncovered = [layer for layer in layers if layer.reason]
     if uncovered:
         lines.append("Not covered by a layer:")
         lines.extend(explain(layer) for layer in uncovered)
     return "\n".join(lines)
+
+
+def _links(layers: Sequence[Layer]) -> list[str]:
+    """Which layers are linked to a parent, and why others are not."""
+    linked = [layer for layer in layers if layer.link is not None]
+    pairs = [
+        f"  {layer.name} → {layer.link.parent}"
+        for layer in linked
+        if layer.link is not None and layer.link.parent is not None
+    ]
+    others = [f"  {x.name}: {x.unlinked}" for x in layers if x.unlinked]
+    lines = ["Linked to the layer that uses its output:", *pairs] if pairs else []
+    return [*lines, "Without such a link:", *others] if others else lines
 
 
 def _kinds(layers: Sequence[Layer]) -> str:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from kfac_jax import linalg
+from kfac_jax import _tridiagonal, linalg
+from kfac_jax._factors import Factors
 from kfac_jax._trees import TreeSpec
 from kfac_jax.blocks import Block, Damped, Spectrum
 from kfac_jax.layers import Layer
@@ -97,7 +98,10 @@ def _check_mode(mode: str) -> None:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Approximation:
-    """A block-diagonal approximation of the Fisher, `F ≈ blkdiag(F_1, ..., F_l)`.
+    """A structured approximation of the Fisher, with one block for each layer.
+
+    Without links `F ≈ blkdiag(F_1, ..., F_l)`; linked layers (`BlockTridiagonal`) have
+    a block together, with a sparse inverse.
 
     Vectors are pytrees like the parameters. With damping λ the operator is `F + λ I`;
     `damping_mode="exact"` is that, `"factored"` damps each Kronecker factor (section
@@ -111,17 +115,44 @@ class Approximation:
     tree: TreeSpec = dataclasses.field(metadata={"static": True}, repr=False)
     factors: dict[str, dict[str, Array]]
 
-    def _map(self, v: Vector, function: Callable[[Layer, Array], Array]) -> Vector:
+    def _map(
+        self,
+        v: Vector,
+        function: Callable[[Layer, Array], Array],
+        joint: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
+    ) -> Vector:
+        """Applies a function to each layer's matrix, or to all linked ones jointly."""
         leaves = self.tree.leaves(v, "the vector")
         vectors = layer_vectors(self.layers, leaves)
+        dtypes = {layer.name: layer.dtype for layer in self.layers}
+        vectors = {name: x.astype(dtypes[name]) for name, x in vectors.items()}
+        together = self._linked if joint is not None else []
         mapped = {
-            layer.name: function(layer, vectors[layer.name].astype(layer.dtype))
+            layer.name: function(layer, vectors[layer.name])
             for layer in self.layers
-            if layer.block is not None
+            if layer.block is not None and layer not in together
         }
+        if joint is not None and together:
+            mapped |= joint({layer.name: vectors[layer.name] for layer in together})
         return jax.tree.unflatten(
             self.tree.treedef, layer_leaves(self.layers, mapped, leaves)
         )
+
+    @property
+    def _linked(self) -> list[Layer]:
+        return [layer for layer in self.layers if layer.link is not None]
+
+    def _joint_inverses(self, damping: Any) -> Factors:
+        return _tridiagonal.refresh(self.layers, self.factors, damping)[0]
+
+    def _check_joint(self, damping: Any, mode: str) -> None:
+        undamped = isinstance(damping, numbers.Real) and damping == 0
+        if self._linked and mode == "exact" and not undamped:
+            raise ValueError(
+                "With BlockTridiagonal only factored damping is possible; got "
+                'damping_mode="exact". Pass damping_mode="factored", or make the plan '
+                "with structure=BlockDiagonal()."
+            )
 
     def matvec(self, v: Vector) -> Vector:
         """Returns `F v`.
@@ -136,7 +167,9 @@ class Approximation:
           ValueError: if `v` is not like the parameters.
         """
         return self._map(
-            v, lambda layer, x: _block(layer).matvec(self.factors[layer.name], x)
+            v,
+            lambda layer, x: _block(layer).matvec(self.factors[layer.name], x),
+            lambda vectors: _tridiagonal.matvec(self.layers, self.factors, vectors),
         )
 
     def solve(
@@ -153,17 +186,22 @@ class Approximation:
           The solution.
 
         Raises:
-          ValueError: for negative damping, an unknown mode, or a vector of another
-            shape.
+          ValueError: for negative damping, an unknown mode (or "exact" for linked
+            layers), or a vector of another shape.
 
         References:
-          Martens & Grosse 2015, sections 4.2 and 6.3.
+          Martens & Grosse 2015, sections 4.2, 4.3 and 6.3.
         """
         _check_damping(damping)
         _check_mode(damping_mode)
-        if damping_mode == "exact":
+        self._check_joint(damping, damping_mode)
+        if damping_mode == "exact" and not self._linked:
             return self.power(v, -1.0, damping, damping_mode)
-        blocks = {x.name: _block(x) for x in self.layers if x.block is not None}
+        blocks = {
+            x.name: _block(x)
+            for x in self.layers
+            if x.block is not None and x.link is None
+        }
         damped = {
             name: block.damp(self.factors[name], damping)
             for name, block in blocks.items()
@@ -176,7 +214,11 @@ class Approximation:
             solved = {name: part.inverse for name, part in parts.items()}
             return _block(layer).solve(carried | solved, x)
 
-        return self._map(v, apply)
+        def joint(vectors: dict[str, Array]) -> dict[str, Array]:
+            inverses = self._joint_inverses(damping)
+            return _tridiagonal.solve(self.layers, inverses, vectors)
+
+        return self._map(v, apply, joint)
 
     def power(
         self,
@@ -197,19 +239,29 @@ class Approximation:
           The product.
 
         Raises:
-          ValueError: for negative damping, an unknown mode, or a vector of another
-            shape.
+          ValueError: for negative damping, an unknown mode, a vector of another shape,
+            or linked layers, which have no eigenvectors in closed form.
         """
         _check_damping(damping)
         _check_mode(damping_mode)
+        if self._linked:
+            raise ValueError(
+                "power needs a plan with structure=BlockDiagonal(); got "
+                "BlockTridiagonal(). For the inverse use solve, for draws with "
+                "covariance (F + λ I)⁻¹ use sample."
+            )
+        return self._map(v, self._powers(exponent, damping, damping_mode))
 
+    def _powers(
+        self, exponent: float, damping: Any, damping_mode: str
+    ) -> Callable[[Layer, Array], Array]:
         def apply(layer: Layer, x: Array) -> Array:
             spectrum = self._spectrum(layer)
             values = spectrum.eigenvalues(damping, damping_mode) ** exponent
             values = values.astype(x.dtype)
             return spectrum.from_basis(values * spectrum.to_basis(x))
 
-        return self._map(v, apply)
+        return apply
 
     def to_dense(self) -> Array:
         """Returns F, `[P, P]`, in the order of `jax.flatten_util.ravel_pytree`."""
@@ -254,15 +306,20 @@ class Approximation:
           A scalar.
 
         Raises:
-          ValueError: for negative damping or an unknown mode.
+          ValueError: for negative damping, or an unknown mode (or "exact" for linked
+            layers).
         """
         _check_damping(damping)
         _check_mode(damping_mode)
+        self._check_joint(damping, damping_mode)
         parts = [
             jnp.log(self._spectrum(layer).eigenvalues(damping, damping_mode)).sum()
             for layer in self.layers
-            if layer.block is not None
+            if layer.block is not None and layer.link is None
         ]
+        if self._linked:
+            inverses = self._joint_inverses(damping)
+            parts.append(_tridiagonal.logdet(self.layers, inverses))
         return _total(parts)
 
     def sample(
@@ -280,14 +337,26 @@ class Approximation:
 
         Returns:
           A vector like the parameters.
+
+        Raises:
+          ValueError: for negative damping, or an unknown mode (or "exact" for linked
+            layers).
         """
+        _check_damping(damping)
+        _check_mode(damping_mode)
+        self._check_joint(damping, damping_mode)
         keys = jax.random.split(key, len(self.tree.paths))
         noise = [
             jax.random.normal(k, s, d)
             for k, s, d in zip(keys, self.tree.shapes, self.tree.dtypes, strict=True)
         ]
         tree = jax.tree.unflatten(self.tree.treedef, noise)
-        return self.power(tree, -0.5, damping, damping_mode)
+
+        def joint(vectors: dict[str, Array]) -> dict[str, Array]:
+            inverses = self._joint_inverses(damping)
+            return _tridiagonal.sample(self.layers, inverses, vectors)
+
+        return self._map(tree, self._powers(-0.5, damping, damping_mode), joint)
 
     def _spectrum(self, layer: Layer) -> Spectrum:
         return _block(layer).spectrum(self.factors[layer.name], layer.shape)

@@ -10,26 +10,18 @@ from jax import Array
 
 from kfac_jax import _batch, _estimation, _factors, _plan, _report
 from kfac_jax._factors import Factors, Statistics
-from kfac_jax._gathering import gather, is_tapped
+from kfac_jax._gathering import gather, is_tapped, probe, with_cross
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation
 from kfac_jax.blocks.kronecker import check_weight_sharing
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import BlocksSpec, Layer
+from kfac_jax.structures import BlockDiagonal, BlockTridiagonal, Structure
 
 Params = Any
 
-
-@dataclasses.dataclass(frozen=True)
-class BlockDiagonal:
-    """Every layer has a block of its own.
-
-    Cross-layer curvature is dropped (section 4.2).
-
-    >>> BlockDiagonal()
-    BlockDiagonal()
-    """
+BLOCK_DIAGONAL = BlockDiagonal()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +44,7 @@ class Curvature:
     blocks: BlocksSpec = dataclasses.field(repr=False, compare=False)
     on_unmatched: str
     weight_sharing: str
+    structure: Structure
 
     def __str__(self) -> str:
         """The report."""
@@ -180,15 +173,14 @@ class Curvature:
     ]:
         """One forward pass; pulls back the loss, or output cotangents, on demand."""
         traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
-        program = self._program(traced)
+        program, sites = self._program(traced)
         carried = {
             layer.name: {n: factors[layer.name][n] for n in layer.carried_shapes}
             for layer in self.layers
             if factors is not None and layer.carried_shapes
         }
-        zeros = _factors.zeros(self.layers, "statistics_shapes")
         probes = {
-            index: zeros[layer.name] | carried.get(layer.name, {})
+            index: probe(layer, sites[index]) | carried.get(layer.name, {})
             for index, layer in enumerate(self.layers)
             if is_tapped(layer)
         }
@@ -208,7 +200,8 @@ class Curvature:
             return pull((jnp.ones_like(loss), [jnp.zeros_like(z) for z in zs]))[0]
 
         def pull_outputs(cotangents: list[Array]) -> Any:
-            return pull((jnp.zeros_like(loss), cotangents))
+            grads, sums = pull((jnp.zeros_like(loss), cotangents))
+            return grads, with_cross(self.layers, sums)
 
         def statistics(rng: Array | None) -> Statistics:
             sums, count = gather(
@@ -235,8 +228,8 @@ class Curvature:
         value = (loss, traced.unflatten_aux(aux)) if self.has_aux else loss
         return value, None if replaces_rules(program) else gradient, statistics
 
-    def _program(self, traced: _plan.Traced) -> Any:
-        """The program with a tap at every site.
+    def _program(self, traced: _plan.Traced) -> tuple[Any, Any]:
+        """The program with a tap at every site, and each layer's sites.
 
         Raises:
           ValueError: if the program's layers are not the plan's.
@@ -247,6 +240,7 @@ class Curvature:
             self.blocks,
             self.weight_sharing,
             self.estimation_mode,
+            self.structure,
         )
         layers = _plan.apply_policy(layers, self.on_unmatched, quiet=True)
         mine = [_plan.signature(layer) for layer in self.layers]
@@ -258,7 +252,7 @@ class Curvature:
                 f"plan was made: layers {changed} changed. Make a new plan with "
                 "make_curvature for these arguments."
             )
-        return _plan.tapped_program(traced, self.layers, sites)
+        return _plan.tapped_program(traced, self.layers, sites), sites
 
     # ---------------------------------------------------------------- exact products
 
@@ -409,7 +403,7 @@ class Curvature:
         return _factors.average(self.layers, factors, statistics, step, decay)[0]
 
     def approximation(self, factors: Factors) -> Approximation:
-        """The block-diagonal curvature as a linear operator over the parameters.
+        """The approximate curvature as a linear operator over the parameters.
 
         Args:
           factors: from `update_factors`.
@@ -432,7 +426,7 @@ def make_curvature(
     has_aux: bool = False,
     estimation_mode: str = "fisher_gradients",
     blocks: BlocksSpec = None,
-    structure: BlockDiagonal = BlockDiagonal(),
+    structure: Structure = BLOCK_DIAGONAL,
     weight_sharing: str = "expand",
     on_unmatched: str = "warn",
     num_samples: int = 1,
@@ -458,7 +452,8 @@ def make_curvature(
       blocks: the approximation of each layer: one block for all; a mapping from layer
         kind or path regex to a block or None; or a function of the layer. None as a
         block leaves the gradient of that layer as it is.
-      structure: how blocks relate: `BlockDiagonal()`.
+      structure: how blocks relate: `BlockDiagonal()`, or `BlockTridiagonal()` with the
+        curvature between neighbouring layers.
       weight_sharing: what default blocks do with the positions of one example at which
         a weight is used: "expand" takes each for a case, "reduce" averages inputs and
         adds output gradients first, which suits losses of the positions' mean. Blocks
@@ -480,7 +475,7 @@ def make_curvature(
         returned one, if leading axes disagree, or if an option is out of its range.
 
     References:
-      Martens & Grosse 2015, sections 3, 4.2, 5 and 8.
+      Martens & Grosse 2015, sections 3, 4, 5 and 8.
 
     >>> import jax.numpy as jnp, kfac_jax
     >>> def loss_fn(w, x, y):
@@ -492,13 +487,16 @@ def make_curvature(
     _plan.check_options(
         estimation_mode, on_unmatched, num_samples, statistics_fraction, l2
     )
-    if not isinstance(structure, BlockDiagonal):
-        raise ValueError(f"structure must be BlockDiagonal(); got {structure!r}.")
+    if not isinstance(structure, BlockDiagonal | BlockTridiagonal):
+        raise ValueError(
+            "structure must be BlockDiagonal() or BlockTridiagonal(); got "
+            f"{structure!r}."
+        )
     check_weight_sharing(weight_sharing)
     tree = _plan.tree_spec(params)
     traced = _plan.trace(loss_fn, has_aux, tree, params, args)
     layers, _ = _plan.group_layers(
-        traced, tree, blocks, weight_sharing, estimation_mode
+        traced, tree, blocks, weight_sharing, estimation_mode, structure
     )
     layers = _plan.apply_policy(layers, on_unmatched, quiet=False)
     if statistics_fraction < 1.0:
@@ -516,4 +514,5 @@ def make_curvature(
         blocks=blocks,
         on_unmatched=on_unmatched,
         weight_sharing=weight_sharing,
+        structure=structure,
     )

@@ -6,7 +6,7 @@ import types
 import kfac_jax
 
 TOP = """
-BlockDiagonal Curvature Info KFACState Layer LevenbergMarquardt QuadraticModel
+BlockDiagonal BlockTridiagonal Curvature Info KFACState Layer LevenbergMarquardt QuadraticModel
 Statistics blocks distributions kfac losses make_curvature
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution

@@ -104,27 +104,48 @@ class Kronecker(Block):
         """The sums; rows without a gradient do not count."""
         kept = self.statistics_shapes(shape)
         active = (dy != 0).any(-1)
-        reduce = self.weight_sharing == "reduce"
-        positions = jnp.maximum(active.sum(-1, keepdims=True), 1)
+        outputs = self.output_rows(dy)
         result: Factors = {}
         if shape.one_hot:
-            weight = 1 / positions if reduce else jnp.ones_like(positions)
-            weight = weight.astype(wide_dtype(dy.dtype))
-            result["input_diagonal"] = _occurrences(x, shape.inputs, weight, reduce)
+            result["input_diagonal"] = self._occurrences(x, active, dy, shape.inputs)
         else:
-            if reduce:
-                x = x.sum(-2, keepdims=True, dtype=wide_dtype(x.dtype))
-                x = x / positions[..., None].astype(x.dtype)
             full = "input" in kept
-            result["input" if full else "input_diagonal"] = _moment(x, full)
-        if reduce:
-            dy = dy.sum(-2, keepdims=True, dtype=wide_dtype(dy.dtype))
-            active = active.any(-1, keepdims=True)
+            inputs = self.input_rows(x, active)
+            result["input" if full else "input_diagonal"] = _moment(inputs, full)
         full = "output" in kept
-        result["output" if full else "output_diagonal"] = _moment(dy, full)
+        result["output" if full else "output_diagonal"] = _moment(outputs, full)
         if "count" in kept:
-            result["count"] = active.sum((-2, -1))
+            counted = active.any(-1) if self.needs_examples else active.sum(-1)
+            result["count"] = counted.sum(-1)
         return result
+
+    def input_rows(self, x: Array, active: Array) -> Array:
+        """The rows that count as cases: those given or, in "reduce", examples' means.
+
+        Args:
+          x: inputs, `[*e, b, s, i]`, zero where not active.
+          active: which rows have a gradient, `[*e, b, s]`.
+
+        Returns:
+          `[*e, b, s or 1, i]`.
+        """
+        if not self.needs_examples:
+            return x
+        positions = _at_least_one(active)[..., None]
+        x = x.sum(-2, keepdims=True, dtype=wide_dtype(x.dtype))
+        return x / positions.astype(x.dtype)
+
+    def output_rows(self, dy: Array) -> Array:
+        """Those of output gradients: in "reduce" examples' sums, `[*e, b, 1, o]`."""
+        if not self.needs_examples:
+            return dy
+        return dy.sum(-2, keepdims=True, dtype=wide_dtype(dy.dtype))
+
+    def _occurrences(self, x: Array, active: Array, dy: Array, size: int) -> Array:
+        reduce = self.needs_examples
+        positions = _at_least_one(active)
+        weight = 1 / positions if reduce else jnp.ones_like(positions)
+        return _occurrences(x, size, weight.astype(wide_dtype(dy.dtype)), reduce)
 
     def factors(self, statistics: Factors, weight: Array) -> Factors:
         """Divides inputs by the number of rows, outputs by that of batches."""
@@ -132,14 +153,17 @@ class Kronecker(Block):
         if second:
             return join(self.factors(first, weight), self.factors(second, weight))
         (a, a_is_full), (g, _) = sides(statistics)
-        if "count" in statistics:
-            rows = statistics["count"]
-        else:
-            rows = a[..., -1, -1] if a_is_full else a[..., -1]
-        rows = jnp.maximum(rows, 1.0)
+        rows = self.count(statistics)
         names = sorted(name for name in statistics if name != "count")
         rows = rows[..., None, None] if a_is_full else rows[..., None]
         return dict(zip(names, (a / rows, g / weight), strict=True))
+
+    def count(self, statistics: Factors) -> Array:
+        """How many rows the inputs' sum is over, `[*e]`, at least 1."""
+        if "count" in statistics:
+            return jnp.maximum(statistics["count"], 1.0)
+        inputs, _ = sides(statistics)
+        return jnp.maximum(inputs.diagonal[..., -1], 1.0)
 
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Factored Tikhonov damping (section 6.3)."""
@@ -209,6 +233,11 @@ def _moment(x: Array, full: bool) -> Array:
     if not full:
         return jnp.square(rows.astype(dtype)).sum(-2)
     return jnp.einsum("...ri,...rj->...ij", rows, rows, preferred_element_type=dtype)
+
+
+def _at_least_one(active: Array) -> Array:
+    """How many positions of each example count, `[*e, b, 1]`."""
+    return jnp.maximum(active.sum(-1, keepdims=True), 1)
 
 
 def _occurrences(x: Array, size: int, weight: Array, reduce: bool) -> Array:

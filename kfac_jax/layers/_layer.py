@@ -29,6 +29,28 @@ TAGGED = ("dense", "conv", "embedding", "tied", "scale", "scale_and_shift", "shi
 """Those with inputs and outputs that statistics are gathered from."""
 
 
+CROSS = ("parent_input", "parent_output")
+"""The factors of a link: second moments of a layer's inputs with its parent's, and of
+their output gradients, `[i, parent's i]` and `[o, parent's o]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """A layer's place in a forest of layers with cross-layer curvature.
+
+    Attributes:
+      root: the name of the layer that this tree's links lead to.
+      parent: the name of the layer that uses the output next; None for the root.
+      inputs: how many inputs the parent has, 0 for none.
+      outputs: how many outputs.
+    """
+
+    root: str
+    parent: str | None = None
+    inputs: int = 0
+    outputs: int = 0
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
     """One layer: its parameters, how they are used, and what approximates it.
@@ -43,6 +65,8 @@ class Layer:
       rows: at how many positions of the plan's batch, all uses together.
       block: the approximation; None leaves the gradient as it is.
       shape: the canonical shape.
+      link: its place among linked layers; None for a layer by itself.
+      unlinked: why it has no parent, where links were asked for.
       reason: why no better block applies; empty where nothing is amiss.
       source: the user's source line of its first use.
       leaves: indices of its parameters among all leaves.
@@ -59,6 +83,8 @@ class Layer:
     rows: int = 0
     block: Block | None
     shape: BlockShape
+    link: Link | None = None
+    unlinked: str = ""
     reason: str = ""
     source: str = ""
     leaves: tuple[int, ...]
@@ -67,8 +93,22 @@ class Layer:
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the factors by name."""
+        """The shapes of the factors by name, those of a link included."""
+        return self.block_factor_shapes | self.cross_shapes
+
+    @property
+    def block_factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the block's factors by name."""
         return {} if self.block is None else self.block.factor_shapes(self.shape)
+
+    @property
+    def cross_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the factors that are shared with the parent."""
+        if self.link is None or self.link.parent is None:
+            return {}
+        inputs = self.shape.inputs, self.link.inputs
+        outputs = self.shape.outputs, self.link.outputs
+        return dict(zip(CROSS, (inputs, outputs), strict=True))
 
     @property
     def carried_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -89,26 +129,58 @@ class Layer:
             return {}
         factors = {
             name: jax.ShapeDtypeStruct(shape, self.dtype)
-            for name, shape in self.factor_shapes.items()
+            for name, shape in self.block_factor_shapes.items()
         }
         one = jax.ShapeDtypeStruct((), self.dtype)
         damped = jax.eval_shape(self.block.damp, factors, one)
         return {name: x for name, (x, _) in damped.items()}
 
     @property
+    def joint_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what a linked layer has in place of inverses, by name."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        if self.link is None:
+            return shapes
+        for side, n in (("input", self.shape.inputs), ("output", self.shape.outputs)):
+            shapes[f"{side}_basis"] = n, n
+            if self.cross_shapes:
+                shapes[f"{side}_explained"] = (n,)
+                shapes[f"{side}_regression"] = self.cross_shapes[f"parent_{side}"]
+        return shapes
+
+    @property
     def inverse_bytes(self) -> int:
         """How much the inverses hold, in bytes."""
+        if self.link is not None:
+            sizes = (math.prod(shape) for shape in self.joint_shapes.values())
+            return sum(sizes) * jnp.dtype(self.dtype).itemsize
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in self.damped.values())
 
     @property
     def inversion_cost(self) -> int:
-        """Multiply-adds of one refresh of the inverses, d³ for a factor `[d, d]`."""
+        """Multiply-adds of one refresh of the inverses, d³ for a factor `[d, d]`.
+
+        A link adds for each side, with m ≥ n its two lengths, the products of its
+        coherence and regression, and `2 m² n + 4 m n² + 4.5 n³` for singular vectors.
+        """
+        return self._own_inversion_cost + self._link_cost
+
+    @property
+    def _link_cost(self) -> int:
+        cost = 0.0
+        for shape in self.cross_shapes.values():
+            m, n = max(shape), min(shape)
+            cost += 2 * m * n * (m + n) + 2 * m**2 * n + 4 * m * n**2 + 4.5 * n**3
+        return int(cost)
+
+    @property
+    def _own_inversion_cost(self) -> int:
         if self.block is None:
             return 0
         names = self.block.elementwise | self.block.carried
         inverted = {name: x.shape for name, x in self.damped.items()}
         if not self.shape.tied:  # whose factors are added up first
-            inverted |= self.factor_shapes
+            inverted |= self.block_factor_shapes
         return sum(
             math.prod(shape) * shape[-1]
             for name, shape in inverted.items()
@@ -136,8 +208,9 @@ class Layer:
 
     @property
     def row_statistics(self) -> frozenset[str]:
-        """Statistics that depend on the layer's inputs only."""
-        return frozenset() if self.block is None else self.block.row_statistics
+        """Statistics that depend on layers' inputs only."""
+        own = frozenset() if self.block is None else self.block.row_statistics
+        return own | {CROSS[0]} if self.cross_shapes else own
 
     @property
     def homogeneous(self) -> bool:

@@ -1,7 +1,7 @@
 """Inverses and eigendecompositions of symmetric positive matrices, batched."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +52,24 @@ def inverse_many(shifted: Sequence[tuple[Array, Array]]) -> list[Inverted]:
     Returns:
       The inverses in the same order and shapes.
     """
+    return _many(shifted, _inverse)
+
+
+def inverse_root_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
+    """Roots R of the inverses of `x + s I`: upper triangular, `R Rᵀ (x + s I) = I`.
+
+    Args:
+      shifted: as for `inverse_many`.
+
+    Returns:
+      The roots in the same order and shapes; NaN where not positive definite.
+    """
+    return [root.inverse for root in _many(shifted, _inverse_root)]
+
+
+def _many(
+    shifted: Sequence[tuple[Array, Array]], function: Callable[[Array], Array]
+) -> list[Inverted]:
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for i, (x, _) in enumerate(shifted):
         groups.setdefault((_padded(x.shape[-1]), x.dtype), []).append(i)
@@ -60,7 +78,7 @@ def inverse_many(shifted: Sequence[tuple[Array, Array]]) -> list[Inverted]:
     for (size, dtype), members in groups.items():
         stacked = _stack([shifted[i] for i in members], size)
         never = known_false_after(previous).astype(dtype)
-        inverses = _inverse(stacked + never)
+        inverses = function(stacked + never)
         previous = inverses[0, 0, 0]
         finite = jnp.isfinite(diagonal(inverses)).all(-1)  # as in finite_diagonals
         start = 0
@@ -106,7 +124,14 @@ def _stack(shifted: Sequence[tuple[Array, Array]], size: int) -> Array:
 
 
 def _inverse(x: Array) -> Array:
-    """Inverts symmetric `[k, d, d]`: `x = Uᵀ U`, `x⁻¹ = U⁻¹ U⁻ᵀ`.
+    """Inverts symmetric `[k, d, d]`; NaN where x is not positive definite."""
+    if x.shape[-1] == 1:
+        return jnp.where(x > 0, 1.0 / x, jnp.nan)
+    return _gram(_inverse_root(x))
+
+
+def _inverse_root(x: Array) -> Array:
+    """The upper triangular `U⁻¹` of `x = Uᵀ U` `[k, d, d]`, so that `x⁻¹ = U⁻¹ U⁻ᵀ`.
 
     Only the factorisation is left to LAPACK (or its like on other backends), whose
     triangular solve takes three times the arithmetic for the inverse of U. NaN where x
@@ -116,9 +141,9 @@ def _inverse(x: Array) -> Array:
     matrices by columns.
     """
     if x.shape[-1] == 1:
-        return jnp.where(x > 0, 1.0 / x, jnp.nan)
+        return jnp.where(x > 0, 1.0 / jnp.sqrt(x), jnp.nan)
     lower = jnp.linalg.cholesky(_transpose(x), symmetrize_input=False)
-    return _gram(_triangular_inverse(_transpose(lower)))
+    return _triangular_inverse(_transpose(lower))
 
 
 _SOLVED = 272

@@ -1,0 +1,54 @@
+"""Which layers' outputs reach which layers' inputs."""
+
+from collections.abc import Mapping
+
+from kfac_jax._jaxpr.graph import Atom, Graph, is_value
+from kfac_jax._jaxpr.sites import Site
+
+_TRANSPARENT = (
+    "checkpoint",
+    "remat",
+    "remat2",
+    "custom_jvp_call",
+    "custom_vjp_call",
+)
+"""Equations whose first body computes their results once, from their operands."""
+
+
+def sources(graph: Graph, sites: Mapping[int, Site]) -> dict[int, frozenset[int]]:
+    """For each site, those whose output its input depends on, with none between.
+
+    Args:
+      graph: the program.
+      sites: one for each layer, by the layer's index.
+
+    Returns:
+      For each layer's index the indices of its sources, in the order of the program.
+      Sites inside of loops and conditionals are left out.
+    """
+    at = {site.output: index for index, site in sites.items()}
+    reached: dict[int, frozenset[int]] = {}
+    found: dict[int, frozenset[int]] = {}
+
+    def of(atom: Atom) -> frozenset[int]:
+        return reached.get(atom, frozenset()) if is_value(atom) else frozenset()
+
+    def visit(graph: Graph) -> None:
+        for node in graph.nodes:
+            if node.name in _TRANSPARENT and node.bodies:
+                body = node.bodies[0]
+                reached.update(zip(body.inputs, map(of, node.inputs), strict=True))
+                visit(body)
+                results = [of(atom) for atom in body.outputs]
+            else:
+                all_of_it = frozenset[int]().union(*map(of, node.inputs))
+                results = [all_of_it] * len(node.outputs)
+            for value, result in zip(node.outputs, results, strict=True):
+                index = at.get(value)
+                if index is not None:
+                    found[index] = of(sites[index].x)
+                    result = frozenset([index])
+                reached[value] = result
+
+    visit(graph)
+    return found
