@@ -6,12 +6,11 @@ outputs that are folded into the loss (Martens & Grosse 2015, section 13).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -19,24 +18,19 @@ import kfac_jax
 
 SIZES = (784, 1000, 500, 250, 30, 250, 500, 1000, 784)
 L2 = 1e-5  # eta: the loss holds 0.5 * eta * ||theta||^2, biases included
-INCOMING = 15  # nonzero weights into each unit at the start
 
 Params = list[dict[str, Array]]
 
 
-def init_params(seed: int, sizes: Sequence[int] = SIZES) -> Params:
+@partial(jax.jit, static_argnums=1)
+def init_params(seed: int, sizes: tuple[int, ...] = SIZES) -> Params:
     """Sparse initialisation: 15 weights N(0, 1) into each unit, biases zero."""
-    rng = np.random.default_rng(seed)
-    return [_init_layer(rng, i, o) for i, o in pairwise(sizes)]
-
-
-def _init_layer(rng: np.random.Generator, inputs: int, units: int) -> dict[str, Array]:
-    weights = np.zeros((inputs, units), np.float32)
-    count = min(INCOMING, inputs)
-    for unit in range(units):
-        incoming = rng.choice(inputs, count, replace=False)
-        weights[incoming, unit] = rng.standard_normal(count)
-    return {"w": jnp.asarray(weights), "b": jnp.zeros(units, jnp.float32)}
+    weights = kfac_jax.initializers.sparse_normal(incoming=15)
+    keys = jax.random.split(jax.random.key(seed), len(sizes) - 1)
+    return [
+        {"w": weights(key, shape, jnp.float32), "b": jnp.zeros(shape[1:], jnp.float32)}
+        for key, shape in zip(keys, pairwise(sizes), strict=True)
+    ]
 
 
 def encode_decode(params: Params, images: ArrayLike) -> Array:

@@ -6,8 +6,9 @@ import types
 import kfac_jax
 
 TOP = """
-BlockDiagonal BlockTridiagonal Curvature Info KFACState Layer LevenbergMarquardt QuadraticModel
-Statistics blocks distributions kfac losses make_curvature
+AverageIteratesState BlockDiagonal BlockTridiagonal Curvature
+ExponentialBatchSize Info KFACState Layer LevenbergMarquardt QuadraticModel Statistics average_iterates blocks distributions
+initializers kfac losses make_curvature
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution
 register_normal_predictive_distribution register_scale_and_shift
@@ -37,7 +38,8 @@ def _public(module, exported_modules=()):
 
 
 def test_top_level_names():
-    assert _public(kfac_jax, ("blocks", "distributions", "losses")) == set(TOP.split())
+    modules = ("blocks", "distributions", "initializers", "losses")
+    assert _public(kfac_jax, modules) == set(TOP.split())
 
 
 def test_block_names():
@@ -53,6 +55,15 @@ def test_loss_names():
         and not name.startswith("_")
     }
     assert own == set(LOSSES.split())
+
+
+def test_initializer_names():
+    own = {
+        name
+        for name, value in vars(kfac_jax.initializers).items()
+        if inspect.isfunction(value) and not name.startswith("_")
+    }
+    assert own == {"sparse_normal"}
 
 
 def test_methods_of_the_contract_exist():

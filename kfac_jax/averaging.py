@@ -1,0 +1,126 @@
+"""Averages of the iterates, as an optax transformation."""
+
+import numbers
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kfac_jax._dtypes import wide_dtype
+
+Params = Any
+
+
+class AverageIteratesState(NamedTuple):
+    """The state of `average_iterates`."""
+
+    num_updates: Array  # [] int32, so far
+    averaged_params: Params  # θ̄, like the parameters, in float32 or wider
+
+
+def average_iterates(
+    decay: float | Array = 0.99, *, start: int | Array | None = 1
+) -> optax.GradientTransformation:
+    """Keeps an exponential average of the parameters: `θ̄ = ξ_k θ̄ + (1 - ξ_k) θ`.
+
+    Put it last in an `optax.chain`: updates pass through unchanged, and θ are the
+    parameters after them. With a constant batch size θ̄ is mostly better than θ, which
+    jitters around it; where the batch grows it tends to lag. So evaluate both and keep
+    the better one.
+
+    The average is read from the state of the chain by
+    `optax.tree_utils.tree_get(state, "averaged_params")`. (`optax.ema` averages the
+    updates, not the parameters; `optax.incremental_update` is one step of this average,
+    for a training loop that keeps it by itself.)
+
+    A refused update of `kfac` is zero: θ̄ moves towards the θ that stayed.
+
+    Args:
+      decay: ξ, in [0, 1).
+      start: k0, the step, counted from 1, at which averaging starts. Until then θ̄ = θ,
+        and from then on `ξ_k = min(1 - 1/(k - k0 + 1), ξ)`: an equal average of all
+        iterates from k0 on while they are few. None for `ξ_k = ξ` throughout, as in the
+        paper's text, with the initial parameters as the first average.
+
+    Returns:
+      The transformation. Its update needs `params`.
+
+    Raises:
+      TypeError: if `start` is not an integer, or the decay not a number; by `init`, if
+        parameters are not real floating point.
+      ValueError: if a number is out of its range.
+
+    References:
+      Martens & Grosse 2015, section 13, where ξ = 0.99; their program has k0 = 200.
+      Polyak & Juditsky 1992.
+
+    >>> import jax.numpy as jnp, optax
+    >>> tx = optax.chain(optax.sgd(1.0), average_iterates())
+    >>> params = jnp.asarray(0.0)
+    >>> state = tx.init(params)
+    >>> for gradient in (-1.0, -3.0, 0.0):
+    ...     updates, state = tx.update(jnp.asarray(gradient), state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> averaged = optax.tree_utils.tree_get(state, "averaged_params")
+    >>> float(params), round(float(averaged), 6)  # of 1, 4 and 4
+    (4.0, 3.0)
+    """
+    _check(decay, start)
+
+    def init(params: Params) -> AverageIteratesState:
+        return AverageIteratesState(
+            num_updates=jnp.zeros((), jnp.int32),
+            averaged_params=jax.tree.map(_wide_copy, params),
+        )
+
+    def update(
+        updates: Params, state: Any, params: Params | None = None
+    ) -> tuple[Params, AverageIteratesState]:
+        if params is None:
+            raise ValueError(
+                "average_iterates averages the parameters: call "
+                "tx.update(grads, state, params)."
+            )
+        k = state.num_updates + 1
+        xi = jnp.asarray(decay, float)
+        if start is not None:
+            since = k - jnp.asarray(start, k.dtype) + 1
+            xi = jnp.minimum(1.0 - 1.0 / jnp.maximum(since, 1).astype(xi.dtype), xi)
+
+        def move(average: Array, p: Array) -> Array:
+            weight = xi.astype(average.dtype)
+            return weight * average + (1 - weight) * p.astype(average.dtype)
+
+        moved = optax.apply_updates(params, updates)
+        averaged = jax.tree.map(move, state.averaged_params, moved)
+        return updates, AverageIteratesState(k, averaged)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _wide_copy(p: Any) -> Array:
+    """A copy in float32 or wider: θ and θ̄ may both be donated."""
+    dtype = jnp.result_type(p)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"average_iterates averages real floating-point parameters; got {dtype}. "
+            "Hide others by optax.masked."
+        )
+    return jnp.array(p, wide_dtype(dtype))
+
+
+def _check(decay: Any, start: Any) -> None:
+    if isinstance(decay, bool) or not isinstance(decay, numbers.Real | Array):
+        raise TypeError(f"decay (ξ) must be a number; got {decay!r}.")
+    if isinstance(decay, numbers.Real) and not 0.0 <= float(decay) < 1.0:
+        raise ValueError(f"decay (ξ) must be in [0, 1); got {decay}.")
+    if isinstance(start, Array) or start is None:
+        return
+    if isinstance(start, bool) or not isinstance(start, numbers.Integral):
+        raise TypeError(f"start (k0) must be an integer or None; got {start!r}.")
+    if int(start) < 1:
+        raise ValueError(
+            f"start (k0) counts steps from 1, so it must be at least 1; got {start}."
+        )
