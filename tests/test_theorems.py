@@ -21,7 +21,8 @@ SIZES = (3, 4, 3, 2)
 CASES = 24  # more than any factor's dimension, so that none is singular
 MC_TOLERANCE = 5.0  # standard deviations of a Monte-Carlo mean
 
-structures = pytest.mark.parametrize("structure", [kfac_jax.BlockDiagonal()], ids=repr)
+STRUCTURES = [kfac_jax.BlockDiagonal(), kfac_jax.BlockTridiagonal()]
+structures = pytest.mark.parametrize("structure", STRUCTURES, ids=repr)
 
 LOSSES = {
     "squared": lambda z, y: losses.squared_error(z, y).sum(-1).mean(),
