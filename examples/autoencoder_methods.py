@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -86,18 +87,39 @@ def _nesterov(
     settings: Settings, problem: Problem, params: Params, seed: int
 ) -> Method:
     del params, seed
+    return nesterov(
+        problem.loss_fn,
+        settings.nesterov_rate,
+        settings.nesterov_momentum,
+        settings.nesterov_period,
+    )
+
+
+def nesterov(
+    loss_fn: Callable[..., Array], rate: float, highest: float, period: int
+) -> Method:
+    """Nesterov's method with the momentum of Sutskever et al. 2013.
+
+    Args:
+        loss_fn: params, *batch -> the loss.
+        rate: of learning.
+        highest: mu_max of `mu_t = min(1 - 2^(-1 - log2(floor(t / period) + 1)),
+            mu_max)`.
+        period: steps between rises of mu; 250 in the paper.
+
+    Returns:
+        The method.
+    """
 
     def momentum(iteration: Array) -> Array:
-        """The paper's mu_t = min(1 - 2^(-1 - log2(floor(t / 250) + 1)), mu_max)."""
-        halvings = 1 + jnp.log2(iteration // settings.nesterov_period + 1)
-        return jnp.minimum(1 - 2.0**-halvings, settings.nesterov_momentum)
+        halvings = 1 + jnp.log2(iteration // period + 1)
+        return jnp.minimum(1 - 2.0**-halvings, highest)
 
-    rate = settings.nesterov_rate
     tx = optax.inject_hyperparams(optax.sgd)(rate, momentum, nesterov=True)
 
     def step(params, state, batch, iteration, fraction):
         del fraction
-        value, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
+        value, grads = jax.value_and_grad(loss_fn)(params, *batch)
         updates, state = tx.update(grads, state, params)
         progress = Progress(value, jnp.nan, rate, momentum(iteration))
         return optax.apply_updates(params, updates), state, progress

@@ -48,10 +48,11 @@ def loss_fn(params: Params, images: ArrayLike) -> Array:
     """Cross-entropy summed over pixels, averaged over cases, plus the l2 penalty."""
     logits = encode_decode(params, images)
     per_pixel = kfac_jax.losses.sigmoid_binary_cross_entropy(logits, images)
-    return per_pixel.sum(axis=-1).mean() + 0.5 * L2 * _squared_length(params)
+    return per_pixel.sum(axis=-1).mean() + 0.5 * L2 * squared_length(params)
 
 
-def _squared_length(params: Params) -> Array:
+def squared_length(params: Params) -> Array:
+    """`||theta||^2`."""
     biases = jnp.concatenate([layer["b"] for layer in params])  # one sum to compile
     vectors = [biases, *(layer["w"] for layer in params)]
     return sum((jnp.vdot(x, x) for x in vectors), start=jnp.zeros(()))

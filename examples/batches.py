@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
@@ -56,6 +57,27 @@ class Batches:
             self._epoch, self._order = epoch, rng.permutation(self._cases)
         first = position * self._size
         chosen = self._order[first : first + self._size]
+        return tuple(array[chosen] for array in self._arrays)
+
+
+class GrowingBatches:
+    """Random cases, as many at each step as a schedule says, none twice in a batch."""
+
+    def __init__(self, arrays: Batch, size_at: Callable[[int], int], seed: int) -> None:
+        """Keeps the cases.
+
+        Args:
+            arrays: one or more, each [cases, ...]; case i is the i-th row of them all.
+            size_at: iteration, from 0 -> how many cases.
+            seed: of the choice.
+        """
+        self._arrays, self._size_at, self._seed = arrays, size_at, seed
+
+    def __call__(self, iteration: int) -> Batch:
+        """The batch of step `iteration`, counted from 0."""
+        rng = np.random.default_rng((self._seed, iteration))
+        size, cases = self._size_at(iteration), len(self._arrays[0])
+        chosen = rng.choice(cases, size, replace=False)
         return tuple(array[chosen] for array in self._arrays)
 
 

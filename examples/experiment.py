@@ -189,7 +189,7 @@ def _add_run_options(example: Example, parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=example.batch_size, help="per step, for all")
     add(
         "--seconds",
-        type=_positive,
+        type=positive,
         default=example.seconds,
         help="time in steps, per optimizer",
     )
@@ -205,7 +205,8 @@ def _add_run_options(example: Example, parser: argparse.ArgumentParser) -> None:
     add("--checkpoint-every", type=float, default=60.0, help="seconds between saves")
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
+    """An option's number above zero."""
     value = float(text)
     if not value > 0:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")

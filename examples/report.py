@@ -47,15 +47,15 @@ def save_curves(path: Path, runs: dict[str, Run], config: dict[str, Any]) -> Non
     }
     device = jax.devices()[0].device_kind
     contents = {"config": config, "device": device, "results": results}
-    path.write_text(json.dumps(_without_nan(contents), indent=1) + "\n")
+    path.write_text(json.dumps(without_nan(contents), indent=1) + "\n")
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """NaN as null: plain JSON has no NaN."""
     if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
+        return {key: without_nan(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_nan(item) for item in value]
+        return [without_nan(item) for item in value]
     if isinstance(value, float) and not np.isfinite(value):
         return None
     return value

@@ -6,6 +6,7 @@ Compilation is timed apart; evaluation, checkpoints and the progress bar are not
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -50,6 +51,9 @@ class Method(NamedTuple):
         tuple[PyTree, PyTree, Progress],
     ]
     report: str = ""  # about the method, to be shown once
+    batches: Source | None = None  # its own, where they differ from the problem's
+    # state -> averaged parameters, where the method keeps an average of its iterates
+    average: Callable[[PyTree], PyTree] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ class Point:
     damping: float
     learning_rate: float
     momentum: float
+    averaged_error: float = math.nan  # on training cases, of the averaged parameters
 
 
 @dataclass(kw_only=True)
@@ -149,6 +154,13 @@ class Store(Protocol):
         """Keeps the run as it is now."""
 
 
+class NoStore:
+    """Keeps no checkpoints."""
+
+    def save(self, run: Run) -> None:
+        """Does nothing."""
+
+
 class Trainer:
     """One method under way: compiled once, then brought forward in slices of time."""
 
@@ -162,18 +174,20 @@ class Trainer:
         limits: Limits,
         store: Store,
     ) -> None:
-        """Compiles the step, unless the run is already at its limit.
+        """Compiles the first step, unless the run is already at its limit.
 
         Args:
             method: the optimizer.
             run: where to start; brought forward in place.
-            batches: the batch of each iteration.
+            batches: the batch of each iteration, unless the method has its own. Every
+                new shape compiles the step again.
             evaluate: params -> (training error, test error).
             limits: when to stop.
             store: where to save.
         """
         self.method, self.run = method, run
-        self._batches, self._evaluate = batches, evaluate
+        self._batches, self._evaluate = method.batches or batches, evaluate
+        self._steps: dict[Any, Callable[..., Any]] = {}  # by the batch's shapes
         self.limits, self._store = limits, store
         self._progress = Progress(*[np.float32(np.nan)] * len(Progress._fields))
         self._diverged = False
@@ -182,7 +196,7 @@ class Trainer:
             print(f"{method.name}: already at its limit, {run.iteration} iterations.")
             return
         print(f"{method.name}: compiling ...", end=" ", flush=True)
-        self._step = _compile(method, run, self._inputs())
+        self._step_for(self._inputs())
         print(f"{run.compile_seconds:.1f} s.")
         if not run.curve:
             self._measure()
@@ -196,7 +210,9 @@ class Trainer:
         """Steps on for some seconds, or until finished or interrupted."""
         end = self.run.seconds + seconds
         while self.run.seconds < end and not (self.finished or interrupt.requested):
-            self._progress = _timed_step(self._step, self.run, self._inputs())
+            inputs = self._inputs()
+            step = self._step_for(inputs)
+            self._progress = _timed_step(step, self.run, inputs)
             _show(bar, self.run, self.limits, self._progress)
             if self.limits.evaluation_is_due(self.run.iteration):
                 self._measure()
@@ -221,8 +237,17 @@ class Trainer:
         fraction = self.limits.fraction(self.run)
         return self._batches(iteration), np.int32(iteration), fraction
 
+    def _step_for(self, inputs: tuple[Batch, np.int32, np.float32]) -> Any:
+        shapes = tuple(array.shape for array in inputs[0])
+        if shapes not in self._steps:
+            self._steps[shapes] = _compile(self.method, self.run, inputs)
+        return self._steps[shapes]
+
     def _measure(self) -> None:
         train_error, test_error = self._evaluate(self.run.params)
+        averaged_error = math.nan
+        if self.method.average is not None:
+            averaged_error, _ = self._evaluate(self.method.average(self.run.state))
         progress = {k: float(v) for k, v in self._progress._asdict().items()}
         self.run.curve.append(
             Point(
@@ -230,6 +255,7 @@ class Trainer:
                 seconds=self.run.seconds,
                 train_error=train_error,
                 test_error=test_error,
+                averaged_error=averaged_error,
                 **progress,
             )
         )
@@ -254,11 +280,11 @@ def train_in_turns(trainers: Sequence[Trainer], interrupt: Interrupt) -> None:
 
 
 def _compile(method: Method, run: Run, inputs: tuple[Any, ...]) -> Callable[..., Any]:
-    """The compiled step; its time, tracing included, goes to `run.compile_seconds`."""
+    """The compiled step; its time, tracing included, adds to `run.compile_seconds`."""
     start = time.perf_counter()
     step = jax.jit(method.step, donate_argnums=(0, 1))
     compiled = step.lower(run.params, run.state, *inputs).compile()
-    run.compile_seconds = time.perf_counter() - start
+    run.compile_seconds += time.perf_counter() - start
     return compiled
 
 

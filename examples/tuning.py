@@ -17,18 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from experiment import Example, Problem, config_of, settings_of
-from training import Interrupt, Limits, Run, Trainer, train_in_turns
+from training import Interrupt, Limits, NoStore, Run, Trainer, train_in_turns
 
 # optimizer -> setting -> the values to try
 Grids = Mapping[str, Mapping[str, Sequence[float]]]
 Trial = dict[str, Any]  # a row of the table, as kept in the file
-
-
-class _Nowhere:
-    """Trials keep no checkpoints."""
-
-    def save(self, run: Run) -> None:
-        """Does nothing."""
 
 
 def tune(
@@ -122,7 +115,7 @@ def _run_trial(
         problem.batches,
         problem.evaluate,
         limits=limits,
-        store=_Nowhere(),
+        store=NoStore(),
     )
     train_in_turns([trainer], interrupt)
     return trainer.run

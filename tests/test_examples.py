@@ -27,10 +27,11 @@ def test_an_epoch_holds_each_case_once_and_arrays_stay_together():
 
 
 def test_batches_are_functions_of_the_iteration():
-    from batches import Batches, Windows
+    from batches import Batches, GrowingBatches, Windows
 
     sources = [
         lambda: Batches((np.arange(12),), size=4, seed=0),
+        lambda: GrowingBatches((np.arange(12),), lambda i: 2 + i, seed=0),
         lambda: Windows(np.arange(50), length=5, size=3, seed=0),
     ]
     for make in sources:
@@ -38,6 +39,17 @@ def test_batches_are_functions_of_the_iteration():
         there = [forth(i) for i in range(7)]
         for i in reversed(range(7)):
             np.testing.assert_array_equal(make()(i), there[i])
+
+
+def test_growing_batches_hold_no_case_twice_and_arrays_stay_together():
+    from batches import GrowingBatches
+
+    arrays = np.arange(12), 10 * np.arange(12)
+    batches = GrowingBatches(arrays, lambda i: 4 + 4 * i, seed=0)
+    for i in range(3):
+        x, y = batches(i)
+        assert len(set(x)) == 4 + 4 * i
+        np.testing.assert_array_equal(y, 10 * x)
 
 
 def test_targets_are_the_next_characters_and_stay_in_the_text():
