@@ -186,7 +186,7 @@ def _part_statistics(params: Params, images: jax.Array) -> Built:
     return kfac(params, images, statistics_fraction=1 / 8)
 
 
-def _adaptive(params: Params, images: jax.Array) -> Built:
+def _adaptive(params: Params, images: jax.Array, **options: Any) -> Built:
     return kfac(
         params,
         images,
@@ -194,7 +194,13 @@ def _adaptive(params: Params, images: jax.Array) -> Built:
         learning_rate=kfac_jax.QuadraticModel(fraction=1 / 4),
         momentum=None,
         damping=kfac_jax.LevenbergMarquardt(150.0),
+        **options,
     )
+
+
+def _separate(params: Params, images: jax.Array) -> Built:
+    rule = kfac_jax.SeparateDamping(every=INVERSE_EVERY)
+    return _adaptive(params, images, factored_damping=rule)
 
 
 VARIANTS = {
@@ -204,6 +210,7 @@ VARIANTS = {
     "full": Variant("K-FAC, full statistics", kfac),
     "part": Variant("K-FAC, tau1 = 1/8", _part_statistics),
     "adaptive": Variant("K-FAC, adaptive, tau1 = 1/8, tau2 = 1/4", _adaptive),
+    "separate": Variant("K-FAC, adaptive, with a separate gamma", _separate),
 }
 
 

@@ -12,6 +12,7 @@ from kfac_jax.curvature import make_curvature as make_curvature
 from kfac_jax.layers import Layer as Layer
 from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
 from kfac_jax.rules import QuadraticModel as QuadraticModel
+from kfac_jax.rules import SeparateDamping as SeparateDamping
 from kfac_jax.schedules import ExponentialBatchSize as ExponentialBatchSize
 from kfac_jax.structures import BlockDiagonal as BlockDiagonal
 from kfac_jax.structures import BlockTridiagonal as BlockTridiagonal

@@ -15,9 +15,15 @@ from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._ordering import known_false_after
 from kfac_jax._preconditioner import refresh_factors, refresh_inverses
-from kfac_jax._vectors import inner_product
+from kfac_jax._separate_damping import Candidates
+from kfac_jax._vectors import inner_product, plane_products
 from kfac_jax.curvature import Curvature, Params
-from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Solution
+from kfac_jax.rules import (
+    LevenbergMarquardt,
+    QuadraticModel,
+    SeparateDamping,
+    Solution,
+)
 
 Scalar = float | Array
 Schedule = Callable[[Any], Any]
@@ -31,6 +37,7 @@ class Info(NamedTuple):
 
     loss: Array  # [], h(θ): the `value` passed to update
     damping: Array  # [], λ the update was made with
+    factored_damping: Array  # [], γ in its inverses; NaN where that is √(λ+η)
     learning_rate: Array  # [], α
     momentum: Array  # [], μ
     rho: Array  # [], ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)), when it was last measured
@@ -47,6 +54,7 @@ class KFACState(NamedTuple):
     factors: Factors  # by layer name, moving averages of the factors
     inverses: Factors  # by layer name, of the damped factors
     damping: Array  # [], λ for the next update
+    factored_damping: Array  # [], γ; NaN where that is √(λ+η)
     velocity: (
         Params  # δ0, the previous update, like the parameters; () in scale_by_kfac
     )
@@ -61,7 +69,7 @@ def nan() -> Array:
 
 def initial_info() -> Info:
     unknown = [
-        nan() for _ in range(6)
+        nan() for _ in range(7)
     ]  # no two fields share a buffer: state is donated
     counts = [jnp.zeros((), jnp.int32) for _ in range(2)]
     return Info._make([*unknown, *counts])
@@ -92,6 +100,13 @@ def initial_damping(damping: Any) -> Array:
     if isinstance(damping, LevenbergMarquardt):
         return jnp.asarray(damping.initial, float)
     return at(damping, jnp.zeros((), jnp.int32))
+
+
+def initial_factored_damping(rule: SeparateDamping | None, total: Any) -> Array:
+    """γ0 if it is separate: as the rule says, or the root of λ0 + η."""
+    if rule is None:
+        return nan()
+    return jnp.sqrt(total) if rule.initial is None else jnp.asarray(rule.initial, float)
 
 
 def check_common(
@@ -137,8 +152,9 @@ def advance(
     damping: Array,
     decay: Any,
     inverse_every: Any,
+    candidates: Candidates | None = None,
 ) -> tuple[KFACState, Array]:
-    """Updates factors and, if due, inverses; also tells whether anything was refused.
+    """Updates factors and, if due, γ and inverses; also tells if it refused anything.
 
     Both ε and the refreshes at the first three steps count batches that brought
     statistics: a step without any must not pass for the first.
@@ -152,33 +168,62 @@ def advance(
     batches = state.batches + informed.astype(jnp.int32)
     every = jnp.asarray(inverse_every, jnp.int32)
     due = (informed & (batches <= 3)) | ((step % every == 0) & (batches > 0))
-    total = damping + curvature.l2
+    state = state._replace(step=step, batches=batches, factors=factors)
+    state, failed = _refresh(curvature, state, damping, due, candidates)
+    return state, (refused > 0) | (failed > 0)
+
+
+def _refresh(
+    curvature: Curvature,
+    state: KFACState,
+    damping: Array,
+    due: Array,
+    candidates: Candidates | None,
+) -> tuple[KFACState, Array]:
+    """Renews γ and the inverses where due; tells how many inverses failed.
+
+    γ is chosen inside of the refresh, which is due whenever that is: from the very
+    factors that are inverted then, and at no cost in other steps.
+    """
+    layers, factors, total = curvature.layers, state.factors, damping + curvature.l2
     moving = {x.name: factors[x.name] for x in layers if x.carried_shapes}
     fixed = {name: part for name, part in factors.items() if name not in moving}
+    gamma = None if candidates is None else state.factored_damping
+    if candidates is not None:  # a traced T3 may not divide T2
+        due |= candidates.due(state.step) & (state.batches > 0)
 
-    def refresh(moving: Factors, old: Factors) -> tuple[Factors, Factors, Array]:
+    def squared(gamma: Array | None) -> Array:
+        return total if gamma is None else jnp.square(gamma)
+
+    def refresh(
+        moving: Factors, old: Factors, gamma: Array | None
+    ) -> tuple[Factors, Factors, Array | None, Array]:
         moving = refresh_factors(layers, moving)
-        return moving, *refresh_inverses(layers, fixed, old, total)
+        if candidates is not None:
+            assert gamma is not None
+            gamma = candidates.update(state.step, fixed | moving, old, gamma)
+        inverses, failed = refresh_inverses(layers, fixed, old, squared(gamma))
+        return moving, inverses, gamma, failed
 
-    moving, inverses, failed = jax.lax.cond(
+    moving, inverses, gamma, failed = jax.lax.cond(
         due,
         refresh,
-        lambda moving, old: (moving, old, jnp.zeros((), jnp.int32)),
+        lambda moving, old, gamma: (moving, old, gamma, jnp.zeros((), jnp.int32)),
         moving,
         state.inverses,
+        gamma,
     )
-    factors = factors | moving
     # those in a basis are diagonal there and follow the factors in every step
-    inverses, unsafe = refresh_inverses(layers, moving, inverses, total)
-    failed += unsafe
+    inverses, unsafe = refresh_inverses(layers, moving, inverses, squared(gamma))
     info = state.info._replace(
         damping=damping,
         inverse_refreshes=state.info.inverse_refreshes + due.astype(jnp.int32),
     )
-    state = state._replace(
-        step=step, batches=batches, factors=factors, inverses=inverses, info=info
-    )
-    return state, (refused > 0) | (failed > 0)
+    if gamma is not None:
+        info = info._replace(factored_damping=gamma)
+        state = state._replace(factored_damping=gamma)
+    state = state._replace(factors=factors | moving, inverses=inverses, info=info)
+    return state, failed + unsafe
 
 
 def loss_of(value: Any) -> Array:
@@ -234,12 +279,9 @@ class Step:
         treedef = self.curvature.tree.treedef
         vectors = [jax.tree.unflatten(treedef, v) for v in basis]
         fisher = self.curvature.quadratic_form(self.params, vectors, *part)
-        u, v, g = self.direction, self.previous, self.gradient
-        uv = inner_product(u, v)
-        gram = jnp.stack([inner_product(u, u), uv, uv, inner_product(v, v)])
-        slope = jnp.stack([inner_product(g, u), inner_product(g, v)])
+        gram, slope = plane_products(self.gradient, *basis)
         total = (self.damping + self.curvature.l2).astype(fisher.dtype)
-        matrix = fisher + total * gram.reshape(2, 2).astype(fisher.dtype)
+        matrix = fisher + total * gram.astype(fisher.dtype)
         return matrix, slope.astype(fisher.dtype)
 
     def constrain(self, alpha: Array, constraint: Any) -> Array:

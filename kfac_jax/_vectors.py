@@ -26,3 +26,18 @@ def inner_product(u: Sequence[Array], v: Sequence[Array]) -> Array:
         )
         parts.append(jnp.vdot(x, y))
     return sum(parts, start=jnp.zeros((), float))
+
+
+def plane_products(
+    gradient: Sequence[Array], u: Sequence[Array], v: Sequence[Array]
+) -> tuple[Array, Array]:
+    """`[[uᵀu, uᵀv], [vᵀu, vᵀv]]`, and the products of a gradient with u and v, `[2]`.
+
+    >>> import jax.numpy as jnp
+    >>> plane_products([jnp.ones(2)], [2 * jnp.ones(2)], [jnp.zeros(2)])[1]
+    Array([4., 0.], dtype=float32...)
+    """
+    uv = inner_product(u, v)
+    gram = jnp.stack([inner_product(u, u), uv, uv, inner_product(v, v)])
+    slope = jnp.stack([inner_product(gradient, u), inner_product(gradient, v)])
+    return gram.reshape(2, 2), slope

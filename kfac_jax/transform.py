@@ -9,6 +9,7 @@ from jax import Array
 
 from kfac_jax._factors import Statistics, zeros
 from kfac_jax._preconditioner import init_inverses, precondition
+from kfac_jax._separate_damping import Candidates
 from kfac_jax._step import (
     Info as Info,
 )
@@ -24,11 +25,17 @@ from kfac_jax._step import (
     check_number,
     check_update,
     initial_damping,
+    initial_factored_damping,
     initial_info,
     loss_of,
 )
 from kfac_jax.curvature import Curvature, Params
-from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Solution
+from kfac_jax.rules import (
+    LevenbergMarquardt,
+    QuadraticModel,
+    SeparateDamping,
+    Solution,
+)
 
 
 def scale_by_kfac(
@@ -85,7 +92,7 @@ def scale_by_kfac(
         )
 
     def init(params: Params) -> KFACState:
-        return _initial(curvature, params, damping, ())
+        return _initial(curvature, params, damping, (), None)
 
     def update(
         updates: Params,
@@ -132,6 +139,7 @@ def kfac(
     norm_constraint: Scalar | None = None,
     decay: Scalar = 0.95,
     inverse_every: int | Array = 20,
+    factored_damping: SeparateDamping | None = None,
     distribution: None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The K-FAC optimizer: `δ = α Δ + μ δ0` with `Δ = -(F + (λ+η) I)⁻¹ ∇h`.
@@ -155,6 +163,8 @@ def kfac(
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
         first three steps.
+      factored_damping: γ, the damping of the approximate Fisher: None for √(λ+η), or a
+        `SeparateDamping` rule, which needs a `QuadraticModel` and a T2 that T3 divides.
       distribution: how work is shared over devices; None for none.
 
     Returns:
@@ -165,7 +175,7 @@ def kfac(
       ValueError: if a number is out of its range or options exclude each other.
 
     References:
-      Martens & Grosse 2015, Algorithm 2 (section 9), without its sections 4.3 and 6.6.
+      Martens & Grosse 2015, Algorithm 2 (section 9), without its section 4.3.
 
     >>> import jax, jax.numpy as jnp, optax, kfac_jax
     >>> def loss_fn(w, x, y):
@@ -183,12 +193,13 @@ def kfac(
     """
     check_common(curvature, damping, decay, inverse_every, distribution)
     _check_rates(learning_rate, momentum, norm_constraint)
+    _check_factored(factored_damping, learning_rate, inverse_every)
     modelled = isinstance(learning_rate, QuadraticModel)
     adaptive = modelled or isinstance(damping, LevenbergMarquardt)
 
     def init(params: Params) -> KFACState:
         velocity = jax.tree.map(jnp.zeros_like, params)
-        return _initial(curvature, params, damping, velocity)
+        return _initial(curvature, params, damping, velocity, factored_damping)
 
     def update(
         updates: Params,
@@ -211,24 +222,30 @@ def kfac(
         count, now = state.step, state.damping
         if not isinstance(damping, LevenbergMarquardt):
             now = at(damping, count)
+        mu = None if momentum is None else at(momentum, count)
+        start: dict[str, Any] = {
+            "curvature": curvature,
+            "params": params,
+            "args": args,
+            "gradient": [x for x in grads if x is not None],
+            "previous": [x for x in velocity if x is not None],
+            "damping": now,
+        }
+        candidates = None
+        if factored_damping is not None:
+            assert isinstance(learning_rate, QuadraticModel)
+            candidates = Candidates(
+                rule=factored_damping, model=learning_rate, momentum=mu, **start
+            )
         state, refused = advance(
-            curvature, state, statistics, now, decay, inverse_every
+            curvature, state, statistics, now, decay, inverse_every, candidates
         )
         down = [None if x is None else -x for x in grads]
         scaled, square = precondition(
             curvature.layers, state.factors, state.inverses, down
         )
-        step = Step(
-            curvature=curvature,
-            params=params,
-            args=args,
-            gradient=[x for x in grads if x is not None],
-            direction=[x for x in scaled if x is not None],
-            squared_length=square,
-            previous=[x for x in velocity if x is not None],
-            damping=now,
-        )
-        mu = None if momentum is None else at(momentum, count)
+        direction = [x for x in scaled if x is not None]
+        step = Step(direction=direction, squared_length=square, **start)
         rates = step.rates(learning_rate, mu, count, norm_constraint)
         delta, kept, finite = step.combine(rates.learning_rate, rates.momentum, value)
         state = _record(state, rates, value, refused | ~finite)
@@ -244,19 +261,27 @@ def kfac(
 
 
 def _initial(
-    curvature: Curvature, params: Params, damping: Any, velocity: Params
+    curvature: Curvature,
+    params: Params,
+    damping: Any,
+    velocity: Params,
+    factored_damping: SeparateDamping | None,
 ) -> KFACState:
     curvature.tree.masked_leaves(params, "params")
     layers = curvature.layers
     # compiled at once: one by one, each shape would be compiled for itself
     fill = jax.jit(lambda: (zeros(layers, "factor_shapes"), init_inverses(layers)))
     factors, inverses = fill()
+    strength = initial_damping(damping)
     return KFACState(
         step=jnp.zeros((), jnp.int32),
         batches=jnp.zeros((), jnp.int32),
         factors=factors,
         inverses=inverses,
-        damping=initial_damping(damping),
+        damping=strength,
+        factored_damping=initial_factored_damping(
+            factored_damping, strength + curvature.l2
+        ),
         velocity=velocity,
         info=initial_info(),
     )
@@ -281,6 +306,30 @@ def _check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> Non
         raise ValueError(
             "momentum=None lets the quadratic model choose it; pass "
             "learning_rate=QuadraticModel(), or a number as momentum."
+        )
+
+
+def _check_factored(rule: Any, learning_rate: Any, inverse_every: Any) -> None:
+    if rule is None:
+        return
+    if not isinstance(rule, SeparateDamping):
+        raise TypeError(
+            "factored_damping must be None, for γ = √(λ+η), or a SeparateDamping rule; "
+            f"got {type(rule).__name__}. For a γ that never changes give the rule "
+            "minimum and maximum equal to its initial value."
+        )
+    if not isinstance(learning_rate, QuadraticModel):
+        raise ValueError(
+            "SeparateDamping compares its candidates by the quadratic model: expected "
+            "learning_rate=QuadraticModel(); got "
+            f"{type(learning_rate).__name__}. Pass that, or leave factored_damping out."
+        )
+    whole = isinstance(inverse_every, int)
+    if whole and rule.every % inverse_every:
+        raise ValueError(
+            "γ changes when inverses are refreshed: SeparateDamping's every (T2) must "
+            f"be a multiple of inverse_every (T3); got {rule.every} and "
+            f"{inverse_every}. Change one of them."
         )
 
 

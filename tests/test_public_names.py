@@ -7,8 +7,8 @@ import kfac_jax
 
 TOP = """
 AverageIteratesState BlockDiagonal BlockTridiagonal Curvature ExponentialBatchSize Info
-KFACState Layer LevenbergMarquardt QuadraticModel Statistics average_iterates blocks
-distributions initializers kfac losses make_curvature
+KFACState Layer LevenbergMarquardt QuadraticModel SeparateDamping Statistics
+average_iterates blocks distributions initializers kfac losses make_curvature
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution
 register_normal_predictive_distribution register_scale_and_shift

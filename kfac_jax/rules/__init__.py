@@ -3,3 +3,4 @@
 from ._levenberg_marquardt import LevenbergMarquardt as LevenbergMarquardt
 from ._quadratic_model import QuadraticModel as QuadraticModel
 from ._quadratic_model import Solution as Solution
+from ._separate_damping import SeparateDamping as SeparateDamping
