@@ -193,7 +193,10 @@ def kfac(
     """
     check_common(curvature, damping, decay, inverse_every, distribution)
     _check_rates(learning_rate, momentum, norm_constraint)
-    _check_factored(factored_damping, learning_rate, inverse_every)
+    if factored_damping is not None:
+        _check_separate(
+            factored_damping, learning_rate, damping, inverse_every, curvature.l2
+        )
     modelled = isinstance(learning_rate, QuadraticModel)
     adaptive = modelled or isinstance(damping, LevenbergMarquardt)
 
@@ -309,9 +312,9 @@ def _check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> Non
         )
 
 
-def _check_factored(rule: Any, learning_rate: Any, inverse_every: Any) -> None:
-    if rule is None:
-        return
+def _check_separate(
+    rule: Any, learning_rate: Any, damping: Any, inverse_every: Any, l2: float
+) -> None:
     if not isinstance(rule, SeparateDamping):
         raise TypeError(
             "factored_damping must be None, for γ = √(λ+η), or a SeparateDamping rule; "
@@ -324,12 +327,18 @@ def _check_factored(rule: Any, learning_rate: Any, inverse_every: Any) -> None:
             "learning_rate=QuadraticModel(); got "
             f"{type(learning_rate).__name__}. Pass that, or leave factored_damping out."
         )
-    whole = isinstance(inverse_every, int)
-    if whole and rule.every % inverse_every:
+    if isinstance(inverse_every, int) and rule.every % inverse_every:
         raise ValueError(
             "γ changes when inverses are refreshed: SeparateDamping's every (T2) must "
             f"be a multiple of inverse_every (T3); got {rule.every} and "
             f"{inverse_every}. Change one of them."
+        )
+    number = isinstance(damping, float | int)
+    if rule.initial is None and number and damping + l2 == 0:
+        raise ValueError(
+            "SeparateDamping multiplies γ, which never leaves γ0 = √(λ0 + η) = 0; "
+            "expected a positive damping or l2, got 0 for both. Give SeparateDamping "
+            "an initial γ0."
         )
 
 

@@ -95,14 +95,26 @@ def random_like(tree: Any, seed: int) -> Any:
     )
 
 
-def pi(a: np.ndarray, g: np.ndarray) -> float:
-    """`π = √((tr A / dim A) / (tr G / dim G))` (section 6.3, trace norm)."""
-    return float(np.sqrt((np.trace(a) / len(a)) / (np.trace(g) / len(g))))
+NORMS: dict[str, Callable[[np.ndarray], float]] = {
+    "trace": lambda m: np.abs(np.linalg.eigvalsh(m)).sum(),
+    "frobenius": lambda m: np.sqrt((m**2).sum()),
+    "spectral": lambda m: np.linalg.norm(m, 2),
+    "one": lambda m: 1.0,
+}
+"""Matrix norms, of symmetric matrices."""
 
 
-def factored_damping(a: np.ndarray, g: np.ndarray, damping: float) -> np.ndarray:
+def pi(a: np.ndarray, g: np.ndarray, norm: str = "trace") -> float:
+    """`π = √(‖A ⊗ I‖ / ‖I ⊗ G‖)` (section 6.3)."""
+    left, right = np.kron(a, np.eye(len(g))), np.kron(np.eye(len(a)), g)
+    return float(np.sqrt(NORMS[norm](left) / NORMS[norm](right)))
+
+
+def factored_damping(
+    a: np.ndarray, g: np.ndarray, damping: float, norm: str = "trace"
+) -> np.ndarray:
     """`(A + π√λ I) ⊗ (G + √λ/π I)` over row-major `[i, o]` matrices (section 6.3)."""
-    p, root = pi(a, g), np.sqrt(damping)
+    p, root = pi(a, g, norm), np.sqrt(damping)
     return np.kron(a + p * root * np.eye(len(a)), g + root / p * np.eye(len(g)))
 
 

@@ -309,6 +309,30 @@ def test_unknown_modes_of_the_operator():
             "norm_constraint.*QuadraticModel",
         ),
         ({"distribution": "pmap"}, (TypeError, ValueError), "distribution"),
+        ({"factored_damping": 0.1}, TypeError, r"None.*or a SeparateDamping.*float"),
+        (
+            {"factored_damping": kfac_jax.SeparateDamping()},
+            ValueError,
+            r"expected learning_rate=QuadraticModel\(\); got float",
+        ),
+        (
+            {
+                "factored_damping": kfac_jax.SeparateDamping(every=20),
+                "learning_rate": kfac_jax.QuadraticModel(),
+                "inverse_every": 8,
+            },
+            ValueError,
+            r"every \(T2\) must be a multiple of inverse_every \(T3\); got 20 and 8",
+        ),
+        (
+            {
+                "factored_damping": kfac_jax.SeparateDamping(),
+                "learning_rate": kfac_jax.QuadraticModel(),
+                "damping": 0.0,
+            },
+            ValueError,
+            r"never leaves γ0.*= 0.*initial γ0",
+        ),
     ],
 )
 def test_options_of_kfac(options, error, message):
@@ -423,6 +447,10 @@ def test_gradients_of_another_structure(tx, change, message):
 ADAPTIVE = [
     {"learning_rate": kfac_jax.QuadraticModel()},
     {"damping": kfac_jax.LevenbergMarquardt(1.0)},
+    {
+        "learning_rate": kfac_jax.QuadraticModel(),
+        "factored_damping": kfac_jax.SeparateDamping(),
+    },
 ]
 
 

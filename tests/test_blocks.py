@@ -35,6 +35,8 @@ def _loss_fn(params, x, y):
 X, Y = models.array(6, 5, 2), models.array(7, 5, 1)
 KINDS = {
     "Kronecker": Kronecker(),
+    "Kronecker, frobenius": Kronecker(pi="frobenius"),
+    "Kronecker, spectral, long sides": Kronecker(pi="spectral", max_factor_dim=2),
     "Diagonal": Diagonal(),
     "Full": Full(),
     "Identity": Identity(),
@@ -124,7 +126,8 @@ def _dense(kind, damping=0.0, mode="exact"):
                 if isinstance(layer.block, TNT):
                     g = g / np.trace(g)
                 if mode == "factored":
-                    block = oracles.factored_damping(a, g, damping)
+                    norm = layer.block.pi
+                    block = oracles.factored_damping(a, g, damping, norm)
                 else:
                     block = np.kron(a, g) + damping * np.eye(len(rows))
             elif "diagonal" in own:

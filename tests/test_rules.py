@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfac_jax import LevenbergMarquardt, QuadraticModel
+from kfac_jax import LevenbergMarquardt, QuadraticModel, SeparateDamping
 
 OMEGA = (19 / 20) ** 5  # ω1 at the paper's T1 = 5
 
@@ -40,6 +40,7 @@ def model_change(matrix, slope, step):
         (-3.0, 1 / OMEGA),
         (-np.inf, 1 / OMEGA),
         (np.nan, 1 / OMEGA),
+        (np.inf, 1 / OMEGA),  # the model foresaw nothing
     ],
 )
 def test_damping_falls_above_three_quarters_and_rises_below_a_quarter(rho, factor):
@@ -67,6 +68,7 @@ def test_rules_are_hashable_values():
     assert hash(LevenbergMarquardt(2.0)) == hash(LevenbergMarquardt(2.0))
     assert hash(QuadraticModel(fraction=0.5)) == hash(QuadraticModel(fraction=0.5))
     assert QuadraticModel() == QuadraticModel(fraction=1.0)
+    assert hash(SeparateDamping(2.0)) == hash(SeparateDamping(2.0))
     with pytest.raises(AttributeError):
         LevenbergMarquardt(2.0).initial = 3.0
 
@@ -95,6 +97,67 @@ def test_levenberg_marquardt_refuses(options, message):
 def test_quadratic_model_refuses_fractions_outside_the_unit_interval(fraction):
     with pytest.raises(ValueError, match=r"fraction \(τ2\)"):
         QuadraticModel(fraction=fraction)
+
+
+# --------------------------------------------------------------------- separate damping
+
+
+@pytest.mark.parametrize("every", [1, 5, 20])
+def test_candidates_are_the_papers(every):
+    rule = SeparateDamping(every=every)
+    omega = np.sqrt(19 / 20) ** every
+    np.testing.assert_allclose(rule.omega, omega, rtol=1e-14)
+    expected = [3.0, 3.0 * omega, 3.0 / omega]
+    for candidates in (rule.candidates, jax.jit(rule.candidates)):
+        np.testing.assert_allclose(candidates(3.0), expected, rtol=1e-14)
+    assert SeparateDamping().every == 20
+    assert SeparateDamping(every=every, factor=0.5).omega == 0.5
+
+
+def test_candidates_stay_within_the_limits():
+    rule = SeparateDamping(1.0, factor=0.5, minimum=0.8, maximum=1.5)
+    np.testing.assert_allclose(rule.candidates(1.0), [1.0, 0.8, 1.5])
+    np.testing.assert_allclose(rule.candidates(0.8), [0.8, 0.8, 1.5])
+
+
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [
+        ([-1.0, -2.0, -1.5], 1),
+        ([-1.0, -2.0, -2.5], 2),
+        ([-3.0, -2.0, -2.5], 0),
+        ([-1.0, -1.0, -1.0], 0),
+        ([-1.0, -2.0, -2.0], 1),
+        ([-1.0, np.nan, -0.5], 0),
+        ([-1.0, -np.inf, np.inf], 0),
+        ([np.nan, np.nan, 1.0], 2),
+        ([np.nan, np.inf, np.nan], 0),
+    ],
+)
+def test_the_lowest_finite_model_wins_and_equals_change_nothing(changes, best):
+    gammas = jnp.array([5.0, 6.0, 7.0])
+    for select in (SeparateDamping().select, jax.jit(SeparateDamping().select)):
+        assert float(select(gammas, jnp.array(changes))) == 5.0 + best
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"initial": 0.0}, "finite positive γ0, or None"),
+        ({"initial": -1.0}, "finite positive γ0, or None"),
+        ({"initial": float("nan")}, "finite positive γ0, or None"),
+        ({"initial": float("inf")}, "finite positive γ0, or None"),
+        ({"every": 0}, r"every \(T2\)"),
+        ({"every": 2.0}, r"every \(T2\)"),
+        ({"factor": 1.0}, r"factor \(ω2\)"),
+        ({"factor": 0.0}, r"factor \(ω2\)"),
+        ({"minimum": 2.0, "maximum": 1.0}, "minimum ≤ maximum"),
+        ({"minimum": -1.0}, "0 ≤ minimum"),
+    ],
+)
+def test_separate_damping_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        SeparateDamping(**options)
 
 
 # ---------------------------------------------------------------------- quadratic model

@@ -548,6 +548,7 @@ def test_info_has_fixed_fields_and_nan_where_nothing_was_computed():
     assert kfac_jax.Info._fields == (
         "loss",
         "damping",
+        "factored_damping",
         "learning_rate",
         "momentum",
         "rho",
@@ -559,14 +560,16 @@ def test_info_has_fixed_fields_and_nan_where_nothing_was_computed():
     tx = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)
     params = make_params()
     state = tx.init(params)
-    assert np.isnan(state.info[:6]).all()
-    assert state.info[6:] == (0, 0)
+    assert np.isnan(state.info[:7]).all()
+    assert state.info[7:] == (0, 0)
     value, grads, statistics = compiled()(params, *make_batch(1))
     for given in (None, value, (value, "aux")):
         _, after = tx.update(grads, state, params, statistics=statistics, value=given)
         expected = np.nan if given is None else float(value)
         np.testing.assert_allclose(
-            after.info, [expected, 0.2, 0.1, 0.9, np.nan, np.nan, 1, 0], rtol=1e-12
+            after.info,
+            [expected, 0.2, np.nan, 0.1, 0.9, np.nan, np.nan, 1, 0],
+            rtol=1e-12,
         )
 
 

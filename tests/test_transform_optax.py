@@ -483,7 +483,9 @@ def signature(tree):
 
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("x64", [True, False])
-@pytest.mark.parametrize("kind", ["scale_by_kfac", "kfac", "constrained", "adaptive"])
+@pytest.mark.parametrize(
+    "kind", ["scale_by_kfac", "kfac", "constrained", "adaptive", "separate"]
+)
 def test_state_keeps_its_structure_and_types(dtype, x64, kind):
     if dtype == jnp.float64 and not x64:
         pytest.skip("float64 needs x64")
@@ -495,6 +497,9 @@ def test_state_keeps_its_structure_and_types(dtype, x64, kind):
             "kfac": kfac_jax.kfac(curvature, optax.constant_schedule(0.1)),
             "constrained": kfac_jax.kfac(curvature, norm_constraint=1e-3),
             "adaptive": kfac_jax.kfac(curvature, *ADAPTIVE),
+            "separate": kfac_jax.kfac(
+                curvature, *ADAPTIVE, factored_damping=kfac_jax.SeparateDamping()
+            ),
         }[kind]
         key = jax.random.key(0)
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import linalg
@@ -22,6 +23,20 @@ class Side(NamedTuple):
     def diagonal(self) -> Array:
         """The diagonal, `[*e, d]`."""
         return linalg.diagonal(self.array) if self.is_full else self.array
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes of the matrix, or of its diagonal."""
+        return (-2, -1) if self.is_full else (-1,)
+
+    @property
+    def frobenius_norm(self) -> Array:
+        """The Frobenius norm, `[*e]`; also of numbers whose squares underflow."""
+        x = self.array
+        largest = jnp.abs(x).max(self.axes, keepdims=True)
+        scaled = x / jnp.maximum(largest, jnp.finfo(x.dtype).tiny)
+        norm = jnp.sqrt(jnp.square(scaled).sum(self.axes))
+        return norm * jnp.squeeze(largest, self.axes)
 
 
 def sides(factors: Factors) -> tuple[Side, Side]:

@@ -53,7 +53,7 @@ def nearest_product(factors: Factors) -> Factors:
         return factors
     (a, g), (other_a, other_g) = sides(first), sides(second)
     p, q = (a, other_g), (g, other_a)
-    p_norms, q_norms = (jnp.stack([_norm(x) for x in pair]) for pair in (p, q))
+    p_norms, q_norms = (jnp.stack([x.frobenius_norm for x in pair]) for pair in (p, q))
     tiny = jnp.finfo(p_norms.dtype).tiny
     p_norms, q_norms = jnp.maximum(p_norms, tiny), jnp.maximum(q_norms, tiny)
     # of the products only ratios matter, and they may be tiny themselves
@@ -69,17 +69,6 @@ def nearest_product(factors: Factors) -> Factors:
         _combine(scale * x / p_norms, p),
         _combine(scale * y / q_norms, q),
     )
-
-
-def _axes(x: Side) -> tuple[int, ...]:
-    return (-2, -1) if x.is_full else (-1,)
-
-
-def _norm(x: Side) -> Array:
-    """The Frobenius norm, `[*e]`; of numbers whose squares may underflow."""
-    largest = jnp.abs(x.array).max(_axes(x), keepdims=True)
-    scaled = x.array / jnp.maximum(largest, jnp.finfo(x.array.dtype).tiny)
-    return jnp.sqrt(jnp.square(scaled).sum(_axes(x))) * jnp.squeeze(largest, _axes(x))
 
 
 def _inner(pair: Pair, norms: Array) -> Array:

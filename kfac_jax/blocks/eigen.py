@@ -21,8 +21,8 @@ class Eigen(Kronecker):
     `U_A` and `U_G` are the eigenvectors of `Kronecker`'s factors; g is the gradient of
     an example. In the Frobenius norm that is the best approximation with this basis,
     so never worse than `Kronecker`, and exact wherever that is. Damping is exact:
-    `s + λ`. Options are those of `Kronecker`; a side with a diagonal factor keeps the
-    standard basis.
+    `s + λ`, without π. The other options are those of `Kronecker`; a side with a
+    diagonal factor keeps the standard basis.
 
     The basis is part of the factors. An optimizer recomputes it every T3 steps and
     carries the moments over, while s moves on, and counts, at every step. Pass
@@ -34,12 +34,21 @@ class Eigen(Kronecker):
       George et al. 2018 (arXiv:1806.03884).
 
     >>> Eigen(max_factor_dim=1024)
-    Eigen(max_factor_dim=1024, weight_sharing='expand')
+    Eigen(max_factor_dim=1024, weight_sharing='expand', pi='trace')
     """
 
     elementwise = Kronecker.elementwise | {"moments"}
     carried = frozenset({"input_basis", "output_basis"})
     handles_tied = False
+
+    def __post_init__(self) -> None:
+        """Checks the options."""
+        super().__post_init__()
+        if self.pi != "trace":
+            raise ValueError(
+                "Eigen damps its moments exactly and has no π; got "
+                f"pi={self.pi!r}. Leave it out."
+            )
 
     @property
     def needs_examples(self) -> bool:

@@ -8,7 +8,8 @@ from jax import Array
 from kfac_jax import linalg
 from kfac_jax._dtypes import wide_dtype
 from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
-from kfac_jax.blocks._sides import DIAGONAL, sides
+from kfac_jax.blocks._pi import check_pi, pi
+from kfac_jax.blocks._sides import DIAGONAL, Side, sides
 from kfac_jax.blocks._tied import TRANSPOSED, join, nearest_product, split
 
 
@@ -24,8 +25,9 @@ class Kronecker(Block):
     setting x is averaged and dy summed over an example's positions first. Each is exact
     for deep linear nets where the loss treats positions, or their mean, as cases.
 
-    Factored damping replaces the factors by `A + π √λ I` and `G + √λ / π I`, π from
-    the trace norm.
+    Factored damping replaces the factors by `A + π √λ I` and `G + √λ / π I` with `π =
+    √(‖A ⊗ I‖ / ‖I ⊗ G‖)`: of what their product has beyond `A ⊗ G + λ I`, that
+    minimises a bound on the norm.
 
     A weight that is used transposed too (a table of embeddings that is also the output
     layer) has a sum of two such products, `A ⊗ G + G' ⊗ A'`, with four factors; the
@@ -38,17 +40,20 @@ class Kronecker(Block):
     Attributes:
       max_factor_dim: the longest side with a full factor; None for no limit.
       weight_sharing: "expand" or "reduce".
+      pi: the norm in π: "trace", the paper's choice; "frobenius"; "spectral", for the
+        cost of an eigendecomposition in each refresh; or "one" for π = 1.
 
     References:
       Martens & Grosse 2015, sections 3, 4.2 and 6.3. Eschenhagen et al. 2023
       (arXiv:2311.00636) for weight sharing.
 
     >>> Kronecker(weight_sharing="reduce")
-    Kronecker(max_factor_dim=8192, weight_sharing='reduce')
+    Kronecker(max_factor_dim=8192, weight_sharing='reduce', pi='trace')
     """
 
     max_factor_dim: int | None = 8192
     weight_sharing: str = "expand"
+    pi: str = "trace"
 
     elementwise = frozenset({"input_diagonal", "output_diagonal"})
     row_statistics = frozenset(
@@ -67,6 +72,7 @@ class Kronecker(Block):
                 f"max_factor_dim must be an integer ≥ 1 or None; got {limit!r}."
             )
         check_weight_sharing(self.weight_sharing)
+        check_pi(self.pi)
 
     @property
     def needs_examples(self) -> bool:
@@ -169,10 +175,7 @@ class Kronecker(Block):
         """Factored Tikhonov damping (section 6.3)."""
         factors = nearest_product(factors)
         (a, a_is_full), (g, g_is_full) = sides(factors)
-        # π and 1/π at once: on scalars, compiling costs more than computing
-        means = _means(factors)
-        both = linalg.trace_pi(means, means[::-1])
-        both = both * jnp.sqrt(jnp.asarray(damping, a.dtype))
+        both = pi(self.pi, sides(factors)) * jnp.sqrt(jnp.asarray(damping, a.dtype))
         shifts = [
             shift if is_full else shift[..., None]
             for shift, is_full in zip(both, (a_is_full, g_is_full), strict=True)
@@ -201,14 +204,15 @@ class Kronecker(Block):
         (wa, ua), (wg, ug) = (
             linalg.eigh(x) if full else (x, None) for x, full in sides(factors)
         )
-        pi = linalg.trace_pi(*_means(factors))[..., None]
+        shares = pi(self.pi, (Side(wa, False), Side(wg, False)))[..., None]
 
         def eigenvalues(damping: Array, mode: str) -> Array:
             damping = jnp.asarray(damping, wa.dtype)
             if mode == "exact":
                 return wa[..., :, None] * wg[..., None, :] + damping
             gamma = jnp.sqrt(damping)
-            return (wa + pi * gamma)[..., :, None] * (wg + gamma / pi)[..., None, :]
+            damped_a, damped_g = wa + shares[0] * gamma, wg + shares[1] * gamma
+            return damped_a[..., :, None] * damped_g[..., None, :]
 
         def to_basis(v: Array) -> Array:
             v = v if ua is None else jnp.swapaxes(ua, -1, -2) @ v
@@ -219,11 +223,6 @@ class Kronecker(Block):
             return v if ug is None else v @ jnp.swapaxes(ug, -1, -2)
 
         return Spectrum(eigenvalues, to_basis, from_basis)
-
-
-def _means(factors: Factors) -> Array:
-    """The mean eigenvalue of both sides, `[2, *e]`."""
-    return linalg.mean_rows([part.diagonal for part in sides(factors)])
 
 
 def _moment(x: Array, full: bool) -> Array:

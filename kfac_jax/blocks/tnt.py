@@ -20,14 +20,14 @@ class TNT(Kronecker):
     Unlike `Kronecker` it does not assume that inputs and output gradients are
     independent, and needs no convention for shared weights; it is exact where F is a
     Kronecker product, and its trace always is. A kernel counts as one matrix of taps
-    and inputs by outputs. Of `Kronecker`'s options only `max_factor_dim` applies.
+    and inputs by outputs. Of `Kronecker`'s options `weight_sharing` does not apply.
 
     References:
       Ren & Goldfarb 2021 (arXiv:2106.02925), with exact rather than batch-averaged
       gradients.
 
     >>> TNT(max_factor_dim=1024)
-    TNT(max_factor_dim=1024, weight_sharing='expand')
+    TNT(max_factor_dim=1024, weight_sharing='expand', pi='trace')
     """
 
     row_statistics = frozenset()

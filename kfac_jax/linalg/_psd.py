@@ -294,7 +294,7 @@ def trace_pi(mean_a: Array, mean_g: Array) -> Array:
     """`π = √((tr A / dim A) / (tr G / dim G))`, 1 where one of them is 0 or not finite.
 
     Args:
-      mean_a: `tr A / dim A`, the mean eigenvalue of A.
+      mean_a: `tr A / dim A`, the mean eigenvalue of A, or another norm of `A ⊗ I`.
       mean_g: that of G.
 
     Returns:

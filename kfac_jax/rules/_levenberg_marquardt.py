@@ -62,7 +62,7 @@ class LevenbergMarquardt:
         """Returns the next λ from this one and a measured ρ."""
         damping, rho = jnp.asarray(damping, float), jnp.asarray(rho, float)
         lower, raise_ = damping * self.omega, damping / self.omega
-        good = rho > 0.75
-        bad = ~(rho >= 0.25)  # also where ρ is NaN
+        good = (rho > 0.75) & (rho < jnp.inf)
+        bad = ~((rho >= 0.25) & (rho < jnp.inf))  # also where ρ is NaN
         new = jnp.where(good, lower, jnp.where(bad, raise_, damping))
         return jnp.clip(new, self.minimum, self.maximum)

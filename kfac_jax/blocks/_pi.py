@@ -1,0 +1,73 @@
+"""How factored damping is divided between the two factors: π, by norm."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax import linalg
+from kfac_jax.blocks._sides import Side
+
+Sides = tuple[Side, Side]
+
+
+def pi(norm: str, factors: Sides) -> Array:
+    """`π = √(‖A ⊗ I‖ / ‖I ⊗ G‖)` and `1/π`, 1 where a norm is 0 or not finite.
+
+    With A `[i, i]` and G `[o, o]`, up to a factor that both norms share,
+
+    - trace: `tr A / i` and `tr G / o`, the means of the eigenvalues,
+    - frobenius: `‖A‖_F / √i` and `‖G‖_F / √o`, their root mean squares, since
+      `‖A ⊗ I‖_F = ‖A‖_F √o`,
+    - spectral: the largest eigenvalues, since those of I are 1,
+    - one: 1 and 1.
+
+    Args:
+      norm: one of these.
+      factors: A and G.
+
+    Returns:
+      `[2, *e]`.
+
+    References:
+      Martens & Grosse 2015, section 6.3.
+    """
+    norms = _NORMS[norm](factors)
+    # both at once: on scalars, compiling costs more than computing
+    return linalg.trace_pi(norms, norms[::-1])
+
+
+def check_pi(norm: str) -> None:
+    """Raises ValueError unless it is one of the norms."""
+    if norm not in _NORMS:
+        names = ", ".join(f'"{name}"' for name in _NORMS)
+        raise ValueError(f"pi must be one of {names}; got {norm!r}.")
+
+
+def _trace(factors: Sides) -> Array:
+    return linalg.mean_rows([side.diagonal for side in factors])
+
+
+def _frobenius(factors: Sides) -> Array:
+    return jnp.stack(
+        [side.frobenius_norm / side.array.shape[-1] ** 0.5 for side in factors]
+    )
+
+
+def _spectral(factors: Sides) -> Array:
+    return jnp.stack(
+        [(linalg.eigh(x)[0] if is_full else x).max(-1) for x, is_full in factors]
+    )
+
+
+def _one(factors: Sides) -> Array:
+    x, is_full = factors[0]
+    return jnp.ones((2, *x.shape[: -2 if is_full else -1]), x.dtype)
+
+
+_NORMS: dict[str, Callable[[Sides], Array]] = {
+    "trace": _trace,
+    "frobenius": _frobenius,
+    "spectral": _spectral,
+    "one": _one,
+}
