@@ -27,8 +27,8 @@ class SeparateDamping:
     References:
       Martens & Grosse 2015, section 6.6.
 
-    >>> SeparateDamping(every=20).candidates(1.0)
-    Array([1.       , 0.5987369, 1.6701823], dtype=float32...)
+    >>> SeparateDamping(factor=0.5).candidates(1.0)
+    Array([1. , 0.5, 2. ], dtype=float32...)
     """
 
     initial: float | None = None
