@@ -343,6 +343,34 @@ ERRORS = {  # the type, and what raises it
     ),
     "Full() sums within an example, and ": (UserWarning, full_of_two_uses),
     "use Diagonal(), Identity() or None": (ValueError, full_of_a_generic),
+    "averages real floating-point parameters": (
+        TypeError,
+        lambda: kfac_jax.average_iterates().init({"n": jnp.ones(2, jnp.int32)}),
+    ),
+    "incoming must be an integer": (
+        TypeError,
+        lambda: kfac_jax.initializers.sparse_normal(1.5),
+    ),
+    "incoming must be at least 1": (
+        ValueError,
+        lambda: kfac_jax.initializers.sparse_normal(0),
+    ),
+    "every (T2) must be an integer": (
+        ValueError,
+        lambda: kfac_jax.SeparateDamping(every=0),
+    ),
+    "initial (m_1) must be an integer; got": (
+        TypeError,
+        lambda: kfac_jax.ExponentialBatchSize(1.5, 10),
+    ),
+    "final (|S|) must be at least 10; got": (
+        ValueError,
+        lambda: kfac_jax.ExponentialBatchSize(10, 5),
+    ),
+    "step is counted from 0; got": (
+        ValueError,
+        lambda: kfac_jax.ExponentialBatchSize(10, 20)(-1),
+    ),
     "are expected for logits": (ValueError, integer_labels),
     "that no layer covers a diagonal block": (UserWarning, unmatched),
     "tag it with register_generic": (

@@ -77,6 +77,10 @@ class Kronecker(Block):
     @property
     def needs_examples(self) -> bool:
         """In the "reduce" setting."""
+        return self._reduces
+
+    @property
+    def _reduces(self) -> bool:
         return self.weight_sharing == "reduce"
 
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
@@ -121,7 +125,7 @@ class Kronecker(Block):
         full = "output" in kept
         result["output" if full else "output_diagonal"] = _moment(outputs, full)
         if "count" in kept:
-            counted = active.any(-1) if self.needs_examples else active.sum(-1)
+            counted = active.any(-1) if self._reduces else active.sum(-1)
             result["count"] = counted.sum(-1)
         return result
 
@@ -135,7 +139,7 @@ class Kronecker(Block):
         Returns:
           `[*e, b, s or 1, i]`.
         """
-        if not self.needs_examples:
+        if not self._reduces:
             return x
         positions = _at_least_one(active)[..., None]
         x = x.sum(-2, keepdims=True, dtype=wide_dtype(x.dtype))
@@ -143,12 +147,12 @@ class Kronecker(Block):
 
     def output_rows(self, dy: Array) -> Array:
         """Those of output gradients: in "reduce" examples' sums, `[*e, b, 1, o]`."""
-        if not self.needs_examples:
+        if not self._reduces:
             return dy
         return dy.sum(-2, keepdims=True, dtype=wide_dtype(dy.dtype))
 
     def _occurrences(self, x: Array, active: Array, dy: Array, size: int) -> Array:
-        reduce = self.needs_examples
+        reduce = self._reduces
         positions = _at_least_one(active)
         weight = 1 / positions if reduce else jnp.ones_like(positions)
         return _occurrences(x, size, weight.astype(wide_dtype(dy.dtype)), reduce)

@@ -107,4 +107,5 @@ def paired_rows(layer: Layer, site: Site) -> int:
     """How many rows of a layer count as cases, and are paired with its parent's."""
     assert isinstance(layer.block, Kronecker)
     assert isinstance(site.examples, Examples)
-    return site.examples.size if layer.block.needs_examples else site.rows
+    reduces = layer.block.weight_sharing == "reduce"
+    return site.examples.size if reduces else site.rows
