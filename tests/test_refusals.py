@@ -359,11 +359,11 @@ ERRORS = {  # the type, and what raises it
         ValueError,
         lambda: kfac_jax.SeparateDamping(every=0),
     ),
-    "initial (m_1) must be an integer; got": (
+    "initial (m_1) must be an integer; got 1.5.": (
         TypeError,
         lambda: kfac_jax.ExponentialBatchSize(1.5, 10),
     ),
-    "final (|S|) must be at least 10; got": (
+    "final (|S|) must be at least 10; got 5.": (
         ValueError,
         lambda: kfac_jax.ExponentialBatchSize(10, 5),
     ),
