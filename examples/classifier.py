@@ -44,9 +44,9 @@ CASES_AT_ONCE = 500  # in a measurement, which would else need gigabytes
 
 MEAN, DEVIATION = 0.286, 0.353  # of the training images' pixels
 
-# Those of lowest validation error in the grids below: trials (--tune) of as many
-# iterations as take K-FAC's 80 in time, seed 0. Eight were AdamW's; K-FAC's and EKFAC's
-# were four each, K-FAC's in ranges taken from six runs of 80 iterations.
+# Those of lowest validation error in trials of as many iterations as take K-FAC's 80 in
+# time, seed 0: eight were AdamW's; K-FAC's and EKFAC's were four each, in ranges taken
+# from a few more. (`--tune` now compares six of the whole run's length for each.)
 #   K-FAC, by rate and damping, in %: 0.03 0.03 13.5, 0.03 0.1 13.2, 0.1 0.03 14.8, 0.1
 #     0.1 13.5; with a constraint of 1 it diverged at rate 0.1
 #   EKFAC: 0.03 0.03 14.4, 0.03 0.1 14.1, 0.1 0.03 19.3, 0.1 0.1 16.7

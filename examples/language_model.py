@@ -38,9 +38,9 @@ from tuning import tune
 WINDOWS_MEASURED = 256  # of training and of held-out text, evenly spaced
 WINDOWS_AT_ONCE = 32
 
-# Those of lowest validation loss in the grids below: trials (--tune) of as many
-# iterations as take K-FAC's 80 in time, seed 0. Eight were AdamW's; K-FAC's and EKFAC's
-# were four each, in ranges taken from six and one runs of 100 iterations.
+# Those of lowest validation loss in trials of as many iterations as take K-FAC's 80 in
+# time, seed 0: eight were AdamW's; K-FAC's and EKFAC's were four each, in ranges taken
+# from a few more. (`--tune` now compares six of the whole run's length for each.)
 #   K-FAC, by rate and damping: 0.1 0.03 2.572, 0.1 0.1 2.608, 0.3 0.03 2.561, 0.3 0.1
 #     2.572; with a constraint of 0.1 it diverged at damping 0.01
 #   EKFAC: 0.1 0.03 2.598, 0.1 0.1 2.585, 0.3 0.03 2.611, 0.3 0.1 2.575
