@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import linalg
+from kfac_jax._products import Products
+from kfac_jax._products import check as check_products
 from kfac_jax.blocks import Block, Kronecker
 from kfac_jax.layers import CROSS, Layer
 
@@ -25,6 +27,9 @@ class Statistics(NamedTuple):
 
     weight: Array  # []: how many batches the sums are over; 0 means no information
     layers: Factors  # for each layer the sums its block asks for, float32 or wider
+    # the sides of gradients that stay products (Kronecker(gradient_products=True)):
+    # of this very batch only, so a sum of several says nothing here
+    products: Products
 
 
 def zeros(layers: Sequence[Layer], which: str) -> Factors:
@@ -103,6 +108,7 @@ def average(
     """
     check(layers, "factor_shapes", factors)
     check(layers, "statistics_shapes", statistics.layers)
+    check_products(layers, statistics.products)
     informed = statistics.weight > 0
     weight = jnp.where(informed, statistics.weight, 1.0)
     epsilon = jnp.minimum(

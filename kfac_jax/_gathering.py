@@ -11,6 +11,7 @@ from kfac_jax import _estimation
 from kfac_jax._dtypes import wide
 from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.sites import Site
+from kfac_jax._products import Products
 from kfac_jax.blocks import Block, BlockShape, Kronecker
 from kfac_jax.blocks._tied import join
 from kfac_jax.distributions import RegisteredLoss
@@ -139,15 +140,46 @@ ROWS = ("input_rows", "output_rows")
 `[rows, o]`: what second moments with other layers' rows are made of."""
 
 
+PRODUCT = ("product_inputs", "product_outputs")
+"""What the taps of layers bring out whose gradient stays a product, `[rows, i]` and
+`[rows, o]`: with the loss's cotangents, `∇W = Xᵀ dY`."""
+
+
 def probe(layer: Layer, sites: Sequence[Site]) -> dict[str, Array]:
     """Zeros like what the taps of a layer bring out."""
     assert layer.block is not None
     shapes = layer.block.statistics_shapes(layer.shape)
+    sizes = layer.shape.inputs, layer.shape.outputs
     if layer.link is not None:
         count = paired_rows(layer, sites[0])
-        sizes = layer.shape.inputs, layer.shape.outputs
         shapes |= {name: (count, n) for name, n in zip(ROWS, sizes, strict=True)}
+    if layer.product_rows:
+        count = sites[0].rows
+        shapes |= {name: (count, n) for name, n in zip(PRODUCT, sizes, strict=True)}
     return {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
+
+
+def product_rows(
+    site: Site, shape: BlockShape, x: Array | None, dy: Array
+) -> dict[str, Array]:
+    """The two sides of a gradient from a layer's only use, by their names."""
+    sides = site.canonical(x, dy, shape.homogeneous)
+    rows = [side.reshape(-1, side.shape[-1]) for side in sides]
+    return dict(zip(PRODUCT, rows, strict=True))
+
+
+def split_products(layers: Sequence[Layer], sums: Sums) -> tuple[Sums, Products]:
+    """Takes the sides of gradients out of what the taps brought."""
+    rest = {
+        i: {name: x for name, x in part.items() if name not in PRODUCT}
+        for i, part in sums.items()
+    }
+    products = {
+        layers[i].name: (part[PRODUCT[0]], part[PRODUCT[1]])
+        for i, part in sums.items()
+        if layers[i].product_rows
+    }
+    return rest, products
 
 
 def link_rows(

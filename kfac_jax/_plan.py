@@ -13,17 +13,24 @@ import numpy as np
 from jax import Array
 
 from kfac_jax import _batch, _estimation, _report
-from kfac_jax._gathering import link_rows, site_statistics
+from kfac_jax._gathering import link_rows, product_rows, site_statistics
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
 from kfac_jax._jaxpr.constants import mixed
 from kfac_jax._jaxpr.discovery import Found, discover
-from kfac_jax._jaxpr.interpreter import Gather, Probe, Program, Tap, run
+from kfac_jax._jaxpr.interpreter import (
+    Gather,
+    Probe,
+    Program,
+    Tap,
+    replaces_rules,
+    run,
+)
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._trees import TreeSpec
 from kfac_jax._trees import tree_spec as tree_spec
 from kfac_jax.blocks import Block, Identity
-from kfac_jax.layers import BlocksSpec, Layer, group, link
+from kfac_jax.layers import BlocksSpec, Layer, choose_products, group, link
 from kfac_jax.structures import BlockTridiagonal, Structure
 
 
@@ -199,6 +206,17 @@ def group_layers(
     return layers, sites
 
 
+def keep_products(
+    traced: Traced,
+    layers: Sequence[Layer],
+    sites: Mapping[int, Sequence[Site]],
+    l2: float,
+) -> list[Layer]:
+    """Decides where gradients stay products of inputs and output gradients."""
+    custom = replaces_rules(tapped_program(traced, layers, sites))
+    return choose_products(layers, sites, traced.found.graph, l2, custom)
+
+
 def apply_policy(
     layers: Sequence[Layer], on_unmatched: str, *, quiet: bool
 ) -> list[Layer]:
@@ -341,6 +359,8 @@ def _gather(site: Site, layer: Layer) -> Gather:
         sums = site_statistics(site, block, layer.shape, x, dy, carried)
         if layer.link is not None:
             sums |= link_rows(site, block, layer.shape, x, dy)
+        if layer.product_rows:
+            sums |= product_rows(site, layer.shape, x, dy)
         return sums
 
     return gather

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _tridiagonal
+from kfac_jax import _products, _tridiagonal
 from kfac_jax._factors import Factors
+from kfac_jax._products import Products
 from kfac_jax._vectors import inner_product
 from kfac_jax.approximation import invert, layer_leaves, layer_vectors
 from kfac_jax.blocks import Block
@@ -111,6 +112,7 @@ def precondition(
     factors: Factors,
     inverses: Factors,
     leaves: Sequence[Array | None],
+    products: Products,
 ) -> tuple[list[Array | None], Array]:
     """Applies the inverses to a vector's leaves.
 
@@ -121,6 +123,7 @@ def precondition(
       factors: the moving averages, of which those that a block carries are used.
       inverses: from `refresh_inverses`.
       leaves: the vector's leaves; None where hidden by a mask.
+      products: what some of the vector's matrices may be products of.
 
     Returns:
       The leaves of the product, and its squared length (which counts what a mask hides
@@ -133,13 +136,15 @@ def precondition(
         x.name: {n: factors[x.name][n] for n in x.carried_shapes} for x in layers
     }
     linked = [x.name for x in layers if x.link is not None and x.name in vectors]
-    solved = {
-        name: blocks[name].solve(carried[name] | inverses[name], v.astype(dtypes[name]))
-        for name, v in vectors.items()
-        if name not in linked
+    wide = {name: v.astype(dtypes[name]) for name, v in vectors.items()}
+    solved = _products.solve(layers, inverses, wide, products)
+    solved |= {
+        name: blocks[name].solve(carried[name] | inverses[name], v)
+        for name, v in wide.items()
+        if name not in linked and name not in solved
     }
     if linked:
-        joint = {n: vectors[n].astype(dtypes[n]) for n in linked}
+        joint = {name: wide[name] for name in linked}
         solved |= _tridiagonal.solve(layers, inverses, joint)
     covered = {i for layer in layers if layer.name in solved for i in layer.leaves}
     rest = [x for i, x in enumerate(leaves) if x is not None and i not in covered]

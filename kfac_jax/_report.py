@@ -77,6 +77,7 @@ def table(layers: Sequence[Layer], fraction: float) -> str:
     lines.append(_kinds(layers))
     lines.append(_costs(layers, fraction))
     lines.extend(_links(layers))
+    lines.extend(_products(layers))
     uncovered = [layer for layer in layers if layer.reason]
     if uncovered:
         lines.append("Not covered by a layer:")
@@ -95,6 +96,14 @@ def _links(layers: Sequence[Layer]) -> list[str]:
     others = [f"  {x.name}: {x.unlinked}" for x in layers if x.unlinked]
     lines = ["Linked to the layer that uses its output:", *pairs] if pairs else []
     return [*lines, "Without such a link:", *others] if others else lines
+
+
+def _products(layers: Sequence[Layer]) -> list[str]:
+    """Whose gradients stay products, and why others asked for do not."""
+    kept = [f"  {x.name}: {x.product_rows} cases" for x in layers if x.product_rows]
+    others = [f"  {x.name}: {x.no_product}" for x in layers if x.no_product]
+    lines = ["Gradients preconditioned as products:", *kept] if kept else []
+    return [*lines, "Gradients not kept as products:", *others] if others else lines
 
 
 def _kinds(layers: Sequence[Layer]) -> str:

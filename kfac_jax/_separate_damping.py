@@ -12,6 +12,7 @@ from jax import Array
 from kfac_jax import _batch
 from kfac_jax._factors import Factors
 from kfac_jax._preconditioner import precondition, refresh_inverses
+from kfac_jax._products import Products
 from kfac_jax._vectors import plane_products
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import QuadraticModel, SeparateDamping
@@ -31,6 +32,7 @@ class Candidates:
       previous: δ0, by leaves.
       damping: λ.
       momentum: a fixed μ, or None.
+      products: what -∇h's matrices may be products of.
     """
 
     rule: SeparateDamping
@@ -42,6 +44,7 @@ class Candidates:
     previous: list[Array]
     damping: Array
     momentum: Array | None
+    products: Products
 
     def due(self, step: Array) -> Array:
         """Whether γ is to be chosen at this step, k."""
@@ -89,7 +92,7 @@ class Candidates:
         layers = self.curvature.layers
         inverses, failed = refresh_inverses(layers, factors, old, jnp.square(gamma))
         down = [-x for x in self.gradient]
-        scaled, _ = precondition(layers, factors, inverses, down)
+        scaled, _ = precondition(layers, factors, inverses, down, self.products)
         direction = [x for x in scaled if x is not None]
         products = plane_products(self.gradient, direction, self.previous)
         return direction, *products, failed

@@ -8,10 +8,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _batch, _estimation, _factors, _plan, _report
+from kfac_jax import _batch, _estimation, _factors, _plan, _products, _report
 from kfac_jax._factors import Factors, Statistics
-from kfac_jax._gathering import gather, is_tapped, probe, with_cross
+from kfac_jax._gathering import (
+    gather,
+    is_tapped,
+    probe,
+    split_products,
+    with_cross,
+)
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
+from kfac_jax._products import Products
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation
 from kfac_jax.blocks.kronecker import check_weight_sharing
@@ -121,16 +128,17 @@ class Curvature:
                 params, part, leaves, self.init_factors(params)
             )
             factors = self._own_basis(first(rng))
-        linear = self._linearize(params, part, leaves, factors)
-        if not whole:
-            value, grads = self.value_and_grad(params, *args)
-            return value, grads, linear[2](rng)
-        value, gradient, statistics = linear
-        if gradient is None:  # a custom derivative rule decides about the gradient
+        value, gradient, statistics = self._linearize(params, part, leaves, factors)
+        if not whole and any(layer.product_rows for layer in self.layers):
+            value, gradient, _ = self._linearize(params, args, leaves, factors)
+        elif not whole:
+            gradient = None
+        if gradient is None:  # or a custom derivative rule decides about it
             value, grads = self.value_and_grad(params, *args)
             return value, grads, statistics(rng)
-        grads = jax.tree.unflatten(self.tree.treedef, gradient())
-        return value, grads, statistics(rng)
+        parts, products = gradient()
+        grads = jax.tree.unflatten(self.tree.treedef, parts)
+        return value, grads, statistics(rng)._replace(products=products)
 
     def zero_statistics(self, params: Params) -> Statistics:
         """Statistics that say nothing, for steps which gather none.
@@ -147,6 +155,7 @@ class Curvature:
         return Statistics(
             jnp.zeros((), jnp.float32),
             _factors.zeros(self.layers, "statistics_shapes"),
+            _products.zeros(self.layers),
         )
 
     def _own_basis(self, statistics: Statistics) -> Factors:
@@ -169,7 +178,9 @@ class Curvature:
         leaves: Sequence[Array],
         factors: Factors | None,
     ) -> tuple[
-        Any, Callable[[], list[Array]] | None, Callable[[Array | None], Statistics]
+        Any,
+        Callable[[], tuple[list[Array], Products]] | None,
+        Callable[[Array | None], Statistics],
     ]:
         """One forward pass; pulls back the loss, or output cotangents, on demand."""
         traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
@@ -196,11 +207,14 @@ class Curvature:
         )
         states = traced.found.loss_examples
 
-        def gradient() -> list[Array]:
-            return pull((jnp.ones_like(loss), [jnp.zeros_like(z) for z in zs]))[0]
+        def gradient() -> tuple[list[Array], Products]:
+            zeros = [jnp.zeros_like(z) for z in zs]
+            grads, sums = pull((jnp.ones_like(loss), zeros))
+            return grads, split_products(self.layers, sums)[1]
 
         def pull_outputs(cotangents: list[Array]) -> Any:
             grads, sums = pull((jnp.zeros_like(loss), cotangents))
+            sums, _ = split_products(self.layers, sums)
             return grads, with_cross(self.layers, sums)
 
         def statistics(rng: Array | None) -> Statistics:
@@ -223,6 +237,7 @@ class Curvature:
                     x.name: sums.get(i, {}) | counted.get(x.name, {})
                     for i, x in enumerate(self.layers)
                 },
+                {},
             )
 
         value = (loss, traced.unflatten_aux(aux)) if self.has_aux else loss
@@ -495,10 +510,11 @@ def make_curvature(
     check_weight_sharing(weight_sharing)
     tree = _plan.tree_spec(params)
     traced = _plan.trace(loss_fn, has_aux, tree, params, args)
-    layers, _ = _plan.group_layers(
+    layers, sites = _plan.group_layers(
         traced, tree, blocks, weight_sharing, estimation_mode, structure
     )
     layers = _plan.apply_policy(layers, on_unmatched, quiet=False)
+    layers = _plan.keep_products(traced, layers, sites, l2)
     if statistics_fraction < 1.0:
         _batch.batch_size(args)
     _plan.check_loss(traced, params, args, l2)

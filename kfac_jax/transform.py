@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from kfac_jax import _products
 from kfac_jax._factors import Statistics, zeros
 from kfac_jax._preconditioner import init_inverses, precondition
 from kfac_jax._separate_damping import Candidates
@@ -112,7 +113,11 @@ def scale_by_kfac(
             curvature, state, statistics, now, decay, inverse_every
         )
         scaled, square = precondition(
-            curvature.layers, state.factors, state.inverses, grads
+            curvature.layers,
+            state.factors,
+            state.inverses,
+            grads,
+            statistics.products,
         )
         finite = jnp.isfinite(square)
         scaled = [
@@ -234,18 +239,23 @@ def kfac(
             "previous": [x for x in velocity if x is not None],
             "damping": now,
         }
+        products = _products.negative(statistics.products)
         candidates = None
         if factored_damping is not None:
             assert isinstance(learning_rate, QuadraticModel)
             candidates = Candidates(
-                rule=factored_damping, model=learning_rate, momentum=mu, **start
+                rule=factored_damping,
+                model=learning_rate,
+                momentum=mu,
+                products=products,
+                **start,
             )
         state, refused = advance(
             curvature, state, statistics, now, decay, inverse_every, candidates
         )
         down = [None if x is None else -x for x in grads]
         scaled, square = precondition(
-            curvature.layers, state.factors, state.inverses, down
+            curvature.layers, state.factors, state.inverses, down, products
         )
         direction = [x for x in scaled if x is not None]
         step = Step(direction=direction, squared_length=square, **start)

@@ -1,8 +1,9 @@
-"""Which layers' outputs reach which layers' inputs."""
+"""Which layers' outputs reach which layers' inputs; what is computed just once."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from kfac_jax._jaxpr.graph import Atom, Graph, is_value
+from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value
 from kfac_jax._jaxpr.sites import Site
 
 _TRANSPARENT = (
@@ -52,3 +53,20 @@ def sources(graph: Graph, sites: Mapping[int, Site]) -> dict[int, frozenset[int]
 
     visit(graph)
     return found
+
+
+def types_outside_loops(graph: Graph) -> dict[int, Any]:
+    """The types of values that the program computes just once, by their ids."""
+    return {
+        value: var.aval.dtype
+        for node in _outside_loops(graph)
+        for value, var in zip(node.outputs, node.equation.outvars, strict=True)
+        if hasattr(var.aval, "dtype")
+    }
+
+
+def _outside_loops(graph: Graph) -> Iterator[Node]:
+    for node in graph.nodes:
+        yield node
+        if node.name in _TRANSPARENT and node.bodies:
+            yield from _outside_loops(node.bodies[0])

@@ -8,3 +8,4 @@ from ._layer import Layer as Layer
 from ._layer import Link as Link
 from ._links import link as link
 from ._links import paired_rows as paired_rows
+from ._products import choose_products as choose_products

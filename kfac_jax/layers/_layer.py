@@ -67,6 +67,9 @@ class Layer:
       shape: the canonical shape.
       link: its place among linked layers; None for a layer by itself.
       unlinked: why it has no parent, where links were asked for.
+      product_rows: at how many positions of the plan's batch its gradient is gathered
+        as the product that it is; 0 where it is not.
+      no_product: why not, where that was asked for.
       reason: why no better block applies; empty where nothing is amiss.
       source: the user's source line of its first use.
       leaves: indices of its parameters among all leaves.
@@ -85,6 +88,8 @@ class Layer:
     shape: BlockShape
     link: Link | None = None
     unlinked: str = ""
+    product_rows: int = 0
+    no_product: str = ""
     reason: str = ""
     source: str = ""
     leaves: tuple[int, ...]

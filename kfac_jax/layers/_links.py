@@ -9,6 +9,7 @@ from kfac_jax._jaxpr.graph import Graph
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax.blocks import Kronecker
 from kfac_jax.layers._layer import Layer, Link
+from kfac_jax.layers._products import not_one_product
 
 
 def link(
@@ -70,18 +71,7 @@ def _refusal(layer: Layer, sites: Sequence[Site]) -> str:
         return f'its kind is "{layer.kind}"'
     if type(layer.block) is not Kronecker:
         return f"its block is {layer.block!r}"
-    if set(layer.block_factor_shapes) != {"input", "output"}:
-        return "a side of its block is diagonal"
-    if layer.shape.lead:
-        return "it stands for several independent layers"
-    if len(sites) != 1 or sites[0].repeated:
-        return "it is used more than once"
-    (site,) = sites
-    if site.parts or site.x_places or site.y_places:
-        return "only a part of it is used here"
-    if site.cases:
-        return "its input is the same for all cases"
-    return ""
+    return not_one_product(layer, sites)
 
 
 def _mismatch(
