@@ -235,6 +235,57 @@ def test_training_with_every_rule_in_a_scan():
         assert (np.asarray(part["moments"]) >= 0).all()
 
 
+@functools.cache
+def bases_over_steps(warm_start):
+    """A, its basis, and the moments after each step of one sequence of batches."""
+    curvature = plan(Eigen(warm_start=warm_start))
+    tx = kfac_jax.scale_by_kfac(curvature, damping=DAMPING, inverse_every=2)
+
+    @jax.jit
+    def step(state, x):
+        _, grads, statistics = curvature.value_grad_and_statistics(
+            PARAMS, x, Y, factors=state.factors
+        )
+        return tx.update(grads, state, PARAMS, statistics=statistics)[1]
+
+    state, seen = tx.init(PARAMS), []
+    for i in range(8):
+        state = step(state, X + 0.05 * models.array(20 + i, *X.shape))
+        seen.append(jax.tree.map(np.asarray, state.factors["a"]))
+    return seen
+
+
+def test_a_warm_start_turns_the_last_basis():
+    warm, cold = bases_over_steps(True), bases_over_steps(False)
+    np.testing.assert_array_equal(warm[0]["input_basis"], cold[0]["input_basis"])
+    for i in (1, 2, 3, 5, 7):  # refreshed at steps 2 and 3, and every second
+        a, last = warm[i]["input"], warm[i - 1]["input_basis"]
+        np.testing.assert_allclose(a, cold[i]["input"], rtol=1e-12)
+        q, r = np.linalg.qr(a @ last[:, ::-1])  # the largest eigenvalue first
+        expected = (q * np.sign(np.diag(r)))[:, ::-1]
+        np.testing.assert_allclose(warm[i]["input_basis"], expected, atol=1e-10)
+    np.testing.assert_array_equal(warm[4]["input_basis"], warm[3]["input_basis"])
+
+
+def test_a_warm_start_stays_near_the_eigenbasis():
+    """By what it leaves off the diagonal, of factors that move slowly."""
+    for factors in bases_over_steps(True)[1:]:
+        for side in SIDES:
+            u, a = factors[f"{side}_basis"], factors[side]
+            np.testing.assert_allclose(u.T @ u, np.eye(len(u)), atol=1e-12)
+            rotated = u.T @ a @ u
+            off = rotated - np.diag(np.diag(rotated))
+            assert np.linalg.norm(off) < 0.05 * np.linalg.norm(rotated)
+        assert (factors["moments"] >= 0).all()
+
+
+def test_options_that_do_not_fit():
+    with pytest.raises(TypeError, match="warm_start must be a bool; got 2"):
+        Eigen(warm_start=2)
+    with pytest.raises(ValueError, match="Eigen multiplies gradients in its basis"):
+        Eigen(gradient_products=True)
+
+
 def test_factors_of_another_plan_are_refused():
     curvature = plan(Eigen())
     with pytest.raises(ValueError, match="factors must have an entry for each layer"):

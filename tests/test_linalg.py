@@ -132,6 +132,40 @@ def test_eigh_has_the_derivatives_of_jax(part):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, 1e-9), ours, theirs)
 
 
+def naive_turn(x, basis):
+    """Gram-Schmidt of `x @ basis`, column by column, the last one first."""
+    columns = []
+    for column in (x @ basis).T[::-1]:
+        for q in columns:
+            column = column - (q @ column) * q
+        columns.append(column / np.linalg.norm(column))
+    return np.stack(columns[::-1], axis=1)
+
+
+def test_a_turned_basis_is_that_of_gram_schmidt():
+    rng = np.random.default_rng(5)
+    x = np.stack([[oracles.random_psd(rng, 4) for _ in range(2)] for _ in range(3)])
+    basis = np.linalg.qr(rng.standard_normal(x.shape))[0]
+    found = jax.jit(linalg.turned_basis)(jnp.asarray(x), jnp.asarray(basis))
+    expected = [naive_turn(x[i, j], basis[i, j]) for i in range(3) for j in range(2)]
+    np.testing.assert_allclose(found.reshape(6, 4, 4), expected, atol=1e-10)
+
+
+def test_turning_leaves_eigenvectors_and_leads_to_them():
+    rng = np.random.default_rng(6)
+    u = np.linalg.qr(rng.standard_normal((4, 4)))[0]
+    x = jnp.asarray((u * [0.0, 2.0, 4.0, 8.0]) @ u.T)  # singular, too
+    turn = jax.jit(linalg.turned_basis)
+    found = turn(x, jnp.asarray(u))
+    np.testing.assert_allclose(np.abs(u.T @ found), np.eye(4), atol=1e-12)
+    np.testing.assert_allclose(found[:, 1:], u[:, 1:], atol=1e-12)
+    basis = jnp.eye(4)
+    for _ in range(50):
+        basis = turn(x, basis)
+    np.testing.assert_allclose(np.abs(u.T @ basis), np.eye(4), atol=1e-10)
+    assert np.isnan(turn(x.at[1, 1].set(jnp.nan), basis)).any()
+
+
 def test_symmetrize():
     x = jnp.asarray(np.random.default_rng(3).standard_normal((2, 3, 3)))
     expected = (np.asarray(x) + np.asarray(x).transpose(0, 2, 1)) / 2

@@ -26,8 +26,8 @@ class TNT(Kronecker):
       Ren & Goldfarb 2021 (arXiv:2106.02925), with exact rather than batch-averaged
       gradients.
 
-    >>> TNT(max_factor_dim=1024)
-    TNT(max_factor_dim=1024, weight_sharing='expand', pi='trace')
+    >>> TNT(max_factor_dim=1024).max_factor_dim
+    1024
     """
 
     row_statistics = frozenset()

@@ -13,3 +13,4 @@ from ._psd import inverse_root_many as inverse_root_many
 from ._psd import mean_rows as mean_rows
 from ._psd import symmetrize as symmetrize
 from ._psd import trace_pi as trace_pi
+from ._psd import turned_basis as turned_basis

@@ -263,6 +263,37 @@ def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     return (w, u), (diagonal(moved), u @ (moved * inverse_gaps))
 
 
+def turned_basis(x: Array, basis: Array) -> Array:
+    """One step of orthogonal iteration from a basis towards the eigenvectors.
+
+    `Q L = X U` with L lower triangular, its diagonal positive: the eigenvectors, in the
+    order of `eigh`, are left as they are, and everything else moves towards them. It
+    takes a fraction of an eigendecomposition's time.
+
+    On CPUs one matrix after the other, as in `eigh`.
+
+    Args:
+      x: symmetric, semidefinite `[..., d, d]`.
+      basis: U, orthogonal `[..., d, d]`.
+
+    Returns:
+      Q, of the same shape.
+    """
+    # the iteration has the largest eigenvalue first, `eigh` last
+    moved = (symmetrize(x) @ basis[..., ::-1]).reshape(-1, *x.shape[-2:])
+    q = jax.lax.platform_dependent(moved, cpu=_qr_in_turn, default=_qr_at_once)
+    return q.reshape(x.shape)[..., ::-1]
+
+
+def _qr_at_once(x: Array) -> Array:
+    q, r = jnp.linalg.qr(x)
+    return q * jnp.where(diagonal(r) < 0, -1, 1).astype(q.dtype)[..., None, :]
+
+
+def _qr_in_turn(x: Array) -> Array:
+    return jax.lax.map(jax.custom_batching.sequential_vmap(_qr_at_once), x)
+
+
 def mean_rows(rows: Sequence[Array]) -> Array:
     """The means over the last axis of arrays that differ in its length only.
 
