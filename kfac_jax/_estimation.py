@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._dtypes import wide_dtype
 from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax.distributions import RegisteredLoss
 
@@ -24,7 +25,7 @@ MODES = (
     "ggn_exact",
     "ggn_curvature_prop",
 )
-"""Sampled gradients; exact; at the targets; random signs. For losses in natural
+"""Sampled gradients; exact; at the targets; random roots. For losses in natural
 parameters the generalised Gauss-Newton matrix and the Fisher are equal, and so are
 their modes; for others (a predicted variance, distributions of the user's own) the
 Fisher is used in both."""
@@ -42,12 +43,26 @@ def needs_rng(mode: str) -> bool:
     return not is_exact(mode) and mode != "fisher_empirical"
 
 
-def _signs(losses: Sequence[RegisteredLoss], key: Array) -> list[Array]:
+def _random_roots(losses: Sequence[RegisteredLoss], key: Array) -> list[Array]:
+    """`B r` for random r with covariance I, nowhere exactly zero unless B is.
+
+    Curvature propagation takes random signs for r, which of all r have the least
+    variance: that of a second moment grows with `E r⁴ ≥ (E r²)² = 1`. But signs can
+    cancel: `B (1, 1)` is zero for two equal probabilities, and a row without a
+    gradient counts as masked. So the signs get magnitudes of which `r²` is uniform on
+    [½, 1½]: then `B r` is zero with probability zero, and `E r⁴ = 1 + 1/12` (for normal
+    r it is 3).
+    """
     keys = jax.random.split(key, len(losses))
     return [
-        loss.multiply_root(jax.random.rademacher(k, loss.z.shape, loss.z.dtype))
+        loss.multiply_root(_nearly_signs(k, loss.z))
         for loss, k in zip(losses, keys, strict=True)
     ]
+
+
+def _nearly_signs(key: Array, z: Array) -> Array:
+    u = jax.random.uniform(key, z.shape, wide_dtype(z.dtype), -1.0, 1.0)
+    return jnp.copysign(jnp.sqrt(0.5 + jnp.abs(u)), u)
 
 
 def random_cotangents(
@@ -55,7 +70,7 @@ def random_cotangents(
 ) -> list[Array]:
     """One random set of cotangents with covariance `F_R`."""
     if mode != "fisher_gradients":
-        return _signs(losses, key)
+        return _random_roots(losses, key)
     keys = jax.random.split(key, len(losses))
     return [loss.sample_gradient(k) for loss, k in zip(losses, keys, strict=True)]
 

@@ -56,7 +56,7 @@ def gather(
       losses: the registered losses.
       states: for each loss, where the examples are in its output.
       pull: pulls cotangents back.
-      rng: a key; without one the random signs are always the same.
+      rng: a key; without one the random numbers are always the same.
 
     Returns:
       The sums, and how many batches they count for.

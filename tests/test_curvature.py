@@ -180,6 +180,54 @@ def test_the_input_factor_is_the_mean_over_rows_in_every_mode(mode):
     )
 
 
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_count_whatever_the_random_cotangents_are(mode, classes):
+    """With equal probabilities the columns of B add up to zero under equal signs."""
+    params = models.dense_params(0, 3, 5, classes)
+    params["layer1"] = jax.tree.map(jnp.zeros_like, params["layer1"])
+    x, y = models.array(50, 64, 3), models.classes(7, classes, 64)
+
+    def loss_fn(params, x, y, mask):
+        z = models.mlp(params, x)
+        kfac_jax.register_softmax_cross_entropy_loss(z, y, mask)
+        picked = jnp.take_along_axis(jax.nn.log_softmax(z), y[:, None], 1)[:, 0]
+        return -(mask * picked).mean()
+
+    mask = jnp.asarray(np.arange(64) % 4 > 0).astype(x.dtype)
+    plan = kfac_jax.make_curvature(
+        loss_fn, params, x, y, mask, estimation_mode=mode, num_samples=3
+    )
+    compute = jax.jit(
+        lambda key: models.statistics_to_factors(plan, params, x, y, mask, rng=key)
+    )
+    h = np.tanh(models.dense(params["layer0"], x))
+    h = np.hstack([h, np.ones((64, 1))])[np.asarray(mask) > 0]
+    for seed in range(3):
+        found = compute(jax.random.key(seed))["layer1"]["input"]
+        np.testing.assert_allclose(found, h.T @ h / len(h), rtol=1e-11, atol=1e-14)
+
+
+@pytest.mark.parametrize("mode", ["fisher_curvature_prop", "ggn_curvature_prop"])
+def test_curvature_propagation_is_nearly_exact_where_the_root_is_diagonal(mode):
+    """Squares of the random entries are uniform on [½, 1½], with the variance 1/12."""
+    x, y, w = models.array(50, 64, 3), models.array(7, 64, 2), models.array(0, 3, 2)
+
+    def loss_fn(w, x, y):
+        return squared_error(x @ w, y).sum(-1).mean()
+
+    plan = kfac_jax.make_curvature(loss_fn, w, x, y, estimation_mode=mode)
+    draw = lambda key: models.statistics_to_factors(plan, w, x, y, rng=key)  # noqa: E731
+    keys = jax.random.split(jax.random.key(0), 200)
+    found = np.asarray(jax.jit(jax.vmap(draw))(keys)["params"]["output"])
+    deviation = 2 / np.sqrt(12 * 64)  # F = 2 I, of 64 cases; off the diagonal 2 / √64
+    squares = np.diagonal(found, axis1=1, axis2=2)
+    np.testing.assert_allclose(squares.mean(0), 2, atol=5 * deviation / 200**0.5)
+    np.testing.assert_allclose(squares.std(0), deviation, rtol=0.25)
+    np.testing.assert_allclose(found[:, 0, 1].std(), 2 / 64**0.5, rtol=0.25)
+    np.testing.assert_allclose(found[:, 0, 1].mean(), 0, atol=5 * 0.25 / 200**0.5)
+
+
 # ------------------------------------------------------------------------ sampled modes
 
 
