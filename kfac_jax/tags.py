@@ -78,10 +78,16 @@ _compat.set_batching(generic_tag, _batch_generic)
 
 
 def _static(metadata: dict[str, Any]) -> tuple[tuple[str, Hashable], ...]:
-    return tuple(
-        (name, value if isinstance(value, Hashable) else repr(value))
-        for name, value in sorted(metadata.items())
-    )
+    return tuple((name, _hashable(value)) for name, value in sorted(metadata.items()))
+
+
+def _hashable(value: Any) -> Hashable:
+    """The value or its text; a tuple's type does not tell whether it is hashable."""
+    try:
+        hash(value)
+    except TypeError:
+        return repr(value)
+    return value
 
 
 def _bind_layer(
@@ -116,7 +122,7 @@ def register_dense(
       x: the layer's input, `[..., in]`.
       w: the weight, `[in, out]`: a parameter, or a view of one.
       b: the bias, `[out]`, or None.
-      **metadata: kept with the tag as static data.
+      **metadata: kept with the tag as static data; what is not hashable, as text.
 
     Returns:
       `y`; the tag counts only where this returned value is used in its place.
@@ -194,7 +200,7 @@ def register_scale_and_shift(
       x: the layer's input, of `y`'s shape.
       scale: the scale; it broadcasts from the right to `y`'s shape.
       shift: the shift; it broadcasts from the right to `y`'s shape.
-      **metadata: kept with the tag as static data.
+      **metadata: kept with the tag as static data; what is not hashable, as text.
 
     Returns:
       `y`.

@@ -139,6 +139,16 @@ def test_tagged_program_can_be_exported_and_evaluated_from_its_jaxpr():
     np.testing.assert_allclose(value, _loss(_plain)(W, X, Y), rtol=1e-14)
 
 
+METADATA = {
+    "window_strides": (1, 1),
+    "padding": [[1, 1]],
+    "anything": {"a": 1},
+    "nested": ([1, 1], {"a": (1,)}),
+    "array": np.ones(2),
+    "jax array": (jnp.ones(2),),
+}
+
+
 @pytest.mark.parametrize(
     "register",
     [
@@ -150,9 +160,23 @@ def test_tagged_program_can_be_exported_and_evaluated_from_its_jaxpr():
     ],
 )
 def test_unknown_keyword_arguments_are_kept_as_metadata(register):
-    metadata = {"window_strides": (1, 1), "padding": [[1, 1]], "anything": {"a": 1}}
-    plain, found = register(), jax.jit(lambda: register(**metadata))()
+    """As they are where they are hashable, as JAX wants; others as their text."""
+    plain, found = register(), jax.jit(lambda: register(**METADATA))()
     np.testing.assert_allclose(found, plain, rtol=1e-14)
+    (equation,) = (
+        e
+        for e in jax.make_jaxpr(lambda: register(**METADATA))().eqns
+        if e.primitive.name == "kfac_layer"
+    )
+    kept = dict(equation.params["metadata"])
+    assert kept.pop("window_strides") == (1, 1)
+    assert kept == {k: repr(v) for k, v in METADATA.items() if k != "window_strides"}
+    hash(equation.params["metadata"])
+
+
+def test_metadata_may_be_traced_without_being_kept():
+    tagged = lambda x, t: kfac_jax.register_dense(x @ W, x, W, temperature=t)  # noqa: E731
+    np.testing.assert_array_equal(jax.jit(tagged)(X, 1.0), jax.jit(jnp.matmul)(X, W))
 
 
 def test_registering_returns_its_first_operand_and_keeps_its_type():
