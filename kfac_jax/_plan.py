@@ -332,6 +332,15 @@ def bare_program(traced: Traced) -> Program:
     return Program(traced.found.graph, {}, {})
 
 
+def outputs_program(traced: Traced) -> Program:
+    """What the registered losses are computed from, without taps."""
+    graph = traced.found.graph
+    tags = {
+        out for node in graph.walk() if node.name == "kfac_loss" for out in node.outputs
+    }
+    return Program(graph_lib.without_rest(graph, tags), {}, {})
+
+
 def tapped_program(
     traced: Traced, layers: Sequence[Layer], sites: Mapping[int, Sequence[Site]]
 ) -> Program:

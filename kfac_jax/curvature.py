@@ -17,6 +17,8 @@ from kfac_jax._gathering import (
     split_products,
     with_cross,
 )
+from kfac_jax._jaxpr.differentiation import check_forward_mode, reverse_mode
+from kfac_jax._jaxpr.graph import Graph, build
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax._products import Products
 from kfac_jax._trees import TreeSpec
@@ -209,11 +211,13 @@ class Curvature:
 
         def gradient() -> tuple[list[Array], Products]:
             zeros = [jnp.zeros_like(z) for z in zs]
-            grads, sums = pull((jnp.ones_like(loss), zeros))
+            with reverse_mode(program.graph, len(leaves)):
+                grads, sums = pull((jnp.ones_like(loss), zeros))
             return grads, split_products(self.layers, sums)[1]
 
         def pull_outputs(cotangents: list[Array]) -> Any:
-            grads, sums = pull((jnp.zeros_like(loss), cotangents))
+            with reverse_mode(program.graph, len(leaves)):
+                grads, sums = pull((jnp.zeros_like(loss), cotangents))
             sums, _ = split_products(self.layers, sums)
             return grads, with_cross(self.layers, sums)
 
@@ -289,7 +293,8 @@ class Curvature:
           of a loss that includes it.
 
         Raises:
-          ValueError: for an unknown matrix, or trees that do not match.
+          ValueError: for an unknown matrix, for trees that do not match, or if the
+            network uses a `custom_vjp` function, which has no forward mode.
         """
         leaves = self.tree.leaves(params, "params")
         tangents = self.tree.leaves(v, "v")
@@ -300,12 +305,17 @@ class Curvature:
                 result = grad(params, *args)
                 return result[0] if self.has_aux else result
 
-            return jax.jvp(gradient, (params,), (v,))[1]
+            def slope(params: Params, v: Params) -> Params:
+                return jax.jvp(gradient, (params,), (v,))[1]
+
+            traced = jax.make_jaxpr(self.loss_fn)(params, *args)
+            check_forward_mode(build(traced), slope, params, v)
+            return slope(params, v)
         if matrix not in ("fisher", "ggn"):
             raise ValueError(
                 f'matrix must be "fisher", "ggn" or "hessian"; got {matrix!r}.'
             )
-        outputs = self._outputs(params, args)
+        outputs, graph = self._outputs(params, leaves, args)
         zs, push, losses = jax.linearize(outputs, list(leaves), has_aux=True)
         moved = push(list(tangents))
         pulled = [
@@ -313,7 +323,8 @@ class Curvature:
             for loss, dz in zip(losses, moved, strict=True)
         ]
         del zs
-        (product,) = jax.linear_transpose(push, list(leaves))(pulled)
+        with reverse_mode(graph, len(leaves)):
+            (product,) = jax.linear_transpose(push, list(leaves))(pulled)
         return jax.tree.unflatten(self.tree.treedef, product)
 
     @jax.named_scope("kfac_quadratic_form")
@@ -334,14 +345,15 @@ class Curvature:
           `[n, n]`, in float32 or wider. `l2` is not included.
 
         Raises:
-          ValueError: if the trees do not match.
+          ValueError: if the trees do not match, or if the network uses a `custom_vjp`
+            function, which has no forward mode.
 
         References:
           Martens & Grosse 2015, Appendix C.
         """
         leaves = self.tree.leaves(params, "params")
         one_by_one = self._vectors(vectors)
-        outputs = self._outputs(params, args)
+        outputs, _ = self._outputs(params, leaves, args)
 
         def push(tangents: list[Array]) -> Array:
             _, moved, losses = jax.jvp(
@@ -370,16 +382,23 @@ class Curvature:
         self.tree.leaves(first, "vectors (with a leading axis)")
         return None
 
-    def _outputs(self, params: Params, args: Any) -> Callable[[list[Array]], Any]:
+    def _outputs(
+        self, params: Params, leaves: Sequence[Array], args: Any
+    ) -> tuple[Callable[[list[Array]], Any], Graph]:
+        """The registered outputs as a function of the parameters, and its program."""
         traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
-        program = _plan.bare_program(traced)
+        program = _plan.outputs_program(traced)
         data = jax.tree.leaves(args)
 
         def outputs(leaves: list[Array]) -> tuple[list[Array], list[RegisteredLoss]]:
             _, losses = run(program, [*leaves, *data], None)
             return [loss.z for loss in losses], losses
 
-        return outputs
+        def push(leaves: list[Array], tangents: list[Array]) -> Any:
+            return jax.jvp(outputs, (leaves,), (tangents,), has_aux=True)[1]
+
+        check_forward_mode(program.graph, push, list(leaves), list(leaves))
+        return outputs, program.graph
 
     # ------------------------------------------------------------------------ factors
 

@@ -169,6 +169,65 @@ def problem(
     return Problem(loss_fn, params, x, y, lambda p: rows(p, x), loss.per_case)
 
 
+# ------------------------------------------------------------------------ control flow
+
+
+def _custom_jvp(f):
+    """As `custom_jvp` functions are often written: derivative rule by hand."""
+    wrapped = jax.custom_jvp(f)
+    wrapped.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
+    return wrapped
+
+
+def custom_vjp(f):
+    """With the derivative that it has anyway."""
+    wrapped = jax.custom_vjp(f)
+    wrapped.defvjp(lambda *a: jax.vjp(f, *a), lambda pull, g: pull(g))
+    return wrapped
+
+
+def _nothing(params, x):
+    return jnp.zeros((len(x), 1))
+
+
+def _always(x):
+    """A condition that is not known to be true."""
+    return x[0, 0] > -1e9
+
+
+def _sharded(f):
+    parts = jax.sharding.PartitionSpec("data")
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    whole = jax.sharding.PartitionSpec()
+    return jax.shard_map(f, mesh=mesh, in_specs=(whole, parts), out_specs=parts)
+
+
+WRAPPERS = {  # of functions of parameters and data `[b, i]`, to outputs `[b, 1]`
+    "jit": jax.jit,
+    "nested jit": lambda f: jax.jit(jax.jit(f)),
+    "remat": jax.checkpoint,
+    "remat with policy": lambda f: jax.checkpoint(
+        f, policy=jax.checkpoint_policies.dots_saveable
+    ),
+    "remat in jit": lambda f: jax.jit(jax.checkpoint(f)),
+    "cond": lambda f: lambda p, x: jax.lax.cond(_always(x), f, _nothing, p, x),
+    "switch": lambda f: (
+        lambda p, x: jax.lax.switch(
+            _always(x).astype(int), [_nothing, f, _nothing], p, x
+        )
+    ),
+    "scan": lambda f: (
+        lambda p, x: jax.lax.scan(lambda c, x: (c, f(p, x)), 0, x[None])[1][0]
+    ),
+    "vmap": lambda f: lambda p, x: jax.vmap(lambda x: f(p, x[None])[0])(x),
+    "shard_map": _sharded,
+    "custom_jvp": _custom_jvp,
+    "custom_vjp": custom_vjp,
+    "named call": jax.named_call,
+}
+"""What a network may be wrapped in without changing its layers."""
+
+
 def statistics_to_factors(curvature, params, *args, rng=None):
     """The factors after one batch."""
     _, _, statistics = curvature.value_grad_and_statistics(params, *args, rng=rng)

@@ -322,7 +322,7 @@ UNMATCHED = {
         lambda p, x: jax.lax.while_loop(
             lambda c: c[0] < 1, lambda c: (c[0] + 1, c[1] * _wide(p, x)), (0, x)
         )[1],
-        r"enters `while`",
+        r"enters `while`, which has no reverse mode: use scan",
     ),
     "carry of a scan": (
         lambda p, x: (
@@ -588,38 +588,8 @@ def test_recurrent_weights_in_scan_share_over_time():
     assert found["hidden"]["output"].any()
 
 
-def _custom_jvp(f):
-    """As `custom_jvp` functions are often written: derivative rule by hand."""
-    wrapped = jax.custom_jvp(f)
-    wrapped.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
-    return wrapped
-
-
-def _custom_vjp(f):
-    wrapped = jax.custom_vjp(f)
-    wrapped.defvjp(lambda *a: jax.vjp(f, *a), lambda pull, g: pull(g))
-    return wrapped
-
-
-MESH = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 P = jax.sharding.PartitionSpec
-WRAPPERS = {
-    "jit": jax.jit,
-    "nested jit": lambda f: jax.jit(jax.jit(f)),
-    "remat": jax.checkpoint,
-    "remat with policy": lambda f: jax.checkpoint(
-        f, policy=jax.checkpoint_policies.dots_saveable
-    ),
-    "remat in jit": lambda f: jax.jit(jax.checkpoint(f)),
-    "cond": lambda f: (
-        lambda p, x: jax.lax.cond(
-            x[0, 0] > -1e9, f, lambda p, x: jnp.zeros((B, 1)), p, x
-        )
-    ),
-    "custom_jvp": _custom_jvp,
-    "custom_vjp": _custom_vjp,
-    "named call": jax.named_call,
-}
+MESH = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
 NET = models.dense_params(3, I, 3, 1)
 
 
@@ -628,10 +598,10 @@ def _bare_net():
     return models.exact_factors(_loss(models.mlp), NET, X)
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", models.WRAPPERS)
 def test_same_layers_and_factors_inside_other_transformations(name):
     plan, factors = _bare_net()
-    apply = WRAPPERS[name](lambda p, x: models.mlp(p, x))
+    apply = models.WRAPPERS[name](lambda p, x: models.mlp(p, x))
     found_plan, found = models.exact_factors(_loss(apply), NET, X, on_unmatched="error")
     same = [
         (a.name, a.kind, a.block, a.shape, a.layouts, a.params) for a in plan.layers

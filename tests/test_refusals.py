@@ -154,7 +154,7 @@ REASONS = {  # the parameters' shapes, and their use
         [(3,)],
         lambda p, x: x + jnp.sort(p["a"])[None],
     ),
-    "which discovery does not look into": (
+    "enters `while`, which has no reverse mode: use scan, or fori_loop with fixed": (
         [(3,)],
         lambda p, x: jax.lax.while_loop(
             lambda x: x.sum() > 1.0, lambda x: x * p["a"][None], x
@@ -231,6 +231,13 @@ def with_transposed_factors():
     plan().approximation({"w": {**factors["w"], "input": jnp.eye(2)}})
 
 
+def product_with(activation):
+    def loss_fn(params, x):
+        return squared_error(activation(x @ params["w"])).sum(-1).mean()
+
+    kfac_jax.make_curvature(loss_fn, W, X).matvec(W, W, X)
+
+
 def integer_labels():
     logits = jnp.ones((4, 3))
     kfac_jax.losses.softmax_cross_entropy_with_integer_labels(logits, jnp.ones(3, int))
@@ -268,6 +275,16 @@ ERRORS = {  # the type, and what raises it
     "Use what this very plan returned": (ValueError, with_transposed_factors),
     "so that it is not always computed": (ValueError, lambda: loss_within(sometimes)),
     "which kfac_jax cannot bring out": (ValueError, lambda: loss_within(twice)),
+    "which has no forward mode; exact products with the curvature need one": (
+        ValueError,
+        lambda: product_with(models.custom_vjp(jnp.tanh)),
+    ),
+    "The loss depends on parameters through a `while` loop at": (
+        ValueError,
+        lambda: product_with(
+            lambda h: jax.lax.while_loop(lambda h: h.sum() > 9.0, jnp.tanh, h)
+        ),
+    ),
     "Expected one batch size": (ValueError, disagreeing),
     "Make a new plan with make_curvature for these arguments": (ValueError, changed),
     "has parameters hidden by a mask": (ValueError, hidden),

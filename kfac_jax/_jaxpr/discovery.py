@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from kfac_jax._jaxpr import _compat, consumers, outcomes, view_rules
 from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.convolution import convolution
+from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
 from kfac_jax._jaxpr.embedding import OneHot, embedding
 from kfac_jax._jaxpr.examples import State
 from kfac_jax._jaxpr.graph import (
@@ -273,10 +274,11 @@ class _Finder:
         if offset is None:
             live = any(out in self.live for out in node.outputs)
             if live and any(members):
+                why = NO_ENTRY.get(node.name, "discovery does not look into")
                 self._refuse(
                     node,
                     [view for some in members for view in some],
-                    f"enters `{node.name}`, which discovery does not look into",
+                    f"enters `{node.name}`, which {why}",
                 )
             return
         inside = {"scan": self._scanned, "shard_map": self._replicated}.get(node.name)
@@ -389,5 +391,8 @@ BODY_OFFSETS = {
     "shard_map": 0,
 }
 """Equations discovery looks into, and where their bodies' operands begin."""
+
+NO_ENTRY = {"while": NO_REVERSE_MODE}
+"""Why it does not look into others."""
 
 __all__ = ["CONSUMERS", "Found", "Site", "discover"]

@@ -6,7 +6,7 @@ one jitted function, so passes can keep what they learn in plain dictionaries.
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr import _compat
@@ -176,13 +176,18 @@ def build(closed: Any) -> Graph:
     return _Builder().graph(closed)
 
 
-def needed(graph: Graph, wanted: set[int]) -> set[int]:
+def needed(
+    graph: Graph,
+    wanted: set[int],
+    reads: Callable[[Node], tuple[Atom, ...]] | None = None,
+) -> set[int]:
     """Slices back: the ids of all values that the values in `wanted` depend on.
 
     A nested graph counts as a whole where any of its results is needed, except that its
-    own dead equations do not count.
+    own dead equations do not count. What an equation reads is up to `reads`.
     """
     found = set(wanted)
+    reads = reads or read_inputs
 
     def visit(graph: Graph) -> None:
         for node in reversed(graph.nodes):
@@ -194,12 +199,29 @@ def needed(graph: Graph, wanted: set[int]) -> set[int]:
             if any(out in found for out in node.outputs):
                 for body in node.bodies:
                     found.update(a for a in body.outputs if is_value(a))
-            found.update(a for a in read_inputs(node) if is_value(a))
+            found.update(a for a in reads(node) if is_value(a))
             for body in node.bodies:
                 visit(body)
 
     visit(graph)
     return found
+
+
+def without_rest(graph: Graph, wanted: set[int]) -> Graph:
+    """The graph with no more than what the values in `wanted` are computed from."""
+    found = needed(graph, wanted, lambda node: node.inputs)
+    nodes = tuple(
+        node
+        for node in graph.nodes
+        if any(out in found for inner in _within(node) for out in inner.outputs)
+    )
+    return dataclasses.replace(graph, nodes=nodes, outputs=())
+
+
+def _within(node: Node) -> Iterator[Node]:
+    yield node
+    for body in node.bodies:
+        yield from body.walk()
 
 
 def read_inputs(node: Node) -> tuple[Atom, ...]:
