@@ -253,18 +253,15 @@ def tagged(
 ) -> Outcome:
     """A layer under one of the `register_*` layer tags."""
     kind, names = node.params["kind"], node.params["names"]
+    if any(view is not None for view in views[:2]):
+        return Refused(f"tagged as {kind}, but the layer's input is a parameter")
     parts = views[1 + node.params["num_inputs"] :]
     given = {
         name: view for name, view in zip(names, parts, strict=True) if view is not None
     }
     if len(given) != len(parts):
         return Refused(f"tagged as {kind}, but an operand is not a view of a parameter")
-    if any(view is not None for view in views[:2]):
-        return Refused(f"tagged as {kind}, but the layer's input is a parameter")
-    build = TAGGED.get(kind)
-    if build is None:
-        return Refused(f"tagged as {kind}, for which there is no block yet")
-    return build(node, given, shapes, state)
+    return TAGGED[kind](node, given, shapes, state)
 
 
 def _tagged_dense(
@@ -357,6 +354,7 @@ def _tagged_scale_and_shift(
 
 
 TAGGED = {"dense": _tagged_dense, "scale_and_shift": _tagged_scale_and_shift}
+"""Convolutions are looked up where their output comes from instead."""
 
 
 def bias_layout(linear: Linear, bias: View, shapes: Shapes) -> Layout | None:
