@@ -448,7 +448,7 @@ def messages():
 
 
 def expectations(function):
-    """What a test compares messages with: `match=`, what is `in` them, what they are."""
+    """What a test compares messages with: `match=`, what is `in` them or equal."""
     for node in ast.walk(function):
         if isinstance(node, ast.keyword) and node.arg == "match":
             yield node.value
