@@ -5,6 +5,7 @@ from kfac_jax import distributions as distributions
 from kfac_jax import initializers as initializers
 from kfac_jax import losses as losses
 from kfac_jax._factors import Statistics as Statistics
+from kfac_jax._report import Totals as Totals
 from kfac_jax.averaging import AverageIteratesState as AverageIteratesState
 from kfac_jax.averaging import average_iterates as average_iterates
 from kfac_jax.curvature import Curvature as Curvature

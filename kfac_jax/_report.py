@@ -1,10 +1,75 @@
-"""The report: the plan as a table a person can act on."""
+"""The report: the plan as a table a person can act on, and its totals as data."""
 
-from collections.abc import Sequence
+import collections
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from kfac_jax.layers import Layer
 
 _COLUMNS = ("parameter", "shape", "kind", "uses", "block", "factors", "bytes")
+
+
+class Totals(NamedTuple):
+    """What a plan covers and costs, summed over its layers.
+
+    Attributes:
+      parameters: how many scalar parameters there are.
+      covered: how many of them are in layers that nothing is amiss with.
+      by_kind: how many of them there are of each kind of layer.
+      factor_bytes: what the factors hold, in bytes.
+      inverse_bytes: what the inverses hold, in bytes.
+      inversion_cost: multiply-adds of one refresh of the inverses.
+      statistics_cost: multiply-adds of the statistics of one batch like that of the
+        plan, or of the part of it that they are gathered from.
+      gradient_cost: multiply-adds of the layers in one gradient of that batch.
+
+    >>> import jax.numpy as jnp, kfac_jax
+    >>> def loss_fn(w, x, y):
+    ...     return kfac_jax.losses.squared_error(x @ w, y).sum(-1).mean()
+    >>> w, x, y = jnp.ones((3, 2)), jnp.ones((8, 3)), jnp.zeros((8, 2))
+    >>> totals = kfac_jax.make_curvature(loss_fn, w, x, y).totals
+    >>> totals.covered, totals.factor_bytes == 4 * (3 * 3 + 2 * 2)
+    (6, True)
+    """
+
+    parameters: int
+    covered: int
+    by_kind: Mapping[str, int]
+    factor_bytes: int
+    inverse_bytes: int
+    inversion_cost: int
+    statistics_cost: float
+    gradient_cost: float
+
+
+def totals(layers: Sequence[Layer], fraction: float) -> Totals:
+    """Sums over the layers.
+
+    Args:
+      layers: the plan's layers.
+      fraction: τ1, the part of the batch that statistics are gathered from.
+
+    Returns:
+      The sums.
+    """
+    by_kind: dict[str, int] = collections.defaultdict(int)
+    for layer in layers:
+        by_kind[layer.kind] += _size(layer)
+    return Totals(
+        parameters=sum(map(_size, layers)),
+        covered=sum(_size(layer) for layer in layers if not layer.reason),
+        by_kind=dict(by_kind),
+        factor_bytes=sum(layer.factor_bytes for layer in layers),
+        inverse_bytes=sum(layer.inverse_bytes for layer in layers),
+        inversion_cost=sum(layer.inversion_cost for layer in layers),
+        statistics_cost=sum(layer.statistics_cost for layer in layers) * fraction,
+        gradient_cost=sum(layer.gradient_cost for layer in layers),
+    )
+
+
+def _size(layer: Layer) -> int:
+    return sum(map(math.prod, layer.shapes))
 
 
 def _rows(layer: Layer) -> list[tuple[str, ...]]:
@@ -64,18 +129,14 @@ def table(layers: Sequence[Layer], fraction: float) -> str:
     ]
     lines = [line.rstrip() for line in lines]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    parameters = sum(_size(shape) for layer in layers for shape in layer.shapes)
-    covered = sum(
-        _size(shape) for layer in layers if not layer.reason for shape in layer.shapes
-    )
-    total = sum(layer.factor_bytes for layer in layers)
-    inverses = sum(layer.inverse_bytes for layer in layers)
+    total = totals(layers, fraction)
     lines.append(
-        f"{len(layers)} layers, {parameters} parameters, {covered} of them covered; "
-        f"factors {_bytes(total)}, inverses {_bytes(inverses)}."
+        f"{len(layers)} layers, {total.parameters} parameters, {total.covered} of them "
+        f"covered; factors {_bytes(total.factor_bytes)}, inverses "
+        f"{_bytes(total.inverse_bytes)}."
     )
-    lines.append(_kinds(layers))
-    lines.append(_costs(layers, fraction))
+    lines.append(_kinds(total))
+    lines.append(_costs(total))
     lines.extend(_links(layers))
     lines.extend(_products(layers))
     uncovered = [layer for layer in layers if layer.reason]
@@ -106,30 +167,19 @@ def _products(layers: Sequence[Layer]) -> list[str]:
     return [*lines, "Gradients not kept as products:", *others] if others else lines
 
 
-def _kinds(layers: Sequence[Layer]) -> str:
+def _kinds(total: Totals) -> str:
     """How many parameters there are of each kind."""
-    counts: dict[str, int] = {}
-    for layer in layers:
-        size = sum(map(_size, layer.shapes))
-        counts[layer.kind] = counts.get(layer.kind, 0) + size
-    total = max(sum(counts.values()), 1)
-    parts = [f"{kind} {n} ({n / total:.1%})" for kind, n in counts.items()]
+    parts = [
+        f"{kind} {n} ({n / max(total.parameters, 1):.1%})"
+        for kind, n in total.by_kind.items()
+    ]
     return f"Parameters by kind: {', '.join(parts)}."
 
 
-def _costs(layers: Sequence[Layer], fraction: float) -> str:
+def _costs(total: Totals) -> str:
     """Arithmetic, as the products of the layers count it."""
-    inversion = sum(layer.inversion_cost for layer in layers)
-    gradient = sum(layer.gradient_cost for layer in layers)
-    statistics = sum(layer.statistics_cost for layer in layers) * fraction
-    text = f"One refresh of the inverses: {inversion:.2g} multiply-adds"
-    if gradient:
-        text += f"; statistics of one batch: {statistics / gradient:.2f} × the gradient"
+    text = f"One refresh of the inverses: {total.inversion_cost:.2g} multiply-adds"
+    if total.gradient_cost:
+        times = total.statistics_cost / total.gradient_cost
+        text += f"; statistics of one batch: {times:.2f} × the gradient"
     return text + "."
-
-
-def _size(shape: Sequence[int]) -> int:
-    size = 1
-    for n in shape:
-        size *= n
-    return size

@@ -67,6 +67,11 @@ class Curvature:
         """
         return _report.table(self.layers, self.statistics_fraction)
 
+    @property
+    def totals(self) -> _report.Totals:
+        """The report's totals as data: parameters, coverage, bytes, multiply-adds."""
+        return _report.totals(self.layers, self.statistics_fraction)
+
     def value_and_grad(self, params: Params, *args: Any) -> tuple[Any, Params]:
         """Value and gradient without statistics: `jax.value_and_grad` of the loss.
 

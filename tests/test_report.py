@@ -52,12 +52,16 @@ def test_rows_say_what_approximates_each_parameter():
 
 
 def test_totals():
-    report = _plan().report()
+    plan = _plan()
+    report, totals = plan.report(), plan.totals
     assert "4 layers, 31 parameters, 26 of them covered" in report
+    assert (totals.parameters, totals.covered) == (31, 26)
     size = 8 * (4 * 4 + 4 * 4 + 5 * 5 + 2 * 2 + 1)
     # the identity block of the unused parameter is a scalar
     assert f"factors {size} B, inverses {size + 8} B." in report
+    assert (totals.factor_bytes, totals.inverse_bytes) == (size, size + 8)
     assert "Parameters by kind: dense 26 (83.9%), unmatched 1 (3.2%)" in report
+    assert totals.by_kind == {"dense": 26, "unmatched": 1, "unused": 4}
 
 
 def test_costs():
@@ -76,6 +80,9 @@ def test_costs():
     assert layer.inversion_cost == 4 * (4**3 + 3**3)
     assert layer.gradient_cost == 3 * 4 * 5 * (4 * 3)
     assert layer.statistics_cost == 4 * 5 * (4 * 4 + 3 * 3 + 4 * 3)
+    assert plan.totals.inversion_cost == layer.inversion_cost
+    assert plan.totals.gradient_cost == layer.gradient_cost
+    assert plan.totals.statistics_cost == 0.5 * layer.statistics_cost
     report = plan.report()
     assert "One refresh of the inverses: 3.6e+02 multiply-adds" in report
     assert f"{0.5 * 37 / 36:.2f} × the gradient" in report
