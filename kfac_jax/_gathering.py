@@ -245,8 +245,9 @@ def site_statistics(
     """
 
     def gathered(site: Site, x: Array | None, dy: Array) -> dict[str, Array]:
-        rows = site.canonical(x, dy, shape.homogeneous)
-        sums = block.statistics(*rows, shape.terms[site.swapped], **carried)
+        term = shape.terms[site.swapped]
+        rows = site.canonical(x, dy, term.homogeneous, one_hot=term.one_hot)
+        sums = block.statistics(*rows, term, **carried)
         if site.cases:
             sums = _repeated(sums, block.row_statistics, site.cases)
         return join({}, sums) if site.swapped else sums

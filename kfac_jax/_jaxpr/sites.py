@@ -96,19 +96,20 @@ class Site:
     y_places: Windows = ()
 
     def canonical(
-        self, x: Array | None, dy: Array, homogeneous: bool
+        self, x: Array | None, dy: Array, homogeneous: bool, *, one_hot: bool = True
     ) -> tuple[Array, Array]:
         """Brings `x` and `dy` to `[*independent, batch, shared, features]`.
 
-        An embedding's `x` are integers without an axis of features, out of bounds for
-        rows that do not count. Rows with `dy` exactly zero (masked, not routed here)
-        become zero in `x`. With `homogeneous`, `x` gets the coordinate 1 as its last
-        feature.
+        With `one_hot` an embedding's `x` are integers without an axis of features, out
+        of bounds for rows that do not count. Rows with `dy` exactly zero (masked, not
+        routed here) become zero in `x`. With `homogeneous`, `x` gets the coordinate 1
+        as its last feature.
 
         Args:
           x: the input as the program has it; None for a shift.
           dy: the cotangent of the output as the program has it.
           homogeneous: whether the layer has a bias.
+          one_hot: whether an embedding's inputs stay integers; zeros and ones if not.
 
         Returns:
           `x` and `dy` in the canonical layout.
@@ -124,9 +125,11 @@ class Site:
         if self.vocabulary:
             assert x is not None
             x = self._indices(x, active[..., 0])
-            inside = (x < self.vocabulary)[..., None]
-            dy = jnp.where(inside, dy * jnp.asarray(self.scale, dy.dtype), 0)
-            return x, dy
+            dy = jnp.where((x < self.vocabulary)[..., None], dy, 0)
+            scale = jnp.asarray(self.scale, dy.dtype)
+            if one_hot:
+                return x, dy * scale
+            return jax.nn.one_hot(x, self.vocabulary, dtype=dy.dtype) * scale, dy
         if x is None:
             return active.astype(dy.dtype) * jnp.asarray(self.scale, dy.dtype), dy
         if self.kind == "scale":

@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -31,7 +30,7 @@ class BlockShape:
       outputs: o.
       homogeneous: whether the last input is the constant 1 that a bias multiplies.
       one_hot: whether inputs are given as integers `x [*e, b, s]`, those out of bounds
-        being rows that do not count.
+        being rows that do not count; only to blocks with `handles_one_hot`.
       tied: whether the transposed parameters are used too.
     """
 
@@ -117,6 +116,11 @@ class Block(abc.ABC):
     that get a shape must then mind `tied`; `statistics` gets one of its `terms`, and
     what it returns for the second is given the prefix `transposed_`."""
 
+    handles_one_hot: ClassVar[bool] = False
+    """Whether an embedding's inputs may be given as the integers that they are: then
+    its shape is `one_hot`, and `statistics` gets `x [*e, b, s]`. Others get one-hot
+    rows `[*e, b, s, i]`."""
+
     carried: ClassVar[frozenset[str]] = frozenset()
     """Factors that `statistics` needs, as keywords, and `solve`, beside the inverses:
     a basis. Statistics hold them too, once for each batch."""
@@ -186,9 +190,7 @@ class Block(abc.ABC):
         """An eigendecomposition of the block."""
 
 
-def per_example(x: Array, dy: Array, shape: BlockShape) -> Array:
+def per_example(x: Array, dy: Array) -> Array:
     """Each example's gradient, `[*e, b, i, o]`, summed over its positions."""
     dtype = wide_dtype(dy.dtype)
-    if shape.one_hot:
-        x = jax.nn.one_hot(x, shape.inputs, dtype=dy.dtype)
     return jnp.einsum("...bsi,...bso->...bio", x, dy, preferred_element_type=dtype)

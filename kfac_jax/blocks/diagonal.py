@@ -25,6 +25,7 @@ class Diagonal(Block):
     """
 
     elementwise = frozenset({"diagonal"})
+    handles_one_hot = True
 
     @property
     def needs_examples(self) -> bool:
@@ -48,7 +49,7 @@ class Diagonal(Block):
             x, dy = x.astype(dtype), dy.astype(dtype)
             sums = jnp.einsum("...bsi,...bso->...io", jnp.square(x), jnp.square(dy))
             return {"diagonal": sums}
-        return {"diagonal": jnp.square(per_example(x, dy, shape)).sum(-3)}
+        return {"diagonal": jnp.square(per_example(x, dy)).sum(-3)}
 
     def factors(self, statistics: Factors, weight: Array) -> Factors:
         """Divides by the number of batches."""

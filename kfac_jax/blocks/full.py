@@ -39,7 +39,7 @@ class Full(Block):
 
     def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
         """`Σ_b g gᵀ` over each example's flattened gradient."""
-        g = per_example(x, dy, shape)
+        g = per_example(x, dy)
         g = jnp.moveaxis(g, -3, 0)
         flat = g.reshape(len(g), -1)
         return {"full": flat.T @ flat}

@@ -18,6 +18,7 @@ class Identity(Block):
 
     elementwise = frozenset({"identity"})
     handles_tied = True
+    handles_one_hot = True
 
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """Needs none."""

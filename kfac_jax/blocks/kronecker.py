@@ -74,6 +74,7 @@ class Kronecker(Block):
         for name in ("input", "input_diagonal", "count")
     )
     handles_tied = True
+    handles_one_hot = True
 
     def __post_init__(self) -> None:
         """Checks the range."""

@@ -329,7 +329,10 @@ def _choose(
                 for i in layer.leaves
             )
             continue
-        result.append((dataclasses.replace(layer, block=block), sites))
+        shape = layer.shape
+        if block is not None and not block.handles_one_hot:
+            shape = dataclasses.replace(shape, one_hot=False)
+        result.append((dataclasses.replace(layer, block=block, shape=shape), sites))
     return result
 
 
