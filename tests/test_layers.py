@@ -118,21 +118,26 @@ class Case:
             squared_error(self.net(params, x, **options)).sum(-1).mean()
         )
 
-    def places(self, params) -> np.ndarray:
-        """Where the raveled parameters have the entries of the matrices `[e, i, o]`."""
-        at = oracles.indices(params)
-        parts = [] if self.w is None else [self.matrix(at["layer/w"])]
+    def places(self, layer) -> np.ndarray:
+        """Where a layer's arrays have the entries of the matrices `[e, i, o]`."""
+        parts = [] if self.w is None else [self.matrix(np.asarray(layer["w"]))]
         if self.bias:
-            b = self.y.expand(at["layer/b"], len(self.shape))
+            b = self.y.expand(np.asarray(layer["b"]), len(self.shape))
             parts.append(self.y.canonical(np.broadcast_to(b, self.shape))[:, 0, :1])
         return np.concatenate(parts, 1)
 
     def dense(self, params, blocks) -> np.ndarray:
         """A matrix over all parameters with these blocks, that of the head being I."""
         result = np.eye(len(oracles.vector(params)))
-        for place, block in zip(self.places(params), blocks, strict=True):
+        places = self.places(entries(params)["layer"])
+        for place, block in zip(places, blocks, strict=True):
             result[np.ix_(place.reshape(-1), place.reshape(-1))] = block
         return result
+
+
+def entries(tree):
+    """The tree with the places of its entries in the raveled tree."""
+    return jax.tree.unflatten(jax.tree.structure(tree), oracles.indices(tree).values())
 
 
 # ------------------------------------------------------------------ the kinds of layers
@@ -384,25 +389,55 @@ def oracle(name, steps=0):
     j = oracles.jacobian(outputs, tree)
     matrix = 2 * np.einsum("nap,naq->pq", j, j) / len(j)  # as oracles.ggn: H = 2 I
     parts = [x[:, t] for t in range(count)] if steps else [x]
+    return matrix, *sides(case, matrix, parts, tree["layer"], entries(tree)["probe"])
+
+
+def sides(case, matrix, parts, layer, probes):
+    """The Kronecker factors of a layer from the GGN of probes, one for each use.
+
+    Of each use there are the data, in `parts`, and the places of its probe in `matrix`.
+    """
     rows = np.concatenate([case.inputs(np.asarray(x)) for x in parts], 1)
     if case.bias:
         rows = np.concatenate([rows, np.ones((*rows.shape[:-1], 1))], -1)
     # the oracle's own check: rows times matrices are what the parameters do
-    zero = jax.tree.map(jnp.zeros_like, tree["layer"])
+    zero = jax.tree.map(jnp.zeros_like, layer)
     linear = fast_jit(lambda p, x: case.layer(p, x) - case.layer(zero, x))
-    y = [case.y.canonical(linear(tree["layer"], x)) for x in parts]
-    y = np.concatenate(y, 1)
-    weights = oracles.vector(tree)[case.places(tree)][:, None]
+    y = np.concatenate([case.y.canonical(linear(layer, x)) for x in parts], 1)
+    weights = case.places(layer)[:, None]
     np.testing.assert_allclose(case.scale * (rows @ weights), y, atol=1e-12)
-    at = oracles.indices(tree)["probe"]
-    at = np.concatenate([case.y.canonical(part) for part in at], 1)
+    at = np.concatenate([case.y.canonical(part) for part in probes], 1)
     g = matrix[at[..., :, None], at[..., None, :]]  # [e, n, s, o, o]
     counts = (g != 0).any((-1, -2))
     if case.kind == "embedding":  # nor do indices count that are out of range
         counts &= rows.any(-1)
     a = np.einsum("ens,ensi,ensj->eij", counts, rows, rows)
     a = a / counts.sum((1, 2))[:, None, None]
-    return matrix, a, case.scale**2 * np.einsum("ens,ensop->eop", counts, g)
+    return a, case.scale**2 * np.einsum("ens,ensop->eop", counts, g)
+
+
+def expected(case, block, matrix, places, a, g) -> np.ndarray:
+    """What a block is over all of `matrix`, with zeros outside of `places`."""
+    result = np.zeros_like(matrix)
+    each = matrix[places[..., None, None], places[:, None, None]]  # [e, i, o, j, p]
+    one_hot = case.kind == "embedding"
+    if block in ("Full", "Diagonal"):
+        at = np.unique(places)
+        result[np.ix_(at, at)] = matrix[np.ix_(at, at)]
+        return result if block == "Full" else np.diag(np.diag(result))
+    if block == "TNT":
+        a, g = np.einsum("eiojo->eij", each), np.einsum("eioip->eop", each)
+        a = a * np.eye(a.shape[-1]) if one_hot else a
+        g = g / np.trace(g, axis1=1, axis2=2)[:, None, None]
+    found = map(np.kron, a, g)
+    if block == "Eigen":
+        u = [np.tile(np.eye(a.shape[-1]), (len(a), 1, 1)), np.linalg.eigh(a)[1]]
+        u = map(np.kron, u[not one_hot], np.linalg.eigh(g)[1])
+        flat = each.reshape(len(each), *[math.prod(places.shape[1:])] * 2)
+        found = ((v * np.diag(v.T @ m @ v)) @ v.T for v, m in zip(u, flat, strict=True))
+    for place, part in zip(places.reshape(len(places), -1), found, strict=True):
+        result[np.ix_(place, place)] = part
+    return result
 
 
 def close(found, expected, rtol=1e-10, atol=1e-13):
@@ -492,9 +527,9 @@ def computed(name, wrap):
 def test_statistics_and_gradient(name, wrap, check):
     case = CASES[name]
     params = case.params()
-    plans, found, gradient, expected = computed(name, wrap)
+    plans, found, gradient, jax_gradient = computed(name, wrap)
     if check == "gradient":
-        close(gradient, expected, rtol=1e-12, atol=1e-14)
+        close(gradient, jax_gradient, rtol=1e-12, atol=1e-14)
         return
     (layer,), (factors, found) = layers_of(plans[check]), found[check]
     names = [f"layer/{key}" for key in params["layer"]]
@@ -503,25 +538,12 @@ def test_statistics_and_gradient(name, wrap, check):
     exact, a, g = oracle(name)
     if check == "Kronecker":
         check_factors(case, factors[layer.name], a, g)
-        exact = case.dense(params, map(np.kron, a, g))
-    expected = oracles.block(exact, params, *names)
-    if check == "TNT":
-        places = case.places(params)  # [e, i, o]
-        each = exact[places[..., None, None], places[:, None, None]]
-        a, g = np.einsum("eiojo->eij", each), np.einsum("eioip->eop", each)
-        if case.kind == "embedding":
-            a = a * np.eye(a.shape[-1])
-        g = g / np.trace(g, axis1=1, axis2=2)[:, None, None]
-        expected = oracles.block(case.dense(params, map(np.kron, a, g)), params, *names)
-    if check == "Eigen":
-        one_hot = case.kind == "embedding"
-        u = [np.tile(np.eye(a.shape[-1]), (len(a), 1, 1)), np.linalg.eigh(a)[1]]
-        u = case.dense(params, map(np.kron, u[not one_hot], np.linalg.eigh(g)[1]))
-        u = oracles.block(u, params, *names)
-        expected = (u * np.diag(u.T @ expected @ u)) @ u.T
-    if check == "Diagonal":
-        expected = np.diag(np.diag(expected))
-    close(oracles.block(np.asarray(found), params, *names), expected)
+    places = case.places(entries(params)["layer"])
+    found, wanted = (
+        oracles.block(np.asarray(matrix), params, *names)
+        for matrix in (found, expected(case, check, exact, places, a, g))
+    )
+    close(found, wanted)
 
 
 @pytest.mark.parametrize(
@@ -553,31 +575,73 @@ def test_blocks_that_sum_within_an_example_refuse_a_shared_layer(name, block):
         assert all("used several times" in layer.reason for layer in layers_of(plan))
 
 
-@pytest.mark.parametrize("name", ["groups", "w[ids]"])
-def test_a_scan_over_stacked_layers_is_a_batch_of_layers(name):
-    """Two layers side by side, in a scan over both and one after the other."""
-    case = CASES[name]
+def by_scan(layer):
+    """The layer with each slice of its parameters, in a scan over them."""
+    return lambda p, x: jax.lax.scan(lambda x, p: (x, layer(p, x)), x, p)[1]
+
+
+def one_by_one(layer):
+    """The layer with each of several sets of parameters, in Python."""
+    return lambda p, x: jnp.stack([layer(p[key], x) for key in sorted(p)])
+
+
+def two_layers(case):
+    """Two layers side by side: parameters stacked, and results of a scan by block."""
     first = case.params(2)
     second = jax.tree.map(lambda w: 0.5 - w, first["layer"])
     both = jax.tree.map(lambda a, b: jnp.stack([a, b]), first["layer"], second)
+    params, loss_fn = first | {"layer": both}, case.loss_fn(over=by_scan)
+    plans = {key: plan_of(loss_fn, params, case.x, b) for key, b in BLOCKS.items()}
 
-    def by_scan(layer):
-        return lambda p, x: jax.lax.scan(lambda x, p: (x, layer(p, x)), x, p)[1]
+    def results(plan, params, x):
+        factors = models.statistics_to_factors(plan, params, x)
+        return factors, plan.approximation(factors).to_dense()
 
-    def one_by_one(layer):
-        return lambda p, x: jnp.stack([layer(p[key], x) for key in sorted(p)])
+    compute = lambda *a: {key: results(plan, *a) for key, plan in plans.items()}  # noqa: E731
+    return params, plans, fast_jit(compute)(params, case.x)
 
-    def all_factors(over, layer):
-        params, loss_fn = first | {"layer": layer}, case.loss_fn(over=over)
-        plans = [plan_of(loss_fn, params, case.x, block) for block in UNIQUE.values()]
-        return [factors_of(plan, params, case.x) for plan in plans]
 
-    compute = lambda a, b: (all_factors(by_scan, a), all_factors(one_by_one, b))  # noqa: E731
-    found, expected = fast_jit(compute)(both, {"0": first["layer"], "1": second})
-    for stack, each in zip(found, expected, strict=True):
-        parts = [each[key] for key in sorted(each)]
-        assert len(parts) == 2
-        close([*stack.values()], [jax.tree.map(lambda *a: jnp.stack(a), *parts)])
+def two_layers_oracle(case, params):
+    """The exact GGN and, for each of two layers side by side, its A and G."""
+    slices = [jax.tree.map(lambda w: w[k], params["layer"]) for k in (0, 1)]  # noqa: B023
+    tree = params | {"probe": jnp.zeros((2, *case.shape))}
+
+    def outputs(t):
+        each = {str(k): jax.tree.map(lambda w: w[k], t["layer"]) for k in (0, 1)}  # noqa: B023
+        return case.net(t | {"layer": each}, case.x, over=one_by_one, probe=t["probe"])
+
+    j = oracles.jacobian(outputs, tree)
+    matrix = 2 * np.einsum("nap,naq->pq", j, j) / len(j)
+    probes = entries(tree)["probe"]
+    return matrix, [
+        sides(case, matrix, [case.x], slices[k], [probes[k]]) for k in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_a_scan_over_stacked_layers_is_a_batch_of_layers(name):
+    """Two layers side by side, in a scan over both and one after the other."""
+    case = CASES[name]
+    params, plans, found = two_layers(case)
+    matrix, factors = two_layers_oracle(case, params)
+    at, names = entries(params)["layer"], [f"layer/{key}" for key in params["layer"]]
+    places = [case.places({key: w[k] for key, w in at.items()}) for k in (0, 1)]
+    for block, plan in plans.items():
+        (layer,) = layers_of(plan)
+        assert (layer.kind, layer.uses, layer.reason) == (case.kind, 1, "")
+        assert layer.shape.stacked == (2,)
+        wanted = sum(
+            expected(case, block, matrix, places[k], *factors[k]) for k in (0, 1)
+        )
+        stack, dense = found[block]
+        close(
+            oracles.block(np.asarray(dense), params, *names),
+            oracles.block(wanted, params, *names),
+        )
+        for k, (a, g) in enumerate(factors):
+            if block == "Kronecker":
+                sliced = {side: f[k] for side, f in stack[layer.name].items()}
+                check_factors(case, sliced, a, g)
 
 
 OPERATORS = {"odd axes": 8192, "heads": 3, "experts": 3, "groups": 3, "take": 1}
