@@ -267,8 +267,8 @@ OTHERS = {
         {"params": "generic"},
     ),
     "unused": (lambda p, x: x, (I,), {"params": "unused"}),
-    "only its gradient is stopped": (
-        lambda p, x: x + 0.0 * x.sum(),
+    "its gradient is stopped": (
+        lambda p, x: x + jax.lax.stop_gradient(_wide(p, x)),
         (I,),
         {"params": "unused"},
     ),
@@ -408,6 +408,115 @@ def test_a_generic_diagonal_is_unbiased():
     expected = np.diag(_exact_of_one_affine(apply, p, X))
     tolerance = 5 * np.sqrt(2 / samples)  # of a χ² with one degree of freedom
     np.testing.assert_allclose(found.reshape(-1), expected, rtol=tolerance)
+
+
+# ------------------------------------------------------------------------ stop_gradient
+
+stop = jax.lax.stop_gradient
+
+
+def _power_iteration(p, x):
+    """A spectral norm as it is often computed: in a loop, without its gradient."""
+    step = lambda c: (c[0] + 1, p["w"] @ (c[1] @ p["w"]))  # noqa: E731
+    _, u = jax.lax.while_loop(lambda c: c[0] < 3, step, (0, jnp.ones(I)))
+    return x @ p["v"] * stop(jnp.linalg.norm(u))
+
+
+STOPPED = {  # networks in which no gradient reaches "w" [I, I]
+    "weight": lambda p, x: x @ stop(p["w"]) @ p["v"],
+    "all of a tree": lambda p, x: x @ stop(p)["w"] @ p["v"],
+    "view": lambda p, x: x @ (2.0 * stop(p["w"].T.reshape(-1))).reshape(I, I) @ p["v"],
+    "layer": lambda p, x: stop(jnp.tanh(x @ p["w"])) @ p["v"],
+    "function of it": lambda p, x: x @ stop(jnp.exp(p["w"])) @ p["v"],
+    "scale": lambda p, x: x @ p["v"] * stop(jnp.linalg.norm(p["w"])),
+    "mask": lambda p, x: x @ p["v"] * stop((p["w"] > 0).astype(float).sum()),
+    "carry": lambda p, x: (
+        x @ stop(jax.lax.scan(lambda c, _: (c @ c, None), p["w"], length=2)[0]) @ p["v"]
+    ),
+    "in scan": lambda p, x: (
+        jax.lax.scan(lambda h, _: (jnp.tanh(h @ stop(p["w"])), None), x, length=2)[0]
+        @ p["v"]
+    ),
+    "scanned over": lambda p, x: (
+        jax.lax.scan(lambda h, w: (h * stop(_wide(w, h)), None), x, p["w"])[0] @ p["v"]
+    ),
+    "in remat": lambda p, x: jax.checkpoint(lambda w: x @ stop(w))(p["w"]) @ p["v"],
+    "in cond": lambda p, x: (
+        jax.lax.cond(x[0, 0] > 0, lambda w: x @ stop(w), lambda w: x, p["w"]) @ p["v"]
+    ),
+    "in jit": lambda p, x: jax.jit(lambda w: x @ stop(w))(p["w"]) @ p["v"],
+    "while": _power_iteration,
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_parameter_that_no_gradient_reaches_is_unused(name):
+    params = {"v": models.array(0, I, O), "w": models.array(1, I, I)}
+    curvature, factors = models.exact_factors(
+        _loss(STOPPED[name]), params, X, on_unmatched="error"
+    )
+    assert _kinds(curvature) == {"v": "dense", "w": "unused"}
+    fixed = params["w"]
+    _, expected = models.exact_factors(
+        _loss(lambda p, x: STOPPED[name]({**p, "w": fixed}, x)),
+        {"v": params["v"]},
+        X,
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12),
+        factors["v"],
+        expected["v"],
+    )
+
+
+def test_a_parameter_that_no_gradient_reaches_stays_as_it_is():
+    params = {"v": models.array(0, I, O), "w": models.array(1, I, I)}
+    curvature = _plan(STOPPED["layer"], params, X, on_unmatched="error")
+    tx = kfac_jax.kfac(curvature, learning_rate=0.1, momentum=0.9, damping=0.1)
+
+    @jax.jit
+    def step(params, state, key):
+        _, grads, statistics = curvature.value_grad_and_statistics(params, X, rng=key)
+        updates, state = tx.update(grads, state, params, statistics=statistics)
+        return grads, updates, state
+
+    state = tx.init(params)
+    for k in range(2):
+        grads, updates, state = step(params, state, jax.random.key(k))
+        assert not grads["w"].any() and not updates["w"].any()
+        assert grads["v"].any() and updates["v"].any()
+
+
+@pytest.mark.parametrize(
+    "apply",
+    [
+        lambda w, x: x @ w + jnp.cos(x @ stop(w)),
+        lambda w, x: stop(jnp.tanh(x @ w)) * (x @ w),
+        lambda w, x: stop(jnp.exp(w)).sum() * (x @ w),
+    ],
+)
+def test_of_a_parameter_used_both_ways_only_the_use_with_a_gradient_counts(apply):
+    w = models.array(0, I, I)
+    curvature, factors = models.exact_factors(
+        _loss(apply), w, X, on_unmatched="error", blocks=blocks.Full()
+    )
+    assert [(x.kind, x.uses) for x in curvature.layers] == [("dense", 1)]
+    np.testing.assert_allclose(
+        curvature.approximation(factors).to_dense(),
+        _exact_of_one_affine(apply, w, X),
+        atol=1e-12,
+    )
+
+
+def test_a_derivative_rule_may_give_a_gradient_where_its_function_stops_it():
+    straight = jax.custom_vjp(lambda w, x: x @ stop(w))
+    straight.defvjp(
+        lambda w, x: (x @ w, (w, x)), lambda saved, g: (saved[1].T @ g, g @ saved[0].T)
+    )
+    w = models.array(0, I, O)
+    with pytest.warns(UserWarning, match="consumed by `stop_gradient`"):
+        plan = _plan(straight, w, X)
+    assert _kinds(plan) == {"params": "unmatched"}
 
 
 # ------------------------------------------------------------------------- several uses

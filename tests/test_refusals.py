@@ -164,7 +164,7 @@ REASONS = {  # the parameters' shapes, and their use
             lambda x: x.sum() > 1.0, lambda x: x * p["a"][None], x
         ),
     ),
-    "no registered loss depends on it": ([(3,)], lambda p, x: x),
+    "no gradient of a registered loss reaches it": ([(3,)], lambda p, x: x),
 }
 
 

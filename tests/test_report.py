@@ -92,7 +92,7 @@ def test_what_is_not_covered_is_named_with_reason_and_line():
     report = _plan().report()
     _, _, uncovered = report.partition("Not covered by a layer:")
     assert "temperature: consumed by `exp`, which is not a layer" in uncovered
-    assert "unused: no registered loss depends on it" in uncovered
+    assert "unused: no gradient of a registered loss reaches it" in uncovered
     first = inspect.getsourcelines(_network)[1]
     assert f"test_report.py:{first + 2}" in uncovered  # the line with jnp.exp
     assert "(_network)" in uncovered

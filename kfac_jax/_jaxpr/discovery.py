@@ -26,6 +26,7 @@ from kfac_jax._jaxpr.graph import (
     Atom,
     Graph,
     Node,
+    differentiated,
     is_value,
     needed,
     read_inputs,
@@ -42,7 +43,7 @@ class Found:
 
     Attributes:
       graph: the program.
-      uses: every use of every parameter that a registered loss depends on.
+      uses: every use of every parameter that a registered loss has a gradient for.
       scanned: for each scan (by its first result) the leaves it runs over.
       losses: how many loss tags there are.
       loss_examples: for each loss tag, where the examples are in the registered output.
@@ -71,7 +72,8 @@ def discover(
     losses = [node for node in graph.walk() if node.name == "kfac_loss"]
     wanted = {n.inputs[0] for n in losses if is_value(n.inputs[0])}
     states = track(graph, [*([None] * len(leaf_shapes)), *arguments])
-    finder = _Finder(needed(graph, wanted), use_counts(graph), states)
+    live, reached = needed(graph, wanted), differentiated(graph, wanted)
+    finder = _Finder(live, reached, use_counts(graph), states)
     for leaf, (value, shape) in enumerate(
         zip(graph.inputs[: len(leaf_shapes)], leaf_shapes, strict=True)
     ):
@@ -98,10 +100,12 @@ class _Finder:
     def __init__(
         self,
         live: set[int],
+        reached: set[int],
         counts: Mapping[int, int],
         states: Mapping[int, State],
     ) -> None:
         self.live = live
+        self.reached = reached  # by gradients; where they stop, parameters are data
         self.counts = counts
         self.states = states
         self.views: dict[int, tuple[View, ...]] = {}  # several of joined parameters
@@ -142,6 +146,8 @@ class _Finder:
             self._fold(node)
             self._follow_linear(node)
             self.one_hot.note(node)
+            return
+        if not any(out in self.reached for out in node.outputs):
             return
         joined = _joined(node, members)
         if joined is not None:
@@ -272,8 +278,8 @@ class _Finder:
         members = [self.members(atom) for atom in node.inputs]
         offset = BODY_OFFSETS.get(node.name)
         if offset is None:
-            live = any(out in self.live for out in node.outputs)
-            if live and any(members):
+            reached = any(out in self.reached for out in node.outputs)
+            if reached and any(members):
                 why = NO_ENTRY.get(node.name, "discovery does not look into")
                 self._refuse(
                     node,
@@ -318,7 +324,7 @@ class _Finder:
         if i < layout.num_consts:
             return dataclasses.replace(view, repeated=True)
         if i < first_xs:
-            if node.bodies[0].inputs[i] in self.live:
+            if node.bodies[0].inputs[i] in self.reached:
                 self._refuse(node, [view], "enters the carry of a scan")
             return None
         self.scanned.setdefault(node, set()).add(view.source)

@@ -207,6 +207,27 @@ def needed(
     return found
 
 
+def differentiated(graph: Graph, wanted: set[int]) -> set[int]:
+    """Slices back as `needed` does, but only to values that gradients reach."""
+    stops = {*_stops(graph)}
+    stopped = {out for node in stops for out in node.outputs}
+
+    def reads(node: Node) -> tuple[Atom, ...]:
+        return () if node in stops else read_inputs(node)
+
+    return needed(graph, wanted, reads) - stopped
+
+
+def _stops(graph: Graph) -> Iterator[Node]:
+    """Where gradients stop, but for functions whose own rule may say otherwise."""
+    for node in graph.nodes:
+        if node.name == "stop_gradient":
+            yield node
+        elif not node.name.startswith(("custom_jvp", "custom_vjp")):
+            for body in node.bodies:
+                yield from _stops(body)
+
+
 def without_rest(graph: Graph, wanted: set[int]) -> Graph:
     """The graph with no more than what the values in `wanted` are computed from."""
     found = needed(graph, wanted, lambda node: node.inputs)

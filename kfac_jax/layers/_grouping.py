@@ -270,7 +270,7 @@ def _other_layer(leaf: _Leaf, uses: Sequence[Use]) -> Layer:
     others = [use for use in own if isinstance(use, OtherUse)]
     bad = next((use for use in others if use.kind == "unmatched"), None)
     if not own:
-        return _bare_layer(leaf, "unused", 0, "no registered loss depends on it", "")
+        return _bare_layer(leaf, "unused", 0, KINDS["unused"], "")
     if bad is not None:
         return _bare_layer(leaf, "unmatched", len(own), bad.reason, bad.source)
     if others:

@@ -21,7 +21,7 @@ KINDS = {
     "shift": "a parameter added to data that is not some layer's bias",
     "generic": "tagged with register_generic",
     "unmatched": "used in a way that no layer covers",
-    "unused": "no registered loss depends on it",
+    "unused": "no gradient of a registered loss reaches it",
 }
 """The kinds of layers, as `blocks={kind: ...}` knows them."""
 
