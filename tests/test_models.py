@@ -78,22 +78,26 @@ class Tied(nn.Module):
 class Step(nn.Module):
     """A rematerialised block as the body of a scan over layers."""
 
+    dtype: jnp.dtype | None = None
+
     @nn.compact
     def __call__(self, x, _):
-        return nn.remat(Block, prevent_cse=False)()(x), None
+        return nn.remat(Block, prevent_cse=False)(dtype=self.dtype)(x), None
 
 
 class Scanned(nn.Module):
     """A transformer whose layers are scanned and rematerialised."""
 
+    dtype: jnp.dtype | None = None
+
     @nn.compact
     def __call__(self, ids):
-        x = nn.Embed(7, 8)(ids)
+        x = nn.Embed(7, 8, dtype=self.dtype)(ids)
         layers = nn.scan(
             Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
         )
-        x, _ = layers()(x, None)
-        return nn.Dense(7)(nn.LayerNorm()(x))
+        x, _ = layers(self.dtype)(x, None)
+        return nn.Dense(7, dtype=self.dtype)(nn.LayerNorm(dtype=self.dtype)(x))
 
 
 class Recurrent(nn.Module):
@@ -220,20 +224,52 @@ def linen(module):
     return build
 
 
-class Attention(nnx.Module):
-    """Attention and both norms."""
+class NnxBlock(nnx.Module):
+    """A transformer's block with both norms."""
 
-    def __init__(self):
+    def __init__(self, rngs, dtype):
+        options = {"rngs": rngs, "dtype": dtype}
+        self.layer_norm = nnx.LayerNorm(8, **options)
+        self.attention = nnx.MultiHeadAttention(2, 8, decode=False, **options)
+        self.rms_norm = nnx.RMSNorm(8, **options)
+        self.up = nnx.Linear(8, 16, **options)
+        self.down = nnx.Linear(16, 8, **options)
+
+    def __call__(self, x):
+        x = x + self.attention(self.layer_norm(x))
+        return x + self.down(nnx.gelu(self.up(self.rms_norm(x))))
+
+
+class NnxLanguage(nnx.Module):
+    """A transformer over tokens, of one block or of several scanned ones."""
+
+    def __init__(self, dtype=None, layers=0):
         rngs = nnx.Rngs(0)
-        self.embed = nnx.Embed(7, 8, rngs=rngs)
-        self.attention = nnx.MultiHeadAttention(2, 8, rngs=rngs, decode=False)
-        self.layer_norm = nnx.LayerNorm(8, rngs=rngs)
-        self.rms_norm = nnx.RMSNorm(8, rngs=rngs)
-        self.head = nnx.Linear(8, 7, rngs=rngs)
+        self.layers = layers
+        self.embed = nnx.Embed(7, 8, rngs=rngs, dtype=dtype)
+        self.head = nnx.Linear(8, 7, rngs=rngs, dtype=dtype)
+        if not layers:
+            self.blocks = NnxBlock(rngs, dtype)
+            return
+
+        @nnx.split_rngs(splits=layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stacked(rngs):
+            return NnxBlock(rngs, dtype)
+
+        self.blocks = stacked(rngs)
 
     def __call__(self, ids):
         x = self.embed(ids)
-        return self.head(self.rms_norm(x + self.attention(self.layer_norm(x))))
+        if not self.layers:
+            return self.head(self.blocks(x))
+
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        @nnx.remat
+        def through(x, block):
+            return block(x)
+
+        return self.head(through(x, self.blocks))
 
 
 class NormalizedConvolutions(nnx.Module):
@@ -399,7 +435,7 @@ MODELS = {
     "linen ViT": (linen(ViT()), IMAGES),
     "linen Mixer": (linen(Mixer()), IMAGES),
     "linen experts": (linen(Experts()), SEQUENCES),
-    "nnx attention": (nnx_model(Attention), IDS),
+    "nnx transformer": (nnx_model(NnxLanguage), IDS),
     "equinox MLP": (
         equinox(lambda: eqx.nn.MLP(4, 3, 8, 2, key=KEY)),
         SEQUENCES[:, 0],
@@ -413,6 +449,14 @@ MODELS = {
     "low rank": (low_rank, SEQUENCES),
 }
 
+
+TRACED = {
+    "linen transformer, scanned, bf16": linen(Scanned(jnp.bfloat16)),
+    "nnx transformer, bf16": nnx_model(lambda: NnxLanguage(jnp.bfloat16)),
+    "nnx transformer, scanned": nnx_model(lambda: NnxLanguage(layers=3)),
+    "nnx transformer, scanned, bf16": nnx_model(lambda: NnxLanguage(jnp.bfloat16, 3)),
+}
+"""Those that differ from others by their types or by a scan only."""
 
 WHOLE = {
     "linen ResNet-18, batch norm": linen(ResNet18("batch")),
@@ -431,16 +475,41 @@ def loss_of(apply):
     return loss_fn
 
 
+def traced(build, x):
+    """The plan and the factors after one batch, from shapes alone."""
+    params = jax.eval_shape(lambda x: build(x)[0], x)
+    apply = lambda params, x: build(x)[1](params, x)  # noqa: E731
+    plan = kfac_jax.make_curvature(loss_of(apply), params, x, on_unmatched="error")
+
+    def factors(params, x):
+        statistics = plan.value_grad_and_statistics(params, x, rng=KEY)[2]
+        return plan.update_factors(plan.init_factors(params), statistics, step=1)
+
+    return plan, jax.eval_shape(factors, params, x)
+
+
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_parameter_of_a_large_model_is_covered(name):
-    """From shapes alone: nothing is computed."""
     x = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)
-    params = jax.eval_shape(lambda x: WHOLE[name](x)[0], x)
-    apply = lambda params, x: WHOLE[name](x)[1](params, x)  # noqa: E731
-    plan = kfac_jax.make_curvature(loss_of(apply), params, x, on_unmatched="error")
+    plan, factors = traced(WHOLE[name], x)
     covered = {"conv", "dense", "scale_and_shift", "scale", "shift"}
     assert {layer.kind for layer in plan.layers} <= covered
     assert sum(layer.kind == "conv" for layer in plan.layers) == 20
+    for layer in plan.layers:
+        found = {name: factor.shape for name, factor in factors[layer.name].items()}
+        assert found == layer.factor_shapes
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_every_parameter_is_covered_in_other_types_and_scans(name):
+    plan, factors = traced(TRACED[name], IDS)
+    assert plan.totals.covered == plan.totals.parameters
+    kinds = {"embedding", "dense", "scale", "shift"}
+    assert {layer.kind for layer in plan.layers} <= kinds
+    stacked = {layer.name for layer in plan.layers if layer.shape.stacked == (3,)}
+    assert bool(stacked) == ("scanned" in name)
+    for factor in jax.tree.leaves(factors):
+        assert factor.dtype == jnp.float32
 
 
 @pytest.mark.parametrize("name", MODELS)
