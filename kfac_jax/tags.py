@@ -315,6 +315,9 @@ def register_loss(
 ) -> Array:
     """Registers `weight · mean_n Σ mask · -log r(y | z)` for any distribution r.
 
+    As with every loss that is registered under `jax.vmap`, the mapped axis becomes the
+    axis n: where it is not that of cases, `weight` has to make up for it.
+
     Args:
       distribution: a `kfac_jax.distributions.Distribution`, also one of your own.
       z: what the network puts out, `[n, ..., d]`.

@@ -180,7 +180,8 @@ def kfac(
       ValueError: if a number is out of its range or options exclude each other.
 
     References:
-      Martens & Grosse 2015, Algorithm 2 (section 9), without its section 4.3.
+      Martens & Grosse 2015, Algorithm 2 (section 9); its section 4.3 is the plan's
+      `structure=BlockTridiagonal()`.
 
     >>> import jax, jax.numpy as jnp, optax, kfac_jax
     >>> def loss_fn(w, x, y):

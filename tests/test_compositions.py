@@ -149,3 +149,120 @@ def test_blocks_that_sum_within_an_example_are_exact_for_experts():
     for e in range(EXPERTS):
         own = np.concatenate([at[f"experts/{name}"][e].ravel() for name in "bw"])
         close(np.asarray(found)[np.ix_(own, own)], matrix[np.ix_(own, own)])
+
+
+# --------------------------------------------------------------------------- ensembles
+
+MEMBERS = 3
+ENSEMBLE = jax.tree.map(
+    lambda *leaves: jnp.stack(leaves),
+    *(models.dense_params(seed, I, 4, O) for seed in range(MEMBERS)),
+)
+OWN = models.array(7, N, MEMBERS, I)  # other data for each member
+
+
+def together(params, x):
+    return jax.vmap(models.mlp, (0, 1), 1)(params, x)
+
+
+def copied(params, x):
+    copies = jnp.broadcast_to(x, (MEMBERS, *x.shape))
+    return jax.vmap(models.mlp, out_axes=1)(params, copies)
+
+
+def mapped(params, x):
+    return jnp.moveaxis(jax.lax.map(lambda p: models.mlp(p, x), params), 0, 1)
+
+
+def shared(params, x):
+    return jax.vmap(models.mlp, (0, None), 1)(params, x)
+
+
+def member(k):
+    """One member's parameters and its own data."""
+    return jax.tree.map(lambda w: w[k], ENSEMBLE), OWN[:, k]
+
+
+@functools.cache
+def trained(outputs, *shape):
+    """Factors after one batch, and parameters after two steps, as a jitted function."""
+
+    def loss_fn(params, x):
+        z = outputs(params, x)
+        return squared_error(z.reshape(len(z), -1)).sum(-1).mean()
+
+    params = member(0)[0] if outputs is models.mlp else ENSEMBLE
+    x = jax.ShapeDtypeStruct(shape, float)
+    plan = kfac_jax.make_curvature(loss_fn, params, x, estimation_mode="fisher_exact")
+    tx = kfac_jax.kfac(plan, 0.1, 0.9, 0.01)
+
+    @fast_jit
+    def run(params, x):
+        factors = models.statistics_to_factors(plan, params, x)
+        state = tx.init(params)
+        for _ in range(2):
+            _, grads, statistics = plan.value_grad_and_statistics(params, x)
+            updates, state = tx.update(grads, state, params, statistics=statistics)
+            params = jax.tree.map(jnp.add, params, updates)
+        return factors, params
+
+    return plan, run
+
+
+INDEPENDENT = {"own data": together, "a copy of the batch": copied, "in a scan": mapped}
+
+
+@pytest.mark.parametrize("name", INDEPENDENT)
+def test_members_of_an_ensemble_are_as_each_by_itself(name):
+    x = OWN if name == "own data" else X
+    _, run = trained(INDEPENDENT[name], *x.shape)
+    found, alone = run(ENSEMBLE, x), trained(models.mlp, N, I)[1]
+    for k in range(MEMBERS):
+        params, own = member(k)
+        expected = alone(params, own if name == "own data" else X)
+        jax.tree.map(lambda a, b: close(a[k], b), found, expected)  # noqa: B023
+
+
+def test_the_first_layer_of_an_ensemble_with_one_batch_is_one_layer():
+    """Its inputs have no axis of members: one A, and all members' outputs in one G."""
+    plan, run = trained(shared, *X.shape)
+    first, last = (plan.layers[k].factor_shapes for k in (0, 1))
+    assert first == {"input": (I + 1, I + 1), "output": (MEMBERS * 4, MEMBERS * 4)}
+    assert last == {"input": (MEMBERS, 5, 5), "output": (MEMBERS, O, O)}
+    factors, _ = run(ENSEMBLE, X)
+    op, v = plan.approximation(factors), oracles.random_like(ENSEMBLE, 0)
+    solved, joint = op.solve(v, 0.1, "exact"), np.array(factors["layer0"]["output"])
+    joint = joint.reshape(MEMBERS, 4, MEMBERS, 4)
+    alone_plan, alone = trained(models.mlp, N, I)
+    for k in range(MEMBERS):
+        expected, _ = alone(member(k)[0], X)
+        close(factors["layer0"]["input"], expected["layer0"]["input"])
+        close(joint[k, :, k], expected["layer0"]["output"])
+        jax.tree.map(lambda a, b: close(a[k], b), factors["layer1"], expected["layer1"])  # noqa: B023
+        joint[k, :, k] = 0.0
+        each = alone_plan.approximation(expected)
+        own = each.solve(jax.tree.map(lambda w: w[k], v), 0.1, "exact")  # noqa: B023
+        jax.tree.map(lambda a, b: close(a[k], b), solved, own)  # noqa: B023
+    assert not joint.any()  # between members: zero where it is not sampled
+
+
+def member_loss(params, x, weight):
+    z = models.mlp(params, x)
+    return squared_error(z, weight=weight).sum(-1).mean()
+
+
+def test_a_loss_inside_a_vmap_over_members_needs_a_weight():
+    """The mapped axis is that of cases, so what was a mean became a sum within one."""
+
+    def loss_fn(params, x, weight=1 / N):
+        each = functools.partial(member_loss, weight=weight)
+        return jax.vmap(each, (0, 1))(params, x).mean()
+
+    _, found = models.exact_factors(loss_fn, ENSEMBLE, OWN)
+    expected, _ = trained(together, *OWN.shape)[1](ENSEMBLE, OWN)
+    for layer, sides in found.items():
+        close(sides["input"], expected[layer]["input"])
+        close(sides["output"] * MEMBERS, expected[layer]["output"])  # of the mean
+    unweighted = functools.partial(loss_fn, weight=1.0)
+    with pytest.raises(ValueError, match=r"ratio returned/registered = 0\.1666"):
+        kfac_jax.make_curvature(unweighted, ENSEMBLE, OWN)
