@@ -5,10 +5,10 @@ registered is their sum within a case and mean over the leading axis of cases, s
 them so: `losses.squared_error(y, t).sum(-1).mean()`. A different reduction is caught
 when the plan is made; `weight` states a different factor.
 
-Under `jax.vmap` the mapped axis becomes the axis of cases, which suits a function of one
-case. Under a `vmap` over something else, such as the members of an ensemble, it leaves
-what was a mean over the n cases of each as a sum: there pass `weight=1 / n`, or register
-the outputs of all members outside of the `vmap`, cases first.
+Under `jax.vmap` the mapped axis becomes the axis of cases, which suits a function of
+one case. Under a `vmap` over something else, such as the members of an ensemble, it
+leaves what was a mean over the n cases of each as a sum: there pass `weight=1 / n`, or
+register the outputs of all members outside of the `vmap`, cases first.
 """
 
 from collections.abc import Callable
