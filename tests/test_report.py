@@ -121,6 +121,28 @@ def test_bytes_have_units():
     assert "3.8 MiB" in report and "input[1000×1000] output[10×10]" in report
 
 
+def test_sides_that_are_too_long_are_seen_before_anything_is_allocated():
+    """The full factor of this table's rows would take four terabytes."""
+    rows, features = 10**6, 64
+
+    def loss_fn(w, x):
+        return squared_error(x @ w).sum(-1).mean()
+
+    shapes = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, features), (8, rows))
+    ]
+    plan = kfac_jax.make_curvature(loss_fn, *shapes)
+    assert f"input_diagonal[{rows}] output[{features}×{features}]" in plan.report()
+    size = 4 * (rows + features**2)
+    assert plan.totals.factor_bytes == plan.totals.inverse_bytes == size
+    assert plan.totals.inversion_cost == features**3
+    full = kfac_jax.make_curvature(
+        loss_fn, *shapes, blocks=blocks.Kronecker(max_factor_dim=None)
+    )
+    assert f"input[{rows}×{rows}] output[{features}×{features}]" in full.report()
+    assert "factors 3725.3 GiB" in full.report()
+
+
 def test_a_parameter_that_is_the_whole_tree_has_a_name():
     def loss_fn(w, x):
         return squared_error(x * jnp.broadcast_to(jnp.exp(w), x.shape)).sum(-1).mean()
