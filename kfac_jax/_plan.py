@@ -13,6 +13,7 @@ import numpy as np
 from jax import Array
 
 from kfac_jax import _batch, _estimation, _report
+from kfac_jax._dtypes import wide
 from kfac_jax._gathering import link_rows, product_rows, site_statistics
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
@@ -30,6 +31,7 @@ from kfac_jax._jaxpr.sites import Site
 from kfac_jax._trees import TreeSpec
 from kfac_jax._trees import tree_spec as tree_spec
 from kfac_jax.blocks import Block, Identity
+from kfac_jax.distributions import Convex, RegisteredLoss
 from kfac_jax.layers import BlocksSpec, Layer, choose_products, group, link
 from kfac_jax.structures import BlockTridiagonal, Structure
 
@@ -145,6 +147,7 @@ def trace(
             "kfac_jax.register_softmax_cross_entropy_loss(logits, labels)."
         )
     _check_cases(program)
+    _check_closures(program)
     return Traced(found, structure[-1])
 
 
@@ -160,6 +163,54 @@ def _check_cases(program: graph_lib.Graph) -> None:
                 "batch's output, e.g. [n, classes], or the output of one case inside "
                 "vmap."
             )
+
+
+def _check_closures(program: graph_lib.Graph) -> None:
+    """Convex losses are evaluated after the trace: nothing of it may be left in them.
+
+    Args:
+      program: the traced loss function.
+
+    Raises:
+      ValueError: if the loss of a case closes over a value of the trace.
+    """
+    for node in program.walk():
+        if node.name != "kfac_loss":
+            continue
+        distribution = node.params["distribution"]
+        if isinstance(distribution, Convex) and _is_bound(distribution, node, program):
+            raise ValueError(
+                f"The per_case_loss of losses.convex at {node.source} closes over an "
+                "array that is traced with the loss function: a parameter, an "
+                "argument, or what is computed of them. Pass it as data, with an entry "
+                "for each case: losses.convex(per_case_loss, outputs, *data, "
+                "jnp.broadcast_to(array, (len(outputs), *array.shape)))."
+            )
+
+
+def _is_bound(
+    distribution: Convex, node: graph_lib.Node, program: graph_lib.Graph
+) -> bool:
+    """Whether a loss can be evaluated only within the trace of the program.
+
+    Tracers that outlive it, as where a plan is made inside of `jit`, are among the
+    program's constants.
+    """
+    operands = node.equation.invars[: 1 + node.params["num_data"]]
+    case = [jax.ShapeDtypeStruct(v.aval.shape[1:], v.aval.dtype) for v in operands]
+    try:
+        closed = jax.make_jaxpr(distribution.per_case_loss)(*case)
+    except jax.errors.UnexpectedTracerError:
+        return True
+    outer = {id(x) for x in _tracers(program)}
+    return any(id(x) not in outer for x in _tracers(graph_lib.build(closed)))
+
+
+def _tracers(graph: graph_lib.Graph) -> list[Any]:
+    """The constants that are traced by a transformation around it."""
+    graphs = [graph, *(body for node in graph.walk() for body in node.bodies)]
+    constants = [x for part in graphs for x in part.constants.values()]
+    return [x for x in constants if isinstance(x, jax.core.Tracer)]
 
 
 class LossTypeError(TypeError):
@@ -267,6 +318,8 @@ def signature(layer: Layer) -> tuple[Any, ...]:
 def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
     """Compares the returned loss with the registered one, where arrays are concrete.
 
+    Warns about convex losses that are not convex there.
+
     Args:
       traced: the traced loss function.
       params: the parameters.
@@ -277,38 +330,34 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
       ValueError: if they differ, with their ratio.
     """
     leaves = [*jax.tree.leaves(params), *jax.tree.leaves(args)]
-    graphs = [traced.found.graph]
-    graphs += [body for node in graphs[0].walk() for body in node.bodies]
-    if any(
-        isinstance(x, jax.core.Tracer)
-        for part in graphs
-        for x in part.constants.values()
-    ):
-        return
     concrete = all(
         isinstance(x, Array | np.ndarray | np.generic | float | int)
         and not isinstance(x, jax.core.Tracer)
         for x in leaves
     )
-    if not concrete:
+    if not concrete or _tracers(traced.found.graph):
         return
     program = bare_program(traced)
     known: list[bool] = []
 
     @jax.jit
-    def values(leaves: Sequence[Any]) -> tuple[Array, Array, Array]:
+    def values(leaves: Sequence[Any]) -> tuple[Array, Array, Array, Array]:
         outputs, losses = run(program, leaves, None)
+        low = min((loss.z.dtype for loss in losses), key=lambda d: jnp.finfo(d).bits)
+        tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
+        concavity = _concavity(losses)
         known.append(all(loss.data for loss in losses))
         if not known[-1]:
-            return outputs[0], outputs[0], outputs[0]
+            return outputs[0], outputs[0], tolerance, concavity
         n = len(jax.tree.leaves(params))
         penalty = sum(jnp.vdot(x, x) for x in leaves[:n]) * (l2 / 2)
         total = functools.reduce(jnp.add, [loss.value() for loss in losses])
-        low = min((loss.z.dtype for loss in losses), key=lambda d: jnp.finfo(d).bits)
-        tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
-        return outputs[0], total.astype(float) + jnp.asarray(penalty, float), tolerance
+        total = total.astype(float) + jnp.asarray(penalty, float)
+        return outputs[0], total, tolerance, concavity
 
-    returned, registered, tolerance = (float(x) for x in values(leaves))
+    returned, registered, tolerance, concavity = (float(x) for x in values(leaves))
+    if concavity > tolerance:
+        _warn_of_concavity(concavity)
     if not known[-1] or not np.isfinite(returned):
         return
     if abs(returned - registered) <= max(tolerance, 1e-6) * max(
@@ -325,6 +374,25 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
         f"`weight={ratio:.6g}` to the registered loss, register every term, or "
         "declare a penalty with `l2`."
     )
+
+
+def _warn_of_concavity(concavity: float) -> None:
+    warnings.warn(
+        "A loss given to losses.convex is not convex in the network's output: at these "
+        f"arrays its Hessians have eigenvalues down to {-concavity:.2g} times their "
+        "size. For K-FAC its negative curvature is taken for zero.",
+        stacklevel=4,
+    )
+
+
+def _concavity(losses: Sequence[RegisteredLoss]) -> Array:
+    """The largest of the convex losses'."""
+    each = [
+        loss.distribution.concavity(wide(loss.z), loss.data).astype(float)
+        for loss in losses
+        if isinstance(loss.distribution, Convex)
+    ]
+    return jnp.stack(each).max() if each else jnp.zeros(())
 
 
 def bare_program(traced: Traced) -> Program:

@@ -170,20 +170,39 @@ class Convex(Distribution):
 
     There is no predictive distribution to draw from, so the sampled gradients are
     normal with covariance `H`, the Hessian of one case's loss over the flattened
-    output.
+    output. Where the loss is not convex after all, negative eigenvalues of H are taken
+    for zero.
     """
 
     per_case_loss: Callable[..., Array]
 
-    def _root(self, z: Array, data: Data) -> Array:
-        def one(z: Array, *data: Array) -> Array:
+    def _eigh(self, z: Array, data: Data) -> tuple[Array, Array]:
+        """Eigenvalues `[n, d]` and eigenvectors of each case's Hessian."""
+
+        def one(z: Array, *data: Array) -> tuple[Array, Array]:
             shape = z.shape
             flat = lambda u: self.per_case_loss(u.reshape(shape), *data)  # noqa: E731
             hessian = jax.hessian(flat)(z.reshape(-1))
             w, u = jnp.linalg.eigh((hessian + hessian.T) / 2)
-            return u * jnp.sqrt(jnp.maximum(w, 0.0))[None, :]
+            return w, u
 
         return jax.vmap(one)(z, *data)
+
+    def _root(self, z: Array, data: Data) -> Array:
+        w, u = self._eigh(z, data)
+        return u * jnp.sqrt(jnp.maximum(w, 0.0))[:, None, :]
+
+    def concavity(self, z: Array, data: Data) -> Array:
+        """How negative the cases' Hessians get, relative to their size: 0 if convex.
+
+        Where they vanish, what is left of them is rounding, so that they count as no
+        smaller than `‖∇‖ / (1 + ‖z‖)`, with which the gradient would change by itself
+        over a distance like z.
+        """
+        w, _ = self._eigh(z, data)
+        slope = jnp.abs(self.target_gradient(z, data)).max() / (1 + jnp.abs(z).max())
+        size = jnp.maximum(jnp.abs(w).max(), slope)
+        return jnp.maximum(-w.min(), 0.0) / jnp.where(size > 0, size, 1.0)
 
     def negative_log_likelihood(self, z: Array, data: Data) -> Array:
         """Returns the loss of each case, `[n]`."""

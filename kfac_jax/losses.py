@@ -224,9 +224,14 @@ def convex(
     modes the output gradients are drawn from a normal distribution with that
     covariance.
 
+    Of a loss that is not convex the negative eigenvalues of these Hessians are taken
+    for zero, in every mode: its curvature is then no Gauss-Newton matrix. A plan that
+    is made with concrete arrays warns if it meets some.
+
     Args:
-      per_case_loss: `(output, *data) -> scalar` for one case; it must not close over
-        traced arrays (pass them as data).
+      per_case_loss: `(output, *data) -> scalar` for one case. It must not close over
+        arrays that are traced with the loss function (the parameters, its arguments,
+        what is computed of them): pass those as data. `make_curvature` refuses it.
       outputs: `[n, ...]`.
       *data: arrays with the same leading axis.
       weight: the factor of this loss in the returned scalar.

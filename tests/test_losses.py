@@ -271,6 +271,103 @@ def test_convex_cross_entropy_equals_categorical():
         np.testing.assert_allclose(pair[0][name], pair[1][name], atol=1e-13)
 
 
+def _scaled_log_cosh(scale, z, y):
+    return scale * models.log_cosh(z, y)
+
+
+CLOSURES = {  # ways to close over an array that is traced with the loss function
+    "parameter": lambda p, x, y: losses.convex(
+        lambda z, y: _scaled_log_cosh(p["s"], z, y), x @ p["w"], y
+    ),
+    "function of data": lambda p, x, y: losses.convex(
+        lambda z, y: _scaled_log_cosh(jnp.abs(x).max(), z, y), x @ p["w"], y
+    ),
+    "in vmap": lambda p, x, y: jax.vmap(
+        lambda x, y, s: losses.convex(
+            lambda z, y: _scaled_log_cosh(s, z, y), (x @ p["w"])[None], y[None]
+        ).sum()
+    )(x, y, jnp.ones(len(x))),
+    "in jit": lambda p, x, y: jax.jit(
+        lambda s: losses.convex(lambda z, y: _scaled_log_cosh(s, z, y), x @ p["w"], y)
+    )(p["s"]),
+}
+
+
+def _convex_problem():
+    params = {"w": models.array(0, 3, 4), "s": jnp.asarray(1.5)}
+    return params, models.array(1, 6, 3), models.array(2, 6, 4)
+
+
+@pytest.mark.parametrize("name", CLOSURES)
+def test_a_convex_loss_that_closes_over_a_traced_array_is_refused(name):
+    p, x, y = _convex_problem()
+
+    def loss_fn(p, x, y):
+        return CLOSURES[name](p, x, y).mean()
+
+    assert jnp.isfinite(loss_fn(p, x, y))  # without K-FAC there is nothing wrong
+    with pytest.raises(ValueError, match=r"closes over an array .*Pass it as data"):
+        kfac_jax.make_curvature(loss_fn, p, x, y)
+
+
+@pytest.mark.parametrize("where", ["outside", "in jit", "as data"])
+def test_a_convex_loss_may_close_over_what_outlives_the_trace(where):
+    p, x, y = _convex_problem()
+    scale = 1.5
+
+    def plain(p, x, y, scale=scale):
+        return losses.convex(
+            lambda z, y: _scaled_log_cosh(scale, z, y), x @ p["w"], y
+        ).mean()
+
+    def as_data(p, x, y):
+        s = jnp.broadcast_to(p["s"], (len(x),))
+        case = lambda z, y, s: _scaled_log_cosh(s, z, y)  # noqa: E731
+        return losses.convex(case, x @ p["w"], y, s).mean()
+
+    def found(scale):
+        fixed = lambda p, x, y: plain(p, x, y, scale)  # noqa: E731
+        loss_fn = as_data if where == "as data" else fixed
+        return models.exact_factors(loss_fn, p, x, y)[1]["w"]
+
+    _, expected = models.exact_factors(plain, p, x, y)
+    compute = jax.jit(found) if where == "in jit" else found
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12),
+        compute(jnp.asarray(scale)),
+        expected["w"],
+    )
+
+
+def test_a_convex_loss_that_is_not_convex_is_reported():
+    p, x, y = _convex_problem()
+
+    def loss_fn(p, x, y):
+        case = lambda z, y: -jnp.cos(z - y).sum()  # noqa: E731
+        return losses.convex(case, x @ p["w"], y).mean()
+
+    with pytest.warns(UserWarning, match="not convex .* its negative curvature") as w:
+        plan = kfac_jax.make_curvature(loss_fn, p, x, y, estimation_mode="fisher_exact")
+    assert w[0].filename == __file__
+    factors = models.statistics_to_factors(plan, p, x, y)
+    curvature = np.maximum(np.cos(np.asarray(x @ p["w"] - y)), 0)
+    np.testing.assert_allclose(
+        factors["w"]["output"], np.diag(curvature.mean(0)), atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("distance", [0.0, 3.0, 30.0])
+def test_rounding_does_not_make_a_convex_loss_look_otherwise(distance, dtype):
+    """Far from its minimum the curvature of log cosh is the rounding of 1 - 1."""
+    p, x, y = jax.tree.map(lambda a: a.astype(dtype), _convex_problem())
+
+    def loss_fn(p, x, y):
+        return losses.convex(models.log_cosh, x @ p["w"], y).mean()
+
+    kfac_jax.make_curvature(loss_fn, p, x, y + dtype(distance))
+
+
 def test_the_hessian_of_half_precision_outputs_is_taken_in_single():
     z = Z.astype(jnp.bfloat16)
     loss = RegisteredLoss(Categorical(), z, (LABELS,), None, ONE)
