@@ -4,6 +4,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -51,6 +52,29 @@ def test_a_block_and_a_loss_of_the_users_own(user_settings, capsys):
         solved = op.solve(params, 0.1, mode)["w2"]
         expected = np.linalg.solve(a + 0.1 * np.eye(len(a)), params["w2"])
         np.testing.assert_allclose(solved, expected, rtol=1e-3, atol=1e-4)
+    _is_the_fisher_of_its_samples(scope["Poisson"]())
+
+
+def _is_the_fisher_of_its_samples(distribution):
+    """`B Bᵀ` is the Hessian, and the samples' second moment, also by `Bᵀ`'s adjoint."""
+    z, counts = jnp.array([[-1.0, 0.5]]), jnp.array([[3.0, 0.0]])
+    flat = lambda function: lambda u: function(u.reshape(1, 2)).reshape(-1)  # noqa: E731
+    root = jax.jacobian(flat(lambda r: distribution.multiply_root(z, (counts,), r)))
+    other = jax.jacobian(
+        flat(lambda v: distribution.multiply_root_transpose(z, (counts,), v))
+    )
+    b = root(jnp.zeros(2))
+    np.testing.assert_allclose(other(jnp.zeros(2)), b.T, rtol=1e-6)
+
+    def nll(u):
+        return distribution.negative_log_likelihood(u.reshape(1, 2), (counts,)).sum()
+
+    np.testing.assert_allclose(b @ b.T, jax.hessian(nll)(z.reshape(-1)), rtol=1e-6)
+    many = jnp.broadcast_to(z, (20000, 2))
+    g = distribution.sample_gradient(many, (counts,), jax.random.key(0))
+    error = 5 * np.sqrt((2 * np.exp(2 * z) + np.exp(z)) / len(many)).max()
+    np.testing.assert_allclose(g.mean(0), [0.0, 0.0], atol=error)
+    np.testing.assert_allclose(g.T @ g / len(g), b @ b.T, rtol=0, atol=error)
 
 
 def _run(text):
