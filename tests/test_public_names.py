@@ -1,7 +1,11 @@
 """Pins the public surface: a new or lost name must be a decision."""
 
+import functools
 import inspect
 import types
+
+import optax
+import pytest
 
 import kfac_jax
 
@@ -25,6 +29,48 @@ approximation init_factors matvec quadratic_form report update_factors value_and
 value_grad_and_statistics zero_statistics
 """
 OPERATOR = "diagonal logdet matvec power sample solve to_dense trace"
+SIGNATURES = {  # parameters, `*` before those by keyword only
+    "make_curvature": (
+        "loss_fn params *args has_aux estimation_mode blocks structure weight_sharing "
+        "on_unmatched num_samples statistics_fraction l2"
+    ),
+    "kfac": (
+        "curvature learning_rate momentum damping * norm_constraint decay "
+        "inverse_every factored_damping distribution"
+    ),
+    "scale_by_kfac": "curvature damping decay inverse_every * distribution",
+    "average_iterates": "decay * start",
+    "register_dense": "y x w b **metadata",
+    "register_conv2d": "y x w b **metadata",
+    "register_scale_and_shift": "y x scale shift **metadata",
+    "register_generic": "w",
+    "register_loss": "distribution z *data mask weight",
+    "register_softmax_cross_entropy_loss": "logits targets mask weight",
+    "register_categorical_predictive_distribution": "logits targets mask weight",
+    "register_sigmoid_cross_entropy_loss": "logits targets mask weight",
+    "register_multi_bernoulli_predictive_distribution": "logits targets mask weight",
+    "register_normal_predictive_distribution": "mean targets variance weight",
+    "register_squared_error_loss": "prediction targets weight",
+    "losses.convex": "per_case_loss outputs *data weight",
+    "losses.normal_negative_log_likelihood": "mean log_variance targets * weight",
+    "Curvature.approximation": "self factors",
+    "Curvature.init_factors": "self params",
+    "Curvature.matvec": "self params v *args matrix",
+    "Curvature.quadratic_form": "self params vectors *args",
+    "Curvature.report": "self",
+    "Curvature.update_factors": "self factors statistics step decay",
+    "Curvature.value_and_grad": "self params *args",
+    "Curvature.value_grad_and_statistics": "self params *args rng factors",
+    "Curvature.zero_statistics": "self params",
+    "approximation.Approximation.diagonal": "self",
+    "approximation.Approximation.logdet": "self damping damping_mode",
+    "approximation.Approximation.matvec": "self v",
+    "approximation.Approximation.power": "self v exponent damping damping_mode",
+    "approximation.Approximation.sample": "self key damping damping_mode",
+    "approximation.Approximation.solve": "self v damping damping_mode",
+    "approximation.Approximation.to_dense": "self",
+    "approximation.Approximation.trace": "self",
+}
 
 
 def _public(module, exported_modules=()):
@@ -84,12 +130,45 @@ def test_every_public_name_has_a_docstring():
             assert inspect.getdoc(getattr(module, name)), name
 
 
-def test_make_curvature_takes_only_the_documented_options():
-    signature = inspect.signature(kfac_jax.make_curvature)
-    assert (
-        list(signature.parameters)
-        == (
-            "loss_fn params args has_aux estimation_mode blocks structure "
-            "weight_sharing on_unmatched num_samples statistics_fraction l2"
-        ).split()
+def _written(function):
+    """The parameters of a function as `SIGNATURES` has them."""
+    parameters = inspect.signature(function).parameters.values()
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    names = [stars.get(p.kind, "") + p.name for p in parameters]
+    by_keyword = [p.kind is inspect.Parameter.KEYWORD_ONLY for p in parameters]
+    if any(by_keyword) and not any(name.startswith("*") for name in names):
+        names.insert(by_keyword.index(True), "*")
+    return " ".join(names)
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_parameters_have_their_names(name):
+    function = functools.reduce(getattr, name.split("."), kfac_jax)
+    assert _written(function) == SIGNATURES[name]
+
+
+def test_no_public_function_is_left_out():
+    functions = {name for name in TOP.split() if name.islower()} - {
+        *("blocks", "distributions", "initializers", "losses")
+    }
+    methods = {f"Curvature.{name}" for name in CURVATURE.split()}
+    methods |= {f"approximation.Approximation.{name}" for name in OPERATOR.split()}
+    losses = {f"losses.{n}" for n in LOSSES.split() if not hasattr(optax.losses, n)}
+    assert {*SIGNATURES} == functions | methods | losses
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in LOSSES.split() if hasattr(optax.losses, name)]
+)
+def test_losses_are_called_as_those_of_optax(name):
+    """By the same names, in the same order, with the same defaults; then `weight`."""
+    ours, theirs = (
+        inspect.signature(getattr(module, name)).parameters
+        for module in (kfac_jax.losses, optax.losses)
     )
+    *common, weight = ours.values()
+    assert (weight.name, weight.kind) == ("weight", inspect.Parameter.KEYWORD_ONLY)
+    for mine, other in zip(common, theirs.values(), strict=False):
+        assert (mine.name, mine.kind) == (other.name, other.kind)
+        assert mine.default == other.default
+    assert len(common) <= len(theirs)
