@@ -3,6 +3,7 @@
 from kfac_jax import blocks as blocks
 from kfac_jax import distributions as distributions
 from kfac_jax import initializers as initializers
+from kfac_jax import linalg as linalg
 from kfac_jax import losses as losses
 from kfac_jax._factors import Statistics as Statistics
 from kfac_jax._report import Totals as Totals

@@ -11,18 +11,7 @@ _COLUMNS = ("parameter", "shape", "kind", "uses", "block", "factors", "bytes")
 
 
 class Totals(NamedTuple):
-    """What a plan covers and costs, summed over its layers.
-
-    Attributes:
-      parameters: how many scalar parameters there are.
-      covered: how many of them are in layers that nothing is amiss with.
-      by_kind: how many of them there are of each kind of layer.
-      factor_bytes: what the factors hold, in bytes.
-      inverse_bytes: what the inverses hold, in bytes.
-      inversion_cost: multiply-adds of one refresh of the inverses.
-      statistics_cost: multiply-adds of the statistics of one batch like that of the
-        plan, or of the part of it that they are gathered from.
-      gradient_cost: multiply-adds of the layers in one gradient of that batch.
+    """What a plan covers, in scalar parameters, and costs, in bytes and multiply-adds.
 
     >>> import jax.numpy as jnp, kfac_jax
     >>> def loss_fn(w, x, y):
@@ -33,14 +22,14 @@ class Totals(NamedTuple):
     (6, True)
     """
 
-    parameters: int
-    covered: int
-    by_kind: Mapping[str, int]
-    factor_bytes: int
-    inverse_bytes: int
-    inversion_cost: int
-    statistics_cost: float
-    gradient_cost: float
+    parameters: int  # how many there are
+    covered: int  # how many are in layers with which nothing is amiss
+    by_kind: Mapping[str, int]  # how many there are of each kind of layer
+    factor_bytes: int  # what the factors hold
+    inverse_bytes: int  # what their inverses hold
+    inversion_cost: int  # multiply-adds of one refresh of the inverses
+    statistics_cost: float  # of the statistics of one batch, or of the part τ1 of it
+    gradient_cost: float  # of the layers in one gradient of the batch
 
 
 def totals(layers: Sequence[Layer], fraction: float) -> Totals:

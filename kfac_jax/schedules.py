@@ -21,7 +21,7 @@ class ExponentialBatchSize:
 
     Attributes:
       initial: m_1, cases in the batch at step 0.
-      final: |S|, cases in the batch from step `steps - 1` on: those of the data set.
+      final: `|S|`, cases in the batch from step `steps - 1` on: those of the data set.
       steps: how many steps the growth takes, at least 2.
       distinct: how many sizes there are at most, from 2 to `steps`; None for the
         paper's schedule, one for each step.
@@ -29,7 +29,7 @@ class ExponentialBatchSize:
         devices.
 
     References:
-      Martens & Grosse 2015, section 13, where m_1 = 1000 and m_500 = |S|.
+      Martens & Grosse 2015, section 13, where `m_1 = 1000` and `m_500 = |S|`.
 
     >>> batch_size = ExponentialBatchSize(1000, 60_000, distinct=5)
     >>> [batch_size(step) for step in (0, 124, 125, 498, 499, 10_000)]

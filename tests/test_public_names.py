@@ -12,7 +12,7 @@ import kfac_jax
 TOP = """
 AverageIteratesState BlockDiagonal BlockTridiagonal Curvature ExponentialBatchSize Info
 KFACState Layer LevenbergMarquardt QuadraticModel SeparateDamping Statistics Totals
-average_iterates blocks distributions initializers kfac losses make_curvature
+average_iterates blocks distributions initializers kfac linalg losses make_curvature
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution
 register_normal_predictive_distribution register_scale_and_shift
@@ -20,10 +20,15 @@ register_sigmoid_cross_entropy_loss register_softmax_cross_entropy_loss
 register_squared_error_loss scale_by_kfac
 """
 BLOCKS = "Block BlockShape Damped Diagonal Eigen Full Identity Kronecker Spectrum TNT"
+LINALG = """
+Conditional Inverted conditionals diagonal eigh finite_diagonals inverse inverse_many
+inverse_root_many mean_rows pseudo_inverse symmetrize trace_pi turned_basis
+"""
 LOSSES = """
 convex normal_negative_log_likelihood sigmoid_binary_cross_entropy softmax_cross_entropy
 softmax_cross_entropy_with_integer_labels squared_error
 """
+MODULES = ("blocks", "distributions", "initializers", "linalg", "losses")
 CURVATURE = """
 approximation init_factors matvec quadratic_form report update_factors value_and_grad
 value_grad_and_statistics zero_statistics
@@ -84,12 +89,15 @@ def _public(module, exported_modules=()):
 
 
 def test_top_level_names():
-    modules = ("blocks", "distributions", "initializers", "losses")
-    assert _public(kfac_jax, modules) == set(TOP.split())
+    assert _public(kfac_jax, MODULES) == set(TOP.split())
 
 
 def test_block_names():
     assert _public(kfac_jax.blocks) == set(BLOCKS.split())
+
+
+def test_names_for_blocks_of_ones_own():
+    assert _public(kfac_jax.linalg) == set(LINALG.split())
 
 
 def test_loss_names():
@@ -124,6 +132,7 @@ def test_every_public_name_has_a_docstring():
     for module, names in (
         (kfac_jax, TOP),
         (kfac_jax.blocks, BLOCKS),
+        (kfac_jax.linalg, LINALG),
         (kfac_jax.losses, LOSSES),
     ):
         for name in names.split():
@@ -148,9 +157,7 @@ def test_parameters_have_their_names(name):
 
 
 def test_no_public_function_is_left_out():
-    functions = {name for name in TOP.split() if name.islower()} - {
-        *("blocks", "distributions", "initializers", "losses")
-    }
+    functions = {name for name in TOP.split() if name.islower()} - {*MODULES}
     methods = {f"Curvature.{name}" for name in CURVATURE.split()}
     methods |= {f"approximation.Approximation.{name}" for name in OPERATOR.split()}
     losses = {f"losses.{n}" for n in LOSSES.split() if not hasattr(optax.losses, n)}
