@@ -58,6 +58,33 @@ def test_exact_products_through(name):
     close(form, flat @ exact() @ flat.T)
 
 
+def test_exact_products_of_losses_registered_in_a_scan():
+    """The network is evaluated outside of it, too, for a value that is not used."""
+
+    def loss_fn(params, x):
+        def step(total, x):
+            loss = squared_error(jnp.sin(models.mlp(params, x))).sum(-1).mean()
+            return total + loss, loss
+
+        return jax.lax.scan(step, 0.0, x)[0], models.mlp(params, x[0])
+
+    parts = jnp.stack([X, X / 2])
+    plan = kfac_jax.make_curvature(
+        loss_fn, *jax.eval_shape(lambda: (NET, parts)), has_aux=True
+    )
+    outputs = lambda params: jnp.sin(models.mlp(params, X / 2))  # noqa: E731
+    matrix = exact() + oracles.ggn(outputs, lambda z: (z**2).sum(), NET)
+    product, form = fast_jit(
+        lambda params, x: (
+            plan.matvec(params, V, x),
+            plan.quadratic_form(params, [V], x),
+        )
+    )(NET, parts)
+    flat = oracles.vector(V)
+    np.testing.assert_allclose(oracles.vector(product), matrix @ flat, rtol=1e-10)
+    np.testing.assert_allclose(form, [[flat @ matrix @ flat]], rtol=1e-10)
+
+
 # ----------------------------------------------------------- functions of one mode only
 
 
