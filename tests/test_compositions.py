@@ -158,6 +158,7 @@ ENSEMBLE = jax.tree.map(
     lambda *leaves: jnp.stack(leaves),
     *(models.dense_params(seed, I, 4, O) for seed in range(MEMBERS)),
 )
+V = oracles.random_like(ENSEMBLE, 0)
 OWN = models.array(7, N, MEMBERS, I)  # other data for each member
 
 
@@ -178,33 +179,33 @@ def shared(params, x):
     return jax.vmap(models.mlp, (0, None), 1)(params, x)
 
 
-def member(k):
-    """One member's parameters and its own data."""
-    return jax.tree.map(lambda w: w[k], ENSEMBLE), OWN[:, k]
+def slice_of(tree, k):
+    return jax.tree.map(lambda leaf: leaf[k], tree)
 
 
 @functools.cache
 def trained(outputs, *shape):
-    """Factors after one batch, and parameters after two steps, as a jitted function."""
+    """The plan; factors after a batch, parameters after two steps, a vector solved."""
 
     def loss_fn(params, x):
         z = outputs(params, x)
         return squared_error(z.reshape(len(z), -1)).sum(-1).mean()
 
-    params = member(0)[0] if outputs is models.mlp else ENSEMBLE
+    params = slice_of(ENSEMBLE, 0) if outputs is models.mlp else ENSEMBLE
     x = jax.ShapeDtypeStruct(shape, float)
     plan = kfac_jax.make_curvature(loss_fn, params, x, estimation_mode="fisher_exact")
     tx = kfac_jax.kfac(plan, 0.1, 0.9, 0.01)
 
     @fast_jit
-    def run(params, x):
+    def run(params, x, v):
         factors = models.statistics_to_factors(plan, params, x)
+        solved = plan.approximation(factors).solve(v, 0.1, "exact")
         state = tx.init(params)
         for _ in range(2):
             _, grads, statistics = plan.value_grad_and_statistics(params, x)
             updates, state = tx.update(grads, state, params, statistics=statistics)
             params = jax.tree.map(jnp.add, params, updates)
-        return factors, params
+        return factors, params, solved
 
     return plan, run
 
@@ -216,10 +217,11 @@ INDEPENDENT = {"own data": together, "a copy of the batch": copied, "in a scan":
 def test_members_of_an_ensemble_are_as_each_by_itself(name):
     x = OWN if name == "own data" else X
     _, run = trained(INDEPENDENT[name], *x.shape)
-    found, alone = run(ENSEMBLE, x), trained(models.mlp, N, I)[1]
+    found, alone = run(ENSEMBLE, x, V), trained(models.mlp, N, I)[1]
     for k in range(MEMBERS):
-        params, own = member(k)
-        expected = alone(params, own if name == "own data" else X)
+        expected = alone(
+            slice_of(ENSEMBLE, k), x[:, k] if x is OWN else x, slice_of(V, k)
+        )
         jax.tree.map(lambda a, b: close(a[k], b), found, expected)  # noqa: B023
 
 
@@ -229,19 +231,15 @@ def test_the_first_layer_of_an_ensemble_with_one_batch_is_one_layer():
     first, last = (plan.layers[k].factor_shapes for k in (0, 1))
     assert first == {"input": (I + 1, I + 1), "output": (MEMBERS * 4, MEMBERS * 4)}
     assert last == {"input": (MEMBERS, 5, 5), "output": (MEMBERS, O, O)}
-    factors, _ = run(ENSEMBLE, X)
-    op, v = plan.approximation(factors), oracles.random_like(ENSEMBLE, 0)
-    solved, joint = op.solve(v, 0.1, "exact"), np.array(factors["layer0"]["output"])
-    joint = joint.reshape(MEMBERS, 4, MEMBERS, 4)
-    alone_plan, alone = trained(models.mlp, N, I)
+    factors, _, solved = run(ENSEMBLE, X, V)
+    joint = np.array(factors["layer0"]["output"]).reshape(MEMBERS, 4, MEMBERS, 4)
+    alone = trained(models.mlp, N, I)[1]
     for k in range(MEMBERS):
-        expected, _ = alone(member(k)[0], X)
+        expected, _, own = alone(slice_of(ENSEMBLE, k), X, slice_of(V, k))
         close(factors["layer0"]["input"], expected["layer0"]["input"])
         close(joint[k, :, k], expected["layer0"]["output"])
         jax.tree.map(lambda a, b: close(a[k], b), factors["layer1"], expected["layer1"])  # noqa: B023
         joint[k, :, k] = 0.0
-        each = alone_plan.approximation(expected)
-        own = each.solve(jax.tree.map(lambda w: w[k], v), 0.1, "exact")  # noqa: B023
         jax.tree.map(lambda a, b: close(a[k], b), solved, own)  # noqa: B023
     assert not joint.any()  # between members: zero where it is not sampled
 
@@ -259,7 +257,7 @@ def test_a_loss_inside_a_vmap_over_members_needs_a_weight():
         return jax.vmap(each, (0, 1))(params, x).mean()
 
     _, found = models.exact_factors(loss_fn, ENSEMBLE, OWN)
-    expected, _ = trained(together, *OWN.shape)[1](ENSEMBLE, OWN)
+    expected, *_ = trained(together, *OWN.shape)[1](ENSEMBLE, OWN, V)
     for layer, sides in found.items():
         close(sides["input"], expected[layer]["input"])
         close(sides["output"] * MEMBERS, expected[layer]["output"])  # of the mean
