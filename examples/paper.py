@@ -33,7 +33,7 @@ import paper_fisher
 import paper_report as report
 import paper_tasks
 from data_files import DataError
-from paper_methods import VARIANTS, Baseline
+from paper_methods import DAMPING, VARIANTS, Baseline
 from paper_training import BASELINE, METHODS, Experiment, batch_sizes, compare
 from report import without_nan
 from training import Interrupt
@@ -112,7 +112,8 @@ def _experiment(args: argparse.Namespace) -> Experiment:
     images = paper_tasks.load(
         args.task, args.digits, args.data_path, args.cache, args.seeds[0]
     )
-    return Experiment(paper_tasks.TASKS[args.task], images, Baseline())
+    task = paper_tasks.TASKS[args.task]
+    return Experiment(task, images, Baseline(), args.damping)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -125,6 +126,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     add("--budget", type=experiment.positive, default=1.0, help="scales the time")
     add("--seeds", type=int, nargs="+", default=[0], help="of training; else the first")
     add("--methods", nargs="+", choices=METHODS, default=METHODS, help="in order")
+    add("--damping", type=experiment.positive, default=DAMPING, help="lambda_0")
     add("--task", choices=paper_tasks.TASKS, default="mnist", help="the autoencoder")
     add(
         "--digits",

@@ -41,6 +41,7 @@ class Experiment:
     task: Task
     images: Images
     constants: Baseline
+    damping: float  # K-FAC's lambda_0
 
     def method(
         self,
@@ -53,7 +54,10 @@ class Experiment:
         if name == BASELINE:
             method = baseline(self.constants, self.task, self.images, seed)
             return method if batches is None else method._replace(batches=batches)
-        return kfac(VARIANTS[name], self.task, self.images, params, seed, batches)
+        variant = VARIANTS[name]
+        return kfac(
+            variant, self.task, self.images, params, seed, self.damping, batches
+        )
 
     def evaluator(self) -> Evaluate:
         """Params -> (training error, test error), over cases kept on the device."""
