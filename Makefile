@@ -14,7 +14,7 @@ export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
 .PHONY: test test-slow doctest lint format types docs clean
-.PHONY: demo classifier language-model
+.PHONY: demo classifier language-model paper
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
@@ -47,6 +47,9 @@ classifier: $(VENV)/examples.stamp
 
 language-model: $(VENV)/examples.stamp
 	$(BIN)/python examples/language_model.py
+
+paper: $(VENV)/examples.stamp
+	$(BIN)/python examples/paper.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist site

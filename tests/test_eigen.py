@@ -284,6 +284,8 @@ def test_options_that_do_not_fit():
         Eigen(warm_start=2)
     with pytest.raises(ValueError, match="Eigen multiplies gradients in its basis"):
         Eigen(gradient_products=True)
+    with pytest.raises(ValueError, match="TNT multiplies gradients, not products"):
+        kfac_jax.blocks.TNT(gradient_products=True)
 
 
 def test_factors_of_another_plan_are_refused():

@@ -21,8 +21,8 @@ class Eigen(Kronecker):
     `U_A` and `U_G` are the eigenvectors of `Kronecker`'s factors; g is the gradient of
     an example. In the Frobenius norm that is the best approximation with this basis,
     so never worse than `Kronecker`, and exact wherever that is. Damping is exact:
-    `s + λ`, without π. The other options are those of `Kronecker`; a side with a
-    diagonal factor keeps the standard basis.
+    `s + λ`, without π. The other options are those of `Kronecker` (without
+    `gradient_products`); a side with a diagonal factor keeps the standard basis.
 
     The basis is part of the factors. An optimizer recomputes it every T3 steps and
     carries the moments over, while s moves on, and counts, at every step. Pass

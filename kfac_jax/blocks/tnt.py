@@ -20,7 +20,8 @@ class TNT(Kronecker):
     Unlike `Kronecker` it does not assume that inputs and output gradients are
     independent, and needs no convention for shared weights; it is exact where F is a
     Kronecker product, and its trace always is. A kernel counts as one matrix of taps
-    and inputs by outputs. Of `Kronecker`'s options `weight_sharing` does not apply.
+    and inputs by outputs. Of `Kronecker`'s options `weight_sharing` and
+    `gradient_products` do not apply.
 
     References:
       Ren & Goldfarb 2021 (arXiv:2106.02925), with exact rather than batch-averaged
@@ -40,6 +41,11 @@ class TNT(Kronecker):
             raise ValueError(
                 "TNT sums gradients over an example's positions and has no "
                 f"weight_sharing; got {self.weight_sharing!r}. Leave it out."
+            )
+        if self.gradient_products:
+            raise ValueError(
+                "TNT multiplies gradients, not products; got gradient_products=True. "
+                "Leave it out."
             )
 
     @property
