@@ -132,6 +132,9 @@ def plot_batch_sizes(
     for name, found in rates.items():
         axis.plot([*found], [*found.values()], marker="o", label=labels[name])
     axis.set_xscale("log")
+    sizes = sorted({size for found in rates.values() for size in found})
+    axis.set_xticks(sizes, [str(size) for size in sizes])
+    axis.minorticks_off()
     axis.set_xlabel("batch size")
     axis.set_ylabel("fall of log(error) per iteration")
     axis.grid(which="both", alpha=0.3)
