@@ -20,7 +20,8 @@ import kfac_jax
 class Settings:
     """Constants of the optimizers.
 
-    K-FAC's are the paper's (section 13), not tuned here. The baselines' are those of
+    K-FAC's are the paper's (section 13), not tuned here; with lambda_0 = 0.15 it ended at
+    14.08 after 500 iterations, on a plateau, with 150 below 1. The baselines' are those of
     lowest training error in the grids below: 1,500 iterations, about what the default
     time allows, of batch 500 on the 4,500 digits, with seed 0.
 
