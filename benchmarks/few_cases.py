@@ -12,11 +12,15 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
+
+# Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
 
 import jax
 import jax.numpy as jnp
 import optax
-import step_cost  # first: it keeps the threads of OpenBLAS from JAX's
+import step_cost  # finds the examples
 from autoencoder_model import encode_decode
 from step_cost import QUICK, Built, Variant
 
