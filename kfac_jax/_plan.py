@@ -355,7 +355,9 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
         total = total.astype(float) + jnp.asarray(penalty, float)
         return outputs[0], total, tolerance, concavity
 
-    returned, registered, tolerance, concavity = (float(x) for x in values(leaves))
+    # also while a caller's jit is being traced around the plan
+    with jax.ensure_compile_time_eval():
+        returned, registered, tolerance, concavity = map(float, values(leaves))
     if concavity > tolerance:
         _warn_of_concavity(concavity)
     if not known[-1] or not np.isfinite(returned):

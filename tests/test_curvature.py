@@ -515,6 +515,23 @@ def test_a_plan_made_inside_a_transformation(wrap):
     _close(inside(p.params, *p.args), expected)
 
 
+def test_a_plan_of_known_arrays_made_while_tracing():
+    """Its loss is checked there and then."""
+    p = models.problem("softmax")
+
+    @jax.jit
+    def inside(scale):
+        plan = kfac_jax.make_curvature(p.loss_fn, p.params, *p.args)
+        with pytest.raises(ValueError, match="ratio returned/registered = 2"):
+            kfac_jax.make_curvature(
+                lambda *args: 2.0 * p.loss_fn(*args), p.params, *p.args
+            )
+        params = jax.tree.map(lambda w: scale * w, p.params)
+        return plan.value_grad_and_statistics(params, *p.args, rng=jax.random.key(0))[0]
+
+    _close(inside(1.0), p.loss_fn(p.params, *p.args))
+
+
 def test_over_seeds_under_vmap():
     p = models.problem("softmax")
     plan = kfac_jax.make_curvature(p.loss_fn, p.params, *p.args)

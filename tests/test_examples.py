@@ -5,8 +5,11 @@ import importlib
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
+
+import kfac_jax
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
@@ -59,6 +62,28 @@ def test_targets_are_the_next_characters_and_stay_in_the_text():
     inputs, targets = source(0)
     np.testing.assert_array_equal(targets, inputs + 1)
     assert set(inputs[:, 0]) == {0, 1}
+
+
+def test_every_parameter_of_the_examples_networks_is_covered():
+    from functools import partial
+
+    import classifier
+    import transformer
+
+    shape = transformer.Shape(vocabulary=11, context=6, width=8, layers=2, heads=2)
+    tokens = np.zeros((4, 6), np.int32)
+    images = np.zeros((4, 28, 28, 1), np.float32)
+    of_text = partial(transformer.loss_fn, heads=shape.heads)
+    for loss_fn, params, batch in (
+        (of_text, transformer.init_params(shape, 0), (tokens, tokens)),
+        (classifier.loss_fn, classifier.init_params(0), (images, tokens[:, 0])),
+    ):
+        with jax.numpy_rank_promotion("allow"):
+            curvature = kfac_jax.make_curvature(
+                loss_fn, params, *batch, on_unmatched="error"
+            )
+        count = sum(x.size for x in jax.tree.leaves(params))
+        assert curvature.totals.covered == count
 
 
 @pytest.mark.parametrize("size", [0, 13])

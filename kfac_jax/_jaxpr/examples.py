@@ -175,12 +175,33 @@ def _along(param: str) -> Rule:
     def rule(node: Node, states: Sequence[State]) -> list[State]:
         value = node.params[param]
         axes = value if isinstance(value, tuple | list) else (value,)
-        merged = _merge(states)
-        if isinstance(merged, Examples) and merged.axis in axes:
-            return [LOST] * len(node.outputs)
-        return [merged] * len(node.outputs)
+        return [_keep(_merge(states), axes)] * len(node.outputs)
 
     return rule
+
+
+def _keep(state: State, axes: Sequence[int]) -> State:
+    """The state, if these axes are not the examples'."""
+    return LOST if isinstance(state, Examples) and state.axis in axes else state
+
+
+def _unstack(node: Node, states: Sequence[State]) -> list[State]:
+    return [_drop(node, states[0], (node.params["axis"],))] * len(node.outputs)
+
+
+def _stack(node: Node, states: Sequence[State]) -> list[State]:
+    """A new axis in front of `axis`."""
+    merged = _merge(states)
+    if isinstance(merged, Examples):
+        moved = merged.axis + (merged.axis >= node.params["axis"])
+        return [dataclasses.replace(merged, axis=moved)]
+    return [merged]
+
+
+def _top_k(node: Node, states: Sequence[State]) -> list[State]:
+    """Along the last axis, or along `axis` since JAX 0.8."""
+    last = len(node.shape()) - 1
+    return [_keep(states[0], (node.params.get("axis", last),))] * len(node.outputs)
 
 
 def _same_size(node: Node, states: Sequence[State]) -> list[State]:
@@ -205,12 +226,18 @@ RULES: dict[str, Rule] = {
     "concatenate": _along("dimension"),
     "rev": _along("dimensions"),
     "sort": _along("dimension"),
+    "split": _along("axis"),
+    "stack": _stack,
+    "unstack": _unstack,
     "slice": _same_size,
     "pad": _same_size,
     "dynamic_slice": _same_size,
     "reduce_window_max": _same_size,
     "reduce_window_sum": _same_size,
     "reduce_window_min": _same_size,
+    "tile": _same_size,
+    "top_k": _top_k,
+    "approx_top_k": _along("reduction_dimension"),
 }
 RULES.update(
     {
@@ -238,10 +265,9 @@ def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:
     rule = RULES.get(node.name)
     if rule is not None:
         return rule(node, states)
-    same = all(node.out_shape(i) == node.out_shape() for i in range(len(node.outputs)))
-    if node.bodies or not same or node.name in _CONTROL:
+    if node.bodies or node.name in _CONTROL or not _is_elementwise(node):
         return [LOST] * len(node.outputs)
-    return _elementwise(node, states) if _is_elementwise(node) else [LOST]
+    return _elementwise(node, states)
 
 
 def _is_elementwise(node: Node) -> bool:
@@ -250,6 +276,8 @@ def _is_elementwise(node: Node) -> bool:
     Primitives that mix entries have a rule or are listed.
     """
     shape: Any = node.out_shape()
+    if any(node.out_shape(i) != shape for i in range(len(node.outputs))):
+        return False
     mixing = ("fft", "cholesky", "eigh", "lu", "qr", "svd", "triangular_solve", "dot")
     if node.name.startswith(mixing):
         return False
