@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kfac_jax
 from kfac_jax import losses
@@ -195,11 +196,21 @@ def _always(x):
     return x[0, 0] > -1e9
 
 
+EIGHT_DEVICES = pytest.mark.skipif(jax.device_count() < 8, reason="needs eight devices")
+
+
+def mesh(devices, axis):
+    """A mesh of one axis over so many devices, or over one where there are fewer."""
+    size = devices if jax.device_count() >= devices else 1
+    return jax.make_mesh((size,), (axis,), axis_types=(jax.sharding.AxisType.Auto,))
+
+
 def _sharded(f):
     parts = jax.sharding.PartitionSpec("data")
-    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     whole = jax.sharding.PartitionSpec()
-    return jax.shard_map(f, mesh=mesh, in_specs=(whole, parts), out_specs=parts)
+    return jax.shard_map(
+        f, mesh=mesh(2, "data"), in_specs=(whole, parts), out_specs=parts
+    )
 
 
 WRAPPERS = {  # of functions of parameters and data `[b, i]`, to outputs `[b, 1]`

@@ -355,6 +355,7 @@ def test_statistics_of_micro_batches_add_up_to_the_batch(block):
     )
 
 
+@models.EIGHT_DEVICES
 def test_statistics_of_devices_average_to_the_batch():
     p = models.problem("softmax", x=models.array(50, 16, 3))
     plan = kfac_jax.make_curvature(

@@ -698,7 +698,7 @@ def test_recurrent_weights_in_scan_share_over_time():
 
 
 P = jax.sharding.PartitionSpec
-MESH = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+MESH = models.mesh(2, "data")
 NET = models.dense_params(3, I, 3, 1)
 
 

@@ -57,7 +57,7 @@ def _scan(f):
     return scanned
 
 
-MESH = jax.make_mesh((8,), ("batch",), axis_types=(jax.sharding.AxisType.Auto,))
+MESH = models.mesh(8, "batch")
 
 
 def _shard_map(f):
@@ -97,7 +97,13 @@ TRANSFORMATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", TRANSFORMATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=models.EIGHT_DEVICES if name == "pmap" else ())
+        for name in TRANSFORMATIONS
+    ],
+)
 def test_value_and_gradient_are_unchanged(name):
     expected = TRANSFORMATIONS[name](_loss(_plain))
     found = TRANSFORMATIONS[name](_loss(_tagged))
