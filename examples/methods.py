@@ -19,7 +19,7 @@ from tuning import Grids
 
 import kfac_jax
 
-CONSTRAINT = "largest alpha^2 D'g of a step, for direction D and gradient g"
+CONSTRAINT = "highest limit of alpha^2 D'g, for direction D and gradient g"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,26 +132,30 @@ def _with_curvature(
     )
     key = jax.random.key(seed)
 
-    def transformation(rate: float | Array) -> optax.GradientTransformationExtraArgs:
-        """The optimizer at a rate, which its state does not depend on."""
+    def transformation(part: float | Array) -> optax.GradientTransformationExtraArgs:
+        """The optimizer at a part of its highest rate; its state does not depend on it.
+
+        Most steps are as long as the constraint allows, so that it follows the schedule
+        too: as the square, as it limits a squared length.
+        """
         return kfac_jax.kfac(
             curvature,
-            learning_rate=rate,
+            learning_rate=constants.rate * part,
             momentum=settings.momentum,
             damping=constants.damping,
-            norm_constraint=constants.constraint,
+            norm_constraint=constants.constraint * part**2,
             inverse_every=settings.inverse_every,
         )
 
     def step(params, state, batch, iteration, fraction):
-        now = scheduled(constants.rate, settings.warm_up, fraction)
+        part = scheduled(1.0, settings.warm_up, fraction)
         value, grads, statistics = curvature.value_grad_and_statistics(
             params,
             *batch,
             rng=jax.random.fold_in(key, iteration),
             factors=state.factors,  # EKFAC's basis
         )
-        updates, state = transformation(now).update(
+        updates, state = transformation(part).update(
             grads, state, params, statistics=statistics
         )
         info = state.info
@@ -159,7 +163,7 @@ def _with_curvature(
         return optax.apply_updates(params, updates), state, progress
 
     report = f"{constants.name} covers the parameters so:\n{curvature}"
-    return Method(constants.name, transformation(constants.rate).init, step, report)
+    return Method(constants.name, transformation(1.0).init, step, report)
 
 
 def _adamw(settings: Settings, problem: Problem, params: PyTree, seed: int) -> Method:

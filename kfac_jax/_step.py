@@ -284,11 +284,11 @@ class Step:
         matrix = fisher + total * gram.astype(fisher.dtype)
         return matrix, slope.astype(fisher.dtype)
 
-    def constrain(self, alpha: Array, constraint: Any) -> Array:
-        """Lowers α so that `α² Δᵀ ∇h` is at most `constraint`."""
+    def constrain(self, alpha: Array, constraint: Array) -> Array:
+        """Lowers α so that `-α² Δᵀ ∇h` is at most `constraint`."""
         slope = inner_product(self.gradient, self.direction).astype(alpha.dtype)
         squared = jnp.maximum(-slope * alpha**2, jnp.finfo(alpha.dtype).tiny)
-        ratio = jnp.asarray(constraint, alpha.dtype) / squared
+        ratio = constraint.astype(alpha.dtype) / squared
         return alpha * jnp.sqrt(jnp.minimum(1.0, ratio))
 
     @jax.named_scope("kfac_rates")
@@ -301,7 +301,7 @@ class Step:
         assert momentum is not None
         alpha = at(rule, count)
         if constraint is not None:
-            alpha = self.constrain(alpha, constraint)
+            alpha = self.constrain(alpha, at(constraint, count))
         return Solution(alpha, momentum, nan())
 
     @jax.named_scope("kfac_update")

@@ -141,7 +141,7 @@ def kfac(
     momentum: Scalar | Schedule | None = 0.9,
     damping: Scalar | Schedule | LevenbergMarquardt = 1e-3,
     *,
-    norm_constraint: Scalar | None = None,
+    norm_constraint: Scalar | Schedule | None = None,
     decay: Scalar = 0.95,
     inverse_every: int | Array = 20,
     factored_damping: SeparateDamping | None = None,
@@ -163,8 +163,10 @@ def kfac(
       learning_rate: α, a number, a schedule of the step, or a `QuadraticModel`.
       momentum: μ, a number or a schedule; None lets the quadratic model choose it.
       damping: λ, a number, a schedule, or a `LevenbergMarquardt` rule.
-      norm_constraint: the largest `α² Δᵀ ∇h` of a step; larger ones are scaled down.
-        None for no limit. Only with a given learning rate.
+      norm_constraint: the largest `-α² Δᵀ ∇h` of a step, a number or a schedule; larger
+        ones are scaled down. None for no limit. Only with a given learning rate. Where
+        it limits most steps, it is what decides their length: let it fall (as the
+        square) where the learning rate does.
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
         first three steps.
@@ -306,6 +308,10 @@ def _check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> Non
         "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
     )
     check_number("learning_rate (α)", learning_rate, 0.0, float("inf"), False)
+    if norm_constraint is not None:
+        check_kind(
+            "norm_constraint", norm_constraint, (), "a number, a schedule or None"
+        )
     check_number("norm_constraint", norm_constraint, 0.0, float("inf"), False)
     modelled = isinstance(learning_rate, QuadraticModel)
     if norm_constraint is not None and modelled:

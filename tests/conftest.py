@@ -1,15 +1,21 @@
 """The numerical settings all tests run under, set before JAX starts."""
 
 import os
+from importlib.metadata import version
 
-# Most of a test's time is compilation, a third of it LLVM's optimization.
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0"
-).strip()
+# Most of a test's time is compilation: a third of it LLVM's optimization, another third
+# the newer of two ways to emit loops, between which old releases have the choice.
+_FLAGS = [
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
+if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
-import jax
+import jax  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
 jax.config.update("jax_default_matmul_precision", "highest")  # on GPUs

@@ -303,6 +303,7 @@ def test_unknown_modes_of_the_operator():
         ({"decay": -0.5}, ValueError, r"decay \(ε\)"),
         ({"inverse_every": 0}, ValueError, r"inverse_every \(T3\)"),
         ({"norm_constraint": -1.0}, ValueError, "norm_constraint"),
+        ({"norm_constraint": "1"}, TypeError, "norm_constraint must be a number, a"),
         (
             {"norm_constraint": 1.0, "learning_rate": kfac_jax.QuadraticModel()},
             ValueError,

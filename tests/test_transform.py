@@ -178,7 +178,13 @@ def flat(tree):
 
 
 @pytest.mark.parametrize(
-    ("l2", "norm_constraint"), [(0.0, None), (L2, None), (0.0, 1e-3)]
+    ("l2", "norm_constraint"),
+    [
+        (0.0, None),
+        (L2, None),
+        (0.0, 1e-3),
+        (0.0, lambda k: jnp.where(k < 6, 1e-3, 2e-4)),
+    ],
 )
 def test_steps_follow_the_papers_formulas(l2, norm_constraint):
     """Averages, π, damping with λ + η, T3, momentum and the norm, over 12 steps."""
@@ -203,8 +209,10 @@ def test_steps_follow_the_papers_formulas(l2, norm_constraint):
         if norm_constraint is not None:
             pairs = zip(gradients, directions, strict=True)
             squared = -(alpha**2) * sum((g * d).sum() for g, d in pairs)
-            assert squared > norm_constraint  # so the constraint is active here
-            rate = alpha * np.sqrt(norm_constraint / squared)
+            limit = norm_constraint
+            limit = float(limit(k - 1)) if callable(limit) else limit
+            assert squared > limit  # so the constraint is active here
+            rate = alpha * np.sqrt(limit / squared)
         naive.move(directions, rate, mu)
         assert_trees_close(grads, naive.tree(gradients))
         assert_trees_close(updates, naive.tree(naive.delta))
