@@ -41,6 +41,7 @@ from tqdm import tqdm
 import kfac_jax
 
 INVERSE_EVERY = 20  # T3
+INCOMING = 15  # weights that are not zero, of each unit
 WARM_UP_STEPS = 5  # the first three refresh the inverses
 COMPILATION_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -226,6 +227,19 @@ def make_images(batch_size: int) -> jax.Array:
     return jnp.asarray(inked * rng.random((batch_size, 784)), jnp.float32)
 
 
+def make_params() -> Params:
+    """Weights as sparse as the example's, without compiling anything for them."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if leaf.ndim < 2:
+            return jnp.zeros(leaf.shape, leaf.dtype)
+        kept = rng.random(leaf.shape) < INCOMING / leaf.shape[0]
+        return jnp.asarray(kept * rng.standard_normal(leaf.shape), leaf.dtype)
+
+    return jax.tree.map(draw, jax.eval_shape(init_params, 0))
+
+
 class Clock:
     """Seconds between laps, by name."""
 
@@ -246,7 +260,7 @@ class Runner:
 
     def __init__(self, variant: Variant, images: jax.Array) -> None:
         """Builds and compiles, timing each phase into `phases` (seconds)."""
-        params = init_params(0)
+        params = make_params()
         self._variant, self._images = variant, images
         self._iteration = 0
         clock = Clock()

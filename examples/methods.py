@@ -34,31 +34,32 @@ class Settings:
     ekfac_constraint: float = option(1e-2, f"EKFAC: {CONSTRAINT}")
     adamw_rate: float = option(1e-3, "AdamW: highest learning rate")
     adamw_decay: float = option(1e-2, "AdamW: weight decay")
+    adamw_warm_up: float = option(0.3, "AdamW: part of the budget in which it rises")
     momentum: float = option(0.9, "K-FAC, EKFAC: mu")
     inverse_every: int = option(20, "K-FAC, EKFAC: steps between inverses, T3")
     statistics_fraction: float = option(0.25, "K-FAC, EKFAC: part of a batch, tau1")
-    warm_up: float = option(0.05, "all: part of the budget in which the rate rises")
+    warm_up: float = option(0.3, "K-FAC, EKFAC: part in which the rate rises")
 
 
 def grids(
-    rates: tuple[float, ...],
     dampings: tuple[float, ...],
+    constraints: tuple[float, ...],
     adamw_rates: tuple[float, ...],
 ) -> Grids:
     """The constants that `--tune` compares: as many trials for each optimizer.
 
     Args:
-        rates: of K-FAC and EKFAC.
-        dampings: of K-FAC and EKFAC.
-        adamw_rates: of AdamW; each is tried with two weight decays.
+        dampings: of K-FAC and EKFAC, three.
+        constraints: of K-FAC and EKFAC, two. (They limit most steps, not the rate.)
+        adamw_rates: of AdamW, three; each is tried with two warm-ups.
 
     Returns:
         The values to try, for each optimizer.
     """
     return {
-        "kfac": {"kfac_rate": rates, "kfac_damping": dampings},
-        "ekfac": {"ekfac_rate": rates, "ekfac_damping": dampings},
-        "adamw": {"adamw_rate": adamw_rates, "adamw_decay": (0.01, 0.1)},
+        "kfac": {"kfac_damping": dampings, "kfac_constraint": constraints},
+        "ekfac": {"ekfac_damping": dampings, "ekfac_constraint": constraints},
+        "adamw": {"adamw_rate": adamw_rates, "adamw_warm_up": (0.2, 0.4)},
     }
 
 
@@ -175,7 +176,7 @@ def _adamw(settings: Settings, problem: Problem, params: PyTree, seed: int) -> M
 
     def step(params, state, batch, iteration, fraction):
         del iteration
-        now = scheduled(settings.adamw_rate, settings.warm_up, fraction)
+        now = scheduled(settings.adamw_rate, settings.adamw_warm_up, fraction)
         value, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
         updates, state = transformation(now).update(grads, state, params)
         progress = Progress(value, jnp.nan, now, jnp.nan)
