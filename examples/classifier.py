@@ -44,22 +44,19 @@ CASES_AT_ONCE = 500  # in a measurement, which would else need gigabytes
 
 MEAN, DEVIATION = 0.286, 0.353  # of the training images' pixels
 
-# Those of lowest validation error in trials of as many iterations as take K-FAC's 80 in
-# time, seed 0: eight were AdamW's; K-FAC's and EKFAC's were four each, in ranges taken
-# from a few more. (`--tune` now compares six of the whole run's length for each.)
-#   K-FAC, by rate and damping, in %: 0.03 0.03 13.5, 0.03 0.1 13.2, 0.1 0.03 14.8, 0.1
-#     0.1 13.5; with a constraint of 1 it diverged at rate 0.1
-#   EKFAC: 0.03 0.03 14.4, 0.03 0.1 14.1, 0.1 0.03 19.3, 0.1 0.1 16.7
-#   AdamW, by rate (decay 0.01; with 0.1 no better): 0.001 18.3, 0.002 16.8, 0.004 17.1,
-#     0.008 16.1, the edge of the grid
+# Those of lowest validation error in the trials of docs/tuning.md.
 SETTINGS = Settings(
-    kfac_rate=0.03,
     kfac_damping=0.1,
-    ekfac_rate=0.03,
-    ekfac_damping=0.1,
-    adamw_rate=8e-3,
+    kfac_constraint=1e-2,
+    kfac_warm_up=0.2,
+    ekfac_damping=0.01,
+    ekfac_constraint=1e-3,
+    ekfac_warm_up=0.3,
+    adamw_rate=1.2e-2,
+    adamw_decay=0.01,
+    adamw_warm_up=0.4,
 )
-GRIDS = grids((0.03, 0.1), (0.03, 0.1, 0.3), (2e-3, 4e-3, 8e-3))
+GRIDS = grids((0.03, 0.1, 0.3), (3e-3, 1e-2), (8e-3, 1.2e-2, 1.6e-2))
 MEASURES = Measures(
     train="training loss",
     test="test error rate, %",

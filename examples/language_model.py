@@ -38,22 +38,19 @@ from tuning import tune
 WINDOWS_MEASURED = 256  # of training and of held-out text, evenly spaced
 WINDOWS_AT_ONCE = 32
 
-# Those of lowest validation loss in trials of as many iterations as take K-FAC's 80 in
-# time, seed 0: eight were AdamW's; K-FAC's and EKFAC's were four each, in ranges taken
-# from a few more. (`--tune` now compares six of the whole run's length for each.)
-#   K-FAC, by rate and damping: 0.1 0.03 2.572, 0.1 0.1 2.608, 0.3 0.03 2.561, 0.3 0.1
-#     2.572; with a constraint of 0.1 it diverged at damping 0.01
-#   EKFAC: 0.1 0.03 2.598, 0.1 0.1 2.585, 0.3 0.03 2.611, 0.3 0.1 2.575
-#   AdamW, by rate (decay 0.01; with 0.1 no different): 0.001 2.629, 0.002 2.583, 0.004
-#     2.616, 0.008 3.058
+# Those of lowest validation loss in the trials of docs/tuning.md.
 SETTINGS = Settings(
-    kfac_rate=0.3,
-    kfac_damping=0.03,
-    ekfac_rate=0.3,
-    ekfac_damping=0.1,
-    adamw_rate=2e-3,
+    kfac_damping=3e-3,
+    kfac_constraint=1e-3,
+    kfac_warm_up=0.4,
+    ekfac_damping=3e-3,
+    ekfac_constraint=1e-3,
+    ekfac_warm_up=0.3,
+    adamw_rate=5e-3,
+    adamw_decay=0.1,
+    adamw_warm_up=0.6,
 )
-GRIDS = grids((0.3, 1.0), (0.01, 0.03, 0.1), (1e-3, 2e-3, 4e-3))
+GRIDS = grids((1e-3, 3e-3, 1e-2), (1e-3, 3e-3), (3e-3, 5e-3, 7e-3))
 MEASURES = Measures(
     train="cross-entropy, nats per character",
     test="held-out text",

@@ -21,6 +21,8 @@ import kfac_jax
 
 CONSTRAINT = "highest limit of alpha^2 D'g, for direction D and gradient g"
 
+WARM_UP = "part of the budget in which the rate rises"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -29,16 +31,17 @@ class Settings:
     kfac_rate: float = option(0.1, "K-FAC: highest learning rate, alpha")
     kfac_damping: float = option(1e-3, "K-FAC: lambda")
     kfac_constraint: float = option(1e-2, f"K-FAC: {CONSTRAINT}")
+    kfac_warm_up: float = option(0.3, f"K-FAC: {WARM_UP}")
     ekfac_rate: float = option(0.1, "EKFAC: highest learning rate, alpha")
     ekfac_damping: float = option(1e-3, "EKFAC: lambda")
     ekfac_constraint: float = option(1e-2, f"EKFAC: {CONSTRAINT}")
+    ekfac_warm_up: float = option(0.3, f"EKFAC: {WARM_UP}")
     adamw_rate: float = option(1e-3, "AdamW: highest learning rate")
     adamw_decay: float = option(1e-2, "AdamW: weight decay")
-    adamw_warm_up: float = option(0.3, "AdamW: part of the budget in which it rises")
+    adamw_warm_up: float = option(0.3, f"AdamW: {WARM_UP}")
     momentum: float = option(0.9, "K-FAC, EKFAC: mu")
     inverse_every: int = option(20, "K-FAC, EKFAC: steps between inverses, T3")
     statistics_fraction: float = option(0.25, "K-FAC, EKFAC: part of a batch, tau1")
-    warm_up: float = option(0.3, "K-FAC, EKFAC: part in which the rate rises")
 
 
 def grids(
@@ -92,6 +95,7 @@ def _kfac(settings: Settings, problem: Problem, params: PyTree, seed: int) -> Me
         settings.kfac_rate,
         settings.kfac_damping,
         settings.kfac_constraint,
+        settings.kfac_warm_up,
     )
     return _with_curvature(constants, settings, problem, params, seed)
 
@@ -103,6 +107,7 @@ def _ekfac(settings: Settings, problem: Problem, params: PyTree, seed: int) -> M
         settings.ekfac_rate,
         settings.ekfac_damping,
         settings.ekfac_constraint,
+        settings.ekfac_warm_up,
     )
     return _with_curvature(constants, settings, problem, params, seed)
 
@@ -113,6 +118,7 @@ class _Constants(NamedTuple):
     rate: float
     damping: float
     constraint: float
+    warm_up: float
 
 
 def _with_curvature(
@@ -149,7 +155,7 @@ def _with_curvature(
         )
 
     def step(params, state, batch, iteration, fraction):
-        part = scheduled(1.0, settings.warm_up, fraction)
+        part = scheduled(1.0, constants.warm_up, fraction)
         value, grads, statistics = curvature.value_grad_and_statistics(
             params,
             *batch,

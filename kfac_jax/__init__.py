@@ -11,6 +11,7 @@ from kfac_jax.averaging import AverageIteratesState as AverageIteratesState
 from kfac_jax.averaging import average_iterates as average_iterates
 from kfac_jax.curvature import Curvature as Curvature
 from kfac_jax.curvature import make_curvature as make_curvature
+from kfac_jax.distribution import OverAxis as OverAxis
 from kfac_jax.layers import Layer as Layer
 from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
 from kfac_jax.rules import QuadraticModel as QuadraticModel

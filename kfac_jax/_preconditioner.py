@@ -14,6 +14,7 @@ from kfac_jax._vectors import inner_product
 from kfac_jax.approximation import invert, layer_leaves, layer_vectors
 from kfac_jax.blocks import Block
 from kfac_jax.layers import Layer
+from kfac_jax.linalg._psd import Run
 
 
 def _blocks(layers: Sequence[Layer]) -> dict[str, Block]:
@@ -48,7 +49,11 @@ def refresh_factors(layers: Sequence[Layer], factors: Factors) -> Factors:
 
 @jax.named_scope("kfac_inverses")
 def refresh_inverses(
-    layers: Sequence[Layer], factors: Factors, old: Factors, damping: Array
+    layers: Sequence[Layer],
+    factors: Factors,
+    old: Factors,
+    damping: Array,
+    run: Run | None = None,
 ) -> tuple[Factors, Array]:
     """Inverts the damped factors; of linked layers, computes what takes their place.
 
@@ -60,12 +65,13 @@ def refresh_inverses(
       factors: the moving averages, by layer name.
       old: the inverses so far.
       damping: λ + η.
+      run: what applies the inversion to the matrices of one size, see `inverse_many`.
 
     Returns:
       The inverses, and how many layers failed. Linked layers fail together.
     """
     blocks = _blocks(layers)
-    found, finite = _inverses(layers, blocks, factors, damping)
+    found, finite = _inverses(layers, blocks, factors, damping, run)
     result = dict(old)
     failed = jnp.zeros((), jnp.int32)
     for name, part in found.items():
@@ -82,6 +88,7 @@ def _inverses(
     blocks: dict[str, Block],
     factors: Factors,
     damping: Array,
+    run: Run | None,
 ) -> tuple[Factors, dict[str, Array]]:
     """Those of the layers that have factors, and whether they are finite, by name."""
     damped = {
@@ -91,7 +98,7 @@ def _inverses(
     }
     found: Factors = {}
     finite: dict[str, Array] = {}
-    for name, parts in invert(blocks, damped).items():
+    for name, parts in invert(blocks, damped, run).items():
         found[name] = {part: inverse for part, (inverse, _) in parts.items()}
         finite[name] = functools.reduce(
             jnp.logical_and, [part.finite for part in parts.values()]

@@ -15,6 +15,7 @@ from kfac_jax._preconditioner import precondition, refresh_inverses
 from kfac_jax._products import Products
 from kfac_jax._vectors import plane_products
 from kfac_jax.curvature import Curvature, Params
+from kfac_jax.distribution import OverAxis, mean
 from kfac_jax.rules import QuadraticModel, SeparateDamping
 
 
@@ -33,6 +34,7 @@ class Candidates:
       damping: λ.
       momentum: a fixed μ, or None.
       products: what -∇h's matrices may be products of.
+      distribution: over which devices the batch is spread.
     """
 
     rule: SeparateDamping
@@ -45,6 +47,7 @@ class Candidates:
     damping: Array
     momentum: Array | None
     products: Products
+    distribution: OverAxis | None
 
     def due(self, step: Array) -> Array:
         """Whether γ is to be chosen at this step, k."""
@@ -90,7 +93,10 @@ class Candidates:
     ) -> tuple[list[Array], Array, Array, Array]:
         """Δ, what the plane of Δ and δ0 needs of it, and how many inverses failed."""
         layers = self.curvature.layers
-        inverses, failed = refresh_inverses(layers, factors, old, jnp.square(gamma))
+        run = None if self.distribution is None else self.distribution.map
+        inverses, failed = refresh_inverses(
+            layers, factors, old, jnp.square(gamma), run
+        )
         down = [-x for x in self.gradient]
         scaled, _ = precondition(layers, factors, inverses, down, self.products)
         direction = [x for x in scaled if x is not None]
@@ -106,6 +112,7 @@ class Candidates:
         tree = jax.tree.unflatten(self.curvature.tree.treedef, vectors)
         part = _batch.take(self.args, self.model.fraction)
         fisher = self.curvature.quadratic_form(self.params, tree, *part)
+        fisher = mean(self.distribution, fisher)
         count = len(fisher) - 1
         planes = np.stack([np.arange(count), np.full(count, count)], axis=1)
         return fisher[planes[:, :, None], planes[:, None, :]]

@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from kfac_jax import _batch, _factors
+from kfac_jax import distribution as _distribution
 from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._ordering import known_false_after
@@ -18,6 +19,8 @@ from kfac_jax._preconditioner import refresh_factors, refresh_inverses
 from kfac_jax._separate_damping import Candidates
 from kfac_jax._vectors import inner_product, plane_products
 from kfac_jax.curvature import Curvature, Params
+from kfac_jax.distribution import OverAxis
+from kfac_jax.linalg._psd import Run
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
@@ -121,8 +124,14 @@ def check_common(
     check_number("damping (λ)", damping, 0.0, float("inf"), False)
     check_number("decay (ε)", decay, 0.0, 1.0, False)
     check_number("inverse_every (T3)", inverse_every, 1, float("inf"), False)
-    if distribution is not None:
-        raise ValueError(f"distribution must be None; got {distribution!r}.")
+    _distribution.check(distribution)
+    products = [x.name for x in curvature.layers if x.product_rows]
+    if distribution is not None and products:
+        raise ValueError(
+            "Gradients that are averages over devices are no products of one device's "
+            f"inputs: expected no layers with gradient_products, got {products}. Leave "
+            "gradient_products or the distribution out."
+        )
 
 
 def check_update(state: Any, statistics: Any, kind: str) -> None:
@@ -152,6 +161,7 @@ def advance(
     damping: Array,
     decay: Any,
     inverse_every: Any,
+    distribution: OverAxis | None,
     candidates: Candidates | None = None,
 ) -> tuple[KFACState, Array]:
     """Updates factors and, if due, γ and inverses; also tells if it refused anything.
@@ -160,6 +170,7 @@ def advance(
     statistics: a step without any must not pass for the first.
     """
     step, layers = state.step + 1, curvature.layers
+    statistics = _distribution.mean(distribution, statistics)
     informative = sum(bool(layer.factor_shapes) for layer in layers)
     factors, refused = _factors.average(
         layers, state.factors, statistics, state.batches + 1, decay
@@ -169,7 +180,8 @@ def advance(
     every = jnp.asarray(inverse_every, jnp.int32)
     due = (informed & (batches <= 3)) | ((step % every == 0) & (batches > 0))
     state = state._replace(step=step, batches=batches, factors=factors)
-    state, failed = _refresh(curvature, state, damping, due, candidates)
+    run = None if distribution is None else distribution.map
+    state, failed = _refresh(curvature, state, damping, due, run, candidates)
     return state, (refused > 0) | (failed > 0)
 
 
@@ -178,6 +190,7 @@ def _refresh(
     state: KFACState,
     damping: Array,
     due: Array,
+    run: Run | None,
     candidates: Candidates | None,
 ) -> tuple[KFACState, Array]:
     """Renews γ and the inverses where due; tells how many inverses failed.
@@ -202,7 +215,7 @@ def _refresh(
         if candidates is not None:
             assert gamma is not None
             gamma = candidates.update(state.step, fixed | moving, old, gamma)
-        inverses, failed = refresh_inverses(layers, fixed, old, squared(gamma))
+        inverses, failed = refresh_inverses(layers, fixed, old, squared(gamma), run)
         return moving, inverses, gamma, failed
 
     moving, inverses, gamma, failed = jax.lax.cond(
@@ -224,6 +237,13 @@ def _refresh(
         state = state._replace(factored_damping=gamma)
     state = state._replace(factors=factors | moving, inverses=inverses, info=info)
     return state, failed + unsafe
+
+
+def averaged_loss(distribution: OverAxis | None, value: Any) -> Any:
+    """The loss in `value`, over all devices' cases."""
+    if distribution is None or value is None:
+        return value
+    return distribution.mean(loss_of(value))
 
 
 def loss_of(value: Any) -> Array:
@@ -254,6 +274,7 @@ class Step:
       squared_length: ΔᵀΔ, or somewhat more.
       previous: δ0.
       damping: λ.
+      distribution: over which devices the batch is spread.
     """
 
     curvature: Curvature
@@ -264,6 +285,7 @@ class Step:
     squared_length: Array
     previous: list[Array]
     damping: Array
+    distribution: OverAxis | None
 
     def plane(self, fraction: float) -> tuple[Array, Array]:
         """`F + (λ+η) I` in the plane of Δ and δ0, `[2, 2]`, and ∇h there, `[2]`.
@@ -279,6 +301,7 @@ class Step:
         treedef = self.curvature.tree.treedef
         vectors = [jax.tree.unflatten(treedef, v) for v in basis]
         fisher = self.curvature.quadratic_form(self.params, vectors, *part)
+        fisher = _distribution.mean(self.distribution, fisher)
         gram, slope = plane_products(self.gradient, *basis)
         total = (self.damping + self.curvature.l2).astype(fisher.dtype)
         matrix = fisher + total * gram.astype(fisher.dtype)
@@ -368,6 +391,7 @@ class Step:
             step = step.astype(matrix.dtype)
             predicted = slope @ step + 0.5 * step @ matrix @ step
         after = loss_of(self.curvature.loss_fn(moved, *self.args))
+        after = _distribution.mean(self.distribution, after)
         predicted = predicted.astype(after.dtype)
         before = loss_of(value)
         rho = (after - before) / predicted

@@ -17,6 +17,7 @@ from kfac_jax._gathering import (
     split_products,
     with_cross,
 )
+from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.differentiation import check_forward_mode, reverse_mode
 from kfac_jax._jaxpr.graph import Graph, build
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
@@ -197,12 +198,12 @@ class Curvature:
             for layer in self.layers
             if factors is not None and layer.carried_shapes
         }
+        data = jax.tree.leaves(args)
         probes = {
-            index: probe(layer, sites[index]) | carried.get(layer.name, {})
+            index: probe(layer, sites[index], data) | carried.get(layer.name, {})
             for index, layer in enumerate(self.layers)
             if is_tapped(layer)
         }
-        data = jax.tree.leaves(args)
 
         def forward(leaves: Sequence[Array], probes: Any) -> Any:
             outputs, losses = run(program, [*leaves, *data], probes)
@@ -221,6 +222,8 @@ class Curvature:
             return grads, split_products(self.layers, sums)[1]
 
         def pull_outputs(cotangents: list[Array]) -> Any:
+            pairs = zip(cotangents, zs, strict=True)
+            cotangents = [_compat.vary_like(u, z) for u, z in pairs]
             with reverse_mode(program.graph, len(leaves)):
                 grads, sums = pull((jnp.zeros_like(loss), cotangents))
             sums, _ = split_products(self.layers, sums)
@@ -236,6 +239,7 @@ class Curvature:
                 pull_outputs,
                 rng,
             )
+            count *= _compat.summed_devices(zs, sums)
             counted = {
                 layer: {name: x * count for name, x in part.items()}
                 for layer, part in carried.items()

@@ -21,6 +21,7 @@ from kfac_jax._step import (
     Step,
     advance,
     at,
+    averaged_loss,
     check_common,
     check_kind,
     check_number,
@@ -31,6 +32,7 @@ from kfac_jax._step import (
     loss_of,
 )
 from kfac_jax.curvature import Curvature, Params
+from kfac_jax.distribution import OverAxis
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
@@ -45,7 +47,7 @@ def scale_by_kfac(
     decay: Scalar = 0.95,
     inverse_every: int | Array = 20,
     *,
-    distribution: None = None,
+    distribution: OverAxis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of the damped approximate curvature.
 
@@ -60,7 +62,8 @@ def scale_by_kfac(
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
         first three steps.
-      distribution: how work is shared over devices; None for none.
+      distribution: an `OverAxis` in a step that runs on several devices, of which each
+        gets a part of the batch; None for one, or where `jit` spreads the arrays.
 
     Returns:
       The transformation. Its state is a `KFACState`.
@@ -109,8 +112,9 @@ def scale_by_kfac(
         assert statistics is not None
         grads = curvature.tree.masked_leaves(updates, "grads")
         now = at(damping, state.step)
+        value = averaged_loss(distribution, value)
         state, refused = advance(
-            curvature, state, statistics, now, decay, inverse_every
+            curvature, state, statistics, now, decay, inverse_every, distribution
         )
         scaled, square = precondition(
             curvature.layers,
@@ -145,7 +149,7 @@ def kfac(
     decay: Scalar = 0.95,
     inverse_every: int | Array = 20,
     factored_damping: SeparateDamping | None = None,
-    distribution: None = None,
+    distribution: OverAxis | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The K-FAC optimizer: `δ = α Δ + μ δ0` with `Δ = -(F + (λ+η) I)⁻¹ ∇h`.
 
@@ -172,7 +176,8 @@ def kfac(
         first three steps.
       factored_damping: γ, the damping of the approximate Fisher: None for √(λ+η), or a
         `SeparateDamping` rule, which needs a `QuadraticModel` and a T2 that T3 divides.
-      distribution: how work is shared over devices; None for none.
+      distribution: an `OverAxis` in a step that runs on several devices, of which each
+        gets a part of the batch; None for one, or where `jit` spreads the arrays.
 
     Returns:
       The transformation. Its state is a `KFACState`, whose `info` says what happened.
@@ -228,6 +233,7 @@ def kfac(
             _check_evaluation(curvature, params, value, args)
         elif params is not None:
             curvature.tree.masked_leaves(params, "params")
+        value = averaged_loss(distribution, value)
         grads = curvature.tree.masked_leaves(updates, "grads")
         velocity = curvature.tree.masked_leaves(state.velocity, "the velocity")
         count, now = state.step, state.damping
@@ -241,6 +247,7 @@ def kfac(
             "gradient": [x for x in grads if x is not None],
             "previous": [x for x in velocity if x is not None],
             "damping": now,
+            "distribution": distribution,
         }
         products = _products.negative(statistics.products)
         candidates = None
@@ -254,7 +261,14 @@ def kfac(
                 **start,
             )
         state, refused = advance(
-            curvature, state, statistics, now, decay, inverse_every, candidates
+            curvature,
+            state,
+            statistics,
+            now,
+            decay,
+            inverse_every,
+            distribution,
+            candidates,
         )
         down = [None if x is None else -x for x in grads]
         scaled, square = precondition(

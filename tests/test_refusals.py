@@ -316,8 +316,8 @@ ERRORS = {  # the type, and what raises it
         TypeError,
         lambda: kfac_jax.kfac(plan(), momentum="nesterov"),
     ),
-    "distribution must be None": (
-        ValueError,
+    "distribution must be None or kfac_jax.OverAxis(axis name); got 'data'.": (
+        TypeError,
         lambda: kfac_jax.kfac(plan(), distribution="data"),
     ),
     "measures whole steps; use kfac(...)": (

@@ -5,6 +5,7 @@ with `num_consts`/`num_carry` or with `ft_in`.
 """
 
 import functools
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -143,6 +144,51 @@ def vary_like(x: Array, *others: Array | None) -> Array:
     if hasattr(lax, "pcast"):
         return lax.pcast(x, missing, to="varying")
     return lax.pvary(x, missing)
+
+
+def all_gather(x: Array, axis: str | tuple[str, ...]) -> Array:
+    """Stacks the devices' x, `[devices, ...]`, the same on all of them."""
+    lax: Any = jax.lax
+    if not _varying(x):  # inside pmap, which does not tell what varies
+        return lax.all_gather(x, axis)
+    if hasattr(lax, "all_gather_invariant"):
+        return lax.all_gather_invariant(x, axis)
+    return lax.all_gather(x, axis, to="invarying")
+
+
+def sum_like(x: Array, other: Array) -> Array:
+    """Sums x over the mesh axes that it varies over and the other does not."""
+    axes = tuple(sorted(_varying(x) - _varying(other)))
+    return jax.lax.psum(x, axes) if axes else x
+
+
+def summed_devices(outputs: Sequence[Array], sums: Any) -> int:
+    """Over how many devices' outputs cotangents have been summed, inside `shard_map`.
+
+    JAX does so where what the cotangents belong to does not vary over an axis but the
+    outputs do.
+
+    Args:
+      outputs: what was pulled back.
+      sums: a tree of the cotangents.
+
+    Returns:
+      The product of the sizes of those axes.
+
+    Raises:
+      ValueError: if it is not the same for all.
+    """
+    varying = frozenset[str]().union(*map(_varying, outputs))
+    found = {varying - _varying(x) for x in jax.tree.leaves(sums)}
+    if len(found) > 1:
+        axes = " and ".join(sorted(str(sorted(each)) for each in found))
+        raise ValueError(
+            "Inside of shard_map some parameters vary over a mesh axis and others do "
+            f"not: expected gradients that are summed over the same axes, got {axes}. "
+            "Mark all parameters as varying (jax.lax.pcast) or none."
+        )
+    lax: Any = jax.lax
+    return math.prod(lax.axis_size(axis) for axis in next(iter(found), ()))
 
 
 def _varying(x: Array) -> frozenset[str]:

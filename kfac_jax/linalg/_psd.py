@@ -37,7 +37,13 @@ class Inverted(NamedTuple):
     finite: Array  # []: whether all of them are
 
 
-def inverse_many(shifted: Sequence[tuple[Array, Array]]) -> list[Inverted]:
+Run = Callable[[Sequence[Array], Callable[[Array], Array]], list[Array]]
+"""Applies a function of `[k, d, d]` to each of several arrays."""
+
+
+def inverse_many(
+    shifted: Sequence[tuple[Array, Array]], run: Run | None = None
+) -> list[Inverted]:
     """Inverts `x + s I` for many x and s, matrices of similar size as one batch.
 
     Matrices are padded by the identity. What there is to compile grows with the number
@@ -48,11 +54,12 @@ def inverse_many(shifted: Sequence[tuple[Array, Array]]) -> list[Inverted]:
 
     Args:
       shifted: x, symmetric `[..., d, d]`, and s, `[...]`; the sum positive definite.
+      run: what applies the inversion to the batches; by default one after the other.
 
     Returns:
       The inverses in the same order and shapes.
     """
-    return _many(shifted, _inverse)
+    return _many(shifted, _inverse, run or _in_turn)
 
 
 def inverse_root_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
@@ -64,22 +71,34 @@ def inverse_root_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
     Returns:
       The roots in the same order and shapes; NaN where not positive definite.
     """
-    return [root.inverse for root in _many(shifted, _inverse_root)]
+    return [root.inverse for root in _many(shifted, _inverse_root, _in_turn)]
+
+
+def _in_turn(
+    stacks: Sequence[Array], function: Callable[[Array], Array]
+) -> list[Array]:
+    results: list[Array] = []
+    previous = jnp.zeros(())
+    for stack in stacks:
+        results.append(
+            function(stack + known_false_after(previous).astype(stack.dtype))
+        )
+        previous = results[-1][0, 0, 0]
+    return results
 
 
 def _many(
-    shifted: Sequence[tuple[Array, Array]], function: Callable[[Array], Array]
+    shifted: Sequence[tuple[Array, Array]], function: Callable[[Array], Array], run: Run
 ) -> list[Inverted]:
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for i, (x, _) in enumerate(shifted):
         groups.setdefault((_padded(x.shape[-1]), x.dtype), []).append(i)
     results: dict[int, Inverted] = {}
-    previous = jnp.zeros(())
-    for (size, dtype), members in groups.items():
-        stacked = _stack([shifted[i] for i in members], size)
-        never = known_false_after(previous).astype(dtype)
-        inverses = function(stacked + never)
-        previous = inverses[0, 0, 0]
+    stacks = [
+        _stack([shifted[i] for i in members], size)
+        for (size, _), members in groups.items()
+    ]
+    for members, inverses in zip(groups.values(), run(stacks, function), strict=True):
         finite = jnp.isfinite(diagonal(inverses)).all(-1)  # as in finite_diagonals
         start = 0
         for i in members:

@@ -1,0 +1,174 @@
+"""How devices share the work of an optimizer: one of them inverts each matrix."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kfac_jax._jaxpr import _compat
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class OverAxis:
+    """The devices along a named axis of `pmap` or `shard_map` share the inversions.
+
+    For `kfac(..., distribution=OverAxis("batch"))` in a step that each device runs on
+    its own part of the batch. In it, `update`
+
+    * averages the statistics over the axis (they may be averages already), and what
+      adaptive rules evaluate: the quadratic model and the loss;
+    * gives every damped factor an owner, by cost, the largest first; each device
+      inverts its own, and one collective hands out all inverses.
+
+    Gradients must be averages already, as any optimizer needs them:
+    `grads = jax.lax.pmean(grads, "batch")`. The state is the same on all devices, and
+    nothing in it depends on their number. Eigendecompositions (`blocks.Eigen`) and the
+    sparse inverse of `BlockTridiagonal` are computed by every device.
+
+    Attributes:
+      axis: the name of the axis, or a tuple of names whose product counts.
+
+    >>> OverAxis("batch")
+    OverAxis(axis='batch')
+    """
+
+    axis: str | tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        """Checks the type."""
+        names = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise TypeError(
+                "OverAxis needs the name of an axis, or a tuple of names; got "
+                f"{self.axis!r}."
+            )
+
+    def size(self) -> int:
+        """How many devices share the work.
+
+        Raises:
+          ValueError: if the axis does not exist where this is called.
+        """
+        try:
+            return int(jax.lax.axis_size(self.axis))
+        except NameError as error:
+            raise ValueError(
+                f"The axis of OverAxis({self.axis!r}) does not exist here: {error}. "
+                "Call update inside of pmap(..., axis_name=...) or of a shard_map over "
+                "a mesh with that axis, or leave the distribution out."
+            ) from None
+
+    def mean(self, tree: T) -> T:
+        """The average over the axis."""
+        self.size()
+        return jax.lax.pmean(tree, self.axis)
+
+    def map(
+        self, stacks: Sequence[Array], function: Callable[[Array], Array]
+    ) -> list[Array]:
+        """Applies a function of `[k, d, d]`, each device to the matrices it owns.
+
+        Args:
+          stacks: `[k, d, d]` matrices, the same on all devices.
+          function: of matrices that come as `[k, d, d]`; it treats them one by one, and
+            its cost grows as `k d³`.
+
+        Returns:
+          Its results, the same on all devices.
+        """
+        devices = self.size()
+        shapes = [x.shape for x in stacks]
+        sizes = [shape[-1] for shape in shapes for _ in range(shape[0])]
+        owners = np.asarray(assign(sizes, devices), int)
+        me = jax.lax.axis_index(self.axis)
+        mine: list[Array] = []
+        places: list[tuple[np.ndarray, np.ndarray]] = []
+        for stack in stacks:
+            own, owners = np.split(owners, [len(stack)])
+            counts = np.bincount(own, minlength=devices)
+            order = np.argsort(own, kind="stable")
+            first = np.cumsum(counts) - counts
+            slots = np.empty_like(order)
+            slots[order] = np.arange(len(order)) - first[own[order]]
+            places.append((own, slots))
+            mine.append(
+                _one_by_one(
+                    function,
+                    stack,
+                    jnp.asarray(order),
+                    jnp.asarray(first)[me],
+                    jnp.asarray(counts)[me],
+                    int(counts.max()),
+                )
+            )
+        flat = jnp.concatenate([x.reshape(-1) for x in mine])
+        gathered = _compat.all_gather(flat, self.axis)
+        results: list[Array] = []
+        start = 0
+        for local, (own, slots) in zip(mine, places, strict=True):
+            part = gathered[:, start : start + local.size]
+            results.append(part.reshape(devices, *local.shape)[own, slots])
+            start += local.size
+        return results
+
+
+def _one_by_one(
+    function: Callable[[Array], Array],
+    stack: Array,
+    order: Array,
+    first: Array,
+    count: Array,
+    slots: int,
+) -> Array:
+    """The results for matrices `order[first : first + count]`, `[slots, d, d]`."""
+
+    def one(i: Array, results: Array) -> Array:
+        matrix = jax.lax.dynamic_slice_in_dim(stack, order[first + i], 1)
+        result = function(matrix).astype(results.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(results, result, i, 0)
+
+    start = jnp.zeros((slots, *stack.shape[1:]), stack.dtype)
+    start = _compat.vary_like(start, first, stack)
+    return jax.lax.fori_loop(jnp.zeros_like(count), count, one, start)
+
+
+def assign(sizes: Sequence[int], devices: int) -> list[int]:
+    """Gives matrices owners: the largest first, each to the device with least to do.
+
+    Args:
+      sizes: d of each `d × d` matrix; its cost is d³.
+      devices: how many there are.
+
+    Returns:
+      The owner of each.
+
+    >>> assign([4, 2, 2, 2, 3], 2)
+    [0, 1, 1, 1, 1]
+    """
+    loads = [0] * devices
+    owners = [0] * len(sizes)
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        device = loads.index(min(loads))
+        owners[i] = device
+        loads[device] += sizes[i] ** 3
+    return owners
+
+
+def mean(distribution: OverAxis | None, tree: T) -> T:
+    """The average over the devices, where there are several."""
+    return tree if distribution is None else distribution.mean(tree)
+
+
+def check(distribution: Any) -> None:
+    """Raises TypeError unless it is a distribution or None."""
+    if distribution is not None and not isinstance(distribution, OverAxis):
+        raise TypeError(
+            "distribution must be None or kfac_jax.OverAxis(axis name); got "
+            f"{distribution!r}."
+        )
