@@ -48,7 +48,7 @@ SETTINGS = Settings(
     ekfac_warm_up=0.3,
     adamw_rate=5e-3,
     adamw_decay=0.1,
-    adamw_warm_up=0.6,
+    adamw_warm_up=0.8,
 )
 GRIDS = grids((1e-3, 3e-3, 1e-2), (1e-3, 3e-3), (3e-3, 5e-3, 7e-3))
 MEASURES = Measures(
