@@ -11,12 +11,12 @@ from kfac_jax.averaging import AverageIteratesState as AverageIteratesState
 from kfac_jax.averaging import average_iterates as average_iterates
 from kfac_jax.curvature import Curvature as Curvature
 from kfac_jax.curvature import make_curvature as make_curvature
-from kfac_jax.distribution import OverAxis as OverAxis
 from kfac_jax.layers import Layer as Layer
 from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
 from kfac_jax.rules import QuadraticModel as QuadraticModel
 from kfac_jax.rules import SeparateDamping as SeparateDamping
 from kfac_jax.schedules import ExponentialBatchSize as ExponentialBatchSize
+from kfac_jax.sharding import OverAxis as OverAxis
 from kfac_jax.structures import BlockDiagonal as BlockDiagonal
 from kfac_jax.structures import BlockTridiagonal as BlockTridiagonal
 from kfac_jax.tags import register_conv2d as register_conv2d

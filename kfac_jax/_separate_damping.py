@@ -15,8 +15,8 @@ from kfac_jax._preconditioner import precondition, refresh_inverses
 from kfac_jax._products import Products
 from kfac_jax._vectors import plane_products
 from kfac_jax.curvature import Curvature, Params
-from kfac_jax.distribution import OverAxis, mean
 from kfac_jax.rules import QuadraticModel, SeparateDamping
+from kfac_jax.sharding import OverAxis, mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _batch, _factors
-from kfac_jax import distribution as _distribution
+from kfac_jax import _batch, _factors, sharding
 from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._ordering import known_false_after
@@ -19,7 +18,6 @@ from kfac_jax._preconditioner import refresh_factors, refresh_inverses
 from kfac_jax._separate_damping import Candidates
 from kfac_jax._vectors import inner_product, plane_products
 from kfac_jax.curvature import Curvature, Params
-from kfac_jax.distribution import OverAxis
 from kfac_jax.linalg._psd import Run
 from kfac_jax.rules import (
     LevenbergMarquardt,
@@ -27,6 +25,7 @@ from kfac_jax.rules import (
     SeparateDamping,
     Solution,
 )
+from kfac_jax.sharding import OverAxis
 
 Scalar = float | Array
 Schedule = Callable[[Any], Any]
@@ -124,7 +123,7 @@ def check_common(
     check_number("damping (λ)", damping, 0.0, float("inf"), False)
     check_number("decay (ε)", decay, 0.0, 1.0, False)
     check_number("inverse_every (T3)", inverse_every, 1, float("inf"), False)
-    _distribution.check(distribution)
+    sharding.check(distribution)
     products = [x.name for x in curvature.layers if x.product_rows]
     if distribution is not None and products:
         raise ValueError(
@@ -170,7 +169,7 @@ def advance(
     statistics: a step without any must not pass for the first.
     """
     step, layers = state.step + 1, curvature.layers
-    statistics = _distribution.mean(distribution, statistics)
+    statistics = sharding.mean(distribution, statistics)
     informative = sum(bool(layer.factor_shapes) for layer in layers)
     factors, refused = _factors.average(
         layers, state.factors, statistics, state.batches + 1, decay
@@ -301,7 +300,7 @@ class Step:
         treedef = self.curvature.tree.treedef
         vectors = [jax.tree.unflatten(treedef, v) for v in basis]
         fisher = self.curvature.quadratic_form(self.params, vectors, *part)
-        fisher = _distribution.mean(self.distribution, fisher)
+        fisher = sharding.mean(self.distribution, fisher)
         gram, slope = plane_products(self.gradient, *basis)
         total = (self.damping + self.curvature.l2).astype(fisher.dtype)
         matrix = fisher + total * gram.astype(fisher.dtype)
@@ -391,7 +390,7 @@ class Step:
             step = step.astype(matrix.dtype)
             predicted = slope @ step + 0.5 * step @ matrix @ step
         after = loss_of(self.curvature.loss_fn(moved, *self.args))
-        after = _distribution.mean(self.distribution, after)
+        after = sharding.mean(self.distribution, after)
         predicted = predicted.astype(after.dtype)
         before = loss_of(value)
         rho = (after - before) / predicted

@@ -32,13 +32,13 @@ from kfac_jax._step import (
     loss_of,
 )
 from kfac_jax.curvature import Curvature, Params
-from kfac_jax.distribution import OverAxis
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
     SeparateDamping,
     Solution,
 )
+from kfac_jax.sharding import OverAxis
 
 
 def scale_by_kfac(

@@ -1,4 +1,4 @@
-"""How devices share the work of an optimizer: one of them inverts each matrix."""
+"""Devices that run one step together, each on its part of the batch."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -10,6 +10,8 @@ import numpy as np
 from jax import Array
 
 from kfac_jax._jaxpr import _compat
+from kfac_jax._ordering import known_false_after
+from kfac_jax.sharding._planner import assign
 
 T = TypeVar("T")
 
@@ -92,6 +94,10 @@ class OverAxis:
         for stack in stacks:
             own, owners = np.split(owners, [len(stack)])
             counts = np.bincount(own, minlength=devices)
+            count = jnp.asarray(counts)[me]
+            if mine:  # one after the other, see linalg.inverse_many
+                started = known_false_after(mine[-1][0, 0, 0])
+                count = jnp.where(started, jnp.zeros_like(count), count)
             order = np.argsort(own, kind="stable")
             first = np.cumsum(counts) - counts
             slots = np.empty_like(order)
@@ -103,19 +109,26 @@ class OverAxis:
                     stack,
                     jnp.asarray(order),
                     jnp.asarray(first)[me],
-                    jnp.asarray(counts)[me],
+                    count,
                     int(counts.max()),
                 )
             )
-        flat = jnp.concatenate([x.reshape(-1) for x in mine])
-        gathered = _compat.all_gather(flat, self.axis)
-        results: list[Array] = []
-        start = 0
-        for local, (own, slots) in zip(mine, places, strict=True):
-            part = gathered[:, start : start + local.size]
-            results.append(part.reshape(devices, *local.shape)[own, slots])
-            start += local.size
-        return results
+        everyone = self._gather(mine)
+        return [x[place] for x, place in zip(everyone, places, strict=True)]
+
+    def _gather(self, local: Sequence[Array]) -> list[Array]:
+        """Stacks the devices' arrays, `[devices, ...]`, in one collective for a type."""
+        results: dict[int, Array] = {}
+        for dtype in dict.fromkeys(x.dtype for x in local):
+            members = [i for i, x in enumerate(local) if x.dtype == dtype]
+            flat = jnp.concatenate([local[i].reshape(-1) for i in members])
+            gathered = _compat.all_gather(flat, self.axis)
+            start = 0
+            for i in members:
+                part = gathered[:, start : start + local[i].size]
+                results[i] = part.reshape(-1, *local[i].shape)
+                start += local[i].size
+        return [results[i] for i in range(len(local))]
 
 
 def _one_by_one(
@@ -136,28 +149,6 @@ def _one_by_one(
     start = jnp.zeros((slots, *stack.shape[1:]), stack.dtype)
     start = _compat.vary_like(start, first, stack)
     return jax.lax.fori_loop(jnp.zeros_like(count), count, one, start)
-
-
-def assign(sizes: Sequence[int], devices: int) -> list[int]:
-    """Gives matrices owners: the largest first, each to the device with least to do.
-
-    Args:
-      sizes: d of each `d × d` matrix; its cost is d³.
-      devices: how many there are.
-
-    Returns:
-      The owner of each.
-
-    >>> assign([4, 2, 2, 2, 3], 2)
-    [0, 1, 1, 1, 1]
-    """
-    loads = [0] * devices
-    owners = [0] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        device = loads.index(min(loads))
-        owners[i] = device
-        loads[device] += sizes[i] ** 3
-    return owners
 
 
 def mean(distribution: OverAxis | None, tree: T) -> T:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import kfac_jax
 from kfac_jax import linalg
 from kfac_jax._jaxpr._compat import vary_like
-from kfac_jax.distribution import assign
+from kfac_jax.sharding._planner import assign
 
 CASES = 16
 AXIS = kfac_jax.OverAxis("batch")
