@@ -117,7 +117,7 @@ class OverAxis:
         return [x[place] for x, place in zip(everyone, places, strict=True)]
 
     def _gather(self, local: Sequence[Array]) -> list[Array]:
-        """Stacks the devices' arrays, `[devices, ...]`, in one collective for a type."""
+        """Stacks what the devices have, `[devices, ...]`: one collective for a type."""
         results: dict[int, Array] = {}
         for dtype in dict.fromkeys(x.dtype for x in local):
             members = [i for i, x in enumerate(local) if x.dtype == dtype]
