@@ -17,6 +17,7 @@ from kfac_jax.rules import QuadraticModel as QuadraticModel
 from kfac_jax.rules import SeparateDamping as SeparateDamping
 from kfac_jax.schedules import ExponentialBatchSize as ExponentialBatchSize
 from kfac_jax.sharding import OverAxis as OverAxis
+from kfac_jax.sharding import OverMesh as OverMesh
 from kfac_jax.structures import BlockDiagonal as BlockDiagonal
 from kfac_jax.structures import BlockTridiagonal as BlockTridiagonal
 from kfac_jax.tags import register_conv2d as register_conv2d

@@ -16,7 +16,7 @@ from kfac_jax._products import Products
 from kfac_jax._vectors import plane_products
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import QuadraticModel, SeparateDamping
-from kfac_jax.sharding import OverAxis, mean
+from kfac_jax.sharding import Distribution, mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Candidates:
     damping: Array
     momentum: Array | None
     products: Products
-    distribution: OverAxis | None
+    distribution: Distribution | None
 
     def due(self, step: Array) -> Array:
         """Whether γ is to be chosen at this step, k."""

@@ -25,7 +25,7 @@ from kfac_jax.rules import (
     SeparateDamping,
     Solution,
 )
-from kfac_jax.sharding import OverAxis
+from kfac_jax.sharding import Distribution
 
 Scalar = float | Array
 Schedule = Callable[[Any], Any]
@@ -160,7 +160,7 @@ def advance(
     damping: Array,
     decay: Any,
     inverse_every: Any,
-    distribution: OverAxis | None,
+    distribution: Distribution | None,
     candidates: Candidates | None = None,
 ) -> tuple[KFACState, Array]:
     """Updates factors and, if due, γ and inverses; also tells if it refused anything.
@@ -238,7 +238,7 @@ def _refresh(
     return state, failed + unsafe
 
 
-def averaged_loss(distribution: OverAxis | None, value: Any) -> Any:
+def averaged_loss(distribution: Distribution | None, value: Any) -> Any:
     """The loss in `value`, over all devices' cases."""
     if distribution is None or value is None:
         return value
@@ -284,7 +284,7 @@ class Step:
     squared_length: Array
     previous: list[Array]
     damping: Array
-    distribution: OverAxis | None
+    distribution: Distribution | None
 
     def plane(self, fraction: float) -> tuple[Array, Array]:
         """`F + (λ+η) I` in the plane of Δ and δ0, `[2, 2]`, and ∇h there, `[2]`.

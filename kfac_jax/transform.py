@@ -38,7 +38,7 @@ from kfac_jax.rules import (
     SeparateDamping,
     Solution,
 )
-from kfac_jax.sharding import OverAxis
+from kfac_jax.sharding import Distribution
 
 
 def scale_by_kfac(
@@ -47,7 +47,7 @@ def scale_by_kfac(
     decay: Scalar = 0.95,
     inverse_every: int | Array = 20,
     *,
-    distribution: OverAxis | None = None,
+    distribution: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of the damped approximate curvature.
 
@@ -62,8 +62,9 @@ def scale_by_kfac(
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
         first three steps.
-      distribution: an `OverAxis` in a step that runs on several devices, of which each
-        gets a part of the batch; None for one, or where `jit` spreads the arrays.
+      distribution: how several devices share the inversions: `OverAxis` in a step that
+        each of them runs on its part of the batch, `OverMesh` in one under `jit`; None
+        if each is to do all.
 
     Returns:
       The transformation. Its state is a `KFACState`.
@@ -149,7 +150,7 @@ def kfac(
     decay: Scalar = 0.95,
     inverse_every: int | Array = 20,
     factored_damping: SeparateDamping | None = None,
-    distribution: OverAxis | None = None,
+    distribution: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The K-FAC optimizer: `δ = α Δ + μ δ0` with `Δ = -(F + (λ+η) I)⁻¹ ∇h`.
 
@@ -176,8 +177,9 @@ def kfac(
         first three steps.
       factored_damping: γ, the damping of the approximate Fisher: None for √(λ+η), or a
         `SeparateDamping` rule, which needs a `QuadraticModel` and a T2 that T3 divides.
-      distribution: an `OverAxis` in a step that runs on several devices, of which each
-        gets a part of the batch; None for one, or where `jit` spreads the arrays.
+      distribution: how several devices share the inversions: `OverAxis` in a step that
+        each of them runs on its part of the batch, `OverMesh` in one under `jit`; None
+        if each is to do all.
 
     Returns:
       The transformation. Its state is a `KFACState`, whose `info` says what happened.

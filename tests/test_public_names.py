@@ -11,8 +11,8 @@ import kfac_jax
 
 TOP = """
 AverageIteratesState BlockDiagonal BlockTridiagonal Curvature ExponentialBatchSize Info
-KFACState Layer LevenbergMarquardt OverAxis QuadraticModel SeparateDamping Statistics
-Totals
+KFACState Layer LevenbergMarquardt OverAxis OverMesh QuadraticModel SeparateDamping
+Statistics Totals
 average_iterates blocks distributions initializers kfac linalg losses make_curvature
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution

@@ -316,7 +316,7 @@ ERRORS = {  # the type, and what raises it
         TypeError,
         lambda: kfac_jax.kfac(plan(), momentum="nesterov"),
     ),
-    "distribution must be None or kfac_jax.OverAxis(axis name); got 'data'.": (
+    "distribution must be None, kfac_jax.OverAxis(axis name) or": (
         TypeError,
         lambda: kfac_jax.kfac(plan(), distribution="data"),
     ),

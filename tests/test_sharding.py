@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kfac_jax
@@ -17,6 +18,7 @@ from kfac_jax._jaxpr._compat import vary_like
 from kfac_jax.sharding._planner import assign
 
 CASES = 16
+STEPS = 4
 AXIS = kfac_jax.OverAxis("batch")
 STRUCTURES = {
     "diagonal": None,
@@ -37,7 +39,7 @@ RULES = {
 def problem():
     return models.problem(
         "softmax",
-        params=models.dense_params(0, 3, 9, 6, 4),
+        params=models.dense_params(0, 3, 8, 16, 4),
         x=models.array(50, CASES, 3),
     )
 
@@ -118,10 +120,10 @@ ROUTES = {
 }
 
 
-def trajectory(step, tx, steps=4):
+def trajectory(step, tx):
     p = problem()
     params, state = p.params, tx.init(p.params)
-    for _ in range(steps):
+    for _ in range(STEPS):
         params, state = step(params, state, *p.args)
     return params, state._replace(inverses=None)  # of which bases are not unique
 
@@ -147,6 +149,71 @@ def test_steps_are_those_of_one_device(route, structure, rules, devices):
         found,
         on_one_device(structure, rules),
     )
+
+
+# ------------------------------------------------------------- jit with sharded arrays
+
+
+def split_first(x, axis, devices):
+    """Over the first axis that can be divided."""
+    for i, size in enumerate(x.shape):
+        if size % devices == 0:
+            return P(*[None] * i, axis)
+    return P()
+
+
+def split_last(x, axis, devices):
+    return P(*[None] * (x.ndim - 1), axis) if x.shape[-1] % devices == 0 else P()
+
+
+LAYOUTS = {  # mesh, how parameters lie on it, axes that share the inversions
+    "batch": ({"data": 8}, lambda x: P(), ()),
+    "batch, shared": ({"data": 8}, lambda x: P(), ("data",)),
+    "batch and parameters, shared": (
+        {"data": 8},
+        lambda x: split_first(x, "data", 8),
+        ("data",),
+    ),
+    "batch and outputs, on two axes, shared over one": (
+        {"data": 4, "model": 2},
+        lambda x: split_last(x, "model", 2),
+        ("data",),
+    ),
+    "batch and outputs, shared over two axes": (
+        {"data": 4, "model": 2},
+        lambda x: split_last(x, "model", 2),
+        ("data", "model"),
+    ),
+}
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_steps_on_sharded_arrays_are_those_on_one_device(layout, structure, rules):
+    axes, place, shared = LAYOUTS[layout]
+    mesh = jax.make_mesh(
+        tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
+    )
+    p = problem()
+    params = jax.tree.map(
+        lambda x: jax.device_put(x, NamedSharding(mesh, place(x))), p.params
+    )
+    args = jax.device_put(p.args, NamedSharding(mesh, P("data")))
+    distribution = kfac_jax.OverMesh(mesh, shared) if shared else None
+    tx, step = make_step(plan(structure), rules, distribution)
+    step, state = jax.jit(step), tx.init(params)
+    for _ in range(STEPS):
+        params, state = step(params, state, *args)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+        (params, state._replace(inverses=None)),
+        on_one_device(structure, rules),
+    )
+
+
+# ----------------------------------------------------- statistics, collectives, owners
 
 
 @models.EIGHT_DEVICES
@@ -329,6 +396,19 @@ def test_an_axis_that_does_not_exist():
     statistics = plan("diagonal").zero_statistics(p.params)
     with pytest.raises(ValueError, match=r"axis of OverAxis\('data'\) does not exist"):
         tx.update(p.params, tx.init(p.params), p.params, statistics=statistics)
+
+
+@models.EIGHT_DEVICES
+def test_axes_that_a_mesh_lacks():
+    mesh = models.mesh(2, "data")
+    with pytest.raises(ValueError, match=r"shares over axes of its mesh, \('data',\)"):
+        kfac_jax.OverMesh(mesh, ("model",))
+    assert kfac_jax.OverMesh(mesh).axes == kfac_jax.OverMesh(mesh, "data").axes
+
+
+def test_a_mesh_that_is_none():
+    with pytest.raises(TypeError, match="OverMesh needs a jax"):
+        kfac_jax.OverMesh(8)
 
 
 @pytest.mark.parametrize("axis", [None, 3, (), "", ("a", 1)])

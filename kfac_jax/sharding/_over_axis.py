@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -149,17 +149,3 @@ def _one_by_one(
     start = jnp.zeros((slots, *stack.shape[1:]), stack.dtype)
     start = _compat.vary_like(start, first, stack)
     return jax.lax.fori_loop(jnp.zeros_like(count), count, one, start)
-
-
-def mean(distribution: OverAxis | None, tree: T) -> T:
-    """The average over the devices, where there are several."""
-    return tree if distribution is None else distribution.mean(tree)
-
-
-def check(distribution: Any) -> None:
-    """Raises TypeError unless it is a distribution or None."""
-    if distribution is not None and not isinstance(distribution, OverAxis):
-        raise TypeError(
-            "distribution must be None or kfac_jax.OverAxis(axis name); got "
-            f"{distribution!r}."
-        )
