@@ -114,6 +114,30 @@ def test_eigh_takes_one_matrix_at_a_time_on_cpus():
     )
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks at LAPACK's calls")
+def test_shared_inverses_take_one_matrix_at_a_time_on_cpus():
+    """Several devices of one CPU have one pool of threads, which batches wait for."""
+    x, shift = jnp.eye(600)[None], jnp.ones(1)
+
+    def run(stacks, function):
+        return [function(stack) for stack in stacks]
+
+    lowered = jax.jit(
+        lambda x: linalg.inverse_many([(x, shift)], run)[0].inverse
+    ).lower(x)
+    calls = re.findall(
+        r"custom_call @lapack_\w*(?:potrf|trsm).*? : \((.*?)[,)]", lowered.as_text()
+    )
+    assert len(calls) >= 2
+    for call in calls:
+        assert re.match(r"tensor<(1x)?\d+x\d+xf64>", call), call
+    np.testing.assert_allclose(
+        jax.jit(lambda x: linalg.inverse_many([(x, shift)], run)[0].inverse)(x)[0],
+        jnp.eye(600) / 2,
+        atol=1e-12,
+    )
+
+
 @pytest.mark.parametrize("part", [0, 1])
 def test_eigh_has_the_derivatives_of_jax(part):
     x = jnp.asarray(

@@ -1,5 +1,6 @@
 """Inverses and eigendecompositions of symmetric positive matrices, batched."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -59,7 +60,9 @@ def inverse_many(
     Returns:
       The inverses in the same order and shapes.
     """
-    return _many(shifted, _inverse, run or _in_turn)
+    if run is None:
+        return _many(shifted, _inverse, _in_turn)
+    return _many(shifted, functools.partial(_inverse, serial=True), run)
 
 
 def inverse_root_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
@@ -142,14 +145,17 @@ def _stack(shifted: Sequence[tuple[Array, Array]], size: int) -> Array:
     return jnp.concatenate(matrices) + diagonal * identity
 
 
-def _inverse(x: Array) -> Array:
-    """Inverts symmetric `[k, d, d]`; NaN where x is not positive definite."""
+def _inverse(x: Array, serial: bool = False) -> Array:
+    """Inverts symmetric `[k, d, d]`; NaN where x is not positive definite.
+
+    With `serial`, LAPACK gets one matrix at a time, for several devices of one CPU.
+    """
     if x.shape[-1] == 1:
         return jnp.where(x > 0, 1.0 / x, jnp.nan)
-    return _gram(_inverse_root(x))
+    return _gram(_inverse_root(x, serial))
 
 
-def _inverse_root(x: Array) -> Array:
+def _inverse_root(x: Array, serial: bool = False) -> Array:
     """The upper triangular `U⁻¹` of `x = Uᵀ U` `[k, d, d]`, so that `x⁻¹ = U⁻¹ U⁻ᵀ`.
 
     Only the factorisation is left to LAPACK (or its like on other backends), whose
@@ -162,7 +168,7 @@ def _inverse_root(x: Array) -> Array:
     if x.shape[-1] == 1:
         return jnp.where(x > 0, 1.0 / jnp.sqrt(x), jnp.nan)
     lower = jnp.linalg.cholesky(_transpose(x), symmetrize_input=False)
-    return _triangular_inverse(_transpose(lower))
+    return _triangular_inverse(_transpose(lower), serial)
 
 
 _SOLVED = 272
@@ -172,19 +178,31 @@ _MULTIPLIED = 528
 """Largest triangular matrix whose product ignores that half of it is zero."""
 
 
-def _triangular_inverse(x: Array) -> Array:
+def _triangular_inverse(x: Array, serial: bool = False) -> Array:
     """Inverts upper triangular `[k, d, d]`, all halves on the diagonal as one batch.
 
     The inverse of `[[a, b], [0, c]]` is `[[a⁻¹, -a⁻¹ b c⁻¹], [0, c⁻¹]]`.
     """
     k, d, _ = x.shape
     if d <= _SOLVED or d % 2:
-        identity = jnp.broadcast_to(jnp.eye(d, dtype=x.dtype), x.shape)
-        return _transpose(solve_triangular(_transpose(x), identity, lower=True))
+        if not serial:
+            return _solved_at_once(x)
+        return jax.lax.platform_dependent(
+            x, cpu=_solved_in_turn, default=_solved_at_once
+        )
     a, b, _, c = _quarters(x)
-    halves = _triangular_inverse(jnp.concatenate([a, c]))
+    halves = _triangular_inverse(jnp.concatenate([a, c]), serial)
     first, second = halves[:k], halves[k:]
     return _join(first, first @ (-b @ second), jnp.zeros_like(b), second)
+
+
+def _solved_at_once(x: Array) -> Array:
+    identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+    return _transpose(solve_triangular(_transpose(x), identity, lower=True))
+
+
+def _solved_in_turn(x: Array) -> Array:
+    return jax.lax.map(_solved_at_once, x[:, None])[:, 0]
 
 
 def _gram(x: Array) -> Array:
