@@ -29,7 +29,9 @@ class OverAxis:
       inverts its own, and one collective hands out all inverses.
 
     Gradients must be averages already, as any optimizer needs them:
-    `grads = jax.lax.pmean(grads, "batch")`. The state is the same on all devices, and
+    `grads = jax.lax.pmean(grads, "batch")`, or, in a `shard_map` that checks what
+    varies, where JAX has summed them, divided by `jax.lax.axis_size("batch")`. Samples
+    must differ: fold `jax.lax.axis_index("batch")` into the key. The state is the same on all devices, and
     nothing in it depends on their number. Eigendecompositions (`blocks.Eigen`) and the
     sparse inverse of `BlockTridiagonal` are computed by every device.
 
