@@ -31,9 +31,10 @@ class OverAxis:
     Gradients must be averages already, as any optimizer needs them:
     `grads = jax.lax.pmean(grads, "batch")`, or, in a `shard_map` that checks what
     varies, where JAX has summed them, divided by `jax.lax.axis_size("batch")`. Samples
-    must differ: fold `jax.lax.axis_index("batch")` into the key. The state is the same on all devices, and
-    nothing in it depends on their number. Eigendecompositions (`blocks.Eigen`) and the
-    sparse inverse of `BlockTridiagonal` are computed by every device.
+    must differ: fold `jax.lax.axis_index("batch")` into the key. The state is the same
+    on all devices, and nothing in it depends on their number. Eigendecompositions
+    (`blocks.Eigen`) and the sparse inverse of `BlockTridiagonal` are computed by every
+    device.
 
     Attributes:
       axis: the name of the axis, or a tuple of names whose product counts.
