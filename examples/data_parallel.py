@@ -1,7 +1,7 @@
 """Trains the MNIST autoencoder with K-FAC on several devices, by one of three routes.
 
 Each device gets a part of every batch. On a CPU eight devices are simulated, which
-shows that all routes give the same training, not that they are fast:
+shows that all routes train, not that they are fast (`jit` draws other samples):
 
     python examples/data_parallel.py
     python examples/data_parallel.py --route pmap
@@ -55,6 +55,9 @@ def local_step(
         images: a batch, for its shape.
         distribution: as in `kfac`.
         average: what makes averages over devices of the gradients that a device has.
+
+    Returns:
+        The step, and parameters -> the optimizer's state.
     """
     curvature = kfac_jax.make_curvature(
         loss_fn, init_params(0), images, l2=L2, statistics_fraction=1 / 4

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import jax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 from kfac_jax.sharding._over_axis import OverAxis
@@ -52,6 +52,13 @@ class OverMesh:
             raise ValueError(
                 f"OverMesh shares over axes of its mesh, {self.mesh.axis_names}; got "
                 f"{missing}. Name axes that the mesh has."
+            )
+        pairs = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
+        explicit = [name for name, kind in pairs if kind == AxisType.Explicit]
+        if explicit:
+            raise ValueError(
+                f"OverMesh needs a mesh with axes of type Auto, got {explicit} as "
+                "Explicit. Make it with axis_types=(jax.sharding.AxisType.Auto, ...)."
             )
         object.__setattr__(self, "axes", names)
 
