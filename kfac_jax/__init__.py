@@ -18,6 +18,11 @@ from kfac_jax.rules import SeparateDamping as SeparateDamping
 from kfac_jax.schedules import ExponentialBatchSize as ExponentialBatchSize
 from kfac_jax.sharding import OverAxis as OverAxis
 from kfac_jax.sharding import OverMesh as OverMesh
+from kfac_jax.spreading import SharingReport as SharingReport
+from kfac_jax.spreading import sharing_report as sharing_report
+from kfac_jax.spreading import spread_state as spread_state
+from kfac_jax.spreading import state_specs as state_specs
+from kfac_jax.spreading import whole_state as whole_state
 from kfac_jax.structures import BlockDiagonal as BlockDiagonal
 from kfac_jax.structures import BlockTridiagonal as BlockTridiagonal
 from kfac_jax.tags import register_conv2d as register_conv2d

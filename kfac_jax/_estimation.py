@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._dtypes import wide_dtype
+from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax.distributions import RegisteredLoss
 
@@ -149,7 +150,7 @@ def sum_over(function: Callable[[Array], Any], count: int) -> Any:
     if count == 1:
         return function(jnp.zeros((), int))
     shapes = jax.eval_shape(function, jnp.zeros((), int))
-    start = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    start = jax.tree.map(_compat.zeros, shapes)
 
     def body(total: Any, c: Array) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, function(c)), None

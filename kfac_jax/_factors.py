@@ -11,8 +11,10 @@ from jax import Array
 from kfac_jax import linalg
 from kfac_jax._products import Products
 from kfac_jax._products import check as check_products
-from kfac_jax.blocks import Block, Kronecker
+from kfac_jax.blocks import Block
+from kfac_jax.blocks._block import divide
 from kfac_jax.layers import CROSS, Layer
+from kfac_jax.sharding import Distribution, by_rows
 
 Factors = dict[str, dict[str, Array]]
 """By layer name."""
@@ -64,8 +66,23 @@ def _shapes(layer: Layer, which: str) -> dict[str, tuple[int, ...]]:
 _WHAT = {"factor_shapes": "factors", "statistics_shapes": "statistics"}
 
 
-def check(layers: Sequence[Layer], which: str, found: Any) -> None:
-    """Raises ValueError unless `found` has the layers and shapes of this plan."""
+def check(
+    layers: Sequence[Layer],
+    which: str,
+    found: Any,
+    sharing: Distribution | None = None,
+) -> None:
+    """Raises ValueError unless `found` has the layers and shapes of this plan.
+
+    Args:
+      layers: the plan's layers.
+      which: "factor_shapes" or "statistics_shapes".
+      found: arrays by layer name.
+      sharing: over which devices they may be spread by rows.
+
+    Raises:
+      ValueError: if names or shapes are others.
+    """
     names, what = {layer.name for layer in layers}, _WHAT[which]
     if not isinstance(found, dict) or set(found) != names:
         got = sorted(found) if isinstance(found, dict) else type(found).__name__
@@ -75,11 +92,15 @@ def check(layers: Sequence[Layer], which: str, found: Any) -> None:
         )
     for layer in layers:
         expected = _shapes(layer, which)
+        if sharing is not None and by_rows(sharing):
+            expected = {n: sharing.kept_shape(s) for n, s in expected.items()}
         got = {name: jnp.shape(x) for name, x in found[layer.name].items()}
         if got != expected:
             raise ValueError(
                 f"{what} must have the shapes {expected} for layer '{layer.name}'; "
-                f"got {got}. Use what this very plan returned."
+                f"got {got}. Use what this very plan returned; a state that was made "
+                "for another number of devices goes through whole_state and "
+                "spread_state first."
             )
 
 
@@ -90,51 +111,42 @@ def average(
     statistics: Statistics,
     step: Any,
     decay: Any,
-) -> tuple[Factors, Array]:
+    sharing: Distribution | None = None,
+) -> tuple[Factors, Array, Array]:
     """Moves the averages on by one batch; see `Curvature.update_factors`.
+
+    Factors are sums over all devices divided by counts over all devices: both add up.
 
     Args:
       layers: the plan's layers.
-      factors: the averages so far.
+      factors: the averages so far, as the devices keep them.
       statistics: the batch's.
       step: k, counted from 1.
       decay: the largest ε.
+      sharing: over which devices the batch, and possibly the factors, are spread.
 
     Returns:
-      The averages, and how many layers' statistics were refused as not finite.
+      The averages, how many layers' statistics were refused as not finite, and how many
+      batches the statistics are of.
 
     Raises:
       ValueError: if factors or statistics are of another plan.
     """
-    check(layers, "factor_shapes", factors)
+    check(layers, "factor_shapes", factors, sharing)
     check(layers, "statistics_shapes", statistics.layers)
     check_products(layers, statistics.products)
-    informed = statistics.weight > 0
-    weight = jnp.where(informed, statistics.weight, 1.0)
+    weight, new = _means(layers, statistics, sharing)
+    informed = weight > 0
     epsilon = jnp.minimum(
         1.0 - 1.0 / jnp.asarray(step, float), jnp.asarray(decay, float)
     )
     blocks = {
         layer.name: layer.block
         for layer in layers
-        if layer.block is not None and statistics.layers[layer.name]
+        if layer.block is not None and layer.name in new
     }
-    new = {
-        layer.name: blocks[layer.name].factors(
-            {
-                name: x
-                for name, x in statistics.layers[layer.name].items()
-                if name not in layer.cross_shapes
-            },
-            weight.astype(layer.dtype),
-        )
-        for layer in layers
-        if layer.name in blocks
-    }
-    finite = _finite_trees(layers, _finite_layers(blocks, new))
-    for layer in layers:
-        if layer.cross_shapes:
-            new[layer.name] |= _cross(layer, blocks, statistics.layers, weight)
+    finite = _finite_layers(blocks, new, sharing)
+    finite = _finite_trees(layers, finite)
     result = dict(factors)
     for layer in new:
         averages = blocks[layer].average(factors[layer], new[layer], epsilon)
@@ -143,28 +155,71 @@ def average(
             for name, old in factors[layer].items()
         }
     refused = [(informed & ~flag).astype(jnp.int32) for flag in finite.values()]
-    return result, sum(refused, jnp.zeros((), jnp.int32))
+    return result, sum(refused, jnp.zeros((), jnp.int32)), weight
 
 
-def _cross(
-    layer: Layer, blocks: dict[str, Block], statistics: Factors, weight: Array
-) -> dict[str, Array]:
-    """The factors of a link.
+def _means(
+    layers: Sequence[Layer], statistics: Statistics, sharing: Distribution | None
+) -> tuple[Array, Factors]:
+    """The weight, and the batch's own factors, as the devices keep factors."""
+    layers = [x for x in layers if statistics.layers[x.name]]
+    counts = {
+        layer.name: _counts(layer, statistics)
+        for layer in layers
+        if layer.block is not None
+    }
+    sums = {
+        name: {key: statistics.layers[name][key] for key in part}
+        for name, part in counts.items()
+    }
+    weight = statistics.weight
+    if sharing is not None:
+        weight, counts, sums = sharing.sums(weight, counts, sums)
+    roots = _cross_counts(layers, counts)
+    means: Factors = {}
+    for layer in layers:
+        part = counts[layer.name] | roots.get(layer.name, {})
+        means[layer.name] = {
+            key: divide(sums[layer.name][key], _like(count, layer, key, sharing))
+            for key, count in part.items()
+        }
+    return weight, means
+
+
+def _counts(layer: Layer, statistics: Statistics) -> dict[str, Array]:
+    """What a layer's sums are divided by; those of a link come with the parent's."""
+    assert layer.block is not None
+    own = {
+        name: x
+        for name, x in statistics.layers[layer.name].items()
+        if name not in layer.cross_shapes
+    }
+    weight = statistics.weight.astype(layer.dtype)
+    return layer.block.counts(own, weight) | dict.fromkeys(layer.cross_shapes, weight)
+
+
+def _cross_counts(layers: Sequence[Layer], counts: Factors) -> Factors:
+    """The counts of links' inputs.
 
     Where the numbers of rows that count differ, inputs are divided by their geometric
     mean, which keeps the second moments of both layers together semidefinite.
     """
-    assert layer.link is not None
-    assert layer.link.parent is not None
-    counts: list[Array] = []
-    for name in (layer.name, layer.link.parent):
-        block = blocks[name]
-        assert isinstance(block, Kronecker)
-        counts.append(block.count(statistics[name]))
-    inputs, outputs = (statistics[layer.name][name] for name in CROSS)
-    rows = jnp.sqrt(counts[0]) * jnp.sqrt(counts[1])
-    factors = inputs / rows, outputs / weight.astype(layer.dtype)
-    return dict(zip(CROSS, factors, strict=True))
+    result: Factors = {}
+    for layer in layers:
+        if layer.link is not None and layer.link.parent is not None:
+            both = counts[layer.name]["input"], counts[layer.link.parent]["input"]
+            result[layer.name] = {CROSS[0]: jnp.sqrt(both[0]) * jnp.sqrt(both[1])}
+    return result
+
+
+def _like(count: Array, layer: Layer, name: str, sharing: Distribution | None) -> Array:
+    """A count, so that it broadcasts to what a device keeps of the factor."""
+    if sharing is None or not by_rows(sharing) or count.ndim == 0:
+        return count
+    if count.size == 1:
+        return count.reshape(())
+    whole = jnp.broadcast_to(count, layer.factor_shapes[name])
+    return sharing.rows([whole])[0]
 
 
 def _finite_trees(layers: Sequence[Layer], flags: dict[str, Array]) -> dict[str, Array]:
@@ -180,14 +235,26 @@ def _finite_trees(layers: Sequence[Layer], flags: dict[str, Array]) -> dict[str,
     return result
 
 
-def _finite_layers(blocks: dict[str, Block], factors: Factors) -> dict[str, Array]:
+def _finite_layers(
+    blocks: dict[str, Block], factors: Factors, sharing: Distribution | None
+) -> dict[str, Array]:
     """Whether all factors of a layer are finite, by layer name.
 
     Of a basis the diagonal is looked at, too: an eigendecomposition that fails is NaN
-    throughout.
+    throughout. Of rows, everything is.
     """
+    if sharing is not None and by_rows(sharing):
+        own = [
+            jnp.stack([jnp.isfinite(x).all() for x in part.values()]).all()
+            for part in factors.values()
+        ]
+        return dict(zip(factors, sharing.everywhere(own), strict=True))
     matrices = [
-        [x for name, x in part.items() if name not in blocks[layer].elementwise]
+        [
+            x
+            for name, x in part.items()
+            if name not in blocks[layer].elementwise and name not in CROSS
+        ]
         for layer, part in factors.items()
     ]
     flags = dict(zip(factors, linalg.finite_diagonals(matrices), strict=True))

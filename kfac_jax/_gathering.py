@@ -9,7 +9,6 @@ from jax import Array
 
 from kfac_jax import _estimation
 from kfac_jax._dtypes import wide
-from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._products import Products
@@ -146,14 +145,8 @@ PRODUCT = ("product_inputs", "product_outputs")
 `[rows, o]`: with the loss's cotangents, `∇W = Xᵀ dY`."""
 
 
-def probe(
-    layer: Layer, sites: Sequence[Site], data: Sequence[Array]
-) -> dict[str, Array]:
-    """Zeros like what the taps of a layer bring out.
-
-    Inside of `shard_map`, linked layers' rows stay on the device whose data they are
-    of; all else is summed like gradients.
-    """
+def probe(layer: Layer, sites: Sequence[Site]) -> dict[str, Array]:
+    """Zeros like what the taps of a layer bring out."""
     assert layer.block is not None
     shapes = layer.block.statistics_shapes(layer.shape)
     sizes = layer.shape.inputs, layer.shape.outputs
@@ -163,11 +156,7 @@ def probe(
     if layer.product_rows:
         count = sites[0].rows
         shapes |= {name: (count, n) for name, n in zip(PRODUCT, sizes, strict=True)}
-    zeros = {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
-    local = {
-        name: _compat.vary_like(zeros[name], *data) for name in ROWS if name in zeros
-    }
-    return zeros | local
+    return {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
 
 
 def product_rows(
@@ -224,9 +213,8 @@ def with_cross(layers: Sequence[Layer], sums: Sums) -> Sums:
         rows = [found.pop(name) for name in ROWS if name in found]
         if layer.link is not None and layer.link.parent is not None:
             parent = sums[places[layer.link.parent]]
-            like = next(iter(found.values()))
             for name, own, row in zip(CROSS, rows, ROWS, strict=True):
-                found[name] = _compat.sum_like(own.T @ parent[row], like)
+                found[name] = own.T @ parent[row]
         result[i] = found
     return result
 

@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _products, _tridiagonal
+from kfac_jax import _by_rows, _products, _tridiagonal
 from kfac_jax._factors import Factors
 from kfac_jax._products import Products
 from kfac_jax._vectors import inner_product
 from kfac_jax.approximation import invert, layer_leaves, layer_vectors
 from kfac_jax.blocks import Block
 from kfac_jax.layers import Layer
-from kfac_jax.linalg._psd import Run
+from kfac_jax.linalg._psd import Apply
+from kfac_jax.sharding import Distribution, by_rows, kept
 
 
 def _blocks(layers: Sequence[Layer]) -> dict[str, Block]:
@@ -53,7 +54,8 @@ def refresh_inverses(
     factors: Factors,
     old: Factors,
     damping: Array,
-    run: Run | None = None,
+    apply: Apply | None = None,
+    sharing: Distribution | None = None,
 ) -> tuple[Factors, Array]:
     """Inverts the damped factors; of linked layers, computes what takes their place.
 
@@ -65,13 +67,15 @@ def refresh_inverses(
       factors: the moving averages, by layer name.
       old: the inverses so far.
       damping: λ + η.
-      run: what applies the inversion to the matrices of one size, see `inverse_many`.
+      apply: what applies the inversion to the matrices of one size, see `inverse_many`.
+      sharing: devices that keep rows of the inverses.
 
     Returns:
       The inverses, and how many layers failed. Linked layers fail together.
     """
     blocks = _blocks(layers)
-    found, finite = _inverses(layers, blocks, factors, damping, run)
+    found, finite = _inverses(layers, blocks, factors, damping, apply)
+    found = kept(sharing, found)
     result = dict(old)
     failed = jnp.zeros((), jnp.int32)
     for name, part in found.items():
@@ -88,7 +92,7 @@ def _inverses(
     blocks: dict[str, Block],
     factors: Factors,
     damping: Array,
-    run: Run | None,
+    apply: Apply | None,
 ) -> tuple[Factors, dict[str, Array]]:
     """Those of the layers that have factors, and whether they are finite, by name."""
     damped = {
@@ -98,7 +102,7 @@ def _inverses(
     }
     found: Factors = {}
     finite: dict[str, Array] = {}
-    for name, parts in invert(blocks, damped, run).items():
+    for name, parts in invert(blocks, damped, apply).items():
         found[name] = {part: inverse for part, (inverse, _) in parts.items()}
         finite[name] = functools.reduce(
             jnp.logical_and, [part.finite for part in parts.values()]
@@ -120,6 +124,7 @@ def precondition(
     inverses: Factors,
     leaves: Sequence[Array | None],
     products: Products,
+    sharing: Distribution | None = None,
 ) -> tuple[list[Array | None], Array]:
     """Applies the inverses to a vector's leaves.
 
@@ -131,6 +136,7 @@ def precondition(
       inverses: from `refresh_inverses`.
       leaves: the vector's leaves; None where hidden by a mask.
       products: what some of the vector's matrices may be products of.
+      sharing: devices that keep rows of the inverses.
 
     Returns:
       The leaves of the product, and its squared length (which counts what a mask hides
@@ -144,7 +150,12 @@ def precondition(
     }
     linked = [x.name for x in layers if x.link is not None and x.name in vectors]
     wide = {name: v.astype(dtypes[name]) for name, v in vectors.items()}
-    solved = _products.solve(layers, inverses, wide, products)
+    if sharing is not None and by_rows(sharing):
+        solved = _by_rows.solve(layers, inverses, wide, sharing)
+        rest = [x for x in layers if x.name not in solved and x.name in wide]
+        inverses = _by_rows.whole(rest, inverses, "inverse_shapes", sharing)
+    else:
+        solved = _products.solve(layers, inverses, wide, products)
     solved |= {
         name: blocks[name].solve(carried[name] | inverses[name], v)
         for name, v in wide.items()

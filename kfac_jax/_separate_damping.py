@@ -16,7 +16,7 @@ from kfac_jax._products import Products
 from kfac_jax._vectors import plane_products
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import QuadraticModel, SeparateDamping
-from kfac_jax.sharding import Distribution, mean
+from kfac_jax.sharding import Distribution, apply, mean
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -93,9 +93,8 @@ class Candidates:
     ) -> tuple[list[Array], Array, Array, Array]:
         """Δ, what the plane of Δ and δ0 needs of it, and how many inverses failed."""
         layers = self.curvature.layers
-        run = None if self.distribution is None else self.distribution.map
         inverses, failed = refresh_inverses(
-            layers, factors, old, jnp.square(gamma), run
+            layers, factors, old, jnp.square(gamma), apply(self.distribution)
         )
         down = [-x for x in self.gradient]
         scaled, _ = precondition(layers, factors, inverses, down, self.products)

@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _batch, _factors, sharding
+from kfac_jax import _batch, _by_rows, _factors, sharding
 from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._ordering import known_false_after
-from kfac_jax._preconditioner import refresh_factors, refresh_inverses
+from kfac_jax._preconditioner import (
+    init_inverses,
+    refresh_factors,
+    refresh_inverses,
+)
 from kfac_jax._separate_damping import Candidates
 from kfac_jax._vectors import inner_product, plane_products
 from kfac_jax.curvature import Curvature, Params
-from kfac_jax.linalg._psd import Run
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
@@ -124,6 +127,8 @@ def check_common(
     check_number("decay (ε)", decay, 0.0, 1.0, False)
     check_number("inverse_every (T3)", inverse_every, 1, float("inf"), False)
     sharding.check(distribution)
+    if sharding.by_rows(distribution):
+        _by_rows.check(curvature.layers)
     products = [x.name for x in curvature.layers if x.product_rows]
     if distribution is not None and products:
         raise ValueError(
@@ -169,18 +174,16 @@ def advance(
     statistics: a step without any must not pass for the first.
     """
     step, layers = state.step + 1, curvature.layers
-    statistics = sharding.mean(distribution, statistics)
     informative = sum(bool(layer.factor_shapes) for layer in layers)
-    factors, refused = _factors.average(
-        layers, state.factors, statistics, state.batches + 1, decay
+    factors, refused, weight = _factors.average(
+        layers, state.factors, statistics, state.batches + 1, decay, distribution
     )
-    informed = (statistics.weight > 0) & (refused < max(1, informative))
+    informed = (weight > 0) & (refused < max(1, informative))
     batches = state.batches + informed.astype(jnp.int32)
     every = jnp.asarray(inverse_every, jnp.int32)
     due = (informed & (batches <= 3)) | ((step % every == 0) & (batches > 0))
     state = state._replace(step=step, batches=batches, factors=factors)
-    run = None if distribution is None else distribution.map
-    state, failed = _refresh(curvature, state, damping, due, run, candidates)
+    state, failed = _refresh(curvature, state, damping, due, distribution, candidates)
     return state, (refused > 0) | (failed > 0)
 
 
@@ -189,7 +192,7 @@ def _refresh(
     state: KFACState,
     damping: Array,
     due: Array,
-    run: Run | None,
+    distribution: Distribution | None,
     candidates: Candidates | None,
 ) -> tuple[KFACState, Array]:
     """Renews γ and the inverses where due; tells how many inverses failed.
@@ -210,11 +213,22 @@ def _refresh(
     def refresh(
         moving: Factors, old: Factors, gamma: Array | None
     ) -> tuple[Factors, Factors, Array | None, Array]:
-        moving = refresh_factors(layers, moving)
+        moving, still = refresh_factors(layers, moving), fixed
+        by_rows = sharding.by_rows(distribution)
+        if distribution is not None and by_rows:
+            still = _by_rows.whole(layers, fixed, "factor_shapes", distribution)
         if candidates is not None:
             assert gamma is not None
-            gamma = candidates.update(state.step, fixed | moving, old, gamma)
-        inverses, failed = refresh_inverses(layers, fixed, old, squared(gamma), run)
+            before = init_inverses(layers) if by_rows else old
+            gamma = candidates.update(state.step, still | moving, before, gamma)
+        inverses, failed = refresh_inverses(
+            layers,
+            still,
+            old,
+            squared(gamma),
+            sharding.apply(distribution),
+            distribution,
+        )
         return moving, inverses, gamma, failed
 
     moving, inverses, gamma, failed = jax.lax.cond(

@@ -15,7 +15,7 @@ from kfac_jax._factors import Factors
 from kfac_jax._trees import TreeSpec
 from kfac_jax.blocks import Block, Damped, Spectrum
 from kfac_jax.layers import Layer
-from kfac_jax.linalg._psd import Run
+from kfac_jax.linalg._psd import Apply
 
 Vector = Any
 """A pytree like the parameters."""
@@ -62,7 +62,7 @@ def layer_leaves(
 def invert(
     blocks: dict[str, Block],
     damped: dict[str, dict[str, Damped]],
-    run: Run | None = None,
+    apply: Apply | None = None,
 ) -> dict[str, dict[str, linalg.Inverted]]:
     """Inverts what `Block.damp` returned, all matrices of one size as a batch."""
     result: dict[str, dict[str, linalg.Inverted]] = {name: {} for name in damped}
@@ -79,7 +79,7 @@ def invert(
         (factor, jnp.broadcast_to(shift, factor.shape[:-2]))
         for factor, shift in (damped[name][part] for name, part in matrices)
     ]
-    inverses = linalg.inverse_many(shifted, run) if shifted else []
+    inverses = linalg.inverse_many(shifted, apply) if shifted else []
     for (name, part), value in zip(matrices, inverses, strict=True):
         result[name][part] = value
     return {

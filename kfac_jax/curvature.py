@@ -8,10 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _batch, _estimation, _factors, _plan, _products, _report
+from kfac_jax import (
+    _batch,
+    _collectives,
+    _estimation,
+    _factors,
+    _plan,
+    _products,
+    _report,
+)
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._gathering import (
+    Sums,
     gather,
+    is_squared,
     is_tapped,
     probe,
     split_products,
@@ -190,7 +200,11 @@ class Curvature:
         Callable[[], tuple[list[Array], Products]] | None,
         Callable[[Array | None], Statistics],
     ]:
-        """One forward pass; pulls back the loss, or output cotangents, on demand."""
+        """One forward pass; pulls back the loss, or output cotangents, on demand.
+
+        Inside of `shard_map` statistics stay on their device, and are summed at once at
+        the end, where JAX would sum each by itself.
+        """
         traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
         program, sites = self._program(traced)
         carried = {
@@ -200,10 +214,11 @@ class Curvature:
         }
         data = jax.tree.leaves(args)
         probes = {
-            index: probe(layer, sites[index], data) | carried.get(layer.name, {})
+            index: probe(layer, sites[index]) | carried.get(layer.name, {})
             for index, layer in enumerate(self.layers)
             if is_tapped(layer)
         }
+        probes = jax.tree.map(lambda x: _compat.vary_like(x, *data), probes)
 
         def forward(leaves: Sequence[Array], probes: Any) -> Any:
             outputs, losses = run(program, [*leaves, *data], probes)
@@ -219,7 +234,10 @@ class Curvature:
             zeros = [jnp.zeros_like(z) for z in zs]
             with reverse_mode(program.graph, len(leaves)):
                 grads, sums = pull((jnp.ones_like(loss), zeros))
-            return grads, split_products(self.layers, sums)[1]
+            products = split_products(self.layers, sums)[1]
+            if any(map(_compat.varying, jax.tree.leaves(products))):
+                products = {}  # of one device, where gradients are of all
+            return grads, products
 
         def pull_outputs(cotangents: list[Array]) -> Any:
             pairs = zip(cotangents, zs, strict=True)
@@ -239,6 +257,7 @@ class Curvature:
                 pull_outputs,
                 rng,
             )
+            sums = self._over_devices(sums)
             count *= _compat.summed_devices(zs, sums)
             counted = {
                 layer: {name: x * count for name, x in part.items()}
@@ -255,6 +274,24 @@ class Curvature:
 
         value = (loss, traced.unflatten_aux(aux)) if self.has_aux else loss
         return value, None if replaces_rules(program) else gradient, statistics
+
+    def _over_devices(self, sums: Sums) -> Sums:
+        """Sums what `shard_map` has on each device, without what blocks carry.
+
+        Squares are of gradients, which JAX has summed.
+        """
+        own = {
+            (i, name): x
+            for i, part in sums.items()
+            for name, x in part.items()
+            if name not in self.layers[i].carried_shapes
+        }
+        like = [x if is_squared(self.layers[i]) else None for (i, _), x in own.items()]
+        result: Sums = {i: {} for i in sums}
+        summed = _collectives.summed(list(own.values()), like)
+        for (i, name), x in zip(own, summed, strict=True):
+            result[i][name] = x
+        return result
 
     def _program(self, traced: _plan.Traced) -> tuple[Any, Any]:
         """The program with a tap at every site, and each layer's sites.

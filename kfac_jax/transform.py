@@ -1,5 +1,6 @@
 """K-FAC as optax transformations that own all their state."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,8 +8,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _products
-from kfac_jax._factors import Statistics, zeros
+from kfac_jax import _products, sharding
+from kfac_jax._factors import Factors, Statistics, zeros
 from kfac_jax._preconditioner import init_inverses, precondition
 from kfac_jax._separate_damping import Candidates
 from kfac_jax._step import (
@@ -31,6 +32,7 @@ from kfac_jax._step import (
     initial_info,
     loss_of,
 )
+from kfac_jax._trees import TreeSpec
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import (
     LevenbergMarquardt,
@@ -97,7 +99,7 @@ def scale_by_kfac(
         )
 
     def init(params: Params) -> KFACState:
-        return _initial(curvature, params, damping, (), None)
+        return _initial(curvature, params, damping, None, distribution)
 
     def update(
         updates: Params,
@@ -123,6 +125,7 @@ def scale_by_kfac(
             state.inverses,
             grads,
             statistics.products,
+            distribution,
         )
         finite = jnp.isfinite(square)
         scaled = [
@@ -216,8 +219,9 @@ def kfac(
     adaptive = modelled or isinstance(damping, LevenbergMarquardt)
 
     def init(params: Params) -> KFACState:
+        state = _initial(curvature, params, damping, factored_damping, distribution)
         velocity = jax.tree.map(jnp.zeros_like, params)
-        return _initial(curvature, params, damping, velocity, factored_damping)
+        return state._replace(velocity=sharding.kept(distribution, velocity))
 
     def update(
         updates: Params,
@@ -237,7 +241,7 @@ def kfac(
             curvature.tree.masked_leaves(params, "params")
         value = averaged_loss(distribution, value)
         grads = curvature.tree.masked_leaves(updates, "grads")
-        velocity = curvature.tree.masked_leaves(state.velocity, "the velocity")
+        velocity = _velocity(curvature.tree, state.velocity, distribution)
         count, now = state.step, state.damping
         if not isinstance(damping, LevenbergMarquardt):
             now = at(damping, count)
@@ -274,7 +278,12 @@ def kfac(
         )
         down = [None if x is None else -x for x in grads]
         scaled, square = precondition(
-            curvature.layers, state.factors, state.inverses, down, products
+            curvature.layers,
+            state.factors,
+            state.inverses,
+            down,
+            products,
+            distribution,
         )
         direction = [x for x in scaled if x is not None]
         step = Step(direction=direction, squared_length=square, **start)
@@ -286,24 +295,50 @@ def kfac(
         else:
             state = state._replace(damping=at(damping, state.step))
         restore = curvature.tree.restore
+        kept = sharding.kept(distribution, kept)
         state = state._replace(velocity=restore(_fill(kept, velocity), state.velocity))
         return restore(_fill(delta, grads), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def _velocity(
+    tree: TreeSpec, velocity: Params, distribution: Distribution | None
+) -> list[Array | None]:
+    """The leaves of δ0, None where a mask hides them."""
+    if distribution is None or not sharding.by_rows(distribution):
+        return tree.masked_leaves(velocity, "the velocity")
+    kept = tuple(map(distribution.kept_shape, tree.shapes))
+    rows = dataclasses.replace(tree, shapes=kept).masked_leaves(
+        velocity, "the velocity"
+    )
+    places = [i for i, x in enumerate(rows) if x is not None]
+    found = distribution.whole(
+        [x for x in rows if x is not None], [tree.shapes[i] for i in places]
+    )
+    result: list[Array | None] = [None] * len(rows)
+    for i, x in zip(places, found, strict=True):
+        result[i] = x
+    return result
+
+
 def _initial(
     curvature: Curvature,
     params: Params,
     damping: Any,
-    velocity: Params,
     factored_damping: SeparateDamping | None,
+    distribution: Distribution | None,
 ) -> KFACState:
+    """The state before the first step, without velocity."""
     curvature.tree.masked_leaves(params, "params")
     layers = curvature.layers
+
+    def fill() -> tuple[Factors, Factors]:
+        whole = zeros(layers, "factor_shapes"), init_inverses(layers)
+        return sharding.kept(distribution, whole)
+
     # compiled at once: one by one, each shape would be compiled for itself
-    fill = jax.jit(lambda: (zeros(layers, "factor_shapes"), init_inverses(layers)))
-    factors, inverses = fill()
+    factors, inverses = jax.jit(fill)()
     strength = initial_damping(damping)
     return KFACState(
         step=jnp.zeros((), jnp.int32),
@@ -314,7 +349,7 @@ def _initial(
         factored_damping=initial_factored_damping(
             factored_damping, strength + curvature.l2
         ),
-        velocity=velocity,
+        velocity=(),
         info=initial_info(),
     )
 

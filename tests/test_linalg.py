@@ -214,11 +214,11 @@ def test_trace_pi_is_one_where_it_is_not_defined(a, g):
 
 def test_sizes_one_apart_share_a_batch_and_rows_are_no_power_of_two_apart():
     for d in (24, 32, 64, 128, 250, 256, 500, 512, 768, 784, 1000, 1024, 4096):
-        padded = _psd._padded(d)
-        assert _psd._padded(d + 1) == padded or d == 24
+        padded = _psd.padded(d)
+        assert _psd.padded(d + 1) == padded or d == 24
         assert d <= padded <= 2 * d and padded % 8 == 0
         assert padded & (padded - 1) or padded <= 8
-    assert [_psd._padded(d) for d in (1, 2, 3, 7, 8)] == [1, 2, 4, 8, 8]
+    assert [_psd.padded(d) for d in (1, 2, 3, 7, 8)] == [1, 2, 4, 8, 8]
 
 
 def test_mean_rows():

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,12 +11,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.flatten_util import ravel_pytree
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kfac_jax
 from kfac_jax._jaxpr._compat import vary_like
-from kfac_jax.sharding._planner import assign
+from kfac_jax.linalg._psd import padded
+from kfac_jax.linalg._shared import LEAVES, Columns, shared_inverse
+from kfac_jax.sharding import _planner
+from kfac_jax.sharding._planner import ALL, assign, divide, shared_cost
 
 CASES = 16
 STEPS = 4
@@ -33,6 +38,17 @@ RULES = {
         "factored_damping": kfac_jax.SeparateDamping(every=2),
     },
 }
+
+
+DEVICES = pytest.mark.parametrize(
+    ("rules", "devices"),
+    [
+        pytest.param("fixed", 1, marks=pytest.mark.slow),
+        pytest.param("fixed", 2, marks=pytest.mark.slow),
+        ("fixed", 8),
+        ("adaptive", 8),
+    ],
+)
 
 
 @functools.cache
@@ -62,7 +78,9 @@ def make_step(curvature, rules, distribution, average=None):
 
     def step(params, state, *args):
         value, grads, statistics = curvature.value_grad_and_statistics(params, *args)
-        if average is not None:
+        if average is mean_of_all:
+            grads = average(grads)
+        elif average is not None:
             grads = jax.tree.map(average, grads)
         updates, state = tx.update(
             grads, state, params, statistics=statistics, value=value, args=args
@@ -74,6 +92,12 @@ def make_step(curvature, rules, distribution, average=None):
 
 def mean(x):
     return jax.lax.pmean(x, "batch")
+
+
+def mean_of_all(grads):
+    """All gradients in one collective, as programs with many layers should."""
+    flat, unravel = ravel_pytree(grads)
+    return unravel(mean(flat))
 
 
 def part(x):
@@ -135,9 +159,7 @@ def on_one_device(structure, rules):
 
 
 @models.EIGHT_DEVICES
-@pytest.mark.parametrize(
-    ("rules", "devices"), [("fixed", 1), ("fixed", 2), ("fixed", 8), ("adaptive", 8)]
-)
+@DEVICES
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("route", ROUTES)
 def test_steps_are_those_of_one_device(route, structure, rules, devices):
@@ -147,6 +169,85 @@ def test_steps_are_those_of_one_device(route, structure, rules, devices):
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
         found,
+        on_one_device(structure, rules),
+    )
+
+
+# ---------------------------------------------------------------- devices keep rows
+
+ROWS = kfac_jax.OverAxis("batch", state_axes="batch")
+
+
+def rows_over_shard_map(step, tx, devices, average, **options):
+    """The same with the state in parts, and made whole at the end."""
+    specs, batch = kfac_jax.state_specs(ROWS), P("batch")
+    mapped = functools.partial(
+        jax.shard_map, mesh=models.mesh(devices, "batch"), **options
+    )
+    init = mapped(tx.init, in_specs=P(), out_specs=specs)
+    ins, outs = (P(), specs, batch, batch), (P(), specs)
+    return jax.jit(init), jax.jit(mapped(step, in_specs=ins, out_specs=outs))
+
+
+def rows_over_pmap(step, tx, devices, average):
+    some = jax.devices()[:devices]
+    start = jax.pmap(tx.init, "batch", devices=some)
+    mapped = jax.pmap(step, "batch", in_axes=(None, 0, 0, 0), devices=some)
+
+    def split(params, state, *args):
+        args = [x.reshape(devices, -1, *x.shape[1:]) for x in args]
+        params, state = mapped(params, state, *args)
+        return jax.tree.map(lambda x: x[0], params), state
+
+    def init(params):
+        return start(
+            jax.tree.map(lambda x: jnp.broadcast_to(x, (devices, *x.shape)), params)
+        )
+
+    return init, split
+
+
+def joined(state, specs):
+    """What pmap has stacked, with rows behind each other."""
+    return state._replace(
+        **{
+            name: jax.tree.map(
+                lambda x, rows=rows: x.reshape(-1, *x.shape[2:]) if rows else x[0],
+                getattr(state, name),
+            )
+            for name, rows in zip(state._fields, specs, strict=True)
+        }
+    )
+
+
+ROWS_ROUTES = {
+    "pmap": (rows_over_pmap, mean),
+    "shard_map": (rows_over_shard_map, part),
+    "shard_map, unchecked": (
+        functools.partial(rows_over_shard_map, check_vma=False),
+        mean,
+    ),
+}
+
+
+@models.EIGHT_DEVICES
+@DEVICES
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("route", ROWS_ROUTES)
+def test_devices_that_keep_rows_step_as_one_device(route, structure, rules, devices):
+    distribute, average = ROWS_ROUTES[route]
+    tx, step = make_step(plan(structure), rules, ROWS, average)
+    init, step = distribute(step, tx, devices, average)
+    p = problem()
+    params, state = p.params, init(p.params)
+    for _ in range(STEPS):
+        params, state = step(params, state, *p.args)
+    if route == "pmap":
+        state = joined(state, [s != P() for s in kfac_jax.state_specs(ROWS)])
+    state = kfac_jax.whole_state(plan(structure), state)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+        (params, state._replace(inverses=None)),
         on_one_device(structure, rules),
     )
 
@@ -166,23 +267,45 @@ def split_last(x, axis, devices):
     return P(*[None] * (x.ndim - 1), axis) if x.shape[-1] % devices == 0 else P()
 
 
-LAYOUTS = {  # mesh, how parameters lie on it, axes that share the inversions
-    "batch": ({"data": 8}, lambda x: P(), ()),
-    "batch, shared": ({"data": 8}, lambda x: P(), ("data",)),
+LAYOUTS = {  # mesh, how parameters lie on it, axes that share the work and the state
+    "batch": ({"data": 8}, lambda x: P(), (), ()),
+    "batch, shared": ({"data": 8}, lambda x: P(), ("data",), ()),
+    "batch and state, shared": ({"data": 8}, lambda x: P(), ("data",), ("data",)),
+    "batch and state, shared by two": (
+        {"data": 2},
+        lambda x: P(),
+        ("data",),
+        ("data",),
+    ),
     "batch and parameters, shared": (
         {"data": 8},
         lambda x: split_first(x, "data", 8),
+        ("data",),
+        (),
+    ),
+    "batch, parameters and state, shared": (
+        {"data": 8},
+        lambda x: split_first(x, "data", 8),
+        ("data",),
         ("data",),
     ),
     "batch and outputs, on two axes, shared over one": (
         {"data": 4, "model": 2},
         lambda x: split_last(x, "model", 2),
         ("data",),
+        (),
     ),
     "batch and outputs, shared over two axes": (
         {"data": 4, "model": 2},
         lambda x: split_last(x, "model", 2),
         ("data", "model"),
+        (),
+    ),
+    "batch and outputs, shared over two axes, state over one": (
+        {"data": 4, "model": 2},
+        lambda x: split_last(x, "model", 2),
+        ("data", "model"),
+        ("model",),
     ),
 }
 
@@ -192,7 +315,7 @@ LAYOUTS = {  # mesh, how parameters lie on it, axes that share the inversions
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_steps_on_sharded_arrays_are_those_on_one_device(layout, structure, rules):
-    axes, place, shared = LAYOUTS[layout]
+    axes, place, shared, kept = LAYOUTS[layout]
     mesh = jax.make_mesh(
         tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes)
     )
@@ -201,11 +324,13 @@ def test_steps_on_sharded_arrays_are_those_on_one_device(layout, structure, rule
         lambda x: jax.device_put(x, NamedSharding(mesh, place(x))), p.params
     )
     args = jax.device_put(p.args, NamedSharding(mesh, P("data")))
-    distribution = kfac_jax.OverMesh(mesh, shared) if shared else None
+    distribution = kfac_jax.OverMesh(mesh, shared, kept) if shared else None
     tx, step = make_step(plan(structure), rules, distribution)
     step, state = jax.jit(step), tx.init(params)
     for _ in range(STEPS):
         params, state = step(params, state, *args)
+    if kept:
+        state = kfac_jax.whole_state(plan(structure), state, distribution)
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
         (params, state._replace(inverses=None)),
@@ -309,31 +434,43 @@ def test_every_block_on_two_devices():
         )
 
 
+def collectives(sizes, route, state_axes):
+    """How many there are in a compiled step, of each kind."""
+    params = models.dense_params(0, *sizes)
+    p = models.problem("softmax", params=params, x=models.array(1, CASES, sizes[0]))
+    curvature = kfac_jax.make_curvature(
+        p.loss_fn, p.params, *p.args, estimation_mode="fisher_empirical"
+    )
+    mesh = models.mesh(8, "batch")
+    batch = P("batch")
+    if route == "jit":
+        over = kfac_jax.OverMesh(mesh, state_axes=state_axes)
+        tx, step = make_step(curvature, "fixed", over)
+        mapped, state = step, tx.init(p.params)
+        args = jax.device_put(p.args, NamedSharding(mesh, batch))
+    else:
+        over = kfac_jax.OverAxis("batch", state_axes)
+        checked = route == "shard_map"
+        tx, step = make_step(curvature, "fixed", over, part if checked else mean_of_all)
+        specs = kfac_jax.state_specs(over)
+        map_it = functools.partial(jax.shard_map, mesh=mesh, check_vma=checked)
+        state = map_it(tx.init, in_specs=P(), out_specs=specs)
+        state = jax.jit(state).eval_shape(p.params)
+        ins, outs = (P(), specs, batch, batch), (P(), specs)
+        mapped, args = map_it(step, in_specs=ins, out_specs=outs), p.args
+    text = jax.jit(mapped).lower(p.params, state, *args).compile().as_text()
+    kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+    return [len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds]
+
+
 @models.EIGHT_DEVICES
-def test_one_collective_brings_all_inverses():
-    """Whatever the number of layers."""
-
-    def collectives(sizes):
-        params = models.dense_params(0, *sizes)
-        p = models.problem("softmax", params=params, x=models.array(1, CASES, sizes[0]))
-        curvature = kfac_jax.make_curvature(p.loss_fn, p.params, *p.args)
-        tx = kfac_jax.scale_by_kfac(curvature, 0.1, distribution=AXIS)
-
-        def update(grads, state, statistics):
-            return tx.update(grads, state, statistics=statistics)[1].inverses
-
-        traced = jax.jit(
-            jax.shard_map(
-                update,
-                mesh=models.mesh(8, "batch"),
-                in_specs=(P(), P(), P()),
-                out_specs=P(),
-            )
-        ).lower(p.params, tx.init(p.params), curvature.zero_statistics(p.params))
-        text = traced.as_text()
-        return text.count('"stablehlo.all_gather"')
-
-    assert collectives((3, 4, 4)) == collectives((3, 4, 5, 6, 7, 8, 4)) == 1
+@pytest.mark.parametrize("state_axes", [(), "batch"])
+@pytest.mark.parametrize("route", ["jit", "shard_map", "shard_map, unchecked"])
+def test_collectives_do_not_grow_with_layers(route, state_axes):
+    few = collectives((3, 4, 4), route, state_axes)
+    many = collectives((3, 4, 5, 6, 7, 8, 4), route, state_axes)
+    assert few == many
+    assert 0 < sum(few) <= 10
 
 
 @models.EIGHT_DEVICES
@@ -380,7 +517,7 @@ def best_load(costs, devices):
 @settings(max_examples=100, deadline=None)
 def test_owners_are_balanced(sizes, devices):
     """Longest first is within 4/3 - 1/(3 n) of the best there is (Graham 1969)."""
-    owners = assign(sizes, devices)
+    owners = assign(sizes, devices, share=False)
     assert len(owners) == len(sizes)
     costs = [size**3 for size in sizes]
     loads = np.zeros(devices)
@@ -389,24 +526,146 @@ def test_owners_are_balanced(sizes, devices):
     assert loads.max() <= bound * (1 + 1e-12)
 
 
+def all_loads(sizes, owners, devices):
+    loads = np.zeros(devices)
+    for size, owner in zip(sizes, owners, strict=True):
+        if owner == ALL:
+            loads += shared_cost(size, devices, LEAVES)
+        else:
+            loads[owner] += size**3
+    return loads
+
+
 @given(
     sizes=st.lists(st.integers(1, 4000), min_size=1, max_size=60),
     devices=st.integers(1, 16),
+    share=st.booleans(),
 )
 @settings(max_examples=100, deadline=None)
-def test_nobody_waits_longer_than_for_one_matrix(sizes, devices):
+def test_nobody_waits_longer_than_for_one_matrix(sizes, devices, share):
     """The device that ends last had the least to do when it got its last matrix."""
+    owners = assign(sizes, devices, share)
+    loads = all_loads(sizes, owners, devices)
+    own = [s**3 for s, o in zip(sizes, owners, strict=True) if o == loads.argmax()]
+    assert loads.max() - min(own, default=0) <= loads.min() * (1 + 1e-12)
+
+
+@given(
+    sizes=st.lists(st.integers(1024, 8000), min_size=1, max_size=40),
+    devices=st.integers(1, 64),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_is_too_much_for_one_belongs_to_all(sizes, devices):
+    """Then no device has more than twice its part; what all do twice is little."""
     owners = assign(sizes, devices)
-    loads = np.zeros(devices)
-    np.add.at(loads, owners, [size**3 for size in sizes])
-    last = min(s**3 for s, o in zip(sizes, owners, strict=True) if o == loads.argmax())
-    assert loads.max() - last <= loads.min()
+    total = sum(size**3 for size in sizes)
+    for size, owner in zip(sizes, owners, strict=True):
+        assert (owner == ALL) == (size**3 > total / devices)
+    by_all = sum(shared_cost(s, 1, LEAVES) for s in sizes) / devices
+    twice = sum(LEAVES * (s / LEAVES) ** 3 for s in sizes)
+    loads = all_loads(sizes, owners, devices)
+    assert loads.max() <= 2 * max(total / devices, by_all) + 2 * twice
 
 
-@pytest.mark.parametrize(("layers", "limit"), [(8, 1.25), (16, 1.25), (24, 1.25)])
-def test_equal_layers_are_shared_evenly(layers, limit):
-    owners = assign([512] * 2 * layers, 8)
-    assert max(map(owners.count, range(8))) / (2 * layers) <= limit / 8
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    sizes=st.data(),
+    devices=st.integers(1, 9),
+)
+@settings(max_examples=100, deadline=None)
+def test_every_matrix_has_one_place(counts, sizes, devices):
+    stacks = [(k, sizes.draw(st.integers(1, 3000))) for k in counts]
+    for (k, _), division in zip(stacks, divide(stacks, devices), strict=True):
+        if division.shared:
+            assert (division.owners == ALL).all()
+            continue
+        assert sorted(division.order) == list(range(k))
+        assert division.counts.sum() == k
+        places = set(zip(division.owners, division.places, strict=True))
+        assert len(places) == k
+        for owner, place in places:
+            assert 0 <= place < division.counts[owner] <= division.slots
+            at = division.order[division.first[owner] + place]
+            assert division.owners[at] == owner
+            assert division.places[at] == place
+
+
+def convolution(inputs, outputs, kernel):
+    return [inputs * kernel**2, outputs]
+
+
+def stage(inputs, width, count, outputs):
+    """Bottleneck blocks, the first with a projection."""
+    sizes = [*convolution(inputs, outputs, 1)]
+    for block in range(count):
+        sizes += convolution(outputs if block else inputs, width, 1)
+        sizes += convolution(width, width, 3)
+        sizes += convolution(width, outputs, 1)
+    return sizes
+
+
+SIZES = {
+    "equal layers": [512] * 16,
+    "three times as many": [512] * 48,
+    "ResNet-50": [
+        *convolution(3, 64, 7),
+        *stage(64, 64, 3, 256),
+        *stage(256, 128, 4, 512),
+        *stage(512, 256, 6, 1024),
+        *stage(1024, 512, 3, 2048),
+        *(2049, 1000),
+    ],
+    "GPT-2": 12 * [769, 2304, 769, 768, 769, 3072, 3073, 768],
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "limit"),
+    [
+        ("equal layers", 1.25),
+        ("three times as many", 1.25),
+        ("ResNet-50", 1.5),
+        ("GPT-2", 1.5),
+    ],
+)
+def test_work_is_shared_evenly(model, limit):
+    sizes = [padded(d) for d in SIZES[model]]
+    loads = all_loads(sizes, assign(sizes, 8), 8)
+    assert loads.max() <= limit / 8 * sum(d**3 for d in sizes)
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize(("count", "size"), [(1, 48), (3, 40), (2, 6), (2, 18)])
+def test_an_inverse_by_all_devices(count, size):
+    x = np.asarray(models.array(3, count, size, size + 2))
+    x = x @ x.swapaxes(-1, -2) + 0.1 * np.eye(size)
+
+    def inside(x):
+        over = kfac_jax.OverAxis("batch")
+        me = jax.lax.axis_index("batch")
+        return shared_inverse(x, Columns(me, 8, over._join_columns))
+
+    mapped = jax.shard_map(
+        inside, mesh=models.mesh(8, "batch"), in_specs=P(), out_specs=P()
+    )
+    mapped = jax.jit(mapped)
+    np.testing.assert_allclose(mapped(x), np.linalg.inv(x), rtol=1e-9, atol=1e-9)
+    assert not np.isfinite(np.asarray(mapped(-x))[:, 0, 0]).any()
+
+
+@models.EIGHT_DEVICES
+def test_a_large_factor_is_inverted_by_all_devices(monkeypatch):
+    """In a step, with the limit lowered to the size of a test."""
+    monkeypatch.setattr(_planner, "_SMALLEST_SHARED", 8)
+    owners = kfac_jax.sharing_report(plan("diagonal"), AXIS, {"batch": 8}).owners
+    assert () in [own for part in owners.values() for own in part.values()]
+    distribute, average = ROUTES["shard_map"]
+    tx, step = make_step(plan("diagonal"), "fixed", AXIS, average)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+        trajectory(distribute(step, 8), tx),
+        on_one_device("diagonal", "fixed"),
+    )
 
 
 def test_an_axis_that_does_not_exist():

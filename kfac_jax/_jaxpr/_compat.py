@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.core
+import jax.numpy as jnp
 from jax import Array
 from jax.extend import core as extend_core
 from jax.extend import source_info_util
@@ -136,8 +137,13 @@ def vary_like(x: Array, *others: Array | None) -> Array:
 
     The transpose of this is the sum over those axes.
     """
-    wanted = frozenset[str]().union(*(_varying(y) for y in others if y is not None))
-    missing = tuple(sorted(wanted - _varying(x)))
+    return _vary_over(
+        x, frozenset[str]().union(*(varying(y) for y in others if y is not None))
+    )
+
+
+def _vary_over(x: Array, axes: frozenset[str]) -> Array:
+    missing = tuple(sorted(axes - varying(x)))
     if not missing:
         return x
     lax: Any = jax.lax
@@ -149,17 +155,11 @@ def vary_like(x: Array, *others: Array | None) -> Array:
 def all_gather(x: Array, axis: str | tuple[str, ...]) -> Array:
     """Stacks the devices' x, `[devices, ...]`, the same on all of them."""
     lax: Any = jax.lax
-    if not _varying(x):  # inside pmap, which does not tell what varies
+    if not varying(x):  # inside pmap, which does not tell what varies
         return lax.all_gather(x, axis)
     if hasattr(lax, "all_gather_invariant"):
         return lax.all_gather_invariant(x, axis)
     return lax.all_gather(x, axis, to="invarying")
-
-
-def sum_like(x: Array, other: Array) -> Array:
-    """Sums x over the mesh axes that it varies over and the other does not."""
-    axes = tuple(sorted(_varying(x) - _varying(other)))
-    return jax.lax.psum(x, axes) if axes else x
 
 
 def summed_devices(outputs: Sequence[Array], sums: Any) -> int:
@@ -178,8 +178,8 @@ def summed_devices(outputs: Sequence[Array], sums: Any) -> int:
     Raises:
       ValueError: if it is not the same for all.
     """
-    varying = frozenset[str]().union(*map(_varying, outputs))
-    found = {varying - _varying(x) for x in jax.tree.leaves(sums)}
+    all_axes = frozenset[str]().union(*map(varying, outputs))
+    found = {all_axes - varying(x) for x in jax.tree.leaves(sums)}
     if len(found) > 1:
         axes = " and ".join(sorted(str(sorted(each)) for each in found))
         raise ValueError(
@@ -191,8 +191,21 @@ def summed_devices(outputs: Sequence[Array], sums: Any) -> int:
     return math.prod(lax.axis_size(axis) for axis in next(iter(found), ()))
 
 
-def _varying(x: Array) -> frozenset[str]:
-    aval: Any = jax.typeof(x)
-    if hasattr(aval, "manual_axis_type"):
-        return frozenset(aval.manual_axis_type.varying)
-    return frozenset(aval.vma)
+def varies(x: Array, axes: Sequence[str]) -> bool:
+    """Whether `shard_map` tells that x varies over one of the axes."""
+    return not varying(x).isdisjoint(axes)
+
+
+def zeros(like: jax.ShapeDtypeStruct) -> Array:
+    """Zeros of a shape from `eval_shape`, varying over the same axes."""
+    x = jnp.zeros(like.shape, like.dtype)
+    return _vary_over(x, varying(like))
+
+
+def varying(x: Any) -> frozenset[str]:
+    """The mesh axes that an array, or its shape, varies over inside `shard_map`."""
+    aval: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    found = getattr(aval, "manual_axis_type", None)  # since JAX 0.10
+    return frozenset(
+        getattr(aval, "vma", None) or () if found is None else found.varying
+    )

@@ -145,9 +145,33 @@ class Block(abc.ABC):
         `Σ_b dy dyᵀ` is already a mean over cases: the cotangents come scaled by √(1/N).
         """
 
-    @abc.abstractmethod
+    def counts(self, statistics: Factors, weight: Array) -> Factors:
+        """What sums are divided by to become factors, by the factors' names.
+
+        Sums like the statistics: those of devices and micro-batches add up.
+
+        Args:
+          statistics: the sums.
+          weight: how many batches they are a sum of.
+
+        Returns:
+          Counts that broadcast to the factors; the number of batches for all.
+        """
+        return dict.fromkeys(statistics, weight)
+
+    def __init_subclass__(cls) -> None:
+        """Refuses blocks that normalise sums in a way of their own."""
+        if "factors" in cls.__dict__:
+            raise TypeError(
+                f"{cls.__name__} must say what its sums are divided by: expected a "
+                "method counts(statistics, weight), got one called factors. Statistics "
+                "are summed over devices before they are divided."
+            )
+
     def factors(self, statistics: Factors, weight: Array) -> Factors:
-        """Normalises statistics; `weight` is how many batches they are a sum of."""
+        """Divides the sums by their `counts`, where those are not zero."""
+        counts = self.counts(statistics, weight)
+        return {name: divide(statistics[name], count) for name, count in counts.items()}
 
     def carry(self, factors: Factors) -> Factors:
         """Computes what is `carried` from the other factors."""
@@ -188,6 +212,11 @@ class Block(abc.ABC):
     @abc.abstractmethod
     def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
         """An eigendecomposition of the block."""
+
+
+def divide(total: Array, count: Array) -> Array:
+    """A mean from a sum; zero where nothing was counted."""
+    return total / jnp.where(count > 0, count, 1)
 
 
 def per_example(x: Array, dy: Array) -> Array:

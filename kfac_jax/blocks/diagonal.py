@@ -51,10 +51,6 @@ class Diagonal(Block):
             return {"diagonal": sums}
         return {"diagonal": jnp.square(per_example(x, dy)).sum(-3)}
 
-    def factors(self, statistics: Factors, weight: Array) -> Factors:
-        """Divides by the number of batches."""
-        return {"diagonal": statistics["diagonal"] / weight}
-
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Adds λ."""
         return {"diagonal": Damped(factors["diagonal"], jnp.asarray(damping))}

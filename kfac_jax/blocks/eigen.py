@@ -112,12 +112,11 @@ class Eigen(Kronecker):
             if side in factors
         }
 
-    def factors(self, statistics: Factors, weight: Array) -> Factors:
-        """Normalises like `Kronecker`; a basis counted once for each batch."""
+    def counts(self, statistics: Factors, weight: Array) -> Factors:
+        """Those of `Kronecker`; the moments, and a basis, count once for each batch."""
         own = [name for name in statistics if name == "moments" or name in self.carried]
         rest = {name: x for name, x in statistics.items() if name not in own}
-        moved = {name: statistics[name] / weight for name in own}
-        return super().factors(rest, weight) | moved
+        return super().counts(rest, weight) | dict.fromkeys(own, weight)
 
     def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
         """The first batch brings its basis; later ones move to the one that is there.

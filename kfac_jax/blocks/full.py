@@ -44,10 +44,6 @@ class Full(Block):
         flat = g.reshape(len(g), -1)
         return {"full": flat.T @ flat}
 
-    def factors(self, statistics: Factors, weight: Array) -> Factors:
-        """Divides by the number of batches."""
-        return {"full": statistics["full"] / weight}
-
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Adds λ to the diagonal."""
         return {"full": Damped(factors["full"], jnp.asarray(damping))}

@@ -32,10 +32,6 @@ class Identity(Block):
         """Gathers none."""
         return {}
 
-    def factors(self, statistics: Factors, weight: Array) -> Factors:
-        """Keeps none."""
-        return {}
-
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """`1 + λ`."""
         one = jnp.ones((), jnp.asarray(damping).dtype)

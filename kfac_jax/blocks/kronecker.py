@@ -9,7 +9,7 @@ from kfac_jax import linalg
 from kfac_jax._dtypes import wide_dtype
 from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
 from kfac_jax.blocks._pi import check_pi, pi
-from kfac_jax.blocks._sides import DIAGONAL, Side, sides
+from kfac_jax.blocks._sides import DIAGONAL, Side, named, sides
 from kfac_jax.blocks._tied import TRANSPOSED, join, nearest_product, split
 
 
@@ -173,23 +173,20 @@ class Kronecker(Block):
         weight = 1 / positions if reduce else jnp.ones_like(positions)
         return _occurrences(x, size, weight.astype(wide_dtype(dy.dtype)), reduce)
 
-    def factors(self, statistics: Factors, weight: Array) -> Factors:
-        """Divides inputs by the number of rows, outputs by that of batches."""
+    def counts(self, statistics: Factors, weight: Array) -> Factors:
+        """The number of rows for inputs, that of batches for outputs."""
         first, second = split(statistics)
         if second:
-            return join(self.factors(first, weight), self.factors(second, weight))
-        (a, a_is_full), (g, _) = sides(statistics)
-        rows = self.count(statistics)
-        names = sorted(name for name in statistics if name != "count")
-        rows = rows[..., None, None] if a_is_full else rows[..., None]
-        return dict(zip(names, (a / rows, g / weight), strict=True))
+            return join(self.counts(first, weight), self.counts(second, weight))
+        inputs, outputs = sides(statistics)
+        rows = jnp.expand_dims(self.rows(statistics), inputs.axes)
+        return named(Side(rows, inputs.is_full), Side(weight, outputs.is_full))
 
-    def count(self, statistics: Factors) -> Array:
-        """How many rows the inputs' sum is over, `[*e]`, at least 1."""
+    def rows(self, statistics: Factors) -> Array:
+        """How many rows the inputs' sum is over, `[*e]`."""
         if "count" in statistics:
-            return jnp.maximum(statistics["count"], 1.0)
-        inputs, _ = sides(statistics)
-        return jnp.maximum(inputs.diagonal[..., -1], 1.0)
+            return statistics["count"]
+        return sides(statistics)[0].diagonal[..., -1]
 
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Factored Tikhonov damping (section 6.3)."""

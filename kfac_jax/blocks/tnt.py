@@ -74,9 +74,9 @@ class TNT(Kronecker):
             result |= _weighted("input", kept, x, weights)
         return result | _weighted("output", kept, dy, same)
 
-    def factors(self, statistics: Factors, weight: Array) -> Factors:
-        """Divides by the number of batches."""
-        return {name: x / weight for name, x in statistics.items()}
+    def counts(self, statistics: Factors, weight: Array) -> Factors:
+        """The number of batches."""
+        return dict.fromkeys(statistics, weight)
 
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Factored Tikhonov damping, as of `Kronecker`."""

@@ -141,6 +141,13 @@ class Layer:
         return {name: x for name, (x, _) in damped.items()}
 
     @property
+    def inverse_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of what an optimizer keeps to divide by the curvature, by name."""
+        if self.link is not None:
+            return self.joint_shapes
+        return {name: x.shape for name, x in self.damped.items()}
+
+    @property
     def joint_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of what a linked layer has in place of inverses, by name."""
         shapes: dict[str, tuple[int, ...]] = {}
@@ -156,10 +163,8 @@ class Layer:
     @property
     def inverse_bytes(self) -> int:
         """How much the inverses hold, in bytes."""
-        if self.link is not None:
-            sizes = (math.prod(shape) for shape in self.joint_shapes.values())
-            return sum(sizes) * jnp.dtype(self.dtype).itemsize
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in self.damped.values())
+        sizes = (math.prod(shape) for shape in self.inverse_shapes.values())
+        return sum(sizes) * jnp.dtype(self.dtype).itemsize
 
     @property
     def inversion_cost(self) -> int:

@@ -1,6 +1,5 @@
 """Inverses and eigendecompositions of symmetric positive matrices, batched."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -38,12 +37,12 @@ class Inverted(NamedTuple):
     finite: Array  # []: whether all of them are
 
 
-Run = Callable[[Sequence[Array], Callable[[Array], Array]], list[Array]]
+Apply = Callable[[Sequence[Array], Callable[[Array], Array]], list[Array]]
 """Applies a function of `[k, d, d]` to each of several arrays."""
 
 
 def inverse_many(
-    shifted: Sequence[tuple[Array, Array]], run: Run | None = None
+    shifted: Sequence[tuple[Array, Array]], apply: Apply | None = None
 ) -> list[Inverted]:
     """Inverts `x + s I` for many x and s, matrices of similar size as one batch.
 
@@ -55,14 +54,12 @@ def inverse_many(
 
     Args:
       shifted: x, symmetric `[..., d, d]`, and s, `[...]`; the sum positive definite.
-      run: what applies the inversion to the batches; by default one after the other.
+      apply: what applies the inversion to the batches; by default one after the other.
 
     Returns:
       The inverses in the same order and shapes.
     """
-    if run is None:
-        return _many(shifted, _inverse, _in_turn)
-    return _many(shifted, functools.partial(_inverse, serial=True), run)
+    return _many(shifted, inverse_stack, apply or _in_turn)
 
 
 def inverse_root_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
@@ -74,7 +71,7 @@ def inverse_root_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
     Returns:
       The roots in the same order and shapes; NaN where not positive definite.
     """
-    return [root.inverse for root in _many(shifted, _inverse_root, _in_turn)]
+    return [root.inverse for root in _many(shifted, inverse_root, _in_turn)]
 
 
 def _in_turn(
@@ -91,17 +88,19 @@ def _in_turn(
 
 
 def _many(
-    shifted: Sequence[tuple[Array, Array]], function: Callable[[Array], Array], run: Run
+    shifted: Sequence[tuple[Array, Array]],
+    function: Callable[[Array], Array],
+    apply: Apply,
 ) -> list[Inverted]:
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for i, (x, _) in enumerate(shifted):
-        groups.setdefault((_padded(x.shape[-1]), x.dtype), []).append(i)
+        groups.setdefault((padded(x.shape[-1]), x.dtype), []).append(i)
     results: dict[int, Inverted] = {}
     stacks = [
         _stack([shifted[i] for i in members], size)
         for (size, _), members in groups.items()
     ]
-    for members, inverses in zip(groups.values(), run(stacks, function), strict=True):
+    for members, inverses in zip(groups.values(), apply(stacks, function), strict=True):
         finite = jnp.isfinite(diagonal(inverses)).all(-1)  # as in finite_diagonals
         start = 0
         for i in members:
@@ -115,7 +114,7 @@ def _many(
     return [results[i] for i in range(len(shifted))]
 
 
-def _padded(d: int) -> int:
+def padded(d: int) -> int:
     """The size that matrices of size d are padded to.
 
     Odd multiples of 16, or 8 more than a power of two below: rows that lie a power of
@@ -145,30 +144,58 @@ def _stack(shifted: Sequence[tuple[Array, Array]], size: int) -> Array:
     return jnp.concatenate(matrices) + diagonal * identity
 
 
-def _inverse(x: Array, serial: bool = False) -> Array:
-    """Inverts symmetric `[k, d, d]`; NaN where x is not positive definite.
+def _one_by_one(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
+    """Has LAPACK get one matrix at a time, where several devices are of one CPU.
 
-    With `serial`, LAPACK gets one matrix at a time, for several devices of one CPU.
+    Their batched calls wait for each other's threads and can block for ever.
     """
+
+    def wrapped(x: Array) -> Array:
+        if len(x) == 1 or not several_cpu_devices():
+            return function(x)
+        return jax.lax.platform_dependent(x, cpu=in_turn, default=function)
+
+    def in_turn(x: Array) -> Array:
+        return jax.lax.map(function, x[:, None])[:, 0]
+
+    return wrapped
+
+
+def several_cpu_devices() -> bool:
+    """Whether this process has CPU devices that run at the same time."""
+    try:
+        return len(jax.local_devices(backend="cpu")) > 1
+    except RuntimeError:  # JAX was told to leave CPUs alone
+        return False
+
+
+def inverse_stack(x: Array) -> Array:
+    """Inverts symmetric `[k, d, d]`; NaN where x is not positive definite."""
     if x.shape[-1] == 1:
         return jnp.where(x > 0, 1.0 / x, jnp.nan)
-    return _gram(_inverse_root(x, serial))
+    return _gram(inverse_root(x))
 
 
-def _inverse_root(x: Array, serial: bool = False) -> Array:
+def inverse_root(x: Array) -> Array:
     """The upper triangular `U⁻¹` of `x = Uᵀ U` `[k, d, d]`, so that `x⁻¹ = U⁻¹ U⁻ᵀ`.
 
     Only the factorisation is left to LAPACK (or its like on other backends), whose
     triangular solve takes three times the arithmetic for the inverse of U. NaN where x
     is not positive definite.
+    """
+    if x.shape[-1] == 1:
+        return jnp.where(x > 0, 1.0 / jnp.sqrt(x), jnp.nan)
+    return _triangular_inverse(_upper_factor(x))
+
+
+@_one_by_one
+def _upper_factor(x: Array) -> Array:
+    """The upper triangular U of `x = Uᵀ U`.
 
     What goes in and out of LAPACK is transposed, which costs nothing: it stores
     matrices by columns.
     """
-    if x.shape[-1] == 1:
-        return jnp.where(x > 0, 1.0 / jnp.sqrt(x), jnp.nan)
-    lower = jnp.linalg.cholesky(_transpose(x), symmetrize_input=False)
-    return _triangular_inverse(_transpose(lower), serial)
+    return transpose(jnp.linalg.cholesky(transpose(x), symmetrize_input=False))
 
 
 _SOLVED = 272
@@ -178,54 +205,47 @@ _MULTIPLIED = 528
 """Largest triangular matrix whose product ignores that half of it is zero."""
 
 
-def _triangular_inverse(x: Array, serial: bool = False) -> Array:
+def _triangular_inverse(x: Array) -> Array:
     """Inverts upper triangular `[k, d, d]`, all halves on the diagonal as one batch.
 
     The inverse of `[[a, b], [0, c]]` is `[[a⁻¹, -a⁻¹ b c⁻¹], [0, c⁻¹]]`.
     """
     k, d, _ = x.shape
     if d <= _SOLVED or d % 2:
-        if not serial:
-            return _solved_at_once(x)
-        return jax.lax.platform_dependent(
-            x, cpu=_solved_in_turn, default=_solved_at_once
-        )
-    a, b, _, c = _quarters(x)
-    halves = _triangular_inverse(jnp.concatenate([a, c]), serial)
+        return _solved(x)
+    a, b, _, c = quarters(x)
+    halves = _triangular_inverse(jnp.concatenate([a, c]))
     first, second = halves[:k], halves[k:]
-    return _join(first, first @ (-b @ second), jnp.zeros_like(b), second)
+    return join_quarters(first, first @ (-b @ second), jnp.zeros_like(b), second)
 
 
-def _solved_at_once(x: Array) -> Array:
+@_one_by_one
+def _solved(x: Array) -> Array:
     identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
-    return _transpose(solve_triangular(_transpose(x), identity, lower=True))
-
-
-def _solved_in_turn(x: Array) -> Array:
-    return jax.lax.map(_solved_at_once, x[:, None])[:, 0]
+    return transpose(solve_triangular(transpose(x), identity, lower=True))
 
 
 def _gram(x: Array) -> Array:
     """`x xᵀ` for upper triangular `[k, d, d]`, without most products with zero."""
     if x.shape[-1] <= _MULTIPLIED or x.shape[-1] % 2:
-        return x @ _transpose(x)
-    a, b, _, c = _quarters(x)
-    right = b @ _transpose(c)
-    top = _gram(a) + b @ _transpose(b)
-    return _join(top, right, _transpose(right), _gram(c))
+        return x @ transpose(x)
+    a, b, _, c = quarters(x)
+    right = b @ transpose(c)
+    top = _gram(a) + b @ transpose(b)
+    return join_quarters(top, right, transpose(right), _gram(c))
 
 
-def _transpose(x: Array) -> Array:
+def transpose(x: Array) -> Array:
     return jnp.swapaxes(x, -1, -2)
 
 
-def _quarters(x: Array) -> tuple[Array, Array, Array, Array]:
+def quarters(x: Array) -> tuple[Array, Array, Array, Array]:
     half = x.shape[-1] // 2
     top, bottom = x[:, :half], x[:, half:]
     return top[..., :half], top[..., half:], bottom[..., :half], bottom[..., half:]
 
 
-def _join(a: Array, b: Array, c: Array, d: Array) -> Array:
+def join_quarters(a: Array, b: Array, c: Array, d: Array) -> Array:
     """`[[a, b], [c, d]]`."""
     rows = [jnp.concatenate([a, b], axis=2), jnp.concatenate([c, d], axis=2)]
     return jnp.concatenate(rows, axis=1)
@@ -294,7 +314,7 @@ def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     What is mapped one at a time for LAPACK's sake has no reverse mode of its own.
     """
     w, u = _eigh(*primals)
-    moved = _transpose(u) @ tangents[0] @ u
+    moved = transpose(u) @ tangents[0] @ u
     identity = jnp.eye(w.shape[-1], dtype=w.dtype)[None]
     inverse_gaps = 1 / (w[:, None, :] - w[:, :, None] + identity) - identity
     return (w, u), (diagonal(moved), u @ (moved * inverse_gaps))

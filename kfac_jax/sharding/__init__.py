@@ -1,6 +1,12 @@
 """Who does what on several devices, and how they exchange it."""
 
+import functools
 from typing import Any, TypeVar
+
+import jax
+
+from kfac_jax.linalg._psd import Apply
+from kfac_jax.linalg._shared import shared_inverse
 
 from ._over_axis import OverAxis as OverAxis
 from ._over_mesh import OverMesh as OverMesh
@@ -10,9 +16,29 @@ T = TypeVar("T")
 Distribution = OverAxis | OverMesh
 
 
+def by_rows(distribution: Distribution | None) -> bool:
+    """Whether the devices keep parts of the state."""
+    return distribution is not None and distribution.by_rows
+
+
 def mean(distribution: Distribution | None, tree: T) -> T:
     """The average over the devices, where each has its own."""
     return tree if distribution is None else distribution.mean(tree)
+
+
+def kept(distribution: Distribution | None, tree: T) -> T:
+    """What a device keeps of arrays that all have."""
+    if distribution is None or not distribution.by_rows:
+        return tree
+    leaves, treedef = jax.tree.flatten(tree)
+    return jax.tree.unflatten(treedef, distribution.rows(leaves))
+
+
+def apply(distribution: Distribution | None) -> Apply | None:
+    """What `linalg.inverse_many` applies inversion by; None for one device."""
+    if distribution is None:
+        return None
+    return functools.partial(distribution.map, shared=shared_inverse)
 
 
 def check(distribution: Any) -> None:

@@ -1,58 +1,91 @@
 """Devices that run one step together, each on its part of the batch."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
+from kfac_jax._collectives import together
 from kfac_jax._jaxpr import _compat
 from kfac_jax._ordering import known_false_after
-from kfac_jax.sharding._planner import assign
+from kfac_jax.linalg._shared import Columns
+from kfac_jax.sharding._planner import divide
+from kfac_jax.sharding._rows import Shape, fill, from_rows, rows_shape, to_rows
 
 T = TypeVar("T")
+
+Shared = Callable[[Array, Columns], Array]
+"""A function of `[k, d, d]` that all devices compute together."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OverAxis:
-    """The devices along a named axis of `pmap` or `shard_map` share the inversions.
+    """The devices along a named axis of `pmap` or `shard_map` share the work.
 
     For `kfac(..., distribution=OverAxis("batch"))` in a step that each device runs on
     its own part of the batch. In it, `update`
 
-    * averages the statistics over the axis (they may be averages already), and what
+    * sums the statistics over the axis, where JAX has not done so, and averages what
       adaptive rules evaluate: the quadratic model and the loss;
     * gives every damped factor an owner, by cost, the largest first; each device
-      inverts its own, and one collective hands out all inverses.
+      inverts its own, all of them together what is too large for one, and one
+      collective hands out all inverses.
 
     Gradients must be averages already, as any optimizer needs them:
     `grads = jax.lax.pmean(grads, "batch")`, or, in a `shard_map` that checks what
     varies, where JAX has summed them, divided by `jax.lax.axis_size("batch")`. Samples
-    must differ: fold `jax.lax.axis_index("batch")` into the key. The state is the same
-    on all devices, and nothing in it depends on their number. Eigendecompositions
+    must differ: fold `jax.lax.axis_index("batch")` into the key. Eigendecompositions
     (`blocks.Eigen`) and the sparse inverse of `BlockTridiagonal` are computed by every
     device.
 
+    By default the state is the same on all devices, and nothing in it depends on their
+    number: the least communication. With `state_axes` the devices along those axes keep
+    a part each of factors, inverses and velocity, the rows of every matrix, and share
+    the multiplication by the inverses, whose results they exchange in every step: the
+    least memory if these are all axes, and something between with some of them. Then
+    `init` is called in the mapped function too; `state_specs` and `whole_state` tell
+    how the state lies.
+
     Attributes:
       axis: the name of the axis, or a tuple of names whose product counts.
+      state_axes: along which of them the state is cut into parts; none by default.
+
+    References:
+      Pauloski et al. 2021 (arXiv:2107.01739) for the choice between communication and
+      memory, there by owners of layers.
 
     >>> OverAxis("batch")
-    OverAxis(axis='batch')
+    OverAxis(axis='batch', state_axes=())
     """
 
     axis: str | tuple[str, ...]
+    state_axes: str | tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Checks the type."""
-        names = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        """Checks the types."""
+        names = as_names(self.axis)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise TypeError(
                 "OverAxis needs the name of an axis, or a tuple of names; got "
                 f"{self.axis!r}."
             )
+        object.__setattr__(self, "state_axes", as_names(self.state_axes))
+        missing = [name for name in self.state_axes if name not in names]
+        if missing:
+            raise ValueError(
+                "OverAxis cuts the state along some of its own axes: expected "
+                f"state_axes out of {names}, got {missing}. Add them to axis, or leave "
+                "them out."
+            )
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether devices keep parts of the state."""
+        return bool(self.state_axes)
 
     def size(self) -> int:
         """How many devices share the work.
@@ -60,22 +93,151 @@ class OverAxis:
         Raises:
           ValueError: if the axis does not exist where this is called.
         """
+        return self._size(self.axis)
+
+    def keepers(self) -> int:
+        """In how many parts the state is cut."""
+        return self._size(self.state_axes) if self.state_axes else 1
+
+    def _size(self, axes: str | tuple[str, ...]) -> int:
         try:
-            return int(jax.lax.axis_size(self.axis))
+            return int(jax.lax.axis_size(axes))
         except NameError as error:
             raise ValueError(
                 f"The axis of OverAxis({self.axis!r}) does not exist here: {error}. "
-                "Call update inside of pmap(..., axis_name=...) or of a shard_map over "
-                "a mesh with that axis, or leave the distribution out."
+                "Call update (and with state_axes init) inside of pmap(..., "
+                "axis_name=...) or of a shard_map over a mesh with that axis, or leave "
+                "the distribution out."
             ) from None
 
+    # ------------------------------------------------------------------ collectives
+
     def mean(self, tree: T) -> T:
-        """The average over the axis."""
+        """The average over the devices, of what is not the same on all."""
+        leaves, treedef = jax.tree.flatten(tree)
+        count, differs = self.size(), self._differs(leaves)
+        averages = [
+            x / count if each else x
+            for x, each in zip(self._sum(leaves), differs, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, averages)
+
+    def sums(self, weight: Array, counts: T, sums: T) -> tuple[Array, T, T]:
+        """Sums statistics over the devices, unless they are without information.
+
+        Args:
+          weight: how many batches they are of.
+          counts: what their sums will be divided by: small.
+          sums: large.
+
+        Returns:
+          All three, of `sums` the rows that this device keeps.
+        """
+        small, small_tree = jax.tree.flatten((weight, counts))
+        weight, counts = jax.tree.unflatten(small_tree, self._sum(small))
+        leaves, treedef = jax.tree.flatten(sums)
+        reduce = self._sum_rows if self.by_rows else self._sum
+        if not any(self._differs(leaves)):
+            return weight, counts, jax.tree.unflatten(treedef, reduce(leaves))
+        shapes = jax.eval_shape(reduce, leaves)
+        done = jax.lax.cond(
+            weight > 0, reduce, lambda _: list(map(_compat.zeros, shapes)), leaves
+        )
+        return weight, counts, jax.tree.unflatten(treedef, done)
+
+    def everywhere(self, flags: Sequence[Array]) -> list[Array]:
+        """Whether each flag is true on all devices that keep a part."""
+        if not flags:
+            return []
+        failed = (~jnp.stack(flags)).astype(jnp.int32)
+        return list(jax.lax.psum(failed, self.state_axes) == 0)
+
+    def _differs(self, leaves: Sequence[Array]) -> list[bool]:
+        """Whether devices may have different ones; only a `shard_map` can tell."""
         self.size()
-        return jax.lax.pmean(tree, self.axis)
+        axes = as_names(self.axis)
+        told = _compat.varies(jax.lax.axis_index(self.axis), axes)
+        return [_compat.varies(x, axes) or not told for x in leaves]
+
+    def _sum(self, leaves: Sequence[Array]) -> list[Array]:
+        """The sums of those that differ, in one collective for each type."""
+        places = [i for i, each in enumerate(self._differs(leaves)) if each]
+        total = functools.partial(jax.lax.psum, axis_name=self.axis)
+        result = list(leaves)
+        for i, x in zip(
+            places, together([leaves[i] for i in places], total), strict=True
+        ):
+            result[i] = x
+        return result
+
+    def _sum_rows(self, leaves: Sequence[Array]) -> list[Array]:
+        """The rows of the sums that this device keeps."""
+        if not any(self._differs(leaves)):
+            return self.rows(leaves)
+        devices = self.keepers()
+        others = tuple(x for x in as_names(self.axis) if x not in self.state_axes)
+        cut = [to_rows(x, devices) for x in leaves]
+        cut = [x.reshape(devices, len(x) // devices, *x.shape[1:]) for x in cut]
+
+        def scatter(x: Array) -> Array:
+            own = jax.lax.psum_scatter(x, self.state_axes)
+            return jax.lax.psum(own, others) if others else own
+
+        return together(cut, scatter, kept=1)
+
+    # ------------------------------------------------------------------------- rows
+
+    def kept_shape(self, shape: Shape) -> Shape:
+        """The shape of a device's rows."""
+        devices = self.keepers()
+        rows, *rest = rows_shape(shape, devices)
+        return (rows // devices, *rest)
+
+    def rows(self, leaves: Sequence[Array]) -> list[Array]:
+        """A device's rows of arrays that all devices have."""
+        devices = self.keepers()
+        return [self.own_part(to_rows(x, devices)) for x in leaves]
+
+    def own_part(self, x: Array) -> Array:
+        """A device's part of the first axis, filled up with zeros."""
+        x = fill(x, self.keepers())
+        count = len(x) // self.keepers()
+        start = jax.lax.axis_index(self.state_axes) * count
+        return jax.lax.dynamic_slice_in_dim(x, start, count)
+
+    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        """Arrays of which each device has its rows: one collective for each type."""
+        pairs = zip(self.gather(rows), shapes, strict=True)
+        return [from_rows(x, shape) for x, shape in pairs]
+
+    def gather(self, parts: Sequence[Array]) -> list[Array]:
+        """The devices' parts behind each other, `[devices · rows, ...]`."""
+        gather = functools.partial(_compat.all_gather, axis=self.state_axes)
+        return [x.reshape(-1, *x.shape[2:]) for x in together(parts, gather)]
+
+    def apart(
+        self, function: Callable[["OverAxis", Any, Any], T], rows: Any, whole: Any
+    ) -> T:
+        """Calls a function of rows and whole arrays that every device runs.
+
+        Args:
+          function: gets this distribution, rows, and whole arrays; its results are the
+            same on all devices.
+          rows: a tree of a device's rows.
+          whole: a tree of arrays that all devices have.
+
+        Returns:
+          The results.
+        """
+        return function(self, rows, whole)
+
+    # --------------------------------------------------------------------- inversion
 
     def map(
-        self, stacks: Sequence[Array], function: Callable[[Array], Array]
+        self,
+        stacks: Sequence[Array],
+        function: Callable[[Array], Array],
+        shared: Shared | None = None,
     ) -> list[Array]:
         """Applies a function of `[k, d, d]`, each device to the matrices it owns.
 
@@ -83,58 +245,48 @@ class OverAxis:
           stacks: `[k, d, d]` matrices, the same on all devices.
           function: of matrices that come as `[k, d, d]`; it treats them one by one, and
             its cost grows as `k d³`.
+          shared: the same by all devices, for matrices too large for one.
 
         Returns:
           Its results, the same on all devices.
         """
-        devices = self.size()
-        shapes = [x.shape for x in stacks]
-        sizes = [shape[-1] for shape in shapes for _ in range(shape[0])]
-        owners = np.asarray(assign(sizes, devices), int)
-        me = jax.lax.axis_index(self.axis)
+        devices, me = self.size(), jax.lax.axis_index(self.axis)
+        divisions = divide(
+            [(len(x), x.shape[-1]) for x in stacks], devices, shared is not None
+        )
+        owned = [i for i, division in enumerate(divisions) if not division.shared]
+        columns = Columns(me, devices, self._join_columns)
+        results = {
+            i: shared(stacks[i], columns)
+            for i, division in enumerate(divisions)
+            if shared is not None and division.shared
+        }
         mine: list[Array] = []
-        places: list[tuple[np.ndarray, np.ndarray]] = []
-        for stack in stacks:
-            own, owners = np.split(owners, [len(stack)])
-            counts = np.bincount(own, minlength=devices)
-            count = jnp.asarray(counts)[me]
+        for i in owned:
+            count = jnp.asarray(divisions[i].counts)[me]
             if mine:  # one after the other, see linalg.inverse_many
                 started = known_false_after(mine[-1][0, 0, 0])
                 count = jnp.where(started, jnp.zeros_like(count), count)
-            order = np.argsort(own, kind="stable")
-            first = np.cumsum(counts) - counts
-            slots = np.empty_like(order)
-            slots[order] = np.arange(len(order)) - first[own[order]]
-            places.append((own, slots))
-            mine.append(
-                _one_by_one(
-                    function,
-                    stack,
-                    jnp.asarray(order),
-                    jnp.asarray(first)[me],
-                    count,
-                    int(counts.max()),
-                )
-            )
-        everyone = self._gather(mine)
-        return [x[place] for x, place in zip(everyone, places, strict=True)]
+            first = jnp.asarray(divisions[i].first)[me]
+            order, slots = jnp.asarray(divisions[i].order), divisions[i].slots
+            mine.append(_own_results(function, stacks[i], order, first, count, slots))
+        gather = functools.partial(_compat.all_gather, axis=self.axis)
+        for i, everyone in zip(owned, together(mine, gather), strict=True):
+            results[i] = everyone[divisions[i].owners, divisions[i].places]
+        return [results[i] for i in range(len(stacks))]
 
-    def _gather(self, local: Sequence[Array]) -> list[Array]:
-        """Stacks what the devices have, `[devices, ...]`: one collective for a type."""
-        results: dict[int, Array] = {}
-        for dtype in dict.fromkeys(x.dtype for x in local):
-            members = [i for i, x in enumerate(local) if x.dtype == dtype]
-            flat = jnp.concatenate([local[i].reshape(-1) for i in members])
-            gathered = _compat.all_gather(flat, self.axis)
-            start = 0
-            for i in members:
-                part = gathered[:, start : start + local[i].size]
-                results[i] = part.reshape(-1, *local[i].shape)
-                start += local[i].size
-        return [results[i] for i in range(len(local))]
+    def _join_columns(self, x: Array) -> Array:
+        """`[..., devices · c]` from everyone's `[..., c]`."""
+        everyone = _compat.all_gather(x, self.axis)
+        return jnp.moveaxis(everyone, 0, -2).reshape(*x.shape[:-1], -1)
 
 
-def _one_by_one(
+def as_names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Names of axes, of which there may be one alone."""
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _own_results(
     function: Callable[[Array], Array],
     stack: Array,
     order: Array,
@@ -142,13 +294,27 @@ def _one_by_one(
     count: Array,
     slots: int,
 ) -> Array:
-    """The results for matrices `order[first : first + count]`, `[slots, d, d]`."""
+    """The results for matrices `order[first : first + count]`, `[slots, d, d]`.
 
-    def one(i: Array, results: Array) -> Array:
-        matrix = jax.lax.dynamic_slice_in_dim(stack, order[first + i], 1)
-        result = function(matrix).astype(results.dtype)
-        return jax.lax.dynamic_update_slice_in_dim(results, result, i, 0)
+    On CPUs one by one, see `linalg.inverse_many`; elsewhere as one batch, by devices
+    that have any.
+    """
+    zeros = jnp.zeros((slots, *stack.shape[1:]), stack.dtype)
+    zeros = _compat.vary_like(zeros, first, stack)
 
-    start = jnp.zeros((slots, *stack.shape[1:]), stack.dtype)
-    start = _compat.vary_like(start, first, stack)
-    return jax.lax.fori_loop(jnp.zeros_like(count), count, one, start)
+    def in_turn(stack: Array, first: Array, count: Array) -> Array:
+        def one(i: Array, results: Array) -> Array:
+            matrix = jax.lax.dynamic_slice_in_dim(stack, order[first + i], 1)
+            result = function(matrix).astype(results.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(results, result, i, 0)
+
+        return jax.lax.fori_loop(jnp.zeros_like(count), count, one, zeros)
+
+    def at_once(stack: Array, first: Array, count: Array) -> Array:
+        def batch(stack: Array) -> Array:
+            places = jnp.minimum(first + jnp.arange(slots), len(stack) - 1)
+            return function(stack[order[places]]).astype(zeros.dtype)
+
+        return jax.lax.cond(count > 0, batch, lambda _: zeros, stack)
+
+    return jax.lax.platform_dependent(stack, first, count, cpu=in_turn, default=at_once)

@@ -1,25 +1,108 @@
 """Which device does what."""
 
+import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 
-def assign(sizes: Sequence[int], devices: int) -> list[int]:
+ALL = -1
+"""The owner of what all devices invert together."""
+
+_SMALLEST_SHARED = 1024
+"""Below, exchanging columns takes longer than it saves."""
+
+
+def assign(sizes: Sequence[int], devices: int, share: bool = True) -> list[int]:
     """Gives matrices owners: the largest first, each to the device with least to do.
+
+    What is more than a device's part of the whole work belongs to all.
 
     Args:
       sizes: d of each `d × d` matrix; its cost is d³.
       devices: how many there are.
+      share: whether a matrix may belong to all.
 
     Returns:
-      The owner of each.
+      The owner of each, or `ALL`.
 
     >>> assign([4, 2, 2, 2, 3], 2)
     [0, 1, 1, 1, 1]
+    >>> assign([2000, 1000, 1000], 2)
+    [-1, 0, 1]
     """
+    part = sum(size**3 for size in sizes) / devices
     loads = [0] * devices
-    owners = [0] * len(sizes)
+    owners = [ALL] * len(sizes)
     for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        if share and sizes[i] >= _SMALLEST_SHARED and sizes[i] ** 3 > part:
+            continue
         device = loads.index(min(loads))
         owners[i] = device
         loads[device] += sizes[i] ** 3
     return owners
+
+
+def shared_cost(size: int, devices: int, leaves: int) -> float:
+    """What each device does to invert a matrix together, where alone it is d³.
+
+    Counts multiply-adds as `linalg.shared_inverse` makes them: twice `d³ / 4` for the
+    inverse from its root, and for each root of `[d, d]` but the `leaves` at the end,
+    which all devices compute, four products of `[d/2, d/2]`.
+    """
+    cost, parts, d = size**3 / 2, 1, size
+    while parts < leaves:
+        cost += parts * 4 * (d / 2) ** 3
+        parts, d = 2 * parts, d // 2
+    return cost / devices + parts * d**3
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How the matrices of one size are divided.
+
+    Attributes:
+      owners: the device of each, `[k]`; `ALL` for all of them together.
+      counts: how many each device has, `[devices]`.
+      order: the matrices by device, `[k]`.
+    """
+
+    owners: np.ndarray
+    counts: np.ndarray
+    order: np.ndarray
+
+    @property
+    def shared(self) -> bool:
+        """Whether they belong to all; of one size all do or none."""
+        return bool((self.owners == ALL).any())
+
+    @property
+    def slots(self) -> int:
+        """How many the device with most has."""
+        return int(self.counts.max())
+
+    @property
+    def first(self) -> np.ndarray:
+        """Where each device's start in `order`, `[devices]`."""
+        return np.cumsum(self.counts) - self.counts
+
+    @property
+    def places(self) -> np.ndarray:
+        """Where each matrix is among its device's, `[k]`."""
+        places = np.empty_like(self.order)
+        own = self.owners[self.order]
+        places[self.order] = np.arange(len(self.order)) - self.first[own]
+        return places
+
+
+def divide(
+    stacks: Sequence[tuple[int, int]], devices: int, share: bool = True
+) -> list[Division]:
+    """Divides stacks of k matrices `[d, d]`, given as `(k, d)`."""
+    sizes = [d for k, d in stacks for _ in range(k)]
+    owners = np.asarray(assign(sizes, devices, share), int)
+    divisions: list[Division] = []
+    for k, _ in stacks:
+        own, owners = np.split(owners, [k])
+        counts = np.bincount(own[own != ALL], minlength=devices)
+        divisions.append(Division(own, counts, np.argsort(own, kind="stable")))
+    return divisions

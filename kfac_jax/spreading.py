@@ -1,0 +1,215 @@
+"""States of which devices keep parts: how they lie, and the way there and back."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from kfac_jax._step import KFACState
+from kfac_jax.curvature import Curvature
+from kfac_jax.sharding import Distribution, OverMesh, check, kept
+from kfac_jax.sharding._over_axis import as_names
+from kfac_jax.sharding._report import SharingReport as SharingReport
+from kfac_jax.sharding._report import report
+from kfac_jax.sharding._rows import from_rows, rows_shape
+
+_SPREAD = ("factors", "inverses", "velocity")
+"""What devices keep rows of."""
+
+
+def state_specs(distribution: Distribution | None) -> KFACState:
+    """How the state lies on a mesh: a prefix of it, for `in_specs` and `out_specs`.
+
+    Args:
+      distribution: what the transformation was made with.
+
+    Returns:
+      A `KFACState` of partition specs: the first axis of factors, inverses and velocity
+      over the `state_axes`, all else the same on all devices.
+
+    Raises:
+      TypeError: if it is no distribution.
+
+    >>> import kfac_jax
+    >>> tuple(state_specs(kfac_jax.OverAxis("data", state_axes="data")).factors)
+    ('data',)
+    """
+    check(distribution)
+    axes = () if distribution is None else as_names(distribution.state_axes)
+    rows = P(axes) if axes else P()
+    specs: dict[str, Any] = {
+        name: rows if name in _SPREAD else P() for name in KFACState._fields
+    }
+    return KFACState(**specs)
+
+
+def whole_state(
+    curvature: Curvature, state: KFACState, distribution: Distribution | None = None
+) -> KFACState:
+    """The state as one device would have it, from one that devices keep rows of.
+
+    It fits `kfac` without a distribution, `curvature.approximation(state.factors)`,
+    and, by `spread_state`, any other number of devices.
+
+    Args:
+      curvature: the plan.
+      state: with `state_axes`.
+      distribution: `OverMesh` to exchange rows in one collective, `OverAxis` in the
+        function that is mapped over its axis. None for arrays that are whole to this
+        process: what a `shard_map` or `jit` returned, or a checkpoint from another
+        number of devices.
+
+    Returns:
+      The state.
+
+    Raises:
+      TypeError: if it is no `KFACState`.
+      ValueError: if it is of another plan, or already whole.
+    """
+    leaves, shapes, treedef = _leaves(curvature, state, distribution)
+    if distribution is None:
+        found = [from_rows(x, shape) for x, shape in zip(leaves, shapes, strict=True)]
+    else:
+        found = distribution.whole(leaves, shapes)
+    return state._replace(**jax.tree.unflatten(treedef, found))
+
+
+def spread_state(
+    curvature: Curvature, state: KFACState, distribution: Distribution
+) -> KFACState:
+    """Inverts `whole_state`: cuts a whole state into the rows that devices keep.
+
+    Args:
+      curvature: the plan.
+      state: as one device would have it.
+      distribution: with `state_axes`; of `OverAxis`, in the mapped function.
+
+    Returns:
+      The state, for a transformation that was made with the same distribution.
+
+    Raises:
+      TypeError: if it is no `KFACState`, or no distribution.
+      ValueError: if it is of another plan, or not whole.
+    """
+    check(distribution)
+    leaves, _, treedef = _leaves(curvature, state, None, whole=True)
+    found = kept(distribution, leaves)
+    return state._replace(**jax.tree.unflatten(treedef, found))
+
+
+def _leaves(
+    curvature: Curvature,
+    state: Any,
+    distribution: Distribution | None,
+    whole: bool = False,
+) -> tuple[list[Array], list[tuple[int, ...]], Any]:
+    """What can be cut: the arrays, their whole shapes, and the tree they are leaves of.
+
+    Raises:
+      TypeError: if it is no `KFACState`.
+      ValueError: if an array is not as it should be.
+    """
+    if not isinstance(state, KFACState):
+        raise TypeError(
+            f"Expected the KFACState that init returned; got {type(state).__name__}. "
+            "Pick it out of the state of a chain."
+        )
+    parts = {name: getattr(state, name) for name in _SPREAD}
+    shapes = {
+        "factors": {x.name: _structs(x.factor_shapes) for x in curvature.layers},
+        "inverses": {x.name: _structs(x.inverse_shapes) for x in curvature.layers},
+        "velocity": (),
+    }
+    if not isinstance(state.velocity, tuple) or state.velocity:
+        leaves = [jax.ShapeDtypeStruct(s, float) for s in curvature.tree.shapes]
+        shapes["velocity"] = curvature.tree.restore(leaves, state.velocity)
+    arrays, treedef = jax.tree.flatten(parts)
+    structs, expected = jax.tree.flatten(shapes)
+    if treedef != expected:
+        raise ValueError(
+            f"The state is of another plan: expected {expected}, got {treedef}. Use "
+            "the plan that its transformation was made with."
+        )
+    for x, struct in zip(arrays, structs, strict=True):
+        fits = _fits(jnp.shape(x), struct.shape, distribution, whole)
+        if not fits:
+            what = "whole arrays" if whole else "rows"
+            raise ValueError(
+                f"Expected {what} of an array of shape {struct.shape} in the state; "
+                f"got {jnp.shape(x)}. whole_state takes a state that was made with "
+                "state_axes, spread_state one that was not."
+            )
+    return arrays, [x.shape for x in structs], treedef
+
+
+def _fits(
+    got: tuple[int, ...],
+    shape: tuple[int, ...],
+    distribution: Distribution | None,
+    whole: bool,
+) -> bool:
+    if whole:
+        return got == shape
+    if distribution is not None:
+        return got == distribution.kept_shape(shape)
+    rows, *rest = rows_shape(shape, 1)
+    return len(got) > 0 and got[0] >= rows and [*got[1:]] == rest
+
+
+def _structs(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
+    return {name: jax.ShapeDtypeStruct(s, float) for name, s in shapes.items()}
+
+
+def sharing_report(
+    curvature: Curvature,
+    distribution: Distribution,
+    axis_sizes: Mapping[str, int] | None = None,
+) -> SharingReport:
+    """What each device owns, keeps and receives, before anything is computed.
+
+    Args:
+      curvature: the plan.
+      distribution: as in `kfac`.
+      axis_sizes: how many devices lie along each axis of an `OverAxis`.
+
+    Returns:
+      The report; print it.
+
+    Raises:
+      TypeError: if it is no distribution.
+      ValueError: if the size of an axis is not known.
+
+    >>> import jax.numpy as jnp, kfac_jax
+    >>> def loss_fn(w, x, y):
+    ...     return kfac_jax.losses.squared_error(x @ w, y).sum(-1).mean()
+    >>> w, x, y = jnp.ones((3, 2)), jnp.ones((8, 3)), jnp.zeros((8, 2))
+    >>> curvature = kfac_jax.make_curvature(loss_fn, w, x, y)
+    >>> over = kfac_jax.OverAxis("data", state_axes="data")
+    >>> report = sharing_report(curvature, over, {"data": 2})
+    >>> report.owners, report.work
+    ({'params': {'input': (0,), 'output': (1,)}}, (64.0, 8.0))
+    """
+    check(distribution)
+    sizes = dict(axis_sizes or {})
+    if isinstance(distribution, OverMesh):
+        sizes = dict(distribution.mesh.shape)
+    axes = as_names(
+        distribution.axes if isinstance(distribution, OverMesh) else distribution.axis
+    )
+    missing = [axis for axis in axes if axis not in sizes]
+    if missing:
+        raise ValueError(
+            f"Expected the sizes of the axes {axes}; got none for {missing}. Pass "
+            'axis_sizes={"batch": 8}, say.'
+        )
+    parameters = zip(curvature.tree.shapes, curvature.tree.dtypes, strict=True)
+    return report(
+        curvature.layers,
+        list(parameters),
+        math.prod(sizes[axis] for axis in axes),
+        math.prod(sizes[axis] for axis in as_names(distribution.state_axes)),
+    )
