@@ -14,6 +14,7 @@ from kfac_jax.curvature import make_curvature as make_curvature
 from kfac_jax.layers import Layer as Layer
 from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
 from kfac_jax.rules import QuadraticModel as QuadraticModel
+from kfac_jax.rules import RefreshSchedule as RefreshSchedule
 from kfac_jax.rules import SeparateDamping as SeparateDamping
 from kfac_jax.schedules import ExponentialBatchSize as ExponentialBatchSize
 from kfac_jax.sharding import OverAxis as OverAxis

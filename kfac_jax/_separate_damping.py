@@ -24,7 +24,8 @@ class Candidates:
     """What the candidates for γ are compared on: this step's own batch and gradient.
 
     Attributes:
-      rule: which candidates, and when.
+      rule: which candidates.
+      due: whether γ is to be chosen at this step.
       model: chooses α (and μ) for each.
       curvature: the plan.
       params: the parameters.
@@ -38,6 +39,7 @@ class Candidates:
     """
 
     rule: SeparateDamping
+    due: Array
     model: QuadraticModel
     curvature: Curvature
     params: Params
@@ -49,18 +51,11 @@ class Candidates:
     products: Products
     distribution: Distribution | None
 
-    def due(self, step: Array) -> Array:
-        """Whether γ is to be chosen at this step, k."""
-        return step % self.rule.every == 0
-
     @jax.named_scope("kfac_separate_damping")
-    def update(
-        self, step: Array, factors: Factors, inverses: Factors, gamma: Array
-    ) -> Array:
+    def update(self, factors: Factors, inverses: Factors, gamma: Array) -> Array:
         """Every T2 steps, chooses the candidate whose step has the lowest M(δ).
 
         Args:
-          step: k.
           factors: the moving averages.
           inverses: those so far, which stay where new ones are not finite.
           gamma: γ.
@@ -69,7 +64,7 @@ class Candidates:
           The best γ. A candidate without finite inverses or model loses.
         """
         select = functools.partial(self._select, factors, inverses)
-        return jax.lax.cond(self.due(step), select, lambda gamma: gamma, gamma)
+        return jax.lax.cond(self.due, select, lambda gamma: gamma, gamma)
 
     def _select(self, factors: Factors, inverses: Factors, gamma: Array) -> Array:
         """The best candidate.

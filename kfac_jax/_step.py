@@ -14,17 +14,14 @@ from kfac_jax import _batch, _by_rows, _factors, sharding
 from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._ordering import known_false_after
-from kfac_jax._preconditioner import (
-    init_inverses,
-    refresh_factors,
-    refresh_inverses,
-)
+from kfac_jax._refresh import refresh
 from kfac_jax._separate_damping import Candidates
 from kfac_jax._vectors import inner_product, plane_products
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
+    RefreshSchedule,
     SeparateDamping,
     Solution,
 )
@@ -47,7 +44,7 @@ class Info(NamedTuple):
     momentum: Array  # [], μ
     rho: Array  # [], ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)), when it was last measured
     quadratic_change: Array  # [], M(δ) - M(0)
-    inverse_refreshes: Array  # [] int32, how often the inverses were computed so far
+    inverse_refreshes: Array  # [] int32, steps that computed inverses so far
     skipped_updates: Array  # [] int32, updates that refused something not finite so far
 
 
@@ -125,6 +122,8 @@ def check_common(
     check_kind("damping", damping, (LevenbergMarquardt,), "a number, schedule or rule")
     check_number("damping (λ)", damping, 0.0, float("inf"), False)
     check_number("decay (ε)", decay, 0.0, 1.0, False)
+    kinds = (RefreshSchedule,)
+    check_kind("inverse_every", inverse_every, kinds, "a number or RefreshSchedule")
     check_number("inverse_every (T3)", inverse_every, 1, float("inf"), False)
     sharding.check(distribution)
     if sharding.by_rows(distribution):
@@ -164,7 +163,7 @@ def advance(
     statistics: Statistics,
     damping: Array,
     decay: Any,
-    inverse_every: Any,
+    schedule: RefreshSchedule,
     distribution: Distribution | None,
     candidates: Candidates | None = None,
 ) -> tuple[KFACState, Array]:
@@ -180,76 +179,35 @@ def advance(
     )
     informed = (weight > 0) & (refused < max(1, informative))
     batches = state.batches + informed.astype(jnp.int32)
-    every = jnp.asarray(inverse_every, jnp.int32)
-    due = (informed & (batches <= 3)) | ((step % every == 0) & (batches > 0))
-    state = state._replace(step=step, batches=batches, factors=factors)
-    state, failed = _refresh(curvature, state, damping, due, distribution, candidates)
-    return state, (refused > 0) | (failed > 0)
-
-
-def _refresh(
-    curvature: Curvature,
-    state: KFACState,
-    damping: Array,
-    due: Array,
-    distribution: Distribution | None,
-    candidates: Candidates | None,
-) -> tuple[KFACState, Array]:
-    """Renews γ and the inverses where due; tells how many inverses failed.
-
-    γ is chosen inside of the refresh, which is due whenever that is: from the very
-    factors that are inverted then, and at no cost in other steps.
-    """
-    layers, factors, total = curvature.layers, state.factors, damping + curvature.l2
-    moving = {x.name: factors[x.name] for x in layers if x.carried_shapes}
-    fixed = {name: part for name, part in factors.items() if name not in moving}
-    gamma = None if candidates is None else state.factored_damping
+    turns = schedule.turns(step) & (batches > 0)
     if candidates is not None:  # a traced T3 may not divide T2
-        due |= candidates.due(state.step) & (state.batches > 0)
-
-    def squared(gamma: Array | None) -> Array:
-        return total if gamma is None else jnp.square(gamma)
-
-    def refresh(
-        moving: Factors, old: Factors, gamma: Array | None
-    ) -> tuple[Factors, Factors, Array | None, Array]:
-        moving, still = refresh_factors(layers, moving), fixed
-        by_rows = sharding.by_rows(distribution)
-        if distribution is not None and by_rows:
-            still = _by_rows.whole(layers, fixed, "factor_shapes", distribution)
-        if candidates is not None:
-            assert gamma is not None
-            before = init_inverses(layers) if by_rows else old
-            gamma = candidates.update(state.step, still | moving, before, gamma)
-        inverses, failed = refresh_inverses(
-            layers,
-            still,
-            old,
-            squared(gamma),
-            sharding.apply(distribution),
-            distribution,
-        )
-        return moving, inverses, gamma, failed
-
-    moving, inverses, gamma, failed = jax.lax.cond(
-        due,
-        refresh,
-        lambda moving, old, gamma: (moving, old, gamma, jnp.zeros((), jnp.int32)),
-        moving,
+        turns |= candidates.due & (batches > 0)
+    due = turns | (informed & (batches <= 3))
+    refreshed = refresh(
+        layers,
+        factors,
         state.inverses,
-        gamma,
+        damping + curvature.l2,
+        None if candidates is None else state.factored_damping,
+        list(due),
+        distribution,
+        candidates,
     )
-    # those in a basis are diagonal there and follow the factors in every step
-    inverses, unsafe = refresh_inverses(layers, moving, inverses, squared(gamma))
     info = state.info._replace(
         damping=damping,
-        inverse_refreshes=state.info.inverse_refreshes + due.astype(jnp.int32),
+        inverse_refreshes=state.info.inverse_refreshes + due.any().astype(jnp.int32),
     )
-    if gamma is not None:
-        info = info._replace(factored_damping=gamma)
-        state = state._replace(factored_damping=gamma)
-    state = state._replace(factors=factors | moving, inverses=inverses, info=info)
-    return state, failed + unsafe
+    if refreshed.gamma is not None:
+        info = info._replace(factored_damping=refreshed.gamma)
+        state = state._replace(factored_damping=refreshed.gamma)
+    state = state._replace(
+        step=step,
+        batches=batches,
+        factors=refreshed.factors,
+        inverses=refreshed.inverses,
+        info=info,
+    )
+    return state, (refused > 0) | (refreshed.failed > 0)
 
 
 def averaged_loss(distribution: Distribution | None, value: Any) -> Any:

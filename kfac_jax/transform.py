@@ -11,6 +11,7 @@ from jax import Array
 from kfac_jax import _products, sharding
 from kfac_jax._factors import Factors, Statistics, zeros
 from kfac_jax._preconditioner import init_inverses, precondition
+from kfac_jax._products import Products
 from kfac_jax._separate_damping import Candidates
 from kfac_jax._step import (
     Info as Info,
@@ -37,8 +38,10 @@ from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
+    RefreshSchedule,
     SeparateDamping,
     Solution,
+    as_schedule,
 )
 from kfac_jax.sharding import Distribution
 
@@ -47,7 +50,7 @@ def scale_by_kfac(
     curvature: Curvature,
     damping: Scalar | Schedule = 1e-3,
     decay: Scalar = 0.95,
-    inverse_every: int | Array = 20,
+    inverse_every: int | Array | RefreshSchedule = 20,
     *,
     distribution: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -63,7 +66,7 @@ def scale_by_kfac(
       damping: λ, a number or a schedule of the step.
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
-        first three steps.
+        first three steps. Or a `RefreshSchedule`.
       distribution: how several devices share the inversions: `OverAxis` in a step that
         each of them runs on its part of the batch, `OverMesh` in one under `jit`; None
         if each is to do all.
@@ -92,6 +95,7 @@ def scale_by_kfac(
     (3, 2)
     """
     check_common(curvature, damping, decay, inverse_every, distribution)
+    schedule = as_schedule(inverse_every)
     if isinstance(damping, LevenbergMarquardt):
         raise TypeError(
             "LevenbergMarquardt measures whole steps; use kfac(...), or give "
@@ -116,13 +120,15 @@ def scale_by_kfac(
         grads = curvature.tree.masked_leaves(updates, "grads")
         now = at(damping, state.step)
         value = averaged_loss(distribution, value)
+        before = state
         state, refused = advance(
-            curvature, state, statistics, now, decay, inverse_every, distribution
+            curvature, state, statistics, now, decay, schedule, distribution
         )
-        scaled, square = precondition(
-            curvature.layers,
-            state.factors,
-            state.inverses,
+        scaled, square = _precondition(
+            curvature,
+            before,
+            state,
+            schedule.stale,
             grads,
             statistics.products,
             distribution,
@@ -151,7 +157,7 @@ def kfac(
     *,
     norm_constraint: Scalar | Schedule | None = None,
     decay: Scalar = 0.95,
-    inverse_every: int | Array = 20,
+    inverse_every: int | Array | RefreshSchedule = 20,
     factored_damping: SeparateDamping | None = None,
     distribution: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -177,7 +183,7 @@ def kfac(
         square) where the learning rate does.
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
-        first three steps.
+        first three steps. Or a `RefreshSchedule`.
       factored_damping: γ, the damping of the approximate Fisher: None for √(λ+η), or a
         `SeparateDamping` rule, which needs a `QuadraticModel` and a T2 that T3 divides.
       distribution: how several devices share the inversions: `OverAxis` in a step that
@@ -210,10 +216,11 @@ def kfac(
     True
     """
     check_common(curvature, damping, decay, inverse_every, distribution)
+    schedule = as_schedule(inverse_every)
     _check_rates(learning_rate, momentum, norm_constraint)
     if factored_damping is not None:
         _check_separate(
-            factored_damping, learning_rate, damping, inverse_every, curvature.l2
+            factored_damping, learning_rate, damping, schedule, curvature.l2
         )
     modelled = isinstance(learning_rate, QuadraticModel)
     adaptive = modelled or isinstance(damping, LevenbergMarquardt)
@@ -261,26 +268,29 @@ def kfac(
             assert isinstance(learning_rate, QuadraticModel)
             candidates = Candidates(
                 rule=factored_damping,
+                due=(count + 1) % factored_damping.every == 0,
                 model=learning_rate,
                 momentum=mu,
                 products=products,
                 **start,
             )
+        before = state
         state, refused = advance(
             curvature,
             state,
             statistics,
             now,
             decay,
-            inverse_every,
+            schedule,
             distribution,
             candidates,
         )
         down = [None if x is None else -x for x in grads]
-        scaled, square = precondition(
-            curvature.layers,
-            state.factors,
-            state.inverses,
+        scaled, square = _precondition(
+            curvature,
+            before,
+            state,
+            schedule.stale,
             down,
             products,
             distribution,
@@ -300,6 +310,32 @@ def kfac(
         return restore(_fill(delta, grads), updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _precondition(
+    curvature: Curvature,
+    before: KFACState,
+    after: KFACState,
+    stale: bool,
+    leaves: list[Array | None],
+    products: Products,
+    distribution: Distribution | None,
+) -> tuple[list[Array | None], Array]:
+    """Applies inverses; stale ones, and there zero while there are none."""
+    state = before if stale else after
+    scaled, square = precondition(
+        curvature.layers,
+        state.factors,
+        state.inverses,
+        leaves,
+        products,
+        distribution,
+    )
+    if not stale:
+        return scaled, square
+    seen = (before.batches > 0).astype(square.dtype)
+    scaled = [None if x is None else x * seen.astype(x.dtype) for x in scaled]
+    return scaled, square * seen
 
 
 def _velocity(
@@ -381,7 +417,7 @@ def _check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> Non
 
 
 def _check_separate(
-    rule: Any, learning_rate: Any, damping: Any, inverse_every: Any, l2: float
+    rule: Any, learning_rate: Any, damping: Any, schedule: RefreshSchedule, l2: float
 ) -> None:
     if not isinstance(rule, SeparateDamping):
         raise TypeError(
@@ -395,6 +431,13 @@ def _check_separate(
             "learning_rate=QuadraticModel(); got "
             f"{type(learning_rate).__name__}. Pass that, or leave factored_damping out."
         )
+    if schedule.shares > 1:
+        raise ValueError(
+            "SeparateDamping chooses γ by the inverses of all layers: expected a "
+            f"RefreshSchedule with one share, got {schedule.shares}. Leave shares, or "
+            "factored_damping, out."
+        )
+    inverse_every = schedule.every
     if isinstance(inverse_every, int) and rule.every % inverse_every:
         raise ValueError(
             "γ changes when inverses are refreshed: SeparateDamping's every (T2) must "

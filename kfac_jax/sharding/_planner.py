@@ -31,14 +31,23 @@ def assign(sizes: Sequence[int], devices: int, share: bool = True) -> list[int]:
     [-1, 0, 1]
     """
     part = sum(size**3 for size in sizes) / devices
-    loads = [0] * devices
-    owners = [ALL] * len(sizes)
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        if share and sizes[i] >= _SMALLEST_SHARED and sizes[i] ** 3 > part:
-            continue
-        device = loads.index(min(loads))
-        owners[i] = device
-        loads[device] += sizes[i] ** 3
+    by_all = [share and size >= _SMALLEST_SHARED and size**3 > part for size in sizes]
+    own = [size**3 for size, each in zip(sizes, by_all, strict=True) if not each]
+    owners = iter(balance(own, devices))
+    return [ALL if each else next(owners) for each in by_all]
+
+
+def balance(costs: Sequence[float], count: int) -> list[int]:
+    """Divides work: the most costly first, each to the one with least to do.
+
+    >>> balance([8, 1, 1, 1, 4], 2)
+    [0, 1, 1, 1, 1]
+    """
+    loads = [0.0] * count
+    owners = [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = loads.index(min(loads))
+        loads[owners[i]] += costs[i]
     return owners
 
 

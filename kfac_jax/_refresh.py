@@ -1,0 +1,146 @@
+"""The refresh of inverses, and of γ with them: all layers at once, or in turn."""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax import _by_rows, sharding
+from kfac_jax._factors import Factors
+from kfac_jax._ordering import known_false_after
+from kfac_jax._preconditioner import (
+    init_inverses,
+    refresh_factors,
+    refresh_inverses,
+)
+from kfac_jax._separate_damping import Candidates
+from kfac_jax.layers import Layer
+from kfac_jax.sharding import Distribution
+from kfac_jax.sharding._planner import balance
+
+
+class Refreshed(NamedTuple):
+    """What a refresh leaves."""
+
+    factors: Factors
+    inverses: Factors
+    gamma: Array | None  # [], γ, where it is apart from λ
+    failed: Array  # [] int32, how many layers' inverses were not finite
+
+
+def shares(layers: Sequence[Layer], count: int) -> list[list[Layer]]:
+    """Divides layers into shares of about equal cost; linked ones stay together."""
+    together: dict[str, list[Layer]] = {}
+    for layer in layers:
+        root = layer.name if layer.link is None else layer.link.root
+        together.setdefault(root, []).append(layer)
+    units = list(together.values())
+    owners = balance([sum(x.inversion_cost for x in unit) for unit in units], count)
+    return [
+        [
+            layer
+            for unit, owner in zip(units, owners, strict=True)
+            if owner == i
+            for layer in unit
+        ]
+        for i in range(count)
+    ]
+
+
+def refresh(
+    layers: Sequence[Layer],
+    factors: Factors,
+    inverses: Factors,
+    damping: Array,
+    gamma: Array | None,
+    due: Sequence[Array],
+    distribution: Distribution | None,
+    candidates: Candidates | None,
+) -> Refreshed:
+    """Renews γ and the inverses where due.
+
+    Args:
+      layers: the plan's layers.
+      factors: the moving averages.
+      inverses: those so far.
+      damping: λ + η.
+      gamma: γ so far, None where it is √(λ+η).
+      due: whether each share of the layers is due.
+      distribution: the devices.
+      candidates: what γ is chosen by; then all layers are one share.
+
+    Returns:
+      What the refresh leaves.
+    """
+    groups = shares(layers, len(due))
+    moving = {x.name: factors[x.name] for x in layers if x.carried_shapes}
+    failed = jnp.zeros((), jnp.int32)
+    waits: Array | None = None
+    for group, now in zip(groups, due, strict=True):
+        names = {layer.name for layer in group}
+        if not names:
+            continue
+        if waits is not None:  # one after the other, see linalg.inverse_many
+            now = now & ~known_false_after(waits)
+        own = {n: x for n, x in inverses.items() if n in names}
+        turned = {n: x for n, x in moving.items() if n in names}
+        work = functools.partial(
+            _refresh_group, group, factors, damping, distribution, candidates
+        )
+        turned, own, gamma, bad = jax.lax.cond(
+            now,
+            work,
+            lambda turned, own, gamma: (turned, own, gamma, jnp.zeros((), jnp.int32)),
+            turned,
+            own,
+            gamma,
+        )
+        moving, inverses, failed = moving | turned, inverses | own, failed + bad
+        waits = jnp.ravel(jax.tree.leaves(own)[0])[0] if jax.tree.leaves(own) else None
+    # those in a basis are diagonal there and follow the factors in every step
+    inverses, unsafe = refresh_inverses(
+        layers, moving, inverses, _squared(damping, gamma)
+    )
+    return Refreshed(factors | moving, inverses, gamma, failed + unsafe)
+
+
+def _refresh_group(
+    group: Sequence[Layer],
+    factors: Factors,
+    damping: Array,
+    distribution: Distribution | None,
+    candidates: Candidates | None,
+    moving: Factors,
+    old: Factors,
+    gamma: Array | None,
+) -> tuple[Factors, Factors, Array | None, Array]:
+    """The share's factors that are in a basis, inverses, γ, and how many failed.
+
+    γ is chosen inside of the refresh, which is due whenever that is: from the very
+    factors that are inverted then, and at no cost in other steps.
+    """
+    moving = refresh_factors(group, moving)
+    fixed = {x.name: factors[x.name] for x in group if x.name not in moving}
+    by_rows = sharding.by_rows(distribution)
+    if distribution is not None and by_rows:
+        fixed = _by_rows.whole(group, fixed, "factor_shapes", distribution)
+    if candidates is not None:
+        assert gamma is not None
+        before = init_inverses(group) if by_rows else old
+        gamma = candidates.update(fixed | moving, before, gamma)
+    inverses, failed = refresh_inverses(
+        group,
+        fixed,
+        old,
+        _squared(damping, gamma),
+        sharding.apply(distribution),
+        distribution,
+    )
+    return moving, inverses, gamma, failed
+
+
+def _squared(damping: Array, gamma: Array | None) -> Array:
+    return damping if gamma is None else jnp.square(gamma)

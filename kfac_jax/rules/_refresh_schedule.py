@@ -1,0 +1,66 @@
+"""When inverses are refreshed."""
+
+import dataclasses
+import numbers
+
+import jax.numpy as jnp
+from jax import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class RefreshSchedule:
+    """Refreshes inverses every T3 steps, at once or in turn, for now or the next step.
+
+    Staggered, with several `shares`, a share of the layers is refreshed at a time, all
+    of them once in T3 steps: steps then take about equally long. Layers with linked
+    neighbours (`BlockTridiagonal`) stay together. While an average is young, in the
+    first three steps, all are refreshed in each.
+
+    Stale, a step uses the inverses (and bases) of the step before, and the next one
+    what it computes: nothing waits for a refresh, which can run beside the model. The
+    first step then has no inverses yet, and moves nothing.
+
+    Attributes:
+      every: T3, in steps.
+      shares: into how many shares of about equal cost the layers are divided.
+      stale: whether refreshed inverses wait for the next step.
+
+    References:
+      Martens & Grosse 2015, section 8, for T3 and the first three steps. Osawa et al.
+      2019 (arXiv:1811.12019) for stale factors.
+
+    >>> [RefreshSchedule(4, shares=2).turns(step).tolist() for step in range(1, 5)]
+    [[False, False], [False, True], [False, False], [True, False]]
+    """
+
+    every: int | Array = 20
+    _: dataclasses.KW_ONLY
+    shares: int = 1
+    stale: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        whole = isinstance(self.shares, int) and not isinstance(self.shares, bool)
+        if not whole or self.shares < 1:
+            raise ValueError(f"shares must be an integer ≥ 1; got {self.shares!r}.")
+        if not isinstance(self.stale, bool):
+            raise TypeError(f"stale must be a bool; got {self.stale!r}.")
+        number = isinstance(self.every, numbers.Real)
+        if number and not float(self.every) >= self.shares:
+            raise ValueError(
+                "Each of T3 steps refreshes at most one share: expected every (T3) of "
+                f"at least shares; got {self.every} and {self.shares}. Lower shares."
+            )
+
+    def turns(self, step: Array | int) -> Array:
+        """Whose turn it is at a step, counted from 1: `[shares]`."""
+        every = jnp.asarray(self.every, jnp.int32)
+        starts = jnp.arange(self.shares, dtype=jnp.int32) * every // self.shares
+        return step % every == starts
+
+
+def as_schedule(inverse_every: int | Array | RefreshSchedule) -> RefreshSchedule:
+    """A number of steps as the schedule that it stands for."""
+    if isinstance(inverse_every, RefreshSchedule):
+        return inverse_every
+    return RefreshSchedule(inverse_every)
