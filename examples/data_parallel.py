@@ -73,6 +73,8 @@ def by_pmap(params: Params, images: np.ndarray, devices: int) -> tuple[Step, Sta
     state = jax.tree.map(
         lambda x: np.broadcast_to(x, (devices, *x.shape)), (params, init(params))
     )
+    # Where the step leaves it, or the second step would compile again.
+    state = jax.pmap(lambda x: x, AXIS, devices=chosen)(state)
 
     def whole(state: State, images: np.ndarray, key: Array) -> tuple[State, Array]:
         split = images.reshape(devices, -1, *images.shape[1:])

@@ -5,14 +5,16 @@ of all. On one machine, as a trial, this starts the processes itself, on CPUs:
 
     python examples/multi_process.py --processes 2
 
-On a cluster, start it once for each process. SLURM's job steps (and Open MPI, and other
-schedulers that JAX knows) tell their ranks; elsewhere say them:
+On a cluster it is started once for each process. JAX asks SLURM for the ranks (Open MPI
+too, and others that it knows); elsewhere say them:
 
-    srun --ntasks 4 --gpus-per-task 1 python examples/multi_process.py
-    python examples/multi_process.py --coordinator host:port --processes 4 --rank 0
+    srun --kill-on-bad-exit --ntasks-per-node 4 --gpus-per-node 4 \\
+        python examples/multi_process.py
+    python examples/multi_process.py --coordinator host:port --processes 2 --rank 0
 
-Without a scheduler each process takes all GPUs that it sees, so have one process on a
-machine or set CUDA_VISIBLE_DEVICES.
+Under SLURM JAX gives each task of a node one GPU, by number, so each must see all of
+them (no `--gpus-per-task`). Without a scheduler a process takes all GPUs that it sees:
+have one on each machine, or set CUDA_VISIBLE_DEVICES.
 """
 
 from __future__ import annotations
@@ -71,9 +73,9 @@ def connect(args: argparse.Namespace) -> None:
         jax.distributed.initialize()
     except ValueError as error:
         raise ValueError(
-            f"JAX found no scheduler that started this process ({error}) Pass "
-            "--processes N to start N on this machine, or --coordinator, --processes "
-            "and --rank."
+            "JAX found no scheduler that started this process. Pass --processes N to "
+            "start N on this machine, or --coordinator, --processes and --rank. JAX "
+            f"said: {error}"
         ) from None
 
 
