@@ -1,4 +1,4 @@
-"""Trains the MNIST autoencoder with K-FAC by several processes.
+r"""Trains the MNIST autoencoder with K-FAC by several processes.
 
 Each process loads its own part of every batch; the step is one program over the devices
 of all. On one machine, as a trial, this starts the processes itself, on CPUs:
@@ -8,7 +8,7 @@ of all. On one machine, as a trial, this starts the processes itself, on CPUs:
 On a cluster it is started once for each process. JAX asks SLURM for the ranks (Open MPI
 too, and others that it knows); elsewhere say them:
 
-    srun --kill-on-bad-exit --ntasks-per-node 4 --gpus-per-node 4 \\
+    srun --kill-on-bad-exit --ntasks-per-node 4 --gpus-per-node 4 \
         python examples/multi_process.py
     python examples/multi_process.py --coordinator host:port --processes 2 --rank 0
 
