@@ -52,11 +52,16 @@ def run_together(
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             for command, file in zip(commands, files, strict=True):
-                streams = {"stdin": subprocess.DEVNULL}
-                if processes:
-                    streams |= {"stdout": subprocess.DEVNULL, "stderr": file}
+                first = not processes
                 processes.append(
-                    subprocess.Popen(command, env=environment, text=True, **streams)
+                    subprocess.Popen(
+                        command,
+                        env=environment,
+                        text=True,
+                        stdin=subprocess.DEVNULL,
+                        stdout=None if first else subprocess.DEVNULL,
+                        stderr=None if first else file,
+                    )
                 )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -25,6 +25,7 @@ import io
 import os
 import sys
 import traceback
+from typing import NoReturn
 
 # Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -139,7 +140,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _leave(status: int) -> None:
+def _leave(status: int) -> NoReturn:
     """Ends this process without JAX's exit handler, which waits for all the others."""
     sys.stdout.flush()
     sys.stderr.flush()
