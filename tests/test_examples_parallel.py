@@ -125,12 +125,11 @@ def test_a_command_that_does_not_exist_leaves_none_running(tmp_path):
         assert not Path(f"/proc/{pid.read_text()}").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_all_and_children_do_not_answer_ctrl_c(number):
-    sleeps = python(
-        "import os, sys, time; print(os.getpid(), file=sys.stderr, flush=True);"
-        "time.sleep(600)"
-    )
+@contextlib.contextmanager
+def two_that_sleep():
+    """A program that runs two commands together, and the first one's process id."""
+    says = "print(os.getpid(), file=sys.stderr, flush=True)"
+    sleeps = python(f"import os, sys, time; {says}; time.sleep(600)")
     code = f"""import sys; sys.path.insert(0, {str(EXAMPLES)!r})
 import local_processes
 sys.exit(local_processes.run_together([{sleeps!r}, {SLEEPS!r}]))"""
@@ -139,17 +138,29 @@ sys.exit(local_processes.run_together([{sleeps!r}, {SLEEPS!r}]))"""
     )
     with stopped_at_the_end(process):
         assert process.stderr is not None
-        child = int(process.stderr.readline())
-        if number == signal.SIGINT:  # as a terminal does: to the whole group
-            os.killpg(process.pid, number)
-        else:
-            os.kill(process.pid, number)
+        yield process, int(process.stderr.readline())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_stops_all(number):
+    with two_that_sleep() as (process, child):
+        os.kill(process.pid, number)
         _, shown = process.communicate(timeout=60)
         assert process.returncode == 128 + number
         assert f"Stopped by {number.name}." in shown
-        assert "KeyboardInterrupt" not in shown
         with pytest.raises(ProcessLookupError):
             os.kill(child, 0)
+
+
+def test_children_leave_ctrl_c_to_their_parent():
+    with two_that_sleep() as (process, child):
+        os.kill(child, signal.SIGINT)  # a terminal sends it to the whole group
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        os.killpg(process.pid, signal.SIGINT)
+        _, shown = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGINT
+        assert "KeyboardInterrupt" not in shown
 
 
 REFUSED = {
