@@ -14,12 +14,13 @@ export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
 .PHONY: test test-slow doctest lint format types docs clean
-.PHONY: demo classifier language-model paper
+.PHONY: demo classifier language-model paper data-parallel multi-process
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-slow: $(VENV)/test.stamp
+# Some of these train the examples.
+test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
 	$(PYTEST) -m slow $(PYTEST_ARGS)
 
 doctest: $(VENV)/test.stamp
@@ -50,6 +51,12 @@ language-model: $(VENV)/examples.stamp
 
 paper: $(VENV)/examples.stamp
 	$(BIN)/python examples/paper.py
+
+data-parallel: $(VENV)/examples.stamp
+	$(BIN)/python examples/data_parallel.py
+
+multi-process: $(VENV)/examples.stamp
+	$(BIN)/python examples/multi_process.py --processes 2
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist site

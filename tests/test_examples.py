@@ -123,7 +123,7 @@ def test_a_damaged_package_is_refused(tmp_path):
         debian.read(path, ["a"])
 
 
-@pytest.mark.parametrize("name", ["batches", "methods", "tuning"])
+@pytest.mark.parametrize("name", ["batches", "methods", "parallel_training", "tuning"])
 def test_the_examples_in_docstrings_hold(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted and not result.failed

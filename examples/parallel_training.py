@@ -1,0 +1,173 @@
+"""What data_parallel.py and multi_process.py share: options, the step and its loop."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import mnist
+import numpy as np
+import optax
+from autoencoder_model import L2, SIZES, Params, loss_fn, reconstruction_error
+from jax import Array
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+import kfac_jax
+
+AXIS = "batch"
+
+State = tuple[Params, kfac_jax.KFACState]
+Local = Callable[[State, Array, Array], tuple[State, Array]]  # state, images, key
+# state, the images that this process has of the batch, key -> state, loss
+Step = Callable[[State, np.ndarray, Array], tuple[State, Array]]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What to train, and for how long."""
+    add = parser.add_argument
+    add("--batch-size", type=count, default=512, help="of all devices together")
+    add("--iterations", type=count, default=60)
+    add(
+        "--shrink",
+        type=count,
+        default=1,
+        help="for quick trials: hidden layers are so many times narrower, the code not",
+    )
+
+
+def count(text: str) -> int:
+    """A number from 1 on, for argparse.
+
+    >>> count("3")
+    3
+    """
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def shrunk_sizes(shrink: int) -> tuple[int, ...]:
+    """The widths of an autoencoder with narrower hidden layers, none below the code's.
+
+    >>> shrunk_sizes(4)
+    (784, 250, 125, 62, 30, 62, 125, 250, 784)
+    """
+    code = min(SIZES)
+    hidden = [max(code, size // shrink) for size in SIZES[1:-1]]
+    return (SIZES[0], *hidden, SIZES[-1])
+
+
+def local_step(
+    params: Params,
+    images: np.ndarray,
+    distribution: kfac_jax.OverAxis | kfac_jax.OverMesh,
+    average: Callable[[Array], Array] = lambda x: x,
+) -> tuple[Local, Callable[[Params], Any]]:
+    """What every device does, and the optimizer's `init`.
+
+    Args:
+        params: for their shapes.
+        images: a batch, for its shape.
+        distribution: as in `kfac`.
+        average: what makes averages over devices of the gradients that a device has.
+
+    Returns:
+        The step, and parameters -> the optimizer's state.
+    """
+    curvature = kfac_jax.make_curvature(
+        loss_fn, params, images, l2=L2, statistics_fraction=1 / 4
+    )
+    tx = kfac_jax.kfac(
+        curvature,
+        learning_rate=kfac_jax.QuadraticModel(fraction=1.0),
+        momentum=None,
+        damping=kfac_jax.LevenbergMarquardt(150.0),
+        distribution=distribution,
+    )
+
+    def step(state: State, images: Array, key: Array) -> tuple[State, Array]:
+        params, inner = state
+        if isinstance(distribution, kfac_jax.OverAxis):  # other samples on each device
+            key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
+        value, grads, statistics = curvature.value_grad_and_statistics(
+            params, images, rng=key
+        )
+        updates, inner = tx.update(
+            jax.tree.map(average, grads),
+            inner,
+            params,
+            statistics=statistics,
+            value=value,
+            args=(images,),
+        )
+        return (optax.apply_updates(params, updates), inner), inner.info.loss
+
+    return step, tx.init
+
+
+def by_jit(params: Params, images: np.ndarray, devices: int) -> tuple[Step, State]:
+    """One program over sharded arrays, whether one process has the devices or several.
+
+    Args:
+        params: the first ones, the same in all processes.
+        images: a whole batch, for its shape.
+        devices: how many of them there are in all processes.
+
+    Returns:
+        The step and the first state, which all devices have whole.
+    """
+    mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
+    everywhere, parts = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
+    step, init = local_step(params, images, kfac_jax.OverMesh(mesh))
+    compiled = jax.jit(step, donate_argnums=0)
+
+    def whole(state: State, images: np.ndarray, key: Array) -> tuple[State, Array]:
+        batch = jax.make_array_from_process_local_data(parts, images)
+        return compiled(state, batch, key)
+
+    start = jax.jit(lambda params: (params, init(params)), out_shardings=everywhere)
+    return whole, start(jax.tree.map(np.asarray, params))
+
+
+def train(
+    step: Step,
+    state: State,
+    batch: Callable[[int], np.ndarray],
+    iterations: int,
+    title: str,
+    *,
+    quiet: bool = False,
+) -> State:
+    """Runs the steps, with a progress bar unless quiet.
+
+    Args:
+        step: one step.
+        state: the first.
+        batch: iteration -> the images that this process has of its batch.
+        iterations: how many steps.
+        title: of the progress bar.
+        quiet: whether to show none.
+
+    Returns:
+        The last state.
+    """
+    key = jax.random.key(0)
+    with tqdm(range(iterations), desc=title, disable=quiet) as bar:
+        for iteration in bar:
+            key_now = jax.random.fold_in(key, iteration)
+            state, loss = step(state, batch(iteration), key_now)
+            bar.set_postfix(loss=f"{float(loss):.2f}")
+    return state
+
+
+def print_errors(params: Params, digits: mnist.Digits) -> None:
+    """Prints the reconstruction errors of parameters that this process has whole."""
+    params = jax.tree.map(np.asarray, params)  # and one device is enough
+    error = jax.jit(reconstruction_error)
+    for name, cases in (("training", digits.train), ("test", digits.test)):
+        print(f"{name} reconstruction error {float(error(params, cases)):.4f}")
