@@ -14,8 +14,7 @@ from kfac_jax._vectors import inner_product
 from kfac_jax.approximation import invert, layer_leaves, layer_vectors
 from kfac_jax.blocks import Block
 from kfac_jax.layers import Layer
-from kfac_jax.linalg._psd import Apply
-from kfac_jax.sharding import Distribution, by_rows, kept
+from kfac_jax.sharding import Distribution, apply, by_rows, kept
 
 
 def _blocks(layers: Sequence[Layer]) -> dict[str, Block]:
@@ -42,10 +41,53 @@ def init_inverses(layers: Sequence[Layer]) -> Factors:
 
 
 @jax.named_scope("kfac_inverses")
-def refresh_factors(layers: Sequence[Layer], factors: Factors) -> Factors:
-    """Moves factors that are in a basis to the present one."""
+def refresh_factors(
+    layers: Sequence[Layer], factors: Factors, sharing: Distribution | None = None
+) -> Factors:
+    """Moves factors that are in a basis to the present one.
+
+    Args:
+      layers: the plan's layers.
+      factors: the moving averages of those that are to be moved, by layer name.
+      sharing: devices, each of which moves some layers' factors.
+
+    Returns:
+      The factors.
+    """
     blocks = _blocks(layers)
-    return {name: blocks[name].refresh(part) for name, part in factors.items()}
+    if sharing is None:
+        return {name: blocks[name].refresh(part) for name, part in factors.items()}
+    costs = {layer.name: float(layer.inversion_cost) for layer in layers}
+    names = [(name, _moved(blocks[name], part)) for name, part in factors.items()]
+    found = sharing.each(
+        [costs[name] for name, _ in names],
+        [functools.partial(_refreshed, blocks[name], keys) for name, keys in names],
+        list(factors.values()),
+    )
+    return {
+        name: factors[name] | dict(zip(keys, arrays, strict=True))
+        for (name, keys), arrays in zip(names, found, strict=True)
+    }
+
+
+def _moved(block: Block, factors: dict[str, Array]) -> list[str]:
+    """Which factors a refresh changes; others need not be exchanged."""
+    moved: list[str] = []
+
+    def look(factors: dict[str, Array]) -> dict[str, Array]:
+        new = block.refresh(factors)
+        moved.extend(name for name, x in new.items() if x is not factors[name])
+        return new
+
+    jax.eval_shape(look, factors)
+    return moved
+
+
+def _refreshed(
+    block: Block, names: Sequence[str], factors: dict[str, Array]
+) -> list[Array]:
+    new = block.refresh(factors)
+    return [new[name] for name in names]
 
 
 @jax.named_scope("kfac_inverses")
@@ -54,7 +96,6 @@ def refresh_inverses(
     factors: Factors,
     old: Factors,
     damping: Array,
-    apply: Apply | None = None,
     sharing: Distribution | None = None,
 ) -> tuple[Factors, Array]:
     """Inverts the damped factors; of linked layers, computes what takes their place.
@@ -67,14 +108,13 @@ def refresh_inverses(
       factors: the moving averages, by layer name.
       old: the inverses so far.
       damping: λ + η.
-      apply: what applies the inversion to the matrices of one size, see `inverse_many`.
-      sharing: devices that keep rows of the inverses.
+      sharing: devices that share the inversion, and may keep rows of the inverses.
 
     Returns:
       The inverses, and how many layers failed. Linked layers fail together.
     """
     blocks = _blocks(layers)
-    found, finite = _inverses(layers, blocks, factors, damping, apply)
+    found, finite = _inverses(layers, blocks, factors, damping, sharing)
     found = kept(sharing, found)
     result = dict(old)
     failed = jnp.zeros((), jnp.int32)
@@ -92,7 +132,7 @@ def _inverses(
     blocks: dict[str, Block],
     factors: Factors,
     damping: Array,
-    apply: Apply | None,
+    sharing: Distribution | None,
 ) -> tuple[Factors, dict[str, Array]]:
     """Those of the layers that have factors, and whether they are finite, by name."""
     damped = {
@@ -102,14 +142,14 @@ def _inverses(
     }
     found: Factors = {}
     finite: dict[str, Array] = {}
-    for name, parts in invert(blocks, damped, apply).items():
+    for name, parts in invert(blocks, damped, apply(sharing)).items():
         found[name] = {part: inverse for part, (inverse, _) in parts.items()}
         finite[name] = functools.reduce(
             jnp.logical_and, [part.finite for part in parts.values()]
         )
     linked = [x for x in layers if x.link is not None and x.name in factors]
     if linked:
-        joint, together = _tridiagonal.refresh(linked, factors, damping)
+        joint, together = _tridiagonal.refresh(linked, factors, damping, sharing)
         found |= joint
         for layer in linked:
             assert layer.link is not None

@@ -122,7 +122,7 @@ def _refresh_group(
     γ is chosen inside of the refresh, which is due whenever that is: from the very
     factors that are inverted then, and at no cost in other steps.
     """
-    moving = refresh_factors(group, moving)
+    moving = refresh_factors(group, moving, distribution)
     fixed = {x.name: factors[x.name] for x in group if x.name not in moving}
     by_rows = sharding.by_rows(distribution)
     if distribution is not None and by_rows:
@@ -136,7 +136,6 @@ def _refresh_group(
         fixed,
         old,
         _squared(damping, gamma),
-        sharding.apply(distribution),
         distribution,
     )
     return moving, inverses, gamma, failed

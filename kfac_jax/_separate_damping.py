@@ -16,7 +16,7 @@ from kfac_jax._products import Products
 from kfac_jax._vectors import plane_products
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import QuadraticModel, SeparateDamping
-from kfac_jax.sharding import Distribution, apply, mean
+from kfac_jax.sharding import Distribution, mean, whole
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -89,7 +89,7 @@ class Candidates:
         """Δ, what the plane of Δ and δ0 needs of it, and how many inverses failed."""
         layers = self.curvature.layers
         inverses, failed = refresh_inverses(
-            layers, factors, old, jnp.square(gamma), apply(self.distribution)
+            layers, factors, old, jnp.square(gamma), whole(self.distribution)
         )
         down = [-x for x in self.gradient]
         scaled, _ = precondition(layers, factors, inverses, down, self.products)

@@ -14,6 +14,7 @@ from jax import Array
 from kfac_jax import linalg
 from kfac_jax._factors import Factors
 from kfac_jax.layers import CROSS, Layer
+from kfac_jax.sharding import Distribution
 
 Vectors = dict[str, Array]
 """By layer name, `[i, o]`."""
@@ -48,7 +49,10 @@ def init(layer: Layer) -> dict[str, Array]:
 
 
 def refresh(
-    layers: Sequence[Layer], factors: Factors, damping: Array
+    layers: Sequence[Layer],
+    factors: Factors,
+    damping: Array,
+    sharing: Distribution | None = None,
 ) -> tuple[Factors, dict[str, Array]]:
     """Computes Ψ and the inverse of Σ for linked layers.
 
@@ -58,13 +62,14 @@ def refresh(
       layers: the plan's layers.
       factors: the moving averages, by layer name.
       damping: λ + η.
+      sharing: devices that share the work.
 
     Returns:
       For each linked layer K, s and Ψ of both sides, with `Σ⁻¹ = (K_A ⊗ K_G)
       (I - s_A ⊗ s_G)⁻¹ (K_A ⊗ K_G)ᵀ`; and by tree (its root) whether all are finite.
     """
     linked = members(layers)
-    roots = _roots(linked, factors, damping)
+    roots = _roots(linked, factors, damping, sharing)
     pairs = [
         (layer, side, cross)
         for layer in linked
@@ -79,7 +84,8 @@ def refresh(
                 roots[str(_parent(layer)), side],
             )
             for layer, side, cross in pairs
-        ]
+        ],
+        None if sharing is None else sharing.each,
     )
     result: Factors = {
         layer.name: {f"{side}_basis": roots[layer.name, side] for side in SIDES}
@@ -102,7 +108,10 @@ def refresh(
 
 
 def _roots(
-    linked: Sequence[Layer], factors: Factors, damping: Array
+    linked: Sequence[Layer],
+    factors: Factors,
+    damping: Array,
+    sharing: Distribution | None,
 ) -> dict[tuple[str, str], Array]:
     """Roots of the inverses of the damped factors, by layer and side."""
     names: list[tuple[str, str]] = []
@@ -114,7 +123,8 @@ def _roots(
         for side, (factor, shift) in damped.items():
             names.append((layer.name, side))
             shifted.append((factor, jnp.broadcast_to(shift, factor.shape[:-2])))
-    return dict(zip(names, linalg.inverse_root_many(shifted), strict=True))
+    apply = None if sharing is None else sharing.map
+    return dict(zip(names, linalg.inverse_root_many(shifted, apply), strict=True))
 
 
 def solve(layers: Sequence[Layer], inverses: Factors, v: Vectors) -> Vectors:

@@ -1,7 +1,7 @@
 """Inverses of `A ⊗ B - C ⊗ D`, differences of Kronecker products (appendix B)."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +23,17 @@ class Conditional(NamedTuple):
     explained: Array  # s, [d]
 
 
+Triple = tuple[Array, Array, Array]
+"""R_A `[d, d]`, X `[d, e]` and R_Z `[e, e]`."""
+
+Function = Callable[[Any], list[Array]]
+
+Each = Callable[[Sequence[float], Sequence[Function], Sequence[Any]], list[list[Array]]]
+"""Applies functions, of known costs, to operands of their own."""
+
+
 def conditionals(
-    parts: Sequence[tuple[Array, Array, Array]],
+    parts: Sequence[Triple], each: Each | None = None
 ) -> list[Conditional]:
     """Diagonalises A and `C = X Z⁻¹ Xᵀ` together, one pair after the other.
 
@@ -37,6 +46,7 @@ def conditionals(
     Args:
       parts: for each pair R_A `[d, d]`, X `[d, e]`, and R_Z `[e, e]`, with
         `R_A R_Aᵀ = A⁻¹` and `R_Z R_Zᵀ = Z⁻¹`.
+      each: what applies the decomposition to each; by default one after the other.
 
     Returns:
       K and s of each.
@@ -45,18 +55,32 @@ def conditionals(
       Martens & Grosse 2015, appendix B, with the singular value decomposition in place
       of eigenvalues.
     """
-    results: list[Conditional] = []
+    costs = [float(max(x.shape) ** 3) for _, x, _ in parts]
+    found = (each or _in_turn)(costs, [_conditional] * len(parts), parts)
+    return [Conditional(*pair) for pair in found]
+
+
+def _in_turn(
+    costs: Sequence[float],
+    functions: Sequence[Function],
+    operands: Sequence[Any],
+) -> list[list[Array]]:
+    results: list[list[Array]] = []
     previous = jnp.zeros(())
-    for own, across, other in parts:
+    for function, (own, *rest) in zip(functions, operands, strict=True):
         never = known_false_after(previous).astype(own.dtype)
-        coherence = jnp.swapaxes(own, -1, -2) @ across @ other + never
-        u, sigma = _left_singular(coherence)
-        missing = own.shape[-1] - sigma.shape[-1]
-        largest = 1 - 4 * jnp.finfo(own.dtype).eps
-        explained = jnp.minimum(jnp.square(jnp.pad(sigma, (0, missing))), largest)
-        results.append(Conditional(own @ u, explained))
-        previous = explained[0]
+        results.append(function((own + never, *rest)))
+        previous = jnp.ravel(results[-1][-1])[0]
     return results
+
+
+def _conditional(part: Triple) -> list[Array]:
+    own, across, other = part
+    u, sigma = _left_singular(jnp.swapaxes(own, -1, -2) @ across @ other)
+    missing = own.shape[-1] - sigma.shape[-1]
+    largest = 1 - 4 * jnp.finfo(own.dtype).eps
+    explained = jnp.minimum(jnp.square(jnp.pad(sigma, (0, missing))), largest)
+    return [own @ u, explained]
 
 
 def _left_singular(x: Array) -> tuple[Array, Array]:

@@ -62,16 +62,20 @@ def inverse_many(
     return _many(shifted, inverse_stack, apply or _in_turn)
 
 
-def inverse_root_many(shifted: Sequence[tuple[Array, Array]]) -> list[Array]:
+def inverse_root_many(
+    shifted: Sequence[tuple[Array, Array]], apply: Apply | None = None
+) -> list[Array]:
     """Roots R of the inverses of `x + s I`: upper triangular, `R Rᵀ (x + s I) = I`.
 
     Args:
       shifted: as for `inverse_many`.
+      apply: as there.
 
     Returns:
       The roots in the same order and shapes; NaN where not positive definite.
     """
-    return [root.inverse for root in _many(shifted, inverse_root, _in_turn)]
+    roots = _many(shifted, inverse_root, apply or _in_turn)
+    return [root.inverse for root in roots]
 
 
 def _in_turn(

@@ -1,5 +1,6 @@
 """Who does what on several devices, and how they exchange it."""
 
+import dataclasses
 import functools
 from typing import Any, TypeVar
 
@@ -24,6 +25,13 @@ def by_rows(distribution: Distribution | None) -> bool:
 def mean(distribution: Distribution | None, tree: T) -> T:
     """The average over the devices, where each has its own."""
     return tree if distribution is None else distribution.mean(tree)
+
+
+def whole(distribution: Distribution | None) -> Distribution | None:
+    """The same devices, each of which has all of the state."""
+    if distribution is None:
+        return None
+    return dataclasses.replace(distribution, state_axes=())
 
 
 def kept(distribution: Distribution | None, tree: T) -> T:

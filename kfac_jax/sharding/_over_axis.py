@@ -13,7 +13,7 @@ from kfac_jax._collectives import together
 from kfac_jax._jaxpr import _compat
 from kfac_jax._ordering import known_false_after
 from kfac_jax.linalg._shared import Columns
-from kfac_jax.sharding._planner import divide
+from kfac_jax.sharding._planner import balance, divide
 from kfac_jax.sharding._rows import Shape, fill, from_rows, rows_shape, to_rows
 
 T = TypeVar("T")
@@ -39,8 +39,7 @@ class OverAxis:
     `grads = jax.lax.pmean(grads, "batch")`, or, in a `shard_map` that checks what
     varies, where JAX has summed them, divided by `jax.lax.axis_size("batch")`. Samples
     must differ: fold `jax.lax.axis_index("batch")` into the key. Eigendecompositions
-    (`blocks.Eigen`) and the sparse inverse of `BlockTridiagonal` are computed by every
-    device.
+    (`blocks.Eigen`) and what `BlockTridiagonal` decomposes have owners too.
 
     By default the state is the same on all devices, and nothing in it depends on their
     number: the least communication. With `state_axes` the devices along those axes keep
@@ -275,6 +274,38 @@ class OverAxis:
             results[i] = everyone[divisions[i].owners, divisions[i].places]
         return [results[i] for i in range(len(stacks))]
 
+    def each(
+        self,
+        costs: Sequence[float],
+        functions: Sequence[Callable[[Any], list[Array]]],
+        operands: Sequence[Any],
+    ) -> list[list[Array]]:
+        """Applies functions to operands of their own, each by its owner.
+
+        Args:
+          costs: of each.
+          functions: the functions.
+          operands: the same on all devices.
+
+        Returns:
+          The results, the same on all devices; one collective for each type.
+        """
+        me = jax.lax.axis_index(self.axis)
+        own: list[list[Array]] = []
+        owners = balance(costs, self.size())
+        for owner, function, operand in zip(owners, functions, operands, strict=True):
+            mine = me == owner
+            if own and own[-1]:  # one after the other, see linalg.inverse_many
+                mine &= ~known_false_after(jnp.ravel(own[-1][0])[0])
+            shapes = jax.eval_shape(function, operand)
+
+            compute = functools.partial(_varying_results, function, me)
+            nothing = functools.partial(_varying_zeros, shapes, me)
+            own.append(jax.lax.cond(mine, compute, nothing, operand))
+        total = functools.partial(jax.lax.psum, axis_name=self.axis)
+        everyone = iter(together([x for part in own for x in part], total))
+        return [[next(everyone) for _ in part] for part in own]
+
     def _join_columns(self, x: Array) -> Array:
         """`[..., devices · c]` from everyone's `[..., c]`."""
         everyone = _compat.all_gather(x, self.axis)
@@ -284,6 +315,18 @@ class OverAxis:
 def as_names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
     """Names of axes, of which there may be one alone."""
     return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _varying_results(
+    function: Callable[[Any], list[Array]], me: Array, operand: Any
+) -> list[Array]:
+    return [_compat.vary_like(x, me) for x in function(operand)]
+
+
+def _varying_zeros(
+    shapes: Sequence[jax.ShapeDtypeStruct], me: Array, _: Any
+) -> list[Array]:
+    return [_compat.vary_like(_compat.zeros(x), me) for x in shapes]
 
 
 def _own_results(

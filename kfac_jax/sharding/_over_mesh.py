@@ -25,8 +25,8 @@ class OverMesh:
     Without it every device inverts every factor. Each damped factor has one device as
     its owner, by cost, the largest first; each inverts its own, all of them together
     what is too large for one, and one collective hands out all inverses.
-    Eigendecompositions (`blocks.Eigen`) and the sparse inverse of `BlockTridiagonal`
-    are computed by every device.
+    Eigendecompositions (`blocks.Eigen`) and what `BlockTridiagonal` decomposes have
+    owners too.
 
     With `state_axes` the state is sharded over those axes, see `OverAxis`.
 
@@ -176,3 +176,26 @@ class OverMesh:
 
         mapped = jax.shard_map(local, mesh=self.mesh, in_specs=P(), out_specs=P())
         return mapped(list(stacks))
+
+    def each(
+        self,
+        costs: Sequence[float],
+        functions: Sequence[Callable[[Any], list[Array]]],
+        operands: Sequence[Any],
+    ) -> list[list[Array]]:
+        """Applies functions to operands of their own, each by its owner.
+
+        Args:
+          costs: of each.
+          functions: the functions.
+          operands: trees of arrays.
+
+        Returns:
+          The results.
+        """
+
+        def local(operands: list[Any]) -> list[list[Array]]:
+            return self._inside.each(costs, functions, operands)
+
+        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=P(), out_specs=P())
+        return mapped(list(operands))

@@ -9,11 +9,8 @@ import jax.numpy as jnp
 from kfac_jax.layers import Layer
 from kfac_jax.linalg._psd import padded
 from kfac_jax.linalg._shared import LEAVES
-from kfac_jax.sharding._planner import Division, divide, shared_cost
+from kfac_jax.sharding._planner import balance, divide, shared_cost
 from kfac_jax.sharding._rows import row_bytes
-
-Parts = Sequence[tuple[str, str, int, int, str]]
-"""Layer, factor, how many matrices, their size, and type."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,81 +95,130 @@ def report(
     Returns:
       The report.
     """
-    parts = _matrices(layers)
-    stacks, divisions = _divided(parts, devices)
-    work = [0.0] * devices
-    for (_, d, _), division in zip(stacks, divisions, strict=True):
-        for device, count in enumerate(division.counts):
-            work[device] += int(count) * float(d) ** 3
-            if division.shared:
-                work[device] += len(division.owners) * shared_cost(d, devices, LEAVES)
-    everyone = sum(x.inversion_cost for x in layers if not _shares(x))
+    alone = _Work(devices, [x for x in layers if not _linked(x) and not _moves(x)])
+    roots = _Work(devices, [x for x in layers if _linked(x)], share=False)
+    single = _Singles(devices, layers)
     factors = [(s, x.dtype) for x in layers for s in x.factor_shapes.values()]
     inverses = [(s, x.dtype) for x in layers for s in x.inverse_shapes.values()]
     ring = (devices - 1) / devices
     around = (keepers - 1) / keepers
-    statistics = ring * _bytes(factors) * (1 if keepers == devices else 2)
-    gathered = sum(
-        devices * division.slots * d**2 * jnp.dtype(dtype).itemsize
-        for (_, d, dtype), division in zip(stacks, divisions, strict=True)
-    )
+    owners: dict[str, dict[str, tuple[int, ...]]] = {x.name: {} for x in layers}
+    for part in (alone, roots, single):
+        for name, own in part.owners().items():
+            owners[name] |= own
+    work = zip(alone.each(), roots.each(), single.each(), strict=True)
+    whole = [*factors, *inverses, *parameters]
     return SharingReport(
         devices=devices,
         keepers=keepers,
-        owners=_owners(layers, parts, stacks, divisions),
-        work=tuple(x + everyone for x in work),
-        total_work=everyone + sum(k * float(d) ** 3 for k, d, _ in stacks),
-        state_bytes=_bytes([*factors, *inverses, *parameters], keepers),
-        whole_state_bytes=_bytes([*factors, *inverses, *parameters]),
-        statistics_bytes=statistics,
+        owners=owners,
+        work=tuple(map(sum, work)),
+        total_work=alone.total + roots.total + single.total,
+        state_bytes=_bytes(whole, keepers),
+        whole_state_bytes=_bytes(whole),
+        statistics_bytes=ring * _bytes(factors) * (1 if keepers == devices else 2),
         update_bytes=around * 3 * _bytes(parameters),
-        refresh_bytes=around * _bytes(factors) + ring * gathered,
+        refresh_bytes=around * _bytes(factors)
+        + ring * (alone.gathered + roots.gathered + 2 * single.bytes),
     )
 
 
-def _shares(layer: Layer) -> bool:
-    return layer.block is not None and layer.link is None and not layer.carried_shapes
+def _linked(layer: Layer) -> bool:
+    return layer.link is not None
 
 
-def _matrices(layers: Sequence[Layer]) -> Parts:
-    """What is inverted, in the order in which the inversion gets it."""
-    return [
-        (layer.name, name, math.prod(x.shape[:-2]), x.shape[-1], str(x.dtype))
-        for layer in layers
-        if layer.block is not None and _shares(layer)
-        for name, x in layer.damped.items()
-        if name not in layer.block.elementwise
-    ]
+def _moves(layer: Layer) -> bool:
+    """Whether a refresh moves its factors to another basis."""
+    return bool(layer.carried_shapes)
 
 
-def _divided(
-    parts: Parts, devices: int
-) -> tuple[list[tuple[int, int, str]], list[Division]]:
-    """The stacks `(k, d, type)` that they make, and how these are divided."""
-    counts: dict[tuple[int, str], int] = {}
-    for _, _, k, d, dtype in parts:
-        key = padded(d), dtype
-        counts[key] = counts.get(key, 0) + k
-    stacks = [(k, d, dtype) for (d, dtype), k in counts.items()]
-    return stacks, divide([(k, d) for k, d, _ in stacks], devices)
+class _Work:
+    """Matrices that are inverted (or their roots), by stacks of one padded size."""
+
+    def __init__(
+        self, devices: int, layers: Sequence[Layer], share: bool = True
+    ) -> None:
+        self.devices = devices
+        # layer, factor, how many, their size, type: as the inversion gets them
+        self.parts = [
+            (layer.name, name, math.prod(x.shape[:-2]), x.shape[-1], str(x.dtype))
+            for layer in layers
+            if layer.block is not None
+            for name, x in layer.damped.items()
+            if name not in layer.block.elementwise
+        ]
+        counts: dict[tuple[int, str], int] = {}
+        for _, _, k, d, dtype in self.parts:
+            key = padded(d), dtype
+            counts[key] = counts.get(key, 0) + k
+        self.stacks = [(k, d, dtype) for (d, dtype), k in counts.items()]
+        self.divisions = divide([(k, d) for k, d, _ in self.stacks], devices, share)
+        self.total = sum(k * float(d) ** 3 for k, d, _ in self.stacks)
+        self.gathered = sum(
+            devices * division.slots * d**2 * jnp.dtype(dtype).itemsize
+            for (_, d, dtype), division in zip(self.stacks, self.divisions, strict=True)
+        )
+
+    def each(self) -> list[float]:
+        work = [0.0] * self.devices
+        for (k, d, _), division in zip(self.stacks, self.divisions, strict=True):
+            for device, count in enumerate(division.counts):
+                work[device] += int(count) * float(d) ** 3
+                if division.shared:
+                    work[device] += k * shared_cost(d, self.devices, LEAVES)
+        return work
+
+    def owners(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        left = {
+            (d, dtype): [*map(int, division.owners)]
+            for (_, d, dtype), division in zip(self.stacks, self.divisions, strict=True)
+        }
+        result: dict[str, dict[str, tuple[int, ...]]] = {}
+        for layer, name, k, d, dtype in self.parts:
+            own = left[padded(d), dtype]
+            owners = tuple(owner for owner in own[:k] if owner >= 0)
+            result.setdefault(layer, {})[name] = owners
+            del own[:k]
+        return result
 
 
-def _owners(
-    layers: Sequence[Layer],
-    parts: Parts,
-    stacks: Sequence[tuple[int, int, str]],
-    divisions: Sequence[Division],
-) -> dict[str, dict[str, tuple[int, ...]]]:
-    left = {
-        (d, dtype): [*map(int, division.owners)]
-        for (_, d, dtype), division in zip(stacks, divisions, strict=True)
-    }
-    result: dict[str, dict[str, tuple[int, ...]]] = {x.name: {} for x in layers}
-    for layer, name, k, d, dtype in parts:
-        own = left[padded(d), dtype]
-        result[layer][name] = tuple(owner for owner in own[:k] if owner >= 0)
-        del own[:k]
-    return result
+class _Singles:
+    """What is decomposed one by one: bases, and pairs of linked layers."""
+
+    def __init__(self, devices: int, layers: Sequence[Layer]) -> None:
+        self.devices = devices
+        moving = [x for x in layers if _moves(x)]
+        pairs = [(x, n, s) for x in layers for n, s in x.cross_shapes.items()]
+        bases = [(x.name, "basis", float(x.inversion_cost)) for x in moving]
+        links = [(x.name, name, float(max(shape)) ** 3) for x, name, shape in pairs]
+        # each of both is divided by itself
+        owners = [
+            balance([cost for *_, cost in some], devices) for some in (bases, links)
+        ]
+        self.parts = [*bases, *links]
+        self.places = [owner for some in owners for owner in some]
+        self.total = sum(cost for *_, cost in self.parts)
+        self.bytes = sum(
+            math.prod(shape) * jnp.dtype(x.dtype).itemsize
+            for x in moving
+            for name, shape in x.factor_shapes.items()
+            if name in x.carried_shapes or name == "moments"
+        ) + sum(
+            shape[0] * (shape[0] + 1) * jnp.dtype(x.dtype).itemsize
+            for x, _, shape in pairs
+        )
+
+    def each(self) -> list[float]:
+        work = [0.0] * self.devices
+        for (*_, cost), owner in zip(self.parts, self.places, strict=True):
+            work[owner] += cost
+        return work
+
+    def owners(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        result: dict[str, dict[str, tuple[int, ...]]] = {}
+        for (layer, name, _), owner in zip(self.parts, self.places, strict=True):
+            result.setdefault(layer, {})[name] = (owner,)
+        return result
 
 
 def _bytes(arrays: Sequence[tuple[tuple[int, ...], str]], keepers: int = 1) -> int:
