@@ -9,7 +9,7 @@ from jax import Array
 
 from kfac_jax import _estimation
 from kfac_jax._dtypes import wide
-from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._products import Products
@@ -165,7 +165,9 @@ def probe(
         shapes |= {name: (count, n) for name, n in zip(PRODUCT, sizes, strict=True)}
     zeros = {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
     local = {
-        name: _compat.vary_like(zeros[name], *data) for name in ROWS if name in zeros
+        name: _compat.vary_like(axis_types.split_first(zeros[name], data), *data)
+        for name in ROWS
+        if name in zeros
     }
     return zeros | local
 

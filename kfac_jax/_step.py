@@ -13,6 +13,7 @@ from jax import Array
 from kfac_jax import _batch, _factors, sharding
 from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._factors import Factors, Statistics
+from kfac_jax._jaxpr import axis_types
 from kfac_jax._ordering import known_false_after
 from kfac_jax._preconditioner import refresh_factors, refresh_inverses
 from kfac_jax._separate_damping import Candidates
@@ -95,7 +96,8 @@ def check_kind(name: str, value: Any, rules: tuple[type, ...], allowed: str) -> 
 
 
 def at(value: Any, step: Array) -> Array:
-    return jnp.asarray(value(step) if callable(value) else value, float)
+    value = value(step) if callable(value) else value
+    return jnp.asarray(axis_types.here(value), float)
 
 
 def initial_damping(damping: Any) -> Array:
@@ -172,11 +174,15 @@ def advance(
     statistics = sharding.mean(distribution, statistics)
     informative = sum(bool(layer.factor_shapes) for layer in layers)
     factors, refused = _factors.average(
-        layers, state.factors, statistics, state.batches + 1, decay
+        layers,
+        state.factors,
+        statistics,
+        state.batches + 1,
+        axis_types.here(decay),
     )
     informed = (statistics.weight > 0) & (refused < max(1, informative))
     batches = state.batches + informed.astype(jnp.int32)
-    every = jnp.asarray(inverse_every, jnp.int32)
+    every = jnp.asarray(axis_types.here(inverse_every), jnp.int32)
     due = (informed & (batches <= 3)) | ((step % every == 0) & (batches > 0))
     state = state._replace(step=step, batches=batches, factors=factors)
     run = None if distribution is None else distribution.map
@@ -364,7 +370,8 @@ class Step:
     def moved(self, delta: list[Array]) -> Params:
         """θ + δ."""
         tree = jax.tree.unflatten(self.curvature.tree.treedef, delta)
-        return optax.apply_updates(cast("Any", self.params), tree)
+        params = axis_types.here(self.params)
+        return optax.apply_updates(cast("Any", params), tree)
 
     @jax.named_scope("kfac_damping")
     def reduction_ratio(
@@ -389,7 +396,11 @@ class Step:
             step = jnp.stack([rates.learning_rate, rates.momentum])
             step = step.astype(matrix.dtype)
             predicted = slope @ step + 0.5 * step @ matrix @ step
-        after = loss_of(self.curvature.loss_fn(moved, *self.args))
+
+        def loss(params: Params) -> Array:
+            return loss_of(self.curvature.loss_fn(params, *self.args))
+
+        after = axis_types.explicit(loss, self.params)(moved)
         after = sharding.mean(self.distribution, after)
         predicted = predicted.astype(after.dtype)
         before = loss_of(value)

@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import jax
 from jax import Array
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kfac_jax.sharding._over_axis import OverAxis
@@ -26,7 +26,7 @@ class OverMesh:
     and the sparse inverse of `BlockTridiagonal` are computed by every device.
 
     Attributes:
-      mesh: the devices; its axes must be of type `Auto`.
+      mesh: the devices; its axes may be of type `Auto` or `Explicit`.
       axes: the mesh axes along which devices share; along others they do the same work.
         Empty for all.
 
@@ -53,13 +53,6 @@ class OverMesh:
                 f"OverMesh shares over axes of its mesh, {self.mesh.axis_names}; got "
                 f"{missing}. Name axes that the mesh has."
             )
-        pairs = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
-        explicit = [name for name, kind in pairs if kind == AxisType.Explicit]
-        if explicit:
-            raise ValueError(
-                f"OverMesh needs a mesh with axes of type Auto, got {explicit} as "
-                "Explicit. Make it with axis_types=(jax.sharding.AxisType.Auto, ...)."
-            )
         object.__setattr__(self, "axes", names)
 
     def mean(self, tree: T) -> T:
@@ -82,5 +75,7 @@ class OverMesh:
         def local(stacks: list[Array]) -> list[Array]:
             return OverAxis(self.axes).map(stacks, function)
 
-        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=P(), out_specs=P())
+        here = jax.sharding.get_abstract_mesh()  # the same, or with other axis types
+        mesh = here if here.shape == self.mesh.shape else self.mesh
+        mapped = jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P())
         return mapped(list(stacks))
