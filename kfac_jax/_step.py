@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -371,7 +371,7 @@ class Step:
         """θ + δ."""
         tree = jax.tree.unflatten(self.curvature.tree.treedef, delta)
         params = axis_types.here(self.params)
-        return optax.apply_updates(cast("Any", params), tree)
+        return optax.apply_updates(params, tree)
 
     @jax.named_scope("kfac_damping")
     def reduction_ratio(

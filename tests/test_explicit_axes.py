@@ -41,7 +41,9 @@ def with_out_shardings(params, x):
         spec = P("data", None if i == len(params) - 1 else "model")
         x = jnp.dot(x, layer["w"], out_sharding=spec)
         x = x + layer["b"][None]
-    return reshard(x, P("data"))  # optax's loss picks classes, which JAX refuses to guess
+    return reshard(
+        x, P("data")
+    )  # optax's loss picks classes, which JAX refuses to guess
 
 
 def left_to_the_compiler(params, x):

@@ -71,6 +71,17 @@ def explicit(function: Callable[[Any], Any], like: Any) -> Callable[[Any], Any]:
     return run
 
 
+def whole(tree: Any) -> Any:
+    """Replicates arrays that are sharded over Explicit axes."""
+    return jax.tree.map(lambda x: _cast(x, _mesh(x), P()) if _is_array(x) else x, tree)
+
+
+def sharded_like(tree: Any, like: Any) -> Any:
+    """Shards arrays over Explicit axes as those in a tree of the same structure are."""
+    mesh = _explicit_mesh(like)
+    return tree if mesh is None else _like(tree, like, mesh)
+
+
 def here(tree: Any) -> Any:
     """Replicates arrays of another mesh than the present one on that."""
     mesh = jax.sharding.get_abstract_mesh()
