@@ -9,7 +9,16 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
-from test_sharding import RULES, STEPS, STRUCTURES, on_one_device, problem, split_last
+from test_sharding import (
+    RULES,
+    STEPS,
+    STRUCTURES,
+    make_step,
+    on_one_device,
+    plan,
+    problem,
+    split_last,
+)
 
 import kfac_jax
 
@@ -73,6 +82,14 @@ LAYOUTS = {  # axes of the mesh, the network, how parameters lie, axes that shar
 }
 
 
+def close(found, expected):
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+        found,
+        expected,
+    )
+
+
 def loss_on(apply):
     def loss_fn(params, x, y):
         return models.FAMILIES["softmax"].mean_loss(apply(params, x), y)
@@ -88,10 +105,19 @@ def placed(mesh, place):
     return params, jax.device_put(p.args, NamedSharding(mesh, P("data")))
 
 
+CASES = [  # the adaptive rules also take what fixed ones do
+    *(
+        (layout, structure, "adaptive")
+        for layout in LAYOUTS
+        for structure in STRUCTURES
+    ),
+    ("batch", "tridiagonal", "fixed"),
+    ("parameters, shared", "diagonal", "fixed"),
+]
+
+
 @models.EIGHT_DEVICES
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("structure", STRUCTURES)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("layout", "structure", "rules"), CASES)
 def test_steps_are_those_on_one_device(layout, structure, rules):
     axes, apply, place, shared = LAYOUTS[layout]
     mesh = explicit_mesh(**axes)
@@ -120,8 +146,167 @@ def test_steps_are_those_on_one_device(layout, structure, rules):
         for _ in range(STEPS):
             params, state = step(params, state, *args)
         assert jax.tree.map(jax.typeof, (params, state)) == before
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
-        (params, state._replace(inverses=None)),
-        expected,
+    close((params, state._replace(inverses=None)), expected)
+
+
+# ------------------------------------------------------- what else meets sharded arrays
+
+
+@functools.cache
+def plain(**options):
+    p = problem()
+    return kfac_jax.make_curvature(
+        p.loss_fn, p.params, *p.args, estimation_mode="fisher_exact", **options
     )
+
+
+def sampled_step(params, args):
+    """Draws targets; takes a number of cases that eight devices cannot share evenly."""
+    p = problem()
+    curvature = kfac_jax.make_curvature(
+        p.loss_fn, params, *args, statistics_fraction=0.75, num_samples=2
+    )
+    tx = kfac_jax.kfac(
+        curvature,
+        kfac_jax.QuadraticModel(fraction=0.75),
+        damping=kfac_jax.LevenbergMarquardt(1.0, every=1),
+    )
+    value, grads, statistics = curvature.value_grad_and_statistics(
+        params, *args, rng=jax.random.key(0)
+    )
+    return tx.update(
+        grads, tx.init(params), params, statistics=statistics, value=value, args=args
+    )
+
+
+def every_block(params, args):
+    p, updates = problem(), []
+    for block in (
+        kfac_jax.blocks.Eigen(),
+        kfac_jax.blocks.Diagonal(),
+        kfac_jax.blocks.Full(),
+        kfac_jax.blocks.TNT(),
+        kfac_jax.blocks.Kronecker(gradient_products=True),
+    ):
+        curvature = kfac_jax.make_curvature(
+            p.loss_fn, params, *args, estimation_mode="fisher_empirical", blocks=block
+        )
+        tx = kfac_jax.scale_by_kfac(curvature, jnp.asarray(0.1), decay=jnp.asarray(0.9))
+        _, grads, statistics = curvature.value_grad_and_statistics(params, *args)
+        updates.append(tx.update(grads, tx.init(params), statistics=statistics)[0])
+    return updates
+
+
+def exact_products(params, args):
+    curvature = plain()
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), params)
+    return (
+        curvature.matvec(params, params, *args),
+        curvature.matvec(params, params, *args, matrix="hessian"),
+        curvature.quadratic_form(params, [params, params], *args),
+        curvature.quadratic_form(params, stacked, *args),
+    )
+
+
+def operators(params, args):
+    curvature = plain()
+    statistics = curvature.value_grad_and_statistics(params, *args)[2]
+    factors = curvature.update_factors(curvature.init_factors(params), statistics, 1)
+    operator = curvature.approximation(factors)
+    return (
+        operator.matvec(params),
+        operator.solve(params, damping=0.1),
+        operator.power(params, -0.5, damping=0.1),
+        operator.logdet(0.1),
+    )
+
+
+def scanned(params, args):
+    """Every other step gathers nothing; two seeds at once."""
+    curvature = plain()
+    tx = kfac_jax.kfac(curvature, 0.1, 0.9, 0.1, inverse_every=2)
+
+    def run(scale):
+        def step(carry, i):
+            params, state = carry
+            value, grads, statistics = jax.lax.cond(
+                i % 2 == 0,
+                lambda: curvature.value_grad_and_statistics(params, *args),
+                lambda: (
+                    *curvature.value_and_grad(params, *args),
+                    curvature.zero_statistics(params),
+                ),
+            )
+            updates, state = tx.update(grads, state, params, statistics=statistics)
+            return (jax.tree.map(jnp.add, params, updates), state), value
+
+        start = jax.tree.map(lambda x: scale * x, params)
+        (end, _), values = jax.lax.scan(step, (start, tx.init(start)), jnp.arange(3))
+        return end, values
+
+    return jax.vmap(run)(jnp.asarray([1.0, 1.1]))
+
+
+PROGRAMS = {
+    f.__name__: f
+    for f in (sampled_step, every_block, exact_products, operators, scanned)
+}
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_programs_are_those_on_one_device(program):
+    p, run = problem(), PROGRAMS[program]
+    expected = jax.jit(run)(p.params, p.args)
+    mesh = explicit_mesh(data=8)
+    params, args = placed(mesh, lambda x: P())
+    with jax.set_mesh(mesh):
+        found = jax.jit(run)(params, args)
+    close(found, expected)
+
+
+@models.EIGHT_DEVICES
+def test_vectors_that_are_sharded_stay_so():
+    params, _ = placed(explicit_mesh(data=8), split_rows)
+    operator = plain().approximation(plain().init_factors(problem().params))
+    with jax.set_mesh(explicit_mesh(data=8)):
+        found = jax.jit(operator.matvec)(params)
+    assert jax.tree.map(jax.typeof, found) == jax.tree.map(jax.typeof, params)
+
+
+@models.EIGHT_DEVICES
+def test_nothing_is_brought_together_for_statistics():
+    """What is exchanged are sums, as many as there are without Explicit axes."""
+    texts = []
+    for kind in AxisType.Explicit, AxisType.Auto:
+        mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+        args = jax.device_put(problem().args, NamedSharding(mesh, P("data")))
+        params = {
+            name: {"w": jax.device_put(layer["w"], NamedSharding(mesh, P()))}
+            for name, layer in problem().params.items()
+        }
+        with jax.set_mesh(mesh):
+            curvature = kfac_jax.make_curvature(
+                problem().loss_fn,
+                params,
+                *args,
+                estimation_mode="fisher_empirical",
+                structure=kfac_jax.BlockTridiagonal(),
+            )
+            compute = jax.jit(curvature.value_grad_and_statistics)
+            texts.append(compute.lower(params, *args).compile().as_text())
+    assert not any(x in text for text in texts for x in ("all-gather(", "all-to-all("))
+    assert len({text.count(" all-reduce(") for text in texts}) == 1
+
+
+@models.EIGHT_DEVICES
+def test_without_a_mesh_in_the_context():
+    """The arrays' types tell; steps without `jit` do as well in a context."""
+    mesh = explicit_mesh(data=8)
+    p = problem()
+    params, args = placed(mesh, lambda x: P())
+    tx, step = make_step(plan("diagonal"), "adaptive", None)
+    expected = step(p.params, tx.init(p.params), *p.args)[0]
+    close(jax.jit(step)(params, tx.init(params), *args)[0], expected)
+    with jax.set_mesh(mesh):
+        close(step(params, tx.init(params), *args)[0], expected)
