@@ -15,7 +15,6 @@ from test_sharding import (
     STRUCTURES,
     make_step,
     on_one_device,
-    plan,
     problem,
     split_last,
 )
@@ -97,8 +96,8 @@ def loss_on(apply):
     return loss_fn
 
 
-def placed(mesh, place):
-    p = problem()
+def placed(mesh, place, p=None):
+    p = problem() if p is None else p
     params = jax.tree.map(
         lambda x: jax.device_put(x, NamedSharding(mesh, place(x))), p.params
     )
@@ -106,13 +105,16 @@ def placed(mesh, place):
 
 
 CASES = [  # the adaptive rules also take what fixed ones do
-    *(
-        (layout, structure, "adaptive")
-        for layout in LAYOUTS
-        for structure in STRUCTURES
-    ),
+    ("batch", "diagonal", "adaptive"),
     ("batch", "tridiagonal", "fixed"),
-    ("parameters, shared", "diagonal", "fixed"),
+    ("batch, shared", "tridiagonal", "adaptive"),
+    ("parameters, shared", "diagonal", "adaptive"),
+    ("parameters, shared", "tridiagonal", "fixed"),
+    ("parameters, shared", "tridiagonal", "adaptive"),
+    ("outputs, shared over one", "diagonal", "adaptive"),
+    ("outputs, shared over one", "tridiagonal", "adaptive"),
+    ("auto_axes inside, shared over two", "diagonal", "fixed"),
+    ("auto_axes inside, shared over two", "tridiagonal", "adaptive"),
 ]
 
 
@@ -301,12 +303,15 @@ def test_nothing_is_brought_together_for_statistics():
 
 @models.EIGHT_DEVICES
 def test_without_a_mesh_in_the_context():
-    """The arrays' types tell; steps without `jit` do as well in a context."""
+    """The arrays' types tell; and steps without `jit` do as well in a context."""
     mesh = explicit_mesh(data=8)
-    p = problem()
-    params, args = placed(mesh, lambda x: P())
-    tx, step = make_step(plan("diagonal"), "adaptive", None)
-    expected = step(p.params, tx.init(p.params), *p.args)[0]
+    p = models.problem("squared", params=models.dense_params(0, 3, 4), x=problem().x)
+    curvature = kfac_jax.make_curvature(
+        p.loss_fn, p.params, *p.args, estimation_mode="fisher_exact"
+    )
+    tx, step = make_step(curvature, "fixed", None)
+    expected = jax.jit(step)(p.params, tx.init(p.params), *p.args)[0]
+    params, args = placed(mesh, lambda x: P(), p)
     close(jax.jit(step)(params, tx.init(params), *args)[0], expected)
     with jax.set_mesh(mesh):
         close(step(params, tx.init(params), *args)[0], expected)

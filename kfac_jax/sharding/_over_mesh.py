@@ -75,7 +75,8 @@ class OverMesh:
         def local(stacks: list[Array]) -> list[Array]:
             return OverAxis(self.axes).map(stacks, function)
 
-        here = jax.sharding.get_abstract_mesh()  # the same, or with other axis types
-        mesh = here if here.shape == self.mesh.shape else self.mesh
+        here = jax.sharding.get_abstract_mesh()
+        same = here == self.mesh.abstract_mesh or here.shape != self.mesh.shape
+        mesh = self.mesh if same else here  # its axes with other types
         mapped = jax.shard_map(local, mesh=mesh, in_specs=P(), out_specs=P())
         return mapped(list(stacks))
