@@ -3,8 +3,8 @@
 There an operation whose result may be sharded in several ways has to be told which, and
 operands must agree. The user's program is written for that. The library's own
 computations are not: they run with the same axes as Auto (`auto`), where the compiler
-decides, and what they call of the user's in turn as it was (`explicit`). Without
-Explicit axes none of this does anything.
+decides, and what they call of the user's in turn as it was (`explicit`). Going from one
+to the other moves no data. Without Explicit axes none of this does anything.
 """
 
 import contextlib
@@ -23,8 +23,8 @@ def auto(function: Callable[..., Any], like: Any = None) -> Callable[..., Any]:
     """Runs a function with the Explicit axes as Auto ones.
 
     Args:
-      function: of arrays, in trees. It must not close over others than scalars of no
-        mesh, or has to use `here`.
+      function: of arrays, in trees. What it closes over has to go through `here` or
+        `explicit`.
       like: arrays (or their types) in a tree as the results are, which get their
         shardings; None to replicate.
 
