@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.examples import Examples
 
 
@@ -61,8 +62,12 @@ def take(args: Any, fraction: float) -> Any:
     if fraction == 1.0:
         return args
     keep = max(1, round(fraction * batch_size(args)))
+
+    def first(leaf: Any) -> Any:
+        return axis_types.auto(lambda x: x[:keep], leaf)(leaf)
+
     return jax.tree.map(
-        lambda leaf: leaf if jnp.ndim(leaf) == 0 or _is_key(leaf) else leaf[:keep], args
+        lambda leaf: leaf if jnp.ndim(leaf) == 0 or _is_key(leaf) else first(leaf), args
     )
 
 

@@ -9,6 +9,7 @@ from jax import Array
 
 from kfac_jax import _estimation
 from kfac_jax._dtypes import wide
+from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._products import Products
@@ -145,8 +146,13 @@ PRODUCT = ("product_inputs", "product_outputs")
 `[rows, o]`: with the loss's cotangents, `∇W = Xᵀ dY`."""
 
 
-def probe(layer: Layer, sites: Sequence[Site]) -> dict[str, Array]:
-    """Zeros like what the taps of a layer bring out."""
+def probe(
+    layer: Layer, sites: Sequence[Site], data: Sequence[Array]
+) -> dict[str, Array]:
+    """Zeros like what the taps of a layer bring out.
+
+    On a mesh with Explicit axes, linked layers' rows are sharded as the data are.
+    """
     assert layer.block is not None
     shapes = layer.block.statistics_shapes(layer.shape)
     sizes = layer.shape.inputs, layer.shape.outputs
@@ -156,7 +162,13 @@ def probe(layer: Layer, sites: Sequence[Site]) -> dict[str, Array]:
     if layer.product_rows:
         count = sites[0].rows
         shapes |= {name: (count, n) for name, n in zip(PRODUCT, sizes, strict=True)}
-    return {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
+    zeros = {name: jnp.zeros(shape, layer.dtype) for name, shape in shapes.items()}
+    local = {
+        name: axis_types.split_first(zeros[name], data)
+        for name in ROWS
+        if name in zeros
+    }
+    return zeros | local
 
 
 def product_rows(

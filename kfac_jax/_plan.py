@@ -15,7 +15,7 @@ from jax import Array
 from kfac_jax import _batch, _estimation, _report
 from kfac_jax._dtypes import wide
 from kfac_jax._gathering import link_rows, product_rows, site_statistics
-from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax._jaxpr import graph as graph_lib
 from kfac_jax._jaxpr.constants import mixed
 from kfac_jax._jaxpr.discovery import Found, discover
@@ -340,9 +340,9 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
     program = bare_program(traced)
     known: list[bool] = []
 
-    @jax.jit
-    def values(leaves: Sequence[Any]) -> tuple[Array, Array, Array, Array]:
-        outputs, losses = run(program, leaves, None)
+    def compared(
+        leaves: Sequence[Any], outputs: Sequence[Any], losses: Sequence[RegisteredLoss]
+    ) -> tuple[Array, Array, Array, Array]:
         low = min((loss.z.dtype for loss in losses), key=lambda d: jnp.finfo(d).bits)
         tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
         concavity = _concavity(losses)
@@ -354,6 +354,10 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
         total = functools.reduce(jnp.add, [loss.value() for loss in losses])
         total = total.astype(float) + jnp.asarray(penalty, float)
         return outputs[0], total, tolerance, concavity
+
+    @jax.jit
+    def values(leaves: Sequence[Any]) -> tuple[Array, Array, Array, Array]:
+        return axis_types.auto(compared)(leaves, *run(program, leaves, None))
 
     # also while a caller's jit is being traced around the plan
     with jax.ensure_compile_time_eval():

@@ -3,7 +3,7 @@
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jax import Array
 from kfac_jax import _batch, _by_rows, _factors, sharding
 from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._factors import Factors, Statistics
+from kfac_jax._jaxpr import axis_types
 from kfac_jax._ordering import known_false_after
 from kfac_jax._refresh import refresh
 from kfac_jax._separate_damping import Candidates
@@ -95,7 +96,8 @@ def check_kind(name: str, value: Any, rules: tuple[type, ...], allowed: str) -> 
 
 
 def at(value: Any, step: Array) -> Array:
-    return jnp.asarray(value(step) if callable(value) else value, float)
+    value = value(step) if callable(value) else value
+    return jnp.asarray(axis_types.here(value), float)
 
 
 def initial_damping(damping: Any) -> Array:
@@ -175,10 +177,17 @@ def advance(
     step, layers = state.step + 1, curvature.layers
     informative = sum(bool(layer.factor_shapes) for layer in layers)
     factors, refused, weight = _factors.average(
-        layers, state.factors, statistics, state.batches + 1, decay, distribution
+        layers,
+        state.factors,
+        statistics,
+        state.batches + 1,
+        axis_types.here(decay),
+        distribution,
     )
     informed = (weight > 0) & (refused < max(1, informative))
     batches = state.batches + informed.astype(jnp.int32)
+    every = axis_types.here(schedule.every)
+    schedule = dataclasses.replace(schedule, every=every)
     turns = schedule.turns(step) & (batches > 0)
     if candidates is not None:  # a traced T3 may not divide T2
         turns |= candidates.due & (batches > 0)
@@ -336,7 +345,8 @@ class Step:
     def moved(self, delta: list[Array]) -> Params:
         """θ + δ."""
         tree = jax.tree.unflatten(self.curvature.tree.treedef, delta)
-        return optax.apply_updates(cast("Any", self.params), tree)
+        params = axis_types.here(self.params)
+        return optax.apply_updates(params, tree)
 
     @jax.named_scope("kfac_damping")
     def reduction_ratio(
@@ -361,7 +371,11 @@ class Step:
             step = jnp.stack([rates.learning_rate, rates.momentum])
             step = step.astype(matrix.dtype)
             predicted = slope @ step + 0.5 * step @ matrix @ step
-        after = loss_of(self.curvature.loss_fn(moved, *self.args))
+
+        def loss(params: Params) -> Array:
+            return loss_of(self.curvature.loss_fn(params, *self.args))
+
+        after = axis_types.explicit(loss, self.params)(moved)
         after = sharding.mean(self.distribution, after)
         predicted = predicted.astype(after.dtype)
         before = loss_of(value)

@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 from kfac_jax import _tridiagonal, linalg
 from kfac_jax._factors import Factors
+from kfac_jax._jaxpr import axis_types
 from kfac_jax._trees import TreeSpec
 from kfac_jax.blocks import Block, Damped, Spectrum
 from kfac_jax.layers import Layer
@@ -125,7 +126,8 @@ class Approximation:
         joint: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
     ) -> Vector:
         """Applies a function to each layer's matrix, or to all linked ones jointly."""
-        leaves = self.tree.leaves(v, "the vector")
+        given = self.tree.leaves(v, "the vector")
+        leaves = axis_types.whole(given)
         vectors = layer_vectors(self.layers, leaves)
         dtypes = {layer.name: layer.dtype for layer in self.layers}
         vectors = {name: x.astype(dtypes[name]) for name, x in vectors.items()}
@@ -137,8 +139,9 @@ class Approximation:
         }
         if joint is not None and together:
             mapped |= joint({layer.name: vectors[layer.name] for layer in together})
+        moved = layer_leaves(self.layers, mapped, leaves)
         return jax.tree.unflatten(
-            self.tree.treedef, layer_leaves(self.layers, mapped, leaves)
+            self.tree.treedef, axis_types.sharded_like(moved, given)
         )
 
     @property

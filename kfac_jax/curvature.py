@@ -27,7 +27,7 @@ from kfac_jax._gathering import (
     split_products,
     with_cross,
 )
-from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax._jaxpr.differentiation import check_forward_mode, reverse_mode
 from kfac_jax._jaxpr.graph import Graph, build
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
@@ -145,7 +145,7 @@ class Curvature:
             _, _, first = self._linearize(
                 params, part, leaves, self.init_factors(params)
             )
-            factors = self._own_basis(first(rng))
+            factors = axis_types.auto(self._own_basis)(first(rng))
         value, gradient, statistics = self._linearize(params, part, leaves, factors)
         if not whole and any(layer.product_rows for layer in self.layers):
             value, gradient, _ = self._linearize(params, args, leaves, factors)
@@ -214,7 +214,7 @@ class Curvature:
         }
         data = jax.tree.leaves(args)
         probes = {
-            index: probe(layer, sites[index]) | carried.get(layer.name, {})
+            index: probe(layer, sites[index], data) | carried.get(layer.name, {})
             for index, layer in enumerate(self.layers)
             if is_tapped(layer)
         }
@@ -239,25 +239,31 @@ class Curvature:
                 products = {}  # of one device, where gradients are of all
             return grads, products
 
+        def pull_back(cotangents: list[Array]) -> Any:
+            with reverse_mode(program.graph, len(leaves)):
+                return pull((jnp.zeros_like(loss), cotangents))
+
         def pull_outputs(cotangents: list[Array]) -> Any:
             pairs = zip(cotangents, zs, strict=True)
             cotangents = [_compat.vary_like(u, z) for u, z in pairs]
-            with reverse_mode(program.graph, len(leaves)):
-                grads, sums = pull((jnp.zeros_like(loss), cotangents))
+            grads, sums = axis_types.explicit(pull_back, zs)(cotangents)
             sums, _ = split_products(self.layers, sums)
             return grads, with_cross(self.layers, sums)
 
         def statistics(rng: Array | None) -> Statistics:
-            sums, count = gather(
-                self.layers,
-                self.estimation_mode,
-                self.num_samples,
-                losses,
-                states,
-                pull_outputs,
-                rng,
-            )
-            sums = self._over_devices(sums)
+            def gathered(losses: Sequence[RegisteredLoss], rng: Array | None) -> Any:
+                sums, count = gather(
+                    self.layers,
+                    self.estimation_mode,
+                    self.num_samples,
+                    losses,
+                    states,
+                    pull_outputs,
+                    rng,
+                )
+                return self._over_devices(sums), count
+
+            sums, count = axis_types.auto(gathered)(losses, rng)
             count *= _compat.summed_devices(zs, sums)
             counted = {
                 layer: {name: x * count for name, x in part.items()}
@@ -364,11 +370,15 @@ class Curvature:
         outputs, graph = self._outputs(params, leaves, args)
         zs, push, losses = jax.linearize(outputs, list(leaves), has_aux=True)
         moved = push(list(tangents))
-        pulled = [
-            loss.multiply_root(loss.multiply_root_transpose(dz))
-            for loss, dz in zip(losses, moved, strict=True)
-        ]
         del zs
+
+        def roots(losses: Sequence[RegisteredLoss], moved: list[Array]) -> list[Array]:
+            return [
+                loss.multiply_root(loss.multiply_root_transpose(dz))
+                for loss, dz in zip(losses, moved, strict=True)
+            ]
+
+        pulled = axis_types.auto(roots, moved)(losses, moved)
         with reverse_mode(graph, len(leaves)):
             (product,) = jax.linear_transpose(push, list(leaves))(pulled)
         return jax.tree.unflatten(self.tree.treedef, product)
@@ -399,23 +409,29 @@ class Curvature:
         """
         leaves = self.tree.leaves(params, "params")
         one_by_one = self._vectors(vectors)
-        outputs, _ = self._outputs(params, leaves, args)
+        outputs = axis_types.explicit(
+            lambda leaves: self._outputs(params, leaves, args)[0], leaves
+        )(leaves)
+
+        def forward(tangents: list[Array]) -> Any:
+            return jax.jvp(outputs, (list(leaves),), (tangents,), has_aux=True)[1:]
 
         def push(tangents: list[Array]) -> Array:
-            _, moved, losses = jax.jvp(
-                outputs, (list(leaves),), (tangents,), has_aux=True
-            )
+            moved, losses = axis_types.explicit(forward, leaves)(tangents)
             rooted = [
                 loss.multiply_root_transpose(dz).reshape(-1)
                 for loss, dz in zip(losses, moved, strict=True)
             ]
             return jnp.concatenate(rooted)
 
-        if one_by_one is None:
-            pushed = jax.vmap(push)(jax.tree.leaves(vectors))
-        else:  # XLA computes what the pushes share once, and stacks nothing
-            pushed = jnp.stack([push(v) for v in one_by_one])
-        return pushed @ pushed.T
+        def product(vectors: list[Any]) -> Array:
+            if one_by_one is None:
+                pushed = jax.vmap(push)(vectors)
+            else:  # XLA computes what the pushes share once, and stacks nothing
+                pushed = jnp.stack([push(v) for v in vectors])
+            return pushed @ pushed.T
+
+        return axis_types.auto(product)(one_by_one or jax.tree.leaves(vectors))
 
     def _vectors(self, vectors: Any) -> list[list[Array]] | None:
         """The leaves of each of several vectors; None if they come as one stacked."""

@@ -1,6 +1,8 @@
 """K-FAC as optax transformations that own all their state."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ from jax import Array
 
 from kfac_jax import _products, sharding
 from kfac_jax._factors import Factors, Statistics, zeros
+from kfac_jax._jaxpr import axis_types
 from kfac_jax._preconditioner import init_inverses, precondition
 from kfac_jax._products import Products
 from kfac_jax._separate_damping import Candidates
@@ -146,7 +149,7 @@ def scale_by_kfac(
         state = state._replace(info=info, damping=at(damping, state.step))
         return curvature.tree.restore(scaled, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, _on_any_mesh(update))
 
 
 def kfac(
@@ -228,7 +231,9 @@ def kfac(
     def init(params: Params) -> KFACState:
         state = _initial(curvature, params, damping, factored_damping, distribution)
         velocity = jax.tree.map(jnp.zeros_like, params)
-        return state._replace(velocity=sharding.kept(distribution, velocity))
+        if sharding.by_rows(distribution):
+            velocity = sharding.kept(distribution, axis_types.whole(velocity))
+        return state._replace(velocity=velocity)
 
     def update(
         updates: Params,
@@ -309,7 +314,37 @@ def kfac(
         state = state._replace(velocity=restore(_fill(kept, velocity), state.velocity))
         return restore(_fill(delta, grads), updates), state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(init, _on_any_mesh(update))
+
+
+def _on_any_mesh(update: Callable[..., Any]) -> Callable[..., Any]:
+    """An update that need not know how its arrays are sharded, see `axis_types`.
+
+    Results get the shardings of the gradients and of the state. What the loss function
+    is evaluated on stays as it is.
+    """
+
+    @functools.wraps(update)
+    def wrapped(
+        updates: Params,
+        state: Any,
+        params: Params | None = None,
+        *,
+        statistics: Statistics | None = None,
+        value: Any = None,
+        **rest: Any,
+    ) -> tuple[Params, KFACState]:
+        params = axis_types.here(params)
+
+        def inside(updates: Params, state: Any, statistics: Any, value: Any) -> Any:
+            return update(
+                updates, state, params, statistics=statistics, value=value, **rest
+            )
+
+        run = axis_types.auto(inside, (updates, state))
+        return run(updates, state, statistics, value)
+
+    return wrapped
 
 
 def _precondition(

@@ -684,14 +684,6 @@ def test_axes_that_a_mesh_lacks():
     assert kfac_jax.OverMesh(mesh).axes == kfac_jax.OverMesh(mesh, "data").axes
 
 
-def test_explicit_axes_are_refused():
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Explicit,))
-    with pytest.raises(
-        ValueError, match=r"axes of type Auto, got \['data'\] as Explicit"
-    ):
-        kfac_jax.OverMesh(mesh)
-
-
 def test_a_mesh_that_is_none():
     with pytest.raises(TypeError, match="OverMesh needs a jax"):
         kfac_jax.OverMesh(8)

@@ -6,15 +6,16 @@ cotangent, the statistics of the layer's input and the incoming cotangent. So JA
 reverse mode sums them over uses, scans, rematerialisation and devices.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value
 from kfac_jax.distributions import RegisteredLoss
 
@@ -94,7 +95,7 @@ def _run(
                     f"{_compat.source_line(node.equation)}, which kfac_jax cannot "
                     "bring out. Register the loss outside of it."
                 )
-            with _compat.under(node.equation):
+            with _under(node):
                 outputs, inner = rule(program, node, operands, probes)
             losses.extend(inner)
         else:
@@ -104,10 +105,17 @@ def _run(
                 if probes is None or tap.layer not in probes:
                     continue
                 x = None if tap.x is None else read(tap.x)
-                with _compat.under(node.equation):
+                with _under(node):
                     result = _tag(tap, result, x, probes[tap.layer])
             env[value] = result
     return [read(atom) for atom in graph.outputs], losses
+
+
+@contextlib.contextmanager
+def _under(node: Node) -> Generator[None]:
+    """A context in which new equations get a node's source line and mesh."""
+    with _compat.under(node.equation), axis_types.context_of(node.equation):
+        yield
 
 
 def _registered(node: Node, operands: Sequence[Any]) -> RegisteredLoss:
@@ -132,17 +140,22 @@ def _tag(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
 
     def backward(residuals: Any, dy: Array) -> tuple[Array, None, Probe]:
         x, carried = residuals
+        return dy, None, axis_types.auto(statistics, types)(x, dy, carried)
+
+    def statistics(x: Array | None, dy: Array, carried: Probe) -> Probe:
         gathered = tap.gather(x, dy, carried)
-        statistics = {
+        return {
             name: gathered[name].reshape(like.shape).astype(like.dtype)
             if name in gathered
             else _compat.vary_like(jnp.zeros(like.shape, like.dtype), dy, x)
-            for name, like in shapes.items()
+            for name, like in types.items()
         }
-        return dy, None, statistics
 
-    shapes = {n: jax.ShapeDtypeStruct(p.shape, p.dtype) for n, p in probe.items()}
-    probe = {name: _compat.vary_like(p, y, x) for name, p in probe.items()}
+    probe = {
+        name: _compat.vary_like(axis_types.on_mesh_of(p, y), y, x)
+        for name, p in probe.items()
+    }
+    types: dict[str, Any] = {name: jax.typeof(p) for name, p in probe.items()}
     identity.defvjp(forward, backward)
     return identity(y, x, probe)
 

@@ -1,13 +1,14 @@
 """Devices that run one program over sharded arrays, under `jit`."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 from jax import Array
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kfac_jax.sharding._over_axis import OverAxis, Shared, as_names
@@ -31,7 +32,7 @@ class OverMesh:
     With `state_axes` the state is sharded over those axes, see `OverAxis`.
 
     Attributes:
-      mesh: the devices; its axes must be of type `Auto`.
+      mesh: the devices; its axes may be of type `Auto` or `Explicit`.
       axes: the mesh axes along which devices share; along others they do the same work.
         Empty for all.
       state_axes: along which of them the state is cut into parts; none by default.
@@ -58,13 +59,6 @@ class OverMesh:
             raise ValueError(
                 f"OverMesh shares over axes of its mesh, {self.mesh.axis_names}; got "
                 f"{missing}. Name axes that the mesh has."
-            )
-        pairs = zip(self.mesh.axis_names, self.mesh.axis_types, strict=True)
-        explicit = [name for name, kind in pairs if kind == AxisType.Explicit]
-        if explicit:
-            raise ValueError(
-                f"OverMesh needs a mesh with axes of type Auto, got {explicit} as "
-                "Explicit. Make it with axis_types=(jax.sharding.AxisType.Auto, ...)."
             )
         object.__setattr__(self, "axes", names)
         object.__setattr__(self, "state_axes", as_names(self.state_axes))
@@ -119,12 +113,7 @@ class OverMesh:
     def rows(self, leaves: Sequence[Array]) -> list[Array]:
         """Arrays cut into the devices' rows: each device takes its own."""
         # left to the compiler, cutting would move parts of arrays around
-        cut = jax.shard_map(
-            self._inside.rows,
-            mesh=self.mesh,
-            in_specs=P(),
-            out_specs=P(self.state_axes),
-        )
+        cut = self._mapped(self._inside.rows, (P(),), P(self.state_axes))
         return jax.jit(cut)(list(leaves))
 
     def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
@@ -144,13 +133,19 @@ class OverMesh:
         Returns:
           The results.
         """
-        mapped = jax.shard_map(
-            lambda rows, whole: function(self._inside, rows, whole),
-            mesh=self.mesh,
-            in_specs=(P(self.state_axes), P()),
-            out_specs=P(),
+        local = functools.partial(function, self._inside)
+        return self._mapped(local, (P(self.state_axes), P()), P())(rows, whole)
+
+    def _mapped(
+        self, function: Callable[..., T], in_specs: tuple[P, ...], out_specs: P
+    ) -> Callable[..., T]:
+        """A function of what each device has."""
+        here = jax.sharding.get_abstract_mesh()
+        same = here == self.mesh.abstract_mesh or here.shape != self.mesh.shape
+        mesh = self.mesh if same else here  # its axes with other types
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs
         )
-        return mapped(rows, whole)
 
     # --------------------------------------------------------------------- inversion
 
@@ -174,8 +169,7 @@ class OverMesh:
         def local(stacks: list[Array]) -> list[Array]:
             return self._inside.map(stacks, function, shared)
 
-        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=P(), out_specs=P())
-        return mapped(list(stacks))
+        return self._mapped(local, (P(),), P())(list(stacks))
 
     def each(
         self,
@@ -197,5 +191,4 @@ class OverMesh:
         def local(operands: list[Any]) -> list[list[Array]]:
             return self._inside.each(costs, functions, operands)
 
-        mapped = jax.shard_map(local, mesh=self.mesh, in_specs=P(), out_specs=P())
-        return mapped(list(operands))
+        return self._mapped(local, (P(),), P())(list(operands))
