@@ -1,16 +1,19 @@
 """Optimizer state of which devices keep rows: its way back, and its application."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._factors import Factors
+from kfac_jax._trees import TreeSpec
 from kfac_jax.blocks import Block, Kronecker
 from kfac_jax.blocks._sides import sides
 from kfac_jax.layers import Layer
-from kfac_jax.sharding import Distribution, OverAxis
+from kfac_jax.sharding import Distribution, OverAxis, by_rows
 from kfac_jax.sharding._rows import row_axis
 
 
@@ -122,3 +125,30 @@ def _multiply(kept: Array, v: Array, over: OverAxis) -> Array:
     if kept.ndim == v.ndim:
         return jnp.einsum("r...d,...dc->r...c", kept, v)
     return kept[..., None] * over.own_part(jnp.moveaxis(v, -2, 0))
+
+
+def velocity(
+    tree: TreeSpec, kept: Any, distribution: Distribution | None
+) -> list[Array | None]:
+    """The leaves of δ0, None where a mask hides them.
+
+    Args:
+      tree: describes the parameters.
+      kept: δ0 as it is in the state.
+      distribution: the devices, which may keep rows of it.
+
+    Returns:
+      The leaves, whole.
+    """
+    if distribution is None or not by_rows(distribution):
+        return tree.masked_leaves(kept, "the velocity")
+    shapes = tuple(map(distribution.kept_shape, tree.shapes))
+    rows = dataclasses.replace(tree, shapes=shapes).masked_leaves(kept, "the velocity")
+    places = [i for i, x in enumerate(rows) if x is not None]
+    found = distribution.whole(
+        [x for x in rows if x is not None], [tree.shapes[i] for i in places]
+    )
+    result: list[Array | None] = [None] * len(rows)
+    for i, x in zip(places, found, strict=True):
+        result[i] = x
+    return result

@@ -1,7 +1,6 @@
 """The pieces of an update: state, checks, factors and inverses, rates, damping."""
 
 import dataclasses
-import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _batch, _by_rows, _factors, sharding
+from kfac_jax import _batch, _factors, sharding
 from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._jaxpr import axis_types
@@ -78,23 +77,6 @@ def initial_info() -> Info:
     return Info._make([*unknown, *counts])
 
 
-def check_number(name: str, value: Any, low: float, high: float, closed: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return  # a schedule, a rule or an array
-    value = float(value)
-    if not (low <= value < high or (closed and value == high)):
-        bracket = "]" if closed else ")"
-        raise ValueError(f"{name} must be in [{low}, {high}{bracket}; got {value}.")
-
-
-def check_kind(name: str, value: Any, rules: tuple[type, ...], allowed: str) -> None:
-    numeric = isinstance(value, float | int | Array) or hasattr(value, "dtype")
-    if isinstance(value, bool) or not (
-        numeric or isinstance(value, rules) or callable(value)
-    ):
-        raise TypeError(f"{name} must be {allowed}; got {type(value).__name__}.")
-
-
 def at(value: Any, step: Array) -> Array:
     value = value(step) if callable(value) else value
     return jnp.asarray(axis_types.here(value), float)
@@ -111,52 +93,6 @@ def initial_factored_damping(rule: SeparateDamping | None, total: Any) -> Array:
     if rule is None:
         return nan()
     return jnp.sqrt(total) if rule.initial is None else jnp.asarray(rule.initial, float)
-
-
-def check_common(
-    curvature: Any, damping: Any, decay: Any, inverse_every: Any, distribution: Any
-) -> None:
-    if not isinstance(curvature, Curvature):
-        raise TypeError(
-            "The first argument must be a plan from make_curvature; got "
-            f"{type(curvature).__name__}."
-        )
-    check_kind("damping", damping, (LevenbergMarquardt,), "a number, schedule or rule")
-    check_number("damping (λ)", damping, 0.0, float("inf"), False)
-    check_number("decay (ε)", decay, 0.0, 1.0, False)
-    kinds = (RefreshSchedule,)
-    check_kind("inverse_every", inverse_every, kinds, "a number or RefreshSchedule")
-    check_number("inverse_every (T3)", inverse_every, 1, float("inf"), False)
-    sharding.check(distribution)
-    if sharding.by_rows(distribution):
-        _by_rows.check(curvature.layers)
-    products = [x.name for x in curvature.layers if x.product_rows]
-    if distribution is not None and products:
-        raise ValueError(
-            "Gradients that are averages over devices are no products of one device's "
-            f"inputs: expected no layers with gradient_products, got {products}. Leave "
-            "gradient_products or the distribution out."
-        )
-
-
-def check_update(state: Any, statistics: Any, kind: str) -> None:
-    if not isinstance(state, KFACState):
-        raise TypeError(
-            f"{kind} expects the state made by its init; got {type(state).__name__}. "
-            "Call state = tx.init(params) once before the first update."
-        )
-    if statistics is None:
-        raise ValueError(
-            f"{kind} needs the step's statistics: value, grads, statistics = "
-            "curvature.value_grad_and_statistics(params, ...), then tx.update(grads, "
-            "state, params, statistics=statistics). For a step that gathers none "
-            "pass curvature.zero_statistics(params)."
-        )
-    if not isinstance(statistics, Statistics):
-        raise TypeError(
-            "statistics must be what curvature.value_grad_and_statistics returned; "
-            f"got {type(statistics).__name__}."
-        )
 
 
 def advance(

@@ -1,6 +1,5 @@
 """K-FAC as optax transformations that own all their state."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _products, sharding
+from kfac_jax import _by_rows, _products, sharding
+from kfac_jax._checks import (
+    check_common,
+    check_evaluation,
+    check_rates,
+    check_separate,
+    check_update,
+)
 from kfac_jax._factors import Factors, Statistics, zeros
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._preconditioner import init_inverses, precondition
@@ -27,16 +33,11 @@ from kfac_jax._step import (
     advance,
     at,
     averaged_loss,
-    check_common,
-    check_kind,
-    check_number,
-    check_update,
     initial_damping,
     initial_factored_damping,
     initial_info,
     loss_of,
 )
-from kfac_jax._trees import TreeSpec
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import (
     LevenbergMarquardt,
@@ -220,11 +221,9 @@ def kfac(
     """
     check_common(curvature, damping, decay, inverse_every, distribution)
     schedule = as_schedule(inverse_every)
-    _check_rates(learning_rate, momentum, norm_constraint)
+    check_rates(learning_rate, momentum, norm_constraint)
     if factored_damping is not None:
-        _check_separate(
-            factored_damping, learning_rate, damping, schedule, curvature.l2
-        )
+        check_separate(factored_damping, learning_rate, damping, schedule, curvature.l2)
     modelled = isinstance(learning_rate, QuadraticModel)
     adaptive = modelled or isinstance(damping, LevenbergMarquardt)
 
@@ -248,12 +247,12 @@ def kfac(
         check_update(state, statistics, "kfac")
         assert statistics is not None
         if adaptive:
-            _check_evaluation(curvature, params, value, args)
+            check_evaluation(curvature, params, value, args)
         elif params is not None:
             curvature.tree.masked_leaves(params, "params")
         value = averaged_loss(distribution, value)
         grads = curvature.tree.masked_leaves(updates, "grads")
-        velocity = _velocity(curvature.tree, state.velocity, distribution)
+        velocity = _by_rows.velocity(curvature.tree, state.velocity, distribution)
         count, now = state.step, state.damping
         if not isinstance(damping, LevenbergMarquardt):
             now = at(damping, count)
@@ -373,26 +372,6 @@ def _precondition(
     return scaled, square * seen
 
 
-def _velocity(
-    tree: TreeSpec, velocity: Params, distribution: Distribution | None
-) -> list[Array | None]:
-    """The leaves of δ0, None where a mask hides them."""
-    if distribution is None or not sharding.by_rows(distribution):
-        return tree.masked_leaves(velocity, "the velocity")
-    kept = tuple(map(distribution.kept_shape, tree.shapes))
-    rows = dataclasses.replace(tree, shapes=kept).masked_leaves(
-        velocity, "the velocity"
-    )
-    places = [i for i, x in enumerate(rows) if x is not None]
-    found = distribution.whole(
-        [x for x in rows if x is not None], [tree.shapes[i] for i in places]
-    )
-    result: list[Array | None] = [None] * len(rows)
-    for i, x in zip(places, found, strict=True):
-        result[i] = x
-    return result
-
-
 def _initial(
     curvature: Curvature,
     params: Params,
@@ -423,81 +402,6 @@ def _initial(
         velocity=(),
         info=initial_info(),
     )
-
-
-def _check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:
-    check_kind(
-        "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
-    )
-    check_number("learning_rate (α)", learning_rate, 0.0, float("inf"), False)
-    if norm_constraint is not None:
-        check_kind(
-            "norm_constraint", norm_constraint, (), "a number, a schedule or None"
-        )
-    check_number("norm_constraint", norm_constraint, 0.0, float("inf"), False)
-    modelled = isinstance(learning_rate, QuadraticModel)
-    if norm_constraint is not None and modelled:
-        raise ValueError(
-            "norm_constraint limits steps of a given learning rate; with "
-            "QuadraticModel leave it None."
-        )
-    if momentum is not None:
-        check_kind("momentum", momentum, (), "a number, a schedule or None")
-        check_number("momentum (μ)", momentum, 0.0, 1.0, True)
-    elif not modelled:
-        raise ValueError(
-            "momentum=None lets the quadratic model choose it; pass "
-            "learning_rate=QuadraticModel(), or a number as momentum."
-        )
-
-
-def _check_separate(
-    rule: Any, learning_rate: Any, damping: Any, schedule: RefreshSchedule, l2: float
-) -> None:
-    if not isinstance(rule, SeparateDamping):
-        raise TypeError(
-            "factored_damping must be None, for γ = √(λ+η), or a SeparateDamping rule; "
-            f"got {type(rule).__name__}. For a γ that never changes give the rule "
-            "minimum and maximum equal to its initial value."
-        )
-    if not isinstance(learning_rate, QuadraticModel):
-        raise ValueError(
-            "SeparateDamping compares its candidates by the quadratic model: expected "
-            "learning_rate=QuadraticModel(); got "
-            f"{type(learning_rate).__name__}. Pass that, or leave factored_damping out."
-        )
-    if schedule.shares > 1:
-        raise ValueError(
-            "SeparateDamping chooses γ by the inverses of all layers: expected a "
-            f"RefreshSchedule with one share, got {schedule.shares}. Leave shares, or "
-            "factored_damping, out."
-        )
-    inverse_every = schedule.every
-    if isinstance(inverse_every, int) and rule.every % inverse_every:
-        raise ValueError(
-            "γ changes when inverses are refreshed: SeparateDamping's every (T2) must "
-            f"be a multiple of inverse_every (T3); got {rule.every} and "
-            f"{inverse_every}. Change one of them."
-        )
-    number = isinstance(damping, float | int)
-    if rule.initial is None and number and damping + l2 == 0:
-        raise ValueError(
-            "SeparateDamping multiplies γ, which never leaves γ0 = √(λ0 + η) = 0; "
-            "expected a positive damping or l2, got 0 for both. Give SeparateDamping "
-            "an initial γ0."
-        )
-
-
-def _check_evaluation(
-    curvature: Curvature, params: Params | None, value: Any, args: Any
-) -> None:
-    if params is None or value is None or not isinstance(args, tuple | list):
-        raise ValueError(
-            "QuadraticModel and LevenbergMarquardt evaluate the loss function: pass "
-            "params, value= and args= (a tuple of the loss function's arguments "
-            "after the parameters) to update."
-        )
-    curvature.tree.leaves(params, "params")
 
 
 def _record(state: KFACState, rates: Solution, value: Any, skipped: Array) -> KFACState:

@@ -1,6 +1,7 @@
-"""One of several processes that train together: `multi_process.py RANK COUNT PORT`.
+"""One of several processes that train together: `RANK COUNT PORT KEEP_ROWS`.
 
-Prints the parameters after some steps, as JSON. With COUNT 1 it trains alone.
+Prints the parameters after some steps, as JSON. With COUNT 1 it trains alone; with
+KEEP_ROWS 1 each process keeps a part of the state.
 """
 
 import json
@@ -23,7 +24,7 @@ def loss_fn(params, x, y):
     return kfac_jax.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
 
 
-def main(rank, count, port):
+def main(rank, count, port, keep_rows):
     if count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", count, rank)
@@ -38,9 +39,8 @@ def main(rank, count, port):
     plan = kfac_jax.make_curvature(
         loss_fn, params, x, y, estimation_mode="fisher_exact"
     )
-    tx = kfac_jax.kfac(
-        plan, 0.1, 0.9, 0.1, inverse_every=2, distribution=kfac_jax.OverMesh(mesh)
-    )
+    over = kfac_jax.OverMesh(mesh, state_axes="data" if keep_rows else ())
+    tx = kfac_jax.kfac(plan, 0.1, 0.9, 0.1, inverse_every=2, distribution=over)
     everywhere, parts = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     @jax.jit
@@ -56,8 +56,8 @@ def main(rank, count, port):
 
     mine = slice(rank * CASES // count, (rank + 1) * CASES // count)
     batch = [jax.make_array_from_process_local_data(parts, a[mine]) for a in (x, y)]
-    state = jax.tree.map(lambda a: shared(np.asarray(a)), tx.init(params))
     params = jax.tree.map(shared, params)
+    state = jax.jit(tx.init)(params)
     for _ in range(STEPS):
         params, state = step(params, state, *batch)
     print(json.dumps({name: np.asarray(w).tolist() for name, w in params.items()}))

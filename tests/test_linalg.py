@@ -1,5 +1,6 @@
 """Inverses and eigendecompositions against numpy."""
 
+import math
 import re
 
 import jax
@@ -226,3 +227,30 @@ def test_mean_rows():
     rows = [rng.random((2, 3)), rng.random((2, 5))]
     found = linalg.mean_rows([jnp.asarray(x) for x in rows])
     np.testing.assert_allclose(found, [x.mean(-1) for x in rows], rtol=1e-14)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_lapack_gets_one_matrix_at_a_time_where_cpu_devices_share_it(
+    several, monkeypatch
+):
+    """And many at once where there is one, at both depths of the recursion."""
+    monkeypatch.setattr(_psd, "several_cpu_devices", lambda: several)
+    rng = np.random.default_rng(0)
+    matrices = [
+        np.stack([oracles.random_psd(rng, d) for _ in range(3)]) for d in (20, 300)
+    ]
+    shift = jnp.asarray([0.1, 0.2, 0.3])
+    run = jax.jit(
+        lambda *xs: [x for x, _ in linalg.inverse_many([(x, shift) for x in xs])]
+    )
+    found = run(*matrices)
+    for x, inverse in zip(matrices, found, strict=True):
+        shifted = x + np.asarray(shift)[:, None, None] * np.eye(x.shape[-1])
+        np.testing.assert_allclose(inverse, np.linalg.inv(shifted), 1e-7, 1e-9)
+    text = run.lower(*matrices).compile().as_text()
+    calls = re.findall(
+        r"= \(?f64\[([\d,]+)\][^=]*custom-call\([^\n]*(?:potrf|trsm)", text
+    )
+    batches = {math.prod(map(int, shape.split(",")[:-2])) for shape in calls}
+    assert batches
+    assert (batches == {1}) == several

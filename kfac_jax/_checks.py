@@ -1,0 +1,155 @@
+"""What `kfac` and `scale_by_kfac` refuse."""
+
+import numbers
+from typing import Any
+
+from jax import Array
+
+from kfac_jax import _by_rows, sharding
+from kfac_jax._factors import Statistics
+from kfac_jax._step import KFACState
+from kfac_jax.curvature import Curvature, Params
+from kfac_jax.rules import (
+    LevenbergMarquardt,
+    QuadraticModel,
+    RefreshSchedule,
+    SeparateDamping,
+)
+
+
+def check_number(name: str, value: Any, low: float, high: float, closed: bool) -> None:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return  # a schedule, a rule or an array
+    value = float(value)
+    if not (low <= value < high or (closed and value == high)):
+        bracket = "]" if closed else ")"
+        raise ValueError(f"{name} must be in [{low}, {high}{bracket}; got {value}.")
+
+
+def check_kind(name: str, value: Any, rules: tuple[type, ...], allowed: str) -> None:
+    numeric = isinstance(value, float | int | Array) or hasattr(value, "dtype")
+    if isinstance(value, bool) or not (
+        numeric or isinstance(value, rules) or callable(value)
+    ):
+        raise TypeError(f"{name} must be {allowed}; got {type(value).__name__}.")
+
+
+def check_common(
+    curvature: Any, damping: Any, decay: Any, inverse_every: Any, distribution: Any
+) -> None:
+    if not isinstance(curvature, Curvature):
+        raise TypeError(
+            "The first argument must be a plan from make_curvature; got "
+            f"{type(curvature).__name__}."
+        )
+    check_kind("damping", damping, (LevenbergMarquardt,), "a number, schedule or rule")
+    check_number("damping (λ)", damping, 0.0, float("inf"), False)
+    check_number("decay (ε)", decay, 0.0, 1.0, False)
+    kinds = (RefreshSchedule,)
+    check_kind("inverse_every", inverse_every, kinds, "a number or RefreshSchedule")
+    check_number("inverse_every (T3)", inverse_every, 1, float("inf"), False)
+    sharding.check(distribution)
+    if sharding.by_rows(distribution):
+        _by_rows.check(curvature.layers)
+    products = [x.name for x in curvature.layers if x.product_rows]
+    if distribution is not None and products:
+        raise ValueError(
+            "Gradients that are averages over devices are no products of one device's "
+            f"inputs: expected no layers with gradient_products, got {products}. Leave "
+            "gradient_products or the distribution out."
+        )
+
+
+def check_update(state: Any, statistics: Any, kind: str) -> None:
+    if not isinstance(state, KFACState):
+        raise TypeError(
+            f"{kind} expects the state made by its init; got {type(state).__name__}. "
+            "Call state = tx.init(params) once before the first update."
+        )
+    if statistics is None:
+        raise ValueError(
+            f"{kind} needs the step's statistics: value, grads, statistics = "
+            "curvature.value_grad_and_statistics(params, ...), then tx.update(grads, "
+            "state, params, statistics=statistics). For a step that gathers none "
+            "pass curvature.zero_statistics(params)."
+        )
+    if not isinstance(statistics, Statistics):
+        raise TypeError(
+            "statistics must be what curvature.value_grad_and_statistics returned; "
+            f"got {type(statistics).__name__}."
+        )
+
+
+def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:
+    check_kind(
+        "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
+    )
+    check_number("learning_rate (α)", learning_rate, 0.0, float("inf"), False)
+    if norm_constraint is not None:
+        check_kind(
+            "norm_constraint", norm_constraint, (), "a number, a schedule or None"
+        )
+    check_number("norm_constraint", norm_constraint, 0.0, float("inf"), False)
+    modelled = isinstance(learning_rate, QuadraticModel)
+    if norm_constraint is not None and modelled:
+        raise ValueError(
+            "norm_constraint limits steps of a given learning rate; with "
+            "QuadraticModel leave it None."
+        )
+    if momentum is not None:
+        check_kind("momentum", momentum, (), "a number, a schedule or None")
+        check_number("momentum (μ)", momentum, 0.0, 1.0, True)
+    elif not modelled:
+        raise ValueError(
+            "momentum=None lets the quadratic model choose it; pass "
+            "learning_rate=QuadraticModel(), or a number as momentum."
+        )
+
+
+def check_separate(
+    rule: Any, learning_rate: Any, damping: Any, schedule: RefreshSchedule, l2: float
+) -> None:
+    if not isinstance(rule, SeparateDamping):
+        raise TypeError(
+            "factored_damping must be None, for γ = √(λ+η), or a SeparateDamping rule; "
+            f"got {type(rule).__name__}. For a γ that never changes give the rule "
+            "minimum and maximum equal to its initial value."
+        )
+    if not isinstance(learning_rate, QuadraticModel):
+        raise ValueError(
+            "SeparateDamping compares its candidates by the quadratic model: expected "
+            "learning_rate=QuadraticModel(); got "
+            f"{type(learning_rate).__name__}. Pass that, or leave factored_damping out."
+        )
+    if schedule.shares > 1:
+        raise ValueError(
+            "SeparateDamping chooses γ by the inverses of all layers: expected a "
+            f"RefreshSchedule with one share, got {schedule.shares}. Leave shares, or "
+            "factored_damping, out."
+        )
+    inverse_every = schedule.every
+    if isinstance(inverse_every, int) and rule.every % inverse_every:
+        raise ValueError(
+            "γ changes when inverses are refreshed: SeparateDamping's every (T2) must "
+            f"be a multiple of inverse_every (T3); got {rule.every} and "
+            f"{inverse_every}. Change one of them."
+        )
+    number = isinstance(damping, float | int)
+    if rule.initial is None and number and damping + l2 == 0:
+        raise ValueError(
+            "SeparateDamping multiplies γ, which never leaves γ0 = √(λ0 + η) = 0; "
+            "expected a positive damping or l2, got 0 for both. Give SeparateDamping "
+            "an initial γ0."
+        )
+
+
+def check_evaluation(
+    curvature: Curvature, params: Params | None, value: Any, args: Any
+) -> None:
+    if params is None or value is None or not isinstance(args, tuple | list):
+        raise ValueError(
+            "QuadraticModel and LevenbergMarquardt evaluate the loss function: pass "
+            "params, value= and args= (a tuple of the loss function's arguments "
+            "after the parameters) to update."
+        )
+    curvature.tree.leaves(params, "params")
