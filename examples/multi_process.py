@@ -38,6 +38,7 @@ from batches import Batches
 from data_files import DataError
 from local_processes import free_port, run_together
 from parallel_training import (
+    AXIS,
     add_options,
     by_jit,
     count,
@@ -108,7 +109,9 @@ def work(args: argparse.Namespace) -> None:
         return digits.train[cases[rank * size : (rank + 1) * size]]
 
     params = init_params(0, shrunk_sizes(args.shrink))
-    step, state = by_jit(params, digits.train[: args.batch_size], devices)
+    axes = (AXIS,) if args.state == "rows" else ()
+    images = digits.train[: args.batch_size]
+    step, state = by_jit(params, images, devices, axes)
     title = f"processes {processes}, devices {devices}"
     state = train(step, state, part, args.iterations, title, quiet=rank > 0)
     if rank == 0:

@@ -37,6 +37,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=1,
         help="for quick trials: hidden layers are so many times narrower, the code not",
     )
+    add(
+        "--state",
+        choices=("whole", "rows"),
+        default="whole",
+        help="what each device keeps of factors, inverses and velocity",
+    )
 
 
 def count(text: str) -> int:
@@ -110,27 +116,38 @@ def local_step(
     return step, tx.init
 
 
-def by_jit(params: Params, images: np.ndarray, devices: int) -> tuple[Step, State]:
+def by_jit(
+    params: Params, images: np.ndarray, devices: int, state_axes: tuple[str, ...]
+) -> tuple[Step, State]:
     """One program over sharded arrays, whether one process has the devices or several.
 
     Args:
         params: the first ones, the same in all processes.
         images: a whole batch, for its shape.
         devices: how many of them there are in all processes.
+        state_axes: along which axes the optimizer's state is cut into rows.
 
     Returns:
-        The step and the first state, which all devices have whole.
+        The step and the first state.
     """
     mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
     everywhere, parts = NamedSharding(mesh, P()), NamedSharding(mesh, P(AXIS))
-    step, init = local_step(params, images, kfac_jax.OverMesh(mesh))
+    over = kfac_jax.OverMesh(mesh, state_axes=state_axes)
+    step, init = local_step(params, images, over)
     compiled = jax.jit(step, donate_argnums=0)
 
     def whole(state: State, images: np.ndarray, key: Array) -> tuple[State, Array]:
         batch = jax.make_array_from_process_local_data(parts, images)
         return compiled(state, batch, key)
 
-    start = jax.jit(lambda params: (params, init(params)), out_shardings=everywhere)
+    places = jax.tree.map(
+        lambda spec: NamedSharding(mesh, spec),
+        kfac_jax.state_specs(over),
+        is_leaf=lambda x: isinstance(x, P),
+    )
+    start = jax.jit(
+        lambda params: (params, init(params)), out_shardings=(everywhere, places)
+    )
     return whole, start(jax.tree.map(np.asarray, params))
 
 

@@ -236,6 +236,20 @@ def test_two_processes_train_as_one_does_and_as_two_devices_do():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    "options",
+    [
+        ("data_parallel.py", "--route", "shard_map", "--devices", "2"),
+        ("multi_process.py", "--processes", "2"),
+    ],
+)
+def test_devices_that_keep_rows_train_as_others_do(options):
+    whole, rows = trained(*options), trained(*options, "--state", "rows")
+    np.testing.assert_allclose(rows[0], whole[0], rtol=RTOL)
+    np.testing.assert_allclose(rows[1], whole[1], rtol=RTOL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("script", "options"),
     [("data_parallel.py", "--devices 2"), ("multi_process.py", "--processes 2")],
 )
