@@ -114,12 +114,11 @@ class OverAxis:
     def mean(self, tree: T) -> T:
         """The average over the devices, of what is not the same on all."""
         leaves, treedef = jax.tree.flatten(tree)
-        count, differs = self.size(), self._differs(leaves)
-        averages = [
-            x / count if each else x
-            for x, each in zip(self._sum(leaves), differs, strict=True)
-        ]
-        return jax.tree.unflatten(treedef, averages)
+        places = [i for i, each in enumerate(self._differs(leaves)) if each]
+        totals = self._sum([leaves[i] for i in places])
+        for i, total in zip(places, totals, strict=True):
+            leaves[i] = total / self.size()
+        return jax.tree.unflatten(treedef, leaves)
 
     def sums(self, weight: Array, counts: T, sums: T) -> tuple[Array, T, T]:
         """Sums statistics over the devices, unless they are without information.
@@ -133,11 +132,12 @@ class OverAxis:
           All three, of `sums` the rows that this device keeps.
         """
         small, small_tree = jax.tree.flatten((weight, counts))
-        weight, counts = jax.tree.unflatten(small_tree, self._sum(small))
         leaves, treedef = jax.tree.flatten(sums)
+        if not any(self._differs([*small, *leaves])):  # JAX has summed them
+            own = self.rows(leaves) if self.by_rows else leaves
+            return weight, counts, jax.tree.unflatten(treedef, own)
+        weight, counts = jax.tree.unflatten(small_tree, self._sum(small))
         reduce = self._sum_rows if self.by_rows else self._sum
-        if not any(self._differs(leaves)):
-            return weight, counts, jax.tree.unflatten(treedef, reduce(leaves))
         shapes = jax.eval_shape(reduce, leaves)
         done = jax.lax.cond(
             weight > 0, reduce, lambda _: list(map(_compat.zeros, shapes)), leaves
@@ -159,20 +159,11 @@ class OverAxis:
         return [_compat.varies(x, axes) or not told for x in leaves]
 
     def _sum(self, leaves: Sequence[Array]) -> list[Array]:
-        """The sums of those that differ, in one collective for each type."""
-        places = [i for i, each in enumerate(self._differs(leaves)) if each]
-        total = functools.partial(jax.lax.psum, axis_name=self.axis)
-        result = list(leaves)
-        for i, x in zip(
-            places, together([leaves[i] for i in places], total), strict=True
-        ):
-            result[i] = x
-        return result
+        """The sums over the devices, in one collective for each type."""
+        return together(leaves, functools.partial(jax.lax.psum, axis_name=self.axis))
 
     def _sum_rows(self, leaves: Sequence[Array]) -> list[Array]:
         """The rows of the sums that this device keeps."""
-        if not any(self._differs(leaves)):
-            return self.rows(leaves)
         devices = self.keepers()
         others = tuple(x for x in as_names(self.axis) if x not in self.state_axes)
         cut = [to_rows(x, devices) for x in leaves]
