@@ -17,6 +17,7 @@ from kfac_jax import (
     _products,
     _report,
 )
+from kfac_jax._exact import ExactProducts
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._gathering import (
     Sums,
@@ -28,8 +29,7 @@ from kfac_jax._gathering import (
     with_cross,
 )
 from kfac_jax._jaxpr import _compat, axis_types
-from kfac_jax._jaxpr.differentiation import check_forward_mode, reverse_mode
-from kfac_jax._jaxpr.graph import Graph, build
+from kfac_jax._jaxpr.differentiation import reverse_mode
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax._products import Products
 from kfac_jax._trees import TreeSpec
@@ -348,48 +348,22 @@ class Curvature:
           ValueError: for an unknown matrix, for trees that do not match, or if the
             network uses a `custom_vjp` function, which has no forward mode.
         """
-        leaves = self.tree.leaves(params, "params")
         tangents = self.tree.leaves(v, "v")
+        program = self._exact(params, args)
         if matrix == "hessian":
-            grad = jax.grad(self.loss_fn, has_aux=self.has_aux)
-
-            def gradient(params: Params) -> Params:
-                result = grad(params, *args)
-                return result[0] if self.has_aux else result
-
-            def slope(params: Params, v: Params) -> Params:
-                return jax.jvp(gradient, (params,), (v,))[1]
-
-            traced = jax.make_jaxpr(self.loss_fn)(params, *args)
-            check_forward_mode(build(traced), slope, params, v)
-            return slope(params, v)
+            return program.hessian_product(params, v)
         if matrix not in ("fisher", "ggn"):
             raise ValueError(
                 f'matrix must be "fisher", "ggn" or "hessian"; got {matrix!r}.'
             )
-        outputs, graph = self._outputs(params, leaves, args)
-        zs, push, losses = jax.linearize(outputs, list(leaves), has_aux=True)
-        moved = push(list(tangents))
-        del zs
-
-        def roots(losses: Sequence[RegisteredLoss], moved: list[Array]) -> list[Array]:
-            return [
-                loss.multiply_root(loss.multiply_root_transpose(dz))
-                for loss, dz in zip(losses, moved, strict=True)
-            ]
-
-        pulled = axis_types.auto(roots, moved)(losses, moved)
-        with reverse_mode(graph, len(leaves)):
-            (product,) = jax.linear_transpose(push, list(leaves))(pulled)
-        return jax.tree.unflatten(self.tree.treedef, product)
+        return jax.tree.unflatten(self.tree.treedef, program.fisher_product(tangents))
 
     @jax.named_scope("kfac_quadratic_form")
     def quadratic_form(self, params: Params, vectors: Any, *args: Any) -> Array:
         """The matrix `Vᵀ F V` of the exact Fisher, by forward-mode products only.
 
         Each vector is pushed forward once and multiplied by a root of the Fisher over
-        the
-        outputs: `uᵀ F v = E[(Bᵀ J u)ᵀ (Bᵀ J v)]`.
+        the outputs: `uᵀ F v = E[(Bᵀ J u)ᵀ (Bᵀ J v)]`.
 
         Args:
           params: the parameters.
@@ -407,31 +381,8 @@ class Curvature:
         References:
           Martens & Grosse 2015, Appendix C.
         """
-        leaves = self.tree.leaves(params, "params")
-        one_by_one = self._vectors(vectors)
-        outputs = axis_types.explicit(
-            lambda leaves: self._outputs(params, leaves, args)[0], leaves
-        )(leaves)
-
-        def forward(tangents: list[Array]) -> Any:
-            return jax.jvp(outputs, (list(leaves),), (tangents,), has_aux=True)[1:]
-
-        def push(tangents: list[Array]) -> Array:
-            moved, losses = axis_types.explicit(forward, leaves)(tangents)
-            rooted = [
-                loss.multiply_root_transpose(dz).reshape(-1)
-                for loss, dz in zip(losses, moved, strict=True)
-            ]
-            return jnp.concatenate(rooted)
-
-        def product(vectors: list[Any]) -> Array:
-            if one_by_one is None:
-                pushed = jax.vmap(push)(vectors)
-            else:  # XLA computes what the pushes share once, and stacks nothing
-                pushed = jnp.stack([push(v) for v in vectors])
-            return pushed @ pushed.T
-
-        return axis_types.auto(product)(one_by_one or jax.tree.leaves(vectors))
+        program, one_by_one = self._exact(params, args), self._vectors(vectors)
+        return program.quadratic_form(one_by_one or jax.tree.leaves(vectors))
 
     def _vectors(self, vectors: Any) -> list[list[Array]] | None:
         """The leaves of each of several vectors; None if they come as one stacked."""
@@ -444,23 +395,11 @@ class Curvature:
         self.tree.leaves(first, "vectors (with a leading axis)")
         return None
 
-    def _outputs(
-        self, params: Params, leaves: Sequence[Array], args: Any
-    ) -> tuple[Callable[[list[Array]], Any], Graph]:
-        """The registered outputs as a function of the parameters, and its program."""
-        traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
-        program = _plan.outputs_program(traced)
-        data = jax.tree.leaves(args)
-
-        def outputs(leaves: list[Array]) -> tuple[list[Array], list[RegisteredLoss]]:
-            _, losses = run(program, [*leaves, *data], None)
-            return [loss.z for loss in losses], losses
-
-        def push(leaves: list[Array], tangents: list[Array]) -> Any:
-            return jax.jvp(outputs, (leaves,), (tangents,), has_aux=True)[1]
-
-        check_forward_mode(program.graph, push, list(leaves), list(leaves))
-        return outputs, program.graph
+    def _exact(self, params: Params, args: Any) -> ExactProducts:
+        leaves = self.tree.leaves(params, "params")
+        return ExactProducts(
+            self.loss_fn, self.has_aux, self.tree, params, tuple(leaves), args
+        )
 
     # ------------------------------------------------------------------------ factors
 
