@@ -7,15 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kfac_jax._step import KFACState
 from kfac_jax.curvature import Curvature
-from kfac_jax.sharding import Distribution, OverMesh, check, kept
+from kfac_jax.sharding import Distribution, OverAxis, OverMesh, check, kept
 from kfac_jax.sharding._over_axis import as_names
 from kfac_jax.sharding._report import SharingReport as SharingReport
 from kfac_jax.sharding._report import report
-from kfac_jax.sharding._rows import from_rows, rows_shape
+from kfac_jax.sharding._rows import from_rows, rows_shape, to_rows
 
 _SPREAD = ("factors", "inverses", "velocity")
 """What devices keep rows of."""
@@ -57,24 +58,34 @@ def whole_state(
 
     Args:
       curvature: the plan.
-      state: with `state_axes`.
+      state: made with `state_axes`; with a distribution that has none it is whole.
       distribution: `OverMesh` to exchange rows in one collective, `OverAxis` in the
-        function that is mapped over its axis. None for arrays that are whole to this
-        process: what a `shard_map` or `jit` returned, or a checkpoint from another
-        number of devices.
+        function that is mapped over its axis. None for arrays that hold the rows of
+        all devices: what a `shard_map` or `jit` returned, or a checkpoint, whatever
+        the number of devices was.
 
     Returns:
       The state.
 
     Raises:
-      TypeError: if it is no `KFACState`.
-      ValueError: if it is of another plan, or already whole.
+      TypeError: if it is no `KFACState`, or no distribution.
+      ValueError: if it is of another plan, or has arrays that are no rows.
     """
-    leaves, shapes, treedef = _leaves(curvature, state, distribution)
-    if distribution is None:
-        found = [from_rows(x, shape) for x, shape in zip(leaves, shapes, strict=True)]
-    else:
-        found = distribution.whole(leaves, shapes)
+    check(distribution)
+    is_whole = distribution is not None and not distribution.by_rows
+    leaves, shapes, treedef = _leaves(curvature, state, distribution, is_whole)
+    if is_whole:
+        return state
+
+    def join(rows: list[Array]) -> list[Array]:
+        if distribution is None:
+            return [from_rows(x, s) for x, s in zip(rows, shapes, strict=True)]
+        return distribution.whole(rows, shapes)
+
+    # compiled at once: one by one, each shape would be compiled for itself
+    found = (
+        join(leaves) if isinstance(distribution, OverAxis) else jax.jit(join)(leaves)
+    )
     return state._replace(**jax.tree.unflatten(treedef, found))
 
 
@@ -83,10 +94,12 @@ def spread_state(
 ) -> KFACState:
     """Inverts `whole_state`: cuts a whole state into the rows that devices keep.
 
+    Of `OverMesh`, all of it is also laid on the mesh, wherever it was.
+
     Args:
       curvature: the plan.
       state: as one device would have it.
-      distribution: with `state_axes`; of `OverAxis`, in the mapped function.
+      distribution: of `OverAxis`, in the mapped function.
 
     Returns:
       The state, for a transformation that was made with the same distribution.
@@ -97,8 +110,16 @@ def spread_state(
     """
     check(distribution)
     leaves, _, treedef = _leaves(curvature, state, None, whole=True)
-    found = kept(distribution, leaves)
-    return state._replace(**jax.tree.unflatten(treedef, found))
+    if not isinstance(distribution, OverMesh):
+        found = kept(distribution, leaves)
+        return state._replace(**jax.tree.unflatten(treedef, found))
+    if distribution.by_rows:  # not by `kept`: the arrays may lie on other devices
+        devices = distribution.keepers()
+        cut = jax.jit(lambda leaves: [to_rows(x, devices) for x in leaves])(leaves)
+        state = state._replace(**jax.tree.unflatten(treedef, cut))
+    specs = state_specs(distribution)
+    lie = jax.tree.map(lambda spec: NamedSharding(distribution.mesh, spec), specs)
+    return jax.device_put(state, lie)
 
 
 def _leaves(
