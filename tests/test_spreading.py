@@ -175,3 +175,289 @@ def test_a_state_that_is_spread_goes_on_as_the_whole_one(name):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
     params, spread = jax.jit(step_of(curvature, tx))(params, spread, *args)
     assert_close((params, kfac_jax.whole_state(curvature, spread, over)), after)
+
+
+# ------------------------------------------------------------------- other routes
+
+
+def mapped(function, devices, outs, *ins, **options):
+    """Over the axis, compiled."""
+    mesh = models.mesh(devices, "data")
+    return jax.jit(
+        jax.shard_map(function, mesh=mesh, in_specs=ins, out_specs=outs, **options)
+    )
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize(
+    "name",
+    [
+        "dense, tridiagonal",
+        "scales, and a scalar",
+        pytest.param("tied", marks=pytest.mark.slow),
+        pytest.param("convolution", marks=pytest.mark.slow),
+        pytest.param("scanned as often as wide", marks=pytest.mark.slow),
+    ],
+)
+def test_a_state_is_spread_inside_of_shard_map(name):
+    curvature, _, args = setup(name)
+    tx, specs, batch = kfac(curvature, AXIS), kfac_jax.state_specs(AXIS), P("data")
+    (params, state), after = on_one_device(name)
+    cut = functools.partial(kfac_jax.spread_state, curvature, distribution=AXIS)
+    join = functools.partial(kfac_jax.whole_state, curvature, distribution=AXIS)
+    spread = mapped(cut, 8, specs, P())(state)
+    assert_same(mapped(join, 8, P(), specs)(spread), state)
+    assert_same(kfac_jax.whole_state(curvature, spread), state)
+    step = step_of(curvature, tx, lambda x: x / jax.lax.axis_size("data"))
+    step = mapped(step, 8, (P(), specs), P(), specs, batch, batch)
+    params, spread = step(params, spread, *args)
+    assert_close((params, kfac_jax.whole_state(curvature, spread)), after)
+
+
+@models.EIGHT_DEVICES
+def test_a_state_is_spread_inside_of_pmap():
+    curvature, _, _ = setup("dense")
+    (_, state), _ = on_one_device("dense")
+
+    def there_and_back(state, _):
+        spread = kfac_jax.spread_state(curvature, state, AXIS)
+        return spread.factors, kfac_jax.whole_state(curvature, spread, AXIS)
+
+    route = jax.pmap(there_and_back, "data", in_axes=(None, 0))
+    factors, found = route(state, jnp.zeros(8))
+    assert factors["v"]["input"].shape == (8, 1, 7)
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x[3], y), found, state)
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize("kept", ["model", ("data", "model")])
+def test_some_axes_of_a_mesh_keep_parts(kept):
+    curvature, _, _ = setup("dense")
+    (_, state), _ = on_one_device("dense")
+    types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=types)
+    over = kfac_jax.OverMesh(mesh, state_axes=kept)
+    spread = kfac_jax.spread_state(curvature, state, over)
+    rows = spread.factors["v"]["input"]
+    assert rows.addressable_shards[0].data.shape == (1 if len(kept) == 2 else 4, 7)
+    assert_same(kfac_jax.whole_state(curvature, spread, over), state)
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize("into", [1, 2, 8])
+def test_a_state_moves_between_meshes(into):
+    """From two devices: arrays that are committed to them go to the others."""
+    curvature, _, _ = setup("dense")
+    (_, state), _ = on_one_device("dense")
+    two = kfac_jax.OverMesh(models.mesh(2, "data"), state_axes="data")
+    spread = kfac_jax.spread_state(curvature, state, two)
+    over = kfac_jax.OverMesh(models.mesh(into, "data"), state_axes="data")
+    for whole in (
+        kfac_jax.whole_state(curvature, spread),
+        kfac_jax.whole_state(curvature, spread, two),
+    ):
+        moved = kfac_jax.spread_state(curvature, whole, over)
+        for x in jax.tree.leaves(moved):
+            assert x.sharding.device_set == set(over.mesh.devices.flat)
+        assert_same(kfac_jax.whole_state(curvature, moved, over), state)
+
+
+@models.EIGHT_DEVICES
+def test_without_state_axes_the_state_is_whole_and_lies_on_the_mesh():
+    curvature, _, _ = setup("dense")
+    (_, state), _ = on_one_device("dense")
+    over = kfac_jax.OverMesh(models.mesh(8, "data"))
+    moved = kfac_jax.spread_state(curvature, state, over)
+    assert_same(moved, state)
+    assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(moved))
+    assert kfac_jax.whole_state(curvature, moved, over) is moved
+    axis = kfac_jax.OverAxis("data")
+    assert kfac_jax.spread_state(curvature, state, axis).factors == state.factors
+
+
+def test_specs_without_parts_say_that_all_is_the_same():
+    for over in (None, kfac_jax.OverAxis("data")):
+        assert set(kfac_jax.state_specs(over)) == {P()}
+
+
+# ------------------------------------------------------- states inside of other states
+
+
+def masked(curvature, distribution=None):
+    return optax.masked(kfac(curvature, distribution), {"w": True, "v": False} | REST)
+
+
+def chained(curvature, distribution=None):
+    return optax.chain(
+        kfac_jax.scale_by_kfac(curvature, 0.1, distribution=distribution),
+        optax.trace(0.9),
+        optax.scale_by_learning_rate(0.1),
+    )
+
+
+REST = {"b": True, "u": True}
+AROUND = {"masked": masked, "chained": chained}
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize("kind", AROUND)
+def test_states_in_other_states_are_found(kind):
+    curvature, params, args = setup("dense")
+    tx = AROUND[kind](curvature)
+    step = jax.jit(step_of(curvature, tx))
+    params, state = step(params, tx.init(params), *args)
+    after = step(params, state, *args)
+    over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
+    here, spread = kfac_jax.spread_state(curvature, (params, state), over)
+    for x in jax.tree.leaves((here, spread)):
+        assert len(x.sharding.device_set) == 8
+    assert_same(kfac_jax.whole_state(curvature, spread), state)
+    tx = AROUND[kind](curvature, over)
+    assert jax.tree.structure(tx.init(params)) == jax.tree.structure(spread)
+    found = jax.jit(step_of(curvature, tx))(here, spread, *args)
+    assert_close(kfac_jax.whole_state(curvature, found, over), after)
+
+
+# ------------------------------------------------------------------------------ errors
+
+
+def states():
+    """A plan, its state, and a state of another plan."""
+    curvature, params, _ = setup("dense")
+    other, weights, _ = setup("tied")
+    return curvature, kfac(curvature).init(params), kfac(other).init(weights)
+
+
+def cut(state):
+    return state._replace(factors=jax.tree.map(lambda x: x[:2], state.factors))
+
+
+WRONG = {
+    "or a tree with it; got dict. Restore": lambda curvature, state, _: (
+        kfac_jax.whole_state(curvature, state._asdict())
+    ),
+    "or a tree with it; got tuple": lambda curvature, state, _: kfac_jax.spread_state(
+        curvature, (), AXIS
+    ),
+    "of another plan: expected": lambda curvature, _, other: kfac_jax.whole_state(
+        curvature, other._replace(velocity=())
+    ),
+    "the structure of the parameters": lambda curvature, _, other: (
+        kfac_jax.spread_state(curvature, other, AXIS)
+    ),
+    "Expected rows of an array of shape (3, 7) in the state; got (3, 7)": (
+        lambda curvature, state, _: kfac_jax.whole_state(curvature, state)
+    ),
+    "Expected rows of an array of shape (5, 5) in the state; got (2, 5)": (
+        lambda curvature, state, _: kfac_jax.whole_state(curvature, cut(state))
+    ),
+    "Expected whole arrays of an array of shape (5, 5) in the state": (
+        lambda curvature, state, _: kfac_jax.spread_state(curvature, cut(state), AXIS)
+    ),
+    "distribution must be None, kfac_jax.OverAxis": lambda curvature, state, _: (
+        kfac_jax.whole_state(curvature, state, 8)
+    ),
+    "kfac_jax.OverMesh(mesh); got 'data'": lambda curvature, state, _: (
+        kfac_jax.spread_state(curvature, state, "data")
+    ),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_states_that_do_not_fit(message):
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        WRONG[message](*states())
+
+
+def state_of_eight(curvature, params):
+    over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
+    return kfac_jax.spread_state(curvature, kfac(curvature).init(params), over)
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize("make", [kfac, chained])
+@pytest.mark.parametrize("devices", [1, 2, None])
+def test_a_state_of_another_number_of_devices(make, devices):
+    """What is said before anything is computed, even without jit."""
+    curvature, params, _ = setup("dense")
+    over, statistics = None, curvature.zero_statistics(params)
+    if devices is not None:
+        over = kfac_jax.OverMesh(models.mesh(devices, "data"), state_axes="data")
+    tx, state = make(curvature, over), state_of_eight(curvature, params)
+    if make is chained:
+        state = (state._replace(velocity=()), *tx.init(params)[1:])
+    with pytest.raises(ValueError, match="another number of devices goes through"):
+        tx.update(params, state, params, statistics=statistics)
+
+
+@models.EIGHT_DEVICES
+def test_a_whole_state_where_devices_keep_rows():
+    curvature, params, _ = setup("dense")
+    over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
+    state, statistics = kfac(curvature).init(params), curvature.zero_statistics(params)
+    with pytest.raises(ValueError, match="another number of devices goes through"):
+        kfac(curvature, over).update(params, state, params, statistics=statistics)
+
+
+@pytest.mark.parametrize("block", [kfac_jax.blocks.Eigen(), kfac_jax.blocks.TNT()])
+def test_blocks_with_a_basis_have_no_rows(block):
+    _, params, args = setup("dense")
+    loss_fn = setup("dense")[0].loss_fn
+    curvature = kfac_jax.make_curvature(loss_fn, params, *args, blocks={"v": block})
+    over = kfac_jax.OverAxis("data", state_axes="data")
+    if isinstance(block, kfac_jax.blocks.TNT):  # its factors are averages
+        kfac(curvature, over)
+        return
+    with pytest.raises(ValueError, match=r"With state_axes devices keep rows .*\['v'"):
+        kfac(curvature, over)
+
+
+def test_parts_along_axes_that_do_not_share():
+    with pytest.raises(ValueError, match="OverAxis cuts the state along some of its"):
+        kfac_jax.OverAxis("data", state_axes="model")
+    with pytest.raises(ValueError, match=r"shares over, \('data',\); got \['model'\]"):
+        kfac_jax.OverMesh(models.mesh(1, "data"), state_axes="model")
+
+
+def test_a_report_needs_the_sizes_of_axes():
+    curvature = setup("dense")[0]
+    over = kfac_jax.OverAxis(("data", "model"))
+    with pytest.raises(ValueError, match=r"got none for \['model'\]. Pass axis_sizes="):
+        kfac_jax.sharing_report(curvature, over, {"data": 4})
+    with pytest.raises(TypeError, match="distribution must be None"):
+        kfac_jax.sharing_report(curvature, "data")
+
+
+ROUTES = {
+    "pmap without a name": lambda f, x: jax.pmap(f)(x[None]),
+    "pmap over another axis": lambda f, x: jax.pmap(f, "batch")(x[None]),
+    "jit": lambda f, x: jax.jit(f)(x),
+    "shard_map over another axis": lambda f, x: jax.shard_map(
+        f, mesh=models.mesh(1, "batch"), in_specs=P(), out_specs=P()
+    )(x),
+}
+
+
+@pytest.mark.parametrize("state_axes", [(), "data"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_an_axis_that_is_not_there(route, state_axes):
+    curvature, params, _ = setup("dense")
+    tx = kfac(curvature, kfac_jax.OverAxis("data", state_axes))
+
+    def step(x):
+        state = tx.init(params)
+        statistics = curvature.zero_statistics(params)
+        return tx.update(params, state, params, statistics=statistics)[0], x
+
+    with pytest.raises(ValueError, match=r"axis of OverAxis\('data'\) does not exist"):
+        ROUTES[route](step, jnp.zeros(()))
+
+
+@models.EIGHT_DEVICES
+def test_what_jax_says_of_cases_that_devices_cannot_divide():
+    """The documentation quotes it; the library adds nothing."""
+    mesh, x = models.mesh(8, "data"), jnp.zeros((12, 2))
+    with pytest.raises(ValueError, match="divi"):
+        jax.device_put(x, NamedSharding(mesh, P("data")))
+    with pytest.raises(ValueError, match="not evenly divisible"):
+        mapped(lambda x: x, 8, P("data"), P("data"))(x)
