@@ -194,7 +194,7 @@ def mapped(function, devices, outs, *ins, **options):
     [
         "dense, tridiagonal",
         "scales, and a scalar",
-        pytest.param("tied", marks=pytest.mark.slow),
+        "tied",
         pytest.param("convolution", marks=pytest.mark.slow),
         pytest.param("scanned as often as wide", marks=pytest.mark.slow),
     ],
