@@ -7,7 +7,9 @@ from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -120,7 +122,7 @@ def spread_state(curvature: Curvature, state: T, distribution: Distribution) -> 
     if not isinstance(distribution, OverMesh):
         return _mapped(cut, state)
     everywhere = NamedSharding(distribution.mesh, P())
-    return _mapped(cut, state, lambda x: jax.device_put(x, everywhere))
+    return _mapped(cut, state, lambda x: _laid(x, everywhere))
 
 
 def _spread(
@@ -134,8 +136,25 @@ def _spread(
         devices = distribution.keepers()
         cut = jax.jit(lambda leaves: [to_rows(x, devices) for x in leaves])(leaves)
         state = state._replace(**jax.tree.unflatten(treedef, cut))
-    lie = functools.partial(NamedSharding, distribution.mesh)
-    return jax.device_put(state, jax.tree.map(lie, state_specs(distribution)))
+    specs = state_specs(distribution)
+    laid: dict[str, Any] = {}
+    for name, part in state._asdict().items():
+        lies = NamedSharding(distribution.mesh, getattr(specs, name))
+        laid[name] = jax.tree.map(functools.partial(_laid, lies=lies), part)
+    return KFACState(**laid)
+
+
+def _laid(x: Any, lies: NamedSharding) -> Array:
+    """`device_put`, also onto devices of other processes that have the same array.
+
+    There it would compare what the processes have, and find that NaN is not NaN.
+    """
+    here = isinstance(x, np.ndarray | Array) and not isinstance(x, Tracer)
+    here = here and getattr(x, "is_fully_addressable", True)
+    if not here or lies.is_fully_addressable or not jnp.issubdtype(x.dtype, np.inexact):
+        return jax.device_put(x, lies)
+    own = np.asarray(x)
+    return jax.make_array_from_callback(own.shape, lies, lambda index: own[index])
 
 
 def _mapped(

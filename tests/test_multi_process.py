@@ -22,13 +22,13 @@ def free_port():
 
 
 @functools.cache
-def trained_by(count):
+def trained_by(count, *kind):
     """The parameters that each of the processes ends with."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), str(count), str(port)],
+            [sys.executable, SCRIPT, str(rank), str(count), str(port), *kind],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -46,10 +46,10 @@ def trained_by(count):
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_train_as_one_does(count):
+@pytest.mark.parametrize(("count", "kind"), [(2, ()), (4, ()), (2, ("parts",))])
+def test_processes_train_as_one_does(count, kind):
     (alone,) = trained_by(1)
-    for params in trained_by(count):
+    for params in trained_by(count, *kind):
         for name, expected in alone.items():
             atol = 1e-6 * np.abs(expected).max()
             np.testing.assert_allclose(params[name], expected, rtol=0, atol=atol)

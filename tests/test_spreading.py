@@ -159,8 +159,22 @@ def assert_close(found, expected):
     )
 
 
+FAST = {
+    "dense, tridiagonal",
+    "scales, and a scalar",
+    "tied",
+    "scanned as often as wide",
+}
+
+
 @models.EIGHT_DEVICES
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 def test_a_state_that_is_spread_goes_on_as_the_whole_one(name):
     curvature, _, args = setup(name)
     over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
@@ -260,6 +274,34 @@ def test_a_state_moves_between_meshes(into):
         for x in jax.tree.leaves(moved):
             assert x.sharding.device_set == set(over.mesh.devices.flat)
         assert_same(kfac_jax.whole_state(curvature, moved, over), state)
+
+
+@models.EIGHT_DEVICES
+def test_a_state_is_spread_under_jit():
+    curvature, _, _ = setup("dense")
+    (_, state), _ = on_one_device("dense")
+    over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
+
+    @jax.jit
+    def there_and_back(state):
+        spread = kfac_jax.spread_state(curvature, state, over)
+        return spread, kfac_jax.whole_state(curvature, spread, over)
+
+    spread, found = there_and_back(state)
+    assert_same(spread, kfac_jax.spread_state(curvature, state, over))
+    assert_same(found, state)
+
+
+@models.EIGHT_DEVICES
+def test_a_state_that_was_spread_compiles_its_step_once():
+    curvature, params, args = setup("dense")
+    over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
+    start = params, kfac(curvature).init(params)
+    params, state = kfac_jax.spread_state(curvature, start, over)
+    step = jax.jit(step_of(curvature, kfac(curvature, over)))
+    for _ in range(3):
+        params, state = step(params, state, *args)
+    assert step._cache_size() == 1
 
 
 @models.EIGHT_DEVICES
