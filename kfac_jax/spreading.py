@@ -1,21 +1,27 @@
 """States of which devices keep parts: how they lie, and the way there and back."""
 
+import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+from jax.core import Tracer
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kfac_jax._step import KFACState
 from kfac_jax.curvature import Curvature
-from kfac_jax.sharding import Distribution, OverMesh, check, kept
+from kfac_jax.sharding import Distribution, OverAxis, OverMesh, check, kept
 from kfac_jax.sharding._over_axis import as_names
 from kfac_jax.sharding._report import SharingReport as SharingReport
 from kfac_jax.sharding._report import report
-from kfac_jax.sharding._rows import from_rows, rows_shape
+from kfac_jax.sharding._rows import from_rows, rows_shape, to_rows
+
+T = TypeVar("T")
 
 _SPREAD = ("factors", "inverses", "velocity")
 """What devices keep rows of."""
@@ -48,8 +54,8 @@ def state_specs(distribution: Distribution | None) -> KFACState:
 
 
 def whole_state(
-    curvature: Curvature, state: KFACState, distribution: Distribution | None = None
-) -> KFACState:
+    curvature: Curvature, state: T, distribution: Distribution | None = None
+) -> T:
     """The state as one device would have it, from one that devices keep rows of.
 
     It fits `kfac` without a distribution, `curvature.approximation(state.factors)`,
@@ -57,67 +63,135 @@ def whole_state(
 
     Args:
       curvature: the plan.
-      state: with `state_axes`.
+      state: the `KFACState`, or a tree with it, such as the state of a chain. It was
+        made with `state_axes`; with a distribution that has none it is whole.
       distribution: `OverMesh` to exchange rows in one collective, `OverAxis` in the
-        function that is mapped over its axis. None for arrays that are whole to this
-        process: what a `shard_map` or `jit` returned, or a checkpoint from another
-        number of devices.
+        function that is mapped over its axis. None for arrays that hold the rows of
+        all devices: what a `shard_map` or `jit` returned, or a checkpoint, whatever
+        the number of devices was.
 
     Returns:
       The state.
 
     Raises:
-      TypeError: if it is no `KFACState`.
-      ValueError: if it is of another plan, or already whole.
+      TypeError: if there is no `KFACState` in it, or no distribution.
+      ValueError: if it is of another plan, or has arrays that are no rows.
     """
-    leaves, shapes, treedef = _leaves(curvature, state, distribution)
-    if distribution is None:
-        found = [from_rows(x, shape) for x, shape in zip(leaves, shapes, strict=True)]
-    else:
-        found = distribution.whole(leaves, shapes)
-    return state._replace(**jax.tree.unflatten(treedef, found))
+    check(distribution)
+    join = functools.partial(_whole, curvature, distribution=distribution)
+    return _mapped(join, state)
 
 
-def spread_state(
-    curvature: Curvature, state: KFACState, distribution: Distribution
+def _whole(
+    curvature: Curvature, state: KFACState, distribution: Distribution | None
 ) -> KFACState:
+    is_whole = distribution is not None and not distribution.by_rows
+    leaves, shapes, treedef = _leaves(curvature, state, distribution, is_whole)
+    if is_whole:
+        return state
+
+    def join(rows: list[Array]) -> list[Array]:
+        if distribution is None:
+            return [from_rows(x, s) for x, s in zip(rows, shapes, strict=True)]
+        return distribution.whole(rows, shapes)
+
+    # compiled at once: one by one, each shape would be compiled for itself
+    compiled = join if isinstance(distribution, OverAxis) else jax.jit(join)
+    return state._replace(**jax.tree.unflatten(treedef, compiled(leaves)))
+
+
+def spread_state(curvature: Curvature, state: T, distribution: Distribution) -> T:
     """Inverts `whole_state`: cuts a whole state into the rows that devices keep.
+
+    Of `OverMesh`, all that is given is also laid on the mesh, wherever it was.
 
     Args:
       curvature: the plan.
-      state: as one device would have it.
-      distribution: with `state_axes`; of `OverAxis`, in the mapped function.
+      state: as one device would have it: the `KFACState`, or a tree with it.
+      distribution: of `OverAxis`, in the mapped function.
 
     Returns:
       The state, for a transformation that was made with the same distribution.
 
     Raises:
-      TypeError: if it is no `KFACState`, or no distribution.
+      TypeError: if there is no `KFACState` in it, or no distribution.
       ValueError: if it is of another plan, or not whole.
     """
     check(distribution)
+    cut = functools.partial(_spread, curvature, distribution=distribution)
+    if not isinstance(distribution, OverMesh):
+        return _mapped(cut, state)
+    everywhere = NamedSharding(distribution.mesh, P())
+    return _mapped(cut, state, lambda x: _laid(x, everywhere))
+
+
+def _spread(
+    curvature: Curvature, state: KFACState, distribution: Distribution
+) -> KFACState:
     leaves, _, treedef = _leaves(curvature, state, None, whole=True)
-    found = kept(distribution, leaves)
-    return state._replace(**jax.tree.unflatten(treedef, found))
+    if not isinstance(distribution, OverMesh):
+        found = kept(distribution, leaves)
+        return state._replace(**jax.tree.unflatten(treedef, found))
+    if distribution.by_rows:  # not by `kept`: the arrays may lie on other devices
+        devices = distribution.keepers()
+        cut = jax.jit(lambda leaves: [to_rows(x, devices) for x in leaves])(leaves)
+        state = state._replace(**jax.tree.unflatten(treedef, cut))
+    specs = state_specs(distribution)
+    laid: dict[str, Any] = {}
+    for name, part in state._asdict().items():
+        lies = NamedSharding(distribution.mesh, getattr(specs, name))
+        laid[name] = jax.tree.map(functools.partial(_laid, lies=lies), part)
+    return KFACState(**laid)
+
+
+def _laid(x: Any, lies: NamedSharding) -> Array:
+    """`device_put`, also onto devices of other processes that have the same array.
+
+    There it would compare what the processes have, and find that NaN is not NaN.
+    """
+    here = isinstance(x, np.ndarray | Array) and not isinstance(x, Tracer)
+    here = here and getattr(x, "is_fully_addressable", True)
+    if not here or lies.is_fully_addressable or not jnp.issubdtype(x.dtype, np.inexact):
+        return jax.device_put(x, lies)
+    own = np.asarray(x)
+    return jax.make_array_from_callback(own.shape, lies, lambda index: own[index])
+
+
+def _mapped(
+    function: Callable[[KFACState], KFACState],
+    tree: T,
+    other: Callable[[Any], Any] = lambda x: x,
+) -> T:
+    """Applies one function to the K-FAC states in a tree, another to all else.
+
+    Raises:
+      TypeError: if there is none.
+    """
+    nodes, treedef = jax.tree.flatten(tree, is_leaf=_is_state)
+    if not any(map(_is_state, nodes)):
+        raise TypeError(
+            "Expected the KFACState that init returned, or a tree with it; got "
+            f"{type(tree).__name__}. Restore a checkpoint into such a tree first."
+        )
+    found = [function(x) if _is_state(x) else other(x) for x in nodes]
+    return jax.tree.unflatten(treedef, found)
+
+
+def _is_state(node: Any) -> TypeGuard[KFACState]:
+    return isinstance(node, KFACState)
 
 
 def _leaves(
     curvature: Curvature,
-    state: Any,
+    state: KFACState,
     distribution: Distribution | None,
     whole: bool = False,
 ) -> tuple[list[Array], list[tuple[int, ...]], Any]:
     """What can be cut: the arrays, their whole shapes, and the tree they are leaves of.
 
     Raises:
-      TypeError: if it is no `KFACState`.
       ValueError: if an array is not as it should be.
     """
-    if not isinstance(state, KFACState):
-        raise TypeError(
-            f"Expected the KFACState that init returned; got {type(state).__name__}. "
-            "Pick it out of the state of a chain."
-        )
     parts = {name: getattr(state, name) for name in _SPREAD}
     shapes = {
         "factors": {x.name: _structs(x.factor_shapes) for x in curvature.layers},

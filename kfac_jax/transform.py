@@ -18,6 +18,7 @@ from kfac_jax._checks import (
     check_update,
 )
 from kfac_jax._factors import Factors, Statistics, zeros
+from kfac_jax._factors import check as check_factors
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._preconditioner import init_inverses, precondition
 from kfac_jax._products import Products
@@ -252,6 +253,8 @@ def kfac(
             curvature.tree.masked_leaves(params, "params")
         value = averaged_loss(distribution, value)
         grads = curvature.tree.masked_leaves(updates, "grads")
+        # before the velocity, whose shapes say less of a state that does not fit
+        check_factors(curvature.layers, "factor_shapes", state.factors, distribution)
         velocity = _by_rows.velocity(curvature.tree, state.velocity, distribution)
         count, now = state.step, state.damping
         if not isinstance(damping, LevenbergMarquardt):

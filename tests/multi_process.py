@@ -1,7 +1,8 @@
-"""One of several processes that train together: `RANK COUNT PORT KEEP_ROWS`.
+"""One of several that train together: `multi_process.py RANK COUNT PORT [parts]`.
 
-Prints the parameters after some steps, as JSON. With COUNT 1 it trains alone; with
-KEEP_ROWS 1 each process keeps a part of the state.
+Prints the parameters after some steps, as JSON. With COUNT 1 it trains alone. With
+`parts` each process keeps a part of the state, and in the midst they go on from one
+that was whole in the memory of each.
 """
 
 import json
@@ -24,7 +25,7 @@ def loss_fn(params, x, y):
     return kfac_jax.losses.softmax_cross_entropy_with_integer_labels(z, y).mean()
 
 
-def main(rank, count, port, keep_rows):
+def main(rank, count, port, parts_of_state=False):
     if count > 1:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
         jax.distributed.initialize(f"localhost:{port}", count, rank)
@@ -39,7 +40,7 @@ def main(rank, count, port, keep_rows):
     plan = kfac_jax.make_curvature(
         loss_fn, params, x, y, estimation_mode="fisher_exact"
     )
-    over = kfac_jax.OverMesh(mesh, state_axes="data" if keep_rows else ())
+    over = kfac_jax.OverMesh(mesh, state_axes="data" if parts_of_state else ())
     tx = kfac_jax.kfac(plan, 0.1, 0.9, 0.1, inverse_every=2, distribution=over)
     everywhere, parts = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
@@ -49,19 +50,23 @@ def main(rank, count, port, keep_rows):
         updates, state = tx.update(grads, state, params, statistics=statistics)
         return jax.tree.map(jnp.add, params, updates), state
 
-    def shared(array):
-        return jax.make_array_from_callback(
-            array.shape, everywhere, lambda index: array[index]
-        )
+    def start(params):
+        return params, tx.init(params)
 
     mine = slice(rank * CASES // count, (rank + 1) * CASES // count)
     batch = [jax.make_array_from_process_local_data(parts, a[mine]) for a in (x, y)]
-    params = jax.tree.map(shared, params)
-    state = jax.jit(tx.init)(params)
-    for _ in range(STEPS):
+    specs = kfac_jax.state_specs(over)
+    lies = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
+    start = jax.jit(start, out_shardings=(everywhere, lies))
+    params, state = start(params)
+    for i in range(STEPS):
+        if parts_of_state and i == STEPS // 2:
+            whole = kfac_jax.whole_state(plan, (params, state), over)
+            whole = jax.tree.map(np.asarray, whole)
+            params, state = kfac_jax.spread_state(plan, whole, over)
         params, state = step(params, state, *batch)
     print(json.dumps({name: np.asarray(w).tolist() for name, w in params.items()}))
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    main(*map(int, sys.argv[1:4]), sys.argv[4:] == ["parts"])

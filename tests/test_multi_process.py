@@ -22,13 +22,13 @@ def free_port():
 
 
 @functools.cache
-def trained_by(count, keep_rows):
+def trained_by(count, *kind):
     """The parameters that each of the processes ends with."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     port = free_port()
     processes = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, *map(str, (rank, count, port, int(keep_rows)))],
+            [sys.executable, SCRIPT, str(rank), str(count), str(port), *kind],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -46,18 +46,10 @@ def trained_by(count, keep_rows):
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
-@pytest.mark.parametrize(
-    ("count", "keep_rows"),
-    [
-        (2, False),
-        (4, True),
-        pytest.param(2, True, marks=pytest.mark.slow),
-        pytest.param(4, False, marks=pytest.mark.slow),
-    ],
-)
-def test_processes_train_as_one_does(count, keep_rows):
-    (alone,) = trained_by(1, False)
-    for params in trained_by(count, keep_rows):
+@pytest.mark.parametrize(("count", "kind"), [(2, ()), (4, ()), (2, ("parts",))])
+def test_processes_train_as_one_does(count, kind):
+    (alone,) = trained_by(1)
+    for params in trained_by(count, *kind):
         for name, expected in alone.items():
             atol = 1e-6 * np.abs(expected).max()
             np.testing.assert_allclose(params[name], expected, rtol=0, atol=atol)

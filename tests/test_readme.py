@@ -5,8 +5,11 @@ import re
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import pytest
+
+import kfac_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -53,6 +56,39 @@ def test_a_block_and_a_loss_of_the_users_own(user_settings, capsys):
         expected = np.linalg.solve(a + 0.1 * np.eye(len(a)), params["w2"])
         np.testing.assert_allclose(solved, expected, rtol=1e-3, atol=1e-4)
     _is_the_fisher_of_its_samples(scope["Poisson"]())
+
+
+@pytest.mark.slow
+@models.EIGHT_DEVICES
+def test_the_guide_for_several_devices(user_settings, capsys):
+    pytest.importorskip("orbax.checkpoint")
+    text = (ROOT / "docs" / "devices.md").read_text()
+    scope = _run(text)
+    printed = capsys.readouterr().out.strip()
+    assert f"```\n{printed}\n```" in text
+    curvature, two = scope["curvature"], scope["over_two"]
+    state = kfac_jax.whole_state(curvature, scope["state_two"], two)
+    assert state.step == 1
+    assert scope["state"].batches == 1
+    assert np.isfinite(scope["value"])
+
+
+@models.EIGHT_DEVICES
+def test_the_table_of_memory_and_communication(user_settings):
+    text = (ROOT / "docs" / "devices.md").read_text()
+    scope = {}
+    exec(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)[0], scope)
+    layouts = {
+        "none": kfac_jax.OverAxis(("a", "b")),
+        "one of two axes, of size 2": kfac_jax.OverAxis(("a", "b"), "b"),
+        "all": kfac_jax.OverAxis(("a", "b"), ("a", "b")),
+    }
+    for name, over in layouts.items():
+        report = kfac_jax.sharing_report(scope["curvature"], over, {"a": 4, "b": 2})
+        kept = report.state_bytes, report.statistics_bytes
+        moved = report.update_bytes, report.refresh_bytes
+        cells = [f"{count / 2**20:.1f}" for count in (*kept, *moved)]
+        assert f"| {name} | {' | '.join(cells)} |" in text
 
 
 def _is_the_fisher_of_its_samples(distribution):

@@ -393,6 +393,10 @@ ERRORS = {  # the type, and what raises it
         lambda: kfac_jax.ExponentialBatchSize(10, 20)(-1),
     ),
     "are expected for logits": (ValueError, integer_labels),
+    "expected a method counts(statistics, weight), got one called factors": (
+        TypeError,
+        lambda: type("Old", (kfac_jax.blocks.Block,), {"factors": None}),
+    ),
     "that no layer covers a diagonal block": (UserWarning, unmatched),
     "tag it with register_generic": (
         ValueError,
