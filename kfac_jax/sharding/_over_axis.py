@@ -305,7 +305,7 @@ class OverAxis:
 
 def as_names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
     """Names of axes, of which there may be one alone."""
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+    return tuple(axes) if isinstance(axes, tuple | list) else (axes,)
 
 
 def _varying_results(
