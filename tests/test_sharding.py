@@ -20,7 +20,7 @@ from kfac_jax._jaxpr._compat import vary_like
 from kfac_jax.linalg._psd import padded
 from kfac_jax.linalg._shared import LEAVES, Columns, shared_inverse
 from kfac_jax.sharding import _planner
-from kfac_jax.sharding._planner import ALL, assign, divide, shared_cost
+from kfac_jax.sharding._planner import ALL, assign, divide, pack, shared_cost
 
 CASES = 16
 STEPS = 4
@@ -588,6 +588,41 @@ def test_every_matrix_has_one_place(counts, sizes, devices):
             at = division.order[division.first[owner] + place]
             assert division.owners[at] == owner
             assert division.places[at] == place
+
+
+@given(
+    counts=st.lists(st.integers(1, 9), min_size=1, max_size=9),
+    data=st.data(),
+    devices=st.integers(1, 9),
+)
+@settings(max_examples=100, deadline=None)
+def test_what_devices_exchange_is_packed(counts, data, devices):
+    """Each device writes its slots in turn; every result is where it is looked for."""
+    stacks = [(k, data.draw(st.integers(1, 6))) for k in counts]
+    divisions = divide(stacks, devices, share=False)
+    sizes = [d**2 for _, d in stacks]
+    packing = pack(divisions, sizes)
+    own = np.full((devices, packing.length), -1)
+    for i, division in enumerate(divisions):
+        for device, start in enumerate(packing.starts[i]):
+            first, count = division.first[device], division.counts[device]
+            written = np.zeros((division.slots, sizes[i]), int)
+            mine = division.order[first : first + count]
+            written[:count] = 1 + 100 * i + mine[:, None]
+            own[device, start : start + written.size] = written.reshape(-1)
+    for i, division in enumerate(divisions):
+        for j, (owner, place) in enumerate(
+            zip(division.owners, division.places, strict=True)
+        ):
+            start = packing.starts[i][owner] + place * sizes[i]
+            assert (own[owner, start : start + sizes[i]] == 1 + 100 * i + j).all()
+    used = [
+        sum(d.counts[k] * s for d, s in zip(divisions, sizes, strict=True))
+        for k in range(devices)
+    ]
+    assert packing.length <= max(used) + max(
+        d.slots * s for d, s in zip(divisions, sizes, strict=True)
+    )
 
 
 def convolution(inputs, outputs, kernel):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ from kfac_jax._collectives import together
 from kfac_jax._jaxpr import _compat
 from kfac_jax._ordering import known_false_after
 from kfac_jax.linalg._shared import Columns
-from kfac_jax.sharding._planner import balance, divide
+from kfac_jax.sharding._planner import Division, balance, divide, pack
 from kfac_jax.sharding._rows import Shape, fill, from_rows, rows_shape, to_rows
 
 T = TypeVar("T")
@@ -260,10 +261,33 @@ class OverAxis:
             first = jnp.asarray(divisions[i].first)[me]
             order, slots = jnp.asarray(divisions[i].order), divisions[i].slots
             mine.append(_own_results(function, stacks[i], order, first, count, slots))
-        gather = functools.partial(_compat.all_gather, axis=self.axis)
-        for i, everyone in zip(owned, together(mine, gather), strict=True):
-            results[i] = everyone[divisions[i].owners, divisions[i].places]
+        everyone = self._exchange(mine, [divisions[i] for i in owned], me)
+        results |= dict(zip(owned, everyone, strict=True))
         return [results[i] for i in range(len(stacks))]
+
+    def _exchange(
+        self, mine: Sequence[Array], divisions: Sequence[Division], me: Array
+    ) -> list[Array]:
+        """All results `[k, d, d]` from those of a device: one collective for a type."""
+        results: dict[int, Array] = {}
+        for dtype in dict.fromkeys(x.dtype for x in mine):
+            members = [i for i, x in enumerate(mine) if x.dtype == dtype]
+            members.sort(key=lambda i: -mine[i].shape[-1])  # then least is empty
+            sizes = [math.prod(mine[i].shape[1:]) for i in members]
+            packing = pack([divisions[i] for i in members], sizes)
+            own = _compat.vary_like(jnp.zeros((packing.length,), dtype), me)
+            for i, starts in zip(members, packing.starts, strict=True):
+                start = jnp.asarray(starts)[me]
+                own = jax.lax.dynamic_update_slice_in_dim(
+                    own, mine[i].reshape(-1), start, 0
+                )
+            everyone = _compat.all_gather(own, self.axis)
+            for i, starts, size in zip(members, packing.starts, sizes, strict=True):
+                owners, places = divisions[i].owners, divisions[i].places
+                at = jnp.asarray(owners), jnp.asarray(starts[owners] + places * size)
+                found = jax.vmap(functools.partial(_piece, everyone, size))(*at)
+                results[i] = found.reshape(-1, *mine[i].shape[1:])
+        return [results[i] for i in range(len(mine))]
 
     def each(
         self,
@@ -306,6 +330,11 @@ class OverAxis:
 def as_names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
     """Names of axes, of which there may be one alone."""
     return tuple(axes) if isinstance(axes, tuple | list) else (axes,)
+
+
+def _piece(everyone: Array, size: int, owner: Array, start: Array) -> Array:
+    """A part of what one device has, of `[devices, n]`."""
+    return jax.lax.dynamic_slice(everyone, (owner, start), (1, size))[0]
 
 
 def _varying_results(

@@ -115,3 +115,35 @@ def divide(
         counts = np.bincount(own[own != ALL], minlength=devices)
         divisions.append(Division(own, counts, np.argsort(own, kind="stable")))
     return divisions
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Where in a flat array a device has its results, of all sizes behind each other.
+
+    Attributes:
+      starts: where those of each stack start on each device, `[stacks, devices]`.
+      length: how long the array is, the same on all devices.
+    """
+
+    starts: np.ndarray
+    length: int
+
+
+def pack(divisions: Sequence[Division], sizes: Sequence[int]) -> Packing:
+    """Packs results so that what the devices exchange is hardly more than they have.
+
+    Args:
+      divisions: of stacks that have owners.
+      sizes: how many entries each of a stack's results has.
+
+    Returns:
+      The packing. In the order of the stacks, `slots` results may be written at a
+      start: what is too much is overwritten, or behind the last.
+    """
+    counts = np.stack([division.counts for division in divisions])
+    entries = counts * np.asarray(sizes)[:, None]
+    starts = np.cumsum(entries, axis=0) - entries
+    slots = np.asarray([division.slots for division in divisions])
+    ends = starts + (slots * np.asarray(sizes))[:, None]
+    return Packing(starts, int(ends.max()))

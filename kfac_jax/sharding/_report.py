@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kfac_jax.layers import Layer
 from kfac_jax.linalg._psd import padded
 from kfac_jax.linalg._shared import LEAVES
-from kfac_jax.sharding._planner import balance, divide, shared_cost
+from kfac_jax.sharding._planner import balance, divide, pack, shared_cost
 from kfac_jax.sharding._rows import row_bytes
 
 
@@ -155,9 +155,21 @@ class _Work:
         self.divisions = divide([(k, d) for k, d, _ in self.stacks], devices, share)
         self.total = sum(k * float(d) ** 3 for k, d, _ in self.stacks)
         self.gathered = sum(
-            devices * division.slots * d**2 * jnp.dtype(dtype).itemsize
-            for (_, d, dtype), division in zip(self.stacks, self.divisions, strict=True)
+            map(self._exchanged, {dtype for _, _, dtype in self.stacks})
         )
+
+    def _exchanged(self, dtype: str) -> int:
+        """How many bytes all devices together exchange of one type."""
+        own = [
+            (division, d)
+            for (_, d, kind), division in zip(self.stacks, self.divisions, strict=True)
+            if kind == dtype and not division.shared
+        ]
+        if not own:
+            return 0
+        own.sort(key=lambda pair: -pair[1])
+        packing = pack([division for division, _ in own], [d**2 for _, d in own])
+        return self.devices * packing.length * jnp.dtype(dtype).itemsize
 
     def each(self) -> list[float]:
         work = [0.0] * self.devices
