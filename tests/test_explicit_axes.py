@@ -122,17 +122,23 @@ def placed(mesh, place, p=None):
 
 CASES = [  # the adaptive rules also take what fixed ones do
     ("batch", "diagonal", "adaptive"),
-    ("batch", "tridiagonal", "fixed"),
+    pytest.param("batch", "tridiagonal", "fixed", marks=pytest.mark.slow),
     ("batch, shared", "tridiagonal", "adaptive"),
-    ("parameters, shared", "diagonal", "adaptive"),
-    ("parameters, shared", "tridiagonal", "fixed"),
+    pytest.param("parameters, shared", "diagonal", "adaptive", marks=pytest.mark.slow),
+    pytest.param("parameters, shared", "tridiagonal", "fixed", marks=pytest.mark.slow),
     ("parameters, shared", "tridiagonal", "adaptive"),
     ("parameters and state, shared", "diagonal", "adaptive"),
-    ("parameters and state, shared", "tridiagonal", "fixed"),
+    pytest.param(
+        "parameters and state, shared", "tridiagonal", "fixed", marks=pytest.mark.slow
+    ),
     ("auto_axes inside, shared over two, state over one", "diagonal", "adaptive"),
-    ("outputs, shared over one", "diagonal", "adaptive"),
+    pytest.param(
+        "outputs, shared over one", "diagonal", "adaptive", marks=pytest.mark.slow
+    ),
     ("outputs, shared over one", "tridiagonal", "adaptive"),
-    ("auto_axes inside, shared over two", "diagonal", "fixed"),
+    pytest.param(
+        "auto_axes inside, shared over two", "diagonal", "fixed", marks=pytest.mark.slow
+    ),
     ("auto_axes inside, shared over two", "tridiagonal", "adaptive"),
 ]
 

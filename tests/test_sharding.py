@@ -40,12 +40,12 @@ RULES = {
 }
 
 
-DEVICES = pytest.mark.parametrize(
+DEVICES = pytest.mark.parametrize(  # adaptive rules take what fixed ones do, and more
     ("rules", "devices"),
     [
         pytest.param("fixed", 1, marks=pytest.mark.slow),
         pytest.param("fixed", 2, marks=pytest.mark.slow),
-        ("fixed", 8),
+        pytest.param("fixed", 8, marks=pytest.mark.slow),
         ("adaptive", 8),
     ],
 )
@@ -311,8 +311,15 @@ LAYOUTS = {  # mesh, how parameters lie on it, axes that share the work and the 
 
 
 @models.EIGHT_DEVICES
-@pytest.mark.parametrize("rules", RULES)
-@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(
+    ("rules", "structure"),
+    [
+        pytest.param("fixed", "diagonal", marks=pytest.mark.slow),
+        pytest.param("fixed", "tridiagonal", marks=pytest.mark.slow),
+        ("adaptive", "diagonal"),
+        pytest.param("adaptive", "tridiagonal", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_steps_on_sharded_arrays_are_those_on_one_device(layout, structure, rules):
     axes, place, shared, kept = LAYOUTS[layout]
