@@ -452,6 +452,29 @@ def test_every_block_on_two_devices():
         )
 
 
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_each_device_keeps_an_eighth_of_the_state(structure):
+    """Of layers of uneven sizes, in bytes of what lies on it."""
+    params = models.dense_params(0, 97, 128, 61, 90, 40)
+    p = models.problem("softmax", params=params, x=models.array(1, CASES, 97))
+    options = {"structure": STRUCTURES[structure]} if STRUCTURES[structure] else {}
+    curvature = kfac_jax.make_curvature(p.loss_fn, p.params, *p.args, **options)
+    over = kfac_jax.OverMesh(models.mesh(8, "batch"), state_axes="batch")
+    state = kfac_jax.kfac(curvature, distribution=over).init(p.params)
+    kept = {device: 0 for device in jax.devices()}
+    for leaf in jax.tree.leaves((state.factors, state.inverses, state.velocity)):
+        for shard in leaf.addressable_shards:
+            kept[shard.device] += shard.data.nbytes
+    alone = kfac_jax.kfac(curvature).init(p.params)
+    parts = alone.factors, alone.inverses, alone.velocity
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(parts))
+    report = kfac_jax.sharing_report(curvature, over)
+    assert {*kept.values()} == {report.state_bytes}
+    assert report.whole_state_bytes == whole
+    assert report.state_bytes <= 1.3 / 8 * whole
+
+
 def collectives(sizes, route, state_axes):
     """How many there are in a compiled step, of each kind."""
     params = models.dense_params(0, *sizes)
