@@ -10,7 +10,7 @@ from jax import Array
 
 from kfac_jax._factors import Factors
 from kfac_jax._trees import TreeSpec
-from kfac_jax.blocks import Block, Kronecker
+from kfac_jax.blocks import TNT, Block, Kronecker
 from kfac_jax.blocks._sides import sides
 from kfac_jax.layers import Layer
 from kfac_jax.sharding import Distribution, OverAxis, by_rows
@@ -79,7 +79,7 @@ def solve(
     Returns:
       The products of those layers that have such a block.
     """
-    chosen = [x for x in layers if x.name in vectors and _is_product(x)]
+    chosen = [x for x in layers if x.name in vectors and is_product(x)]
     if not chosen:
         return {}
     rows = {layer.name: inverses[layer.name] for layer in chosen}
@@ -88,9 +88,12 @@ def solve(
     return sharing.apart(local, rows, whole)
 
 
-def _is_product(layer: Layer) -> bool:
-    """Whether a layer's inverse is `A⁻¹ ⊗ G⁻¹`, with rows where they are expected."""
-    if layer.link is not None or not isinstance(layer.block, Kronecker):
+def is_product(layer: Layer) -> bool:
+    """Whether a layer's inverse is `A⁻¹ ⊗ G⁻¹`, with rows where they are expected.
+
+    Subclasses of these blocks may solve in another way.
+    """
+    if layer.link is not None or type(layer.block) not in (Kronecker, TNT):
         return False
     lead = len(layer.shape.lead)
     return all(row_axis(shape) == lead for shape in layer.inverse_shapes.values())
@@ -140,7 +143,7 @@ def velocity(
     Returns:
       The leaves, whole.
     """
-    if distribution is None or not by_rows(distribution):
+    if not by_rows(distribution):
         return tree.masked_leaves(kept, "the velocity")
     shapes = tuple(map(distribution.kept_shape, tree.shapes))
     rows = dataclasses.replace(tree, shapes=shapes).masked_leaves(kept, "the velocity")

@@ -92,7 +92,7 @@ def check(
         )
     for layer in layers:
         expected = _shapes(layer, which)
-        if sharing is not None and by_rows(sharing):
+        if by_rows(sharing):
             expected = {n: sharing.kept_shape(s) for n, s in expected.items()}
         got = {name: jnp.shape(x) for name, x in found[layer.name].items()}
         if got != expected:
@@ -214,7 +214,7 @@ def _cross_counts(layers: Sequence[Layer], counts: Factors) -> Factors:
 
 def _like(count: Array, layer: Layer, name: str, sharing: Distribution | None) -> Array:
     """A count, so that it broadcasts to what a device keeps of the factor."""
-    if sharing is None or not by_rows(sharing) or count.ndim == 0:
+    if not by_rows(sharing) or count.ndim == 0:
         return count
     if count.size == 1:
         return count.reshape(())
@@ -243,7 +243,7 @@ def _finite_layers(
     Of a basis the diagonal is looked at, too: an eigendecomposition that fails is NaN
     throughout. Of rows, everything is.
     """
-    if sharing is not None and by_rows(sharing):
+    if by_rows(sharing):
         own = [
             jnp.stack([jnp.isfinite(x).all() for x in part.values()]).all()
             for part in factors.values()

@@ -190,7 +190,7 @@ def precondition(
     }
     linked = [x.name for x in layers if x.link is not None and x.name in vectors]
     wide = {name: v.astype(dtypes[name]) for name, v in vectors.items()}
-    if sharing is not None and by_rows(sharing):
+    if by_rows(sharing):
         solved = _by_rows.solve(layers, inverses, wide, sharing)
         rest = [x for x in layers if x.name not in solved and x.name in wide]
         inverses = _by_rows.whole(rest, inverses, "inverse_shapes", sharing)

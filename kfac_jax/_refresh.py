@@ -124,12 +124,11 @@ def _refresh_group(
     """
     moving = refresh_factors(group, moving, distribution)
     fixed = {x.name: factors[x.name] for x in group if x.name not in moving}
-    by_rows = sharding.by_rows(distribution)
-    if distribution is not None and by_rows:
+    if sharding.by_rows(distribution):
         fixed = _by_rows.whole(group, fixed, "factor_shapes", distribution)
     if candidates is not None:
         assert gamma is not None
-        before = init_inverses(group) if by_rows else old
+        before = init_inverses(group) if sharding.by_rows(distribution) else old
         gamma = candidates.update(fixed | moving, before, gamma)
     inverses, failed = refresh_inverses(
         group,

@@ -13,12 +13,12 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kfac_jax._sharing_report import SharingReport as SharingReport
+from kfac_jax._sharing_report import report
 from kfac_jax._step import KFACState
 from kfac_jax.curvature import Curvature
 from kfac_jax.sharding import Distribution, OverAxis, OverMesh, check, kept
 from kfac_jax.sharding._over_axis import as_names
-from kfac_jax.sharding._report import SharingReport as SharingReport
-from kfac_jax.sharding._report import report
 from kfac_jax.sharding._rows import from_rows, rows_shape, to_rows
 
 T = TypeVar("T")
@@ -286,4 +286,5 @@ def sharing_report(
         list(parameters),
         math.prod(sizes[axis] for axis in axes),
         math.prod(sizes[axis] for axis in as_names(distribution.state_axes)),
+        distribution.by_rows and not isinstance(distribution, OverMesh),
     )

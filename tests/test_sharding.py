@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import re
 
 import jax
@@ -475,12 +476,26 @@ def test_each_device_keeps_an_eighth_of_the_state(structure):
     assert report.state_bytes <= 1.3 / 8 * whole
 
 
-def collectives(sizes, route, state_axes):
-    """How many there are in a compiled step, of each kind."""
+COLLECTIVE = r" = (\(?\w+\[.*) (all-reduce|all-gather|reduce-scatter)(?:-start)?\("
+
+
+def received(result, kind, devices):
+    """Bytes that each device gets by one collective that goes around a ring."""
+    size = 0
+    for bits, shape in re.findall(r"[a-z](\d+)\[([\d,]*)\]", result):
+        size += int(bits) // 8 * math.prod(map(int, filter(None, shape.split(","))))
+    if kind == "reduce-scatter":
+        return (devices - 1) * size
+    return (1 + (kind == "all-reduce")) * (devices - 1) / devices * size
+
+
+def collectives(sizes, route, state_axes, structure="diagonal"):
+    """The plan, the distribution, and (results, kind) in a compiled step."""
     params = models.dense_params(0, *sizes)
     p = models.problem("softmax", params=params, x=models.array(1, CASES, sizes[0]))
+    options = {"structure": STRUCTURES[structure]} if STRUCTURES[structure] else {}
     curvature = kfac_jax.make_curvature(
-        p.loss_fn, p.params, *p.args, estimation_mode="fisher_empirical"
+        p.loss_fn, p.params, *p.args, estimation_mode="fisher_empirical", **options
     )
     mesh = models.mesh(8, "batch")
     batch = P("batch")
@@ -499,19 +514,35 @@ def collectives(sizes, route, state_axes):
         state = jax.jit(state).eval_shape(p.params)
         ins, outs = (P(), specs, batch, batch), (P(), specs)
         mapped, args = map_it(step, in_specs=ins, out_specs=outs), p.args
-    text = jax.jit(mapped).lower(p.params, state, *args).compile().as_text()
-    kinds = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
-    return [len(re.findall(rf" {kind}(?:-start)?\(", text)) for kind in kinds]
+    compiled = jax.jit(mapped).lower(p.params, state, *args).compile()
+    return curvature, over, re.findall(COLLECTIVE, compiled.as_text())
 
 
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("state_axes", [(), "batch"])
 @pytest.mark.parametrize("route", ["jit", "shard_map", "shard_map, unchecked"])
 def test_collectives_do_not_grow_with_layers(route, state_axes):
-    few = collectives((3, 4, 4), route, state_axes)
-    many = collectives((3, 4, 5, 6, 7, 8, 4), route, state_axes)
-    assert few == many
-    assert 0 < sum(few) <= 10
+    _, _, few = collectives((3, 4, 4), route, state_axes)
+    _, _, many = collectives((3, 4, 5, 6, 7, 8, 4), route, state_axes)
+    assert sorted(kind for _, kind in few) == sorted(kind for _, kind in many)
+    assert 0 < len(few) <= 10
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("state_axes", [(), "batch"])
+@pytest.mark.parametrize("route", ["jit", "shard_map, unchecked"])
+def test_the_report_says_what_is_moved(route, state_axes, structure):
+    """As much as the compiled step does, gradients and few numbers apart."""
+    curvature, over, found = collectives(
+        (97, 128, 61, 90, 40), route, state_axes, structure
+    )
+    report = kfac_jax.sharing_report(curvature, over, {"batch": 8})
+    expected = report.statistics_bytes + report.update_bytes + report.refresh_bytes
+    gradient = 8 * sum(map(math.prod, curvature.tree.shapes))
+    expected += received(f"f64[{gradient // 8}]", "all-reduce", 8)
+    moved = sum(received(result, kind, 8) for result, kind in found)
+    np.testing.assert_allclose(moved, expected, rtol=0.01)
 
 
 @models.EIGHT_DEVICES

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 Distribution = OverAxis | OverMesh
 
 
-def by_rows(distribution: Distribution | None) -> bool:
+def by_rows(distribution: Distribution | None) -> TypeGuard[Distribution]:
     """Whether the devices keep parts of the state."""
     return distribution is not None and distribution.by_rows
 
@@ -36,7 +36,7 @@ def whole(distribution: Distribution | None) -> Distribution | None:
 
 def kept(distribution: Distribution | None, tree: T) -> T:
     """What a device keeps of arrays that all have."""
-    if distribution is None or not distribution.by_rows:
+    if not by_rows(distribution):
         return tree
     leaves, treedef = jax.tree.flatten(tree)
     return jax.tree.unflatten(treedef, distribution.rows(leaves))

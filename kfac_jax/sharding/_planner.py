@@ -65,6 +65,18 @@ def shared_cost(size: int, devices: int, leaves: int) -> float:
     return cost / devices + parts * d**3
 
 
+def shared_entries(size: int, leaves: int) -> float:
+    """How many entries they gather of each other for it, in all.
+
+    Two parts of the inverse, and for each root that is not a leaf three quarters.
+    """
+    entries, parts, d = 3 * size**2 / 4, 1, size
+    while parts < leaves:
+        entries += parts * 3 * (d / 2) ** 2
+        parts, d = 2 * parts, d // 2
+    return entries
+
+
 @dataclasses.dataclass(frozen=True)
 class Division:
     """How the matrices of one size are divided.

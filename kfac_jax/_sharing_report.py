@@ -6,11 +6,21 @@ from collections.abc import Mapping, Sequence
 
 import jax.numpy as jnp
 
+from kfac_jax._by_rows import is_product
 from kfac_jax.layers import Layer
 from kfac_jax.linalg._psd import padded
 from kfac_jax.linalg._shared import LEAVES
-from kfac_jax.sharding._planner import balance, divide, pack, shared_cost
+from kfac_jax.sharding._planner import (
+    balance,
+    divide,
+    pack,
+    shared_cost,
+    shared_entries,
+)
 from kfac_jax.sharding._rows import row_bytes
+
+Arrays = Sequence[tuple[tuple[int, ...], str]]
+"""Shapes and types."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,8 +39,11 @@ class SharingReport:
       total_work: that of one device alone.
       state_bytes: what each device keeps of factors, inverses and velocity.
       whole_state_bytes: what one device alone keeps.
-      statistics_bytes: moved in each step that brings statistics.
-      update_bytes: moved in each step, for the update.
+      statistics_bytes: moved in each step that brings statistics: of `OverMesh`, and of
+        a `shard_map` that checks what varies, the sums of everything on all devices
+        (some compilers spare them what they do not keep); else, with `OverAxis`, their
+        rows.
+      update_bytes: moved in each step, for the update of `kfac`.
       refresh_bytes: moved in each refresh.
     """
 
@@ -80,9 +93,10 @@ def _mebibytes(count: float) -> str:
 
 def report(
     layers: Sequence[Layer],
-    parameters: Sequence[tuple[tuple[int, ...], str]],
+    parameters: Arrays,
     devices: int,
     keepers: int,
+    scatters: bool,
 ) -> SharingReport:
     """Works out what the devices do.
 
@@ -91,6 +105,7 @@ def report(
       parameters: shapes and types.
       devices: how many share the inversions.
       keepers: in how many parts the state is cut.
+      scatters: whether devices receive only their rows of the statistics' sums.
 
     Returns:
       The report.
@@ -100,8 +115,13 @@ def report(
     single = _Singles(devices, layers)
     factors = [(s, x.dtype) for x in layers for s in x.factor_shapes.values()]
     inverses = [(s, x.dtype) for x in layers for s in x.inverse_shapes.values()]
-    ring = (devices - 1) / devices
-    around = (keepers - 1) / keepers
+    ring, around = _received(devices), _received(keepers)
+    rest = [x for x in layers if not is_product(x)]
+
+    def cut(arrays: Arrays) -> int:
+        """How many bytes the rows of all devices are, filled up."""
+        return keepers * _bytes(arrays, keepers)
+
     owners: dict[str, dict[str, tuple[int, ...]]] = {x.name: {} for x in layers}
     for part in (alone, roots, single):
         for name, own in part.owners().items():
@@ -116,11 +136,33 @@ def report(
         total_work=alone.total + roots.total + single.total,
         state_bytes=_bytes(whole, keepers),
         whole_state_bytes=_bytes(whole),
-        statistics_bytes=ring * _bytes(factors) * (1 if keepers == devices else 2),
-        update_bytes=around * 3 * _bytes(parameters),
-        refresh_bytes=around * _bytes(factors)
+        statistics_bytes=around * cut(factors)
+        + 2 * _received(devices // keepers) * _bytes(factors, keepers)
+        if scatters
+        else 2 * ring * _bytes(factors),
+        # the velocity, two rounds of products, inverses that are applied whole
+        update_bytes=around
+        * (
+            cut(parameters)
+            + sum(_rounds(x, keepers) for x in layers if is_product(x))
+            + cut([(s, x.dtype) for x in rest for s in x.inverse_shapes.values()])
+        ),
+        refresh_bytes=around * cut(factors)
         + ring * (alone.gathered + roots.gathered + 2 * single.bytes),
     )
+
+
+def _rounds(layer: Layer, keepers: int) -> int:
+    """How many bytes two products' rows are, of all devices together."""
+    shape, itemsize = layer.shape, jnp.dtype(layer.dtype).itemsize
+    rows, columns = (-(-n // keepers) * keepers for n in (shape.inputs, shape.outputs))
+    each = rows * shape.outputs + columns * shape.inputs
+    return math.prod(shape.lead) * each * itemsize
+
+
+def _received(devices: int) -> float:
+    """What part of an array gathered from devices each of them receives."""
+    return (devices - 1) / devices
 
 
 def _linked(layer: Layer) -> bool:
@@ -158,18 +200,24 @@ class _Work:
             map(self._exchanged, {dtype for _, _, dtype in self.stacks})
         )
 
-    def _exchanged(self, dtype: str) -> int:
-        """How many bytes all devices together exchange of one type."""
+    def _exchanged(self, dtype: str) -> float:
+        """How many bytes all devices together gather of one type."""
+        itemsize = jnp.dtype(dtype).itemsize
+        shared = sum(
+            k * shared_entries(d, LEAVES) * itemsize
+            for (k, d, kind), division in zip(self.stacks, self.divisions, strict=True)
+            if kind == dtype and division.shared
+        )
         own = [
             (division, d)
             for (_, d, kind), division in zip(self.stacks, self.divisions, strict=True)
             if kind == dtype and not division.shared
         ]
         if not own:
-            return 0
+            return shared
         own.sort(key=lambda pair: -pair[1])
         packing = pack([division for division, _ in own], [d**2 for _, d in own])
-        return self.devices * packing.length * jnp.dtype(dtype).itemsize
+        return shared + self.devices * packing.length * itemsize
 
     def each(self) -> list[float]:
         work = [0.0] * self.devices
@@ -233,5 +281,5 @@ class _Singles:
         return result
 
 
-def _bytes(arrays: Sequence[tuple[tuple[int, ...], str]], keepers: int = 1) -> int:
+def _bytes(arrays: Arrays, keepers: int = 1) -> int:
     return sum(row_bytes(s, keepers, jnp.dtype(dtype).itemsize) for s, dtype in arrays)
