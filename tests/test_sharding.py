@@ -18,10 +18,17 @@ from jax.sharding import PartitionSpec as P
 
 import kfac_jax
 from kfac_jax._jaxpr._compat import vary_like
-from kfac_jax.linalg._psd import padded
+from kfac_jax.linalg._psd import inverse_stack, padded
 from kfac_jax.linalg._shared import LEAVES, Columns, shared_inverse
 from kfac_jax.sharding import _planner
-from kfac_jax.sharding._planner import ALL, assign, divide, pack, shared_cost
+from kfac_jax.sharding._planner import (
+    ALL,
+    assign,
+    divide,
+    pack,
+    shared_cost,
+    shared_entries,
+)
 
 CASES = 16
 STEPS = 4
@@ -741,23 +748,56 @@ def test_work_is_shared_evenly(model, limit):
     assert loads.max() <= limit / 8 * sum(d**3 for d in sizes)
 
 
+@jax.jit
+@functools.partial(
+    jax.shard_map, mesh=models.mesh(8, "batch"), in_specs=P(), out_specs=P()
+)
+def inverse_by_all(x):
+    over, me = kfac_jax.OverAxis("batch"), jax.lax.axis_index("batch")
+    return shared_inverse(x, Columns(me, 8, over._join_columns))
+
+
+def spread_matrices(count, size, smallest):
+    """Symmetric, eigenvalues from 1 down to the smallest."""
+    rng = np.random.default_rng(size)
+    basis = np.linalg.qr(rng.standard_normal((count, size, size)))[0]
+    return (basis * np.geomspace(1, smallest, size)) @ basis.swapaxes(-1, -2)
+
+
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(("count", "size"), [(1, 48), (3, 40), (2, 6), (2, 18)])
 def test_an_inverse_by_all_devices(count, size):
-    x = np.asarray(models.array(3, count, size, size + 2))
-    x = x @ x.swapaxes(-1, -2) + 0.1 * np.eye(size)
+    x = spread_matrices(count, size, 1e-2)
+    np.testing.assert_allclose(inverse_by_all(x), np.linalg.inv(x), 1e-9, 1e-9)
+    assert not np.isfinite(np.asarray(inverse_by_all(-x))[:, 0, 0]).any()
 
-    def inside(x):
-        over = kfac_jax.OverAxis("batch")
-        me = jax.lax.axis_index("batch")
-        return shared_inverse(x, Columns(me, 8, over._join_columns))
 
-    mapped = jax.shard_map(
-        inside, mesh=models.mesh(8, "batch"), in_specs=P(), out_specs=P()
-    )
-    mapped = jax.jit(mapped)
-    np.testing.assert_allclose(mapped(x), np.linalg.inv(x), rtol=1e-9, atol=1e-9)
-    assert not np.isfinite(np.asarray(mapped(-x))[:, 0, 0]).any()
+@models.EIGHT_DEVICES
+def test_all_devices_round_no_worse_than_one():
+    """In float32 with a condition number of 1e5."""
+    x = spread_matrices(2, 256, 1e-5).astype(np.float32)
+    exact = np.linalg.inv(x.astype(float))
+
+    def error(found):
+        return np.linalg.norm(np.asarray(found) - exact) / np.linalg.norm(exact)
+
+    assert 1e-6 < error(inverse_by_all(x)) < 2 * error(jax.jit(inverse_stack)(x))
+
+
+@models.EIGHT_DEVICES
+def test_what_all_devices_do_is_counted():
+    """Products and gathered entries of the compiled inversion, leaves' roots apart."""
+    size = 512
+    x = jax.ShapeDtypeStruct((1, size, size), jnp.float64)
+    compiled = inverse_by_all.lower(x).compile()
+    leaves = LEAVES * (size / LEAVES) ** 3
+    multiply_adds = compiled.cost_analysis()["flops"] / 2
+    expected = shared_cost(size, 8, LEAVES) - leaves
+    np.testing.assert_allclose(multiply_adds, expected, rtol=0.05)
+    found = re.findall(COLLECTIVE, compiled.as_text())
+    moved = sum(received(result, kind, 8) for result, kind in found)
+    expected = 7 / 8 * 8 * shared_entries(size, LEAVES)
+    np.testing.assert_allclose(moved, expected, rtol=0.01)
 
 
 @models.EIGHT_DEVICES
