@@ -1,6 +1,7 @@
 """Small models in raw JAX that several test files share."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,21 @@ def mixing(params: dict[str, Any], x: jax.Array) -> jax.Array:
     h = jnp.tanh(dense(params["layer0"], x))
     h = h - 0.5 * jnp.broadcast_to(h.mean(1, keepdims=True), h.shape)
     return dense(params["layer1"], h)
+
+
+def assert_trees_equal(found: Any, expected: Any) -> None:
+    """Bit by bit, and of one structure."""
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+
+def assert_trees_close(found: Any, expected: Any, atol: float = 1e-12) -> None:
+    """To rounding in float64."""
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=atol),
+        found,
+        expected,
+    )
 
 
 # ------------------------------------------------------------------------ loss families

@@ -8,7 +8,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import models
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -80,11 +79,7 @@ def of_one_batch(structure):
 
 
 def check(found, structure):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
-        found,
-        of_one_batch(structure),
-    )
+    models.assert_trees_close(found, of_one_batch(structure))
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)

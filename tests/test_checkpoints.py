@@ -6,7 +6,6 @@ import pickle
 import jax
 import jax.numpy as jnp
 import models
-import numpy as np
 import optax
 import pytest
 from flax import serialization
@@ -118,19 +117,6 @@ def go_on(run, distribution, at, number, step=None):
     return at
 
 
-def assert_same(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-
-
-def assert_close(found, expected):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-11),
-        found,
-        expected,
-    )
-
-
 def whole(at, distribution):
     """Parameters and state as one device has them."""
     if distribution is None:
@@ -164,7 +150,7 @@ def test_a_run_that_is_killed_at_any_step_goes_on_bitwise(run, devices):
         saved = pickle.dumps(expected[number])
         at = put(pickle.loads(saved), expected[0])
         found = go_on(run, over(devices), at, number, resumed)
-        assert_same(found, expected[-1])
+        models.assert_trees_equal(found, expected[-1])
     assert resumed._cache_size() == 1
 
 
@@ -197,12 +183,12 @@ def test_orbax_restores_a_state_in_parts_on_the_same_mesh(by_rows, tmp_path):
     assert rows.sharding.is_fully_replicated is not by_rows
     save(tmp_path / "3", expected[3])
     restored = restore(tmp_path / "3", start(run, here))
-    assert_same(restored, expected[3])
+    models.assert_trees_equal(restored, expected[3])
     for x, y in zip(
         jax.tree.leaves(restored), jax.tree.leaves(expected[3]), strict=True
     ):
         assert x.sharding.is_equivalent_to(y.sharding, x.ndim)
-    assert_same(go_on(run, here, restored, 3), expected[-1])
+    models.assert_trees_equal(go_on(run, here, restored, 3), expected[-1])
 
 
 # ------------------------------------------------------------ another number of devices
@@ -232,7 +218,9 @@ def carried_on(run, old, new, whole_one):
     else:
         at = kfac_jax.spread_state(plan(), at, new)
     found = whole(go_on(run, new, at, 3), new)
-    assert_close(found, whole(uninterrupted(run, old)[-1], old))
+    models.assert_trees_close(
+        found, whole(uninterrupted(run, old)[-1], old), atol=1e-11
+    )
 
 
 @models.EIGHT_DEVICES
@@ -310,12 +298,12 @@ def test_files_of_other_libraries(through, kind):
     expected = uninterrupted(run, here)
     at = expected[3] if kind == "in parts" else whole(expected[3], here)
     restored = through(at)
-    assert_same(restored, at)
+    models.assert_trees_equal(restored, at)
     if kind == "in parts":
         restored = put(restored, expected[0])
     else:
         restored = kfac_jax.spread_state(plan(), restored, here)
-    assert_same(go_on(run, here, restored, 3), expected[-1])
+    models.assert_trees_equal(go_on(run, here, restored, 3), expected[-1])
 
 
 @models.EIGHT_DEVICES
@@ -323,4 +311,4 @@ def test_what_devices_had_of_padding_does_not_matter():
     """A state that was whole in between is bitwise the one that was not."""
     at = uninterrupted("in turn", over(8))[3]
     again = kfac_jax.spread_state(plan(), whole(at, over(8)), over(8))
-    assert_same(again, at)
+    models.assert_trees_equal(again, at)

@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 import models
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
@@ -97,14 +96,6 @@ LAYOUTS = {  # mesh, network, how parameters lie, axes that share work, and the 
 }
 
 
-def close(found, expected):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
-        found,
-        expected,
-    )
-
-
 def loss_on(apply):
     def loss_fn(params, x, y):
         return models.FAMILIES["softmax"].mean_loss(apply(params, x), y)
@@ -175,7 +166,7 @@ def test_steps_are_those_on_one_device(layout, structure, rules):
         assert jax.tree.map(jax.typeof, (params, state)) == before
         if kept:
             state = kfac_jax.whole_state(curvature, state, distribution)
-    close((params, state._replace(inverses=None)), expected)
+    models.assert_trees_close((params, state._replace(inverses=None)), expected)
 
 
 # ------------------------------------------------------- what else meets sharded arrays
@@ -291,7 +282,7 @@ def test_programs_are_those_on_one_device(program):
     params, args = placed(mesh, lambda x: P())
     with jax.set_mesh(mesh):
         found = jax.jit(run)(params, args)
-    close(found, expected)
+    models.assert_trees_close(found, expected)
 
 
 @models.EIGHT_DEVICES
@@ -339,6 +330,8 @@ def test_without_a_mesh_in_the_context():
     tx, step = make_step(curvature, "fixed", None)
     expected = jax.jit(step)(p.params, tx.init(p.params), *p.args)[0]
     params, args = placed(mesh, lambda x: P(), p)
-    close(jax.jit(step)(params, tx.init(params), *args)[0], expected)
+    models.assert_trees_close(
+        jax.jit(step)(params, tx.init(params), *args)[0], expected
+    )
     with jax.set_mesh(mesh):
-        close(step(params, tx.init(params), *args)[0], expected)
+        models.assert_trees_close(step(params, tx.init(params), *args)[0], expected)

@@ -179,8 +179,7 @@ def test_steps_are_those_of_one_device(route, structure, rules, devices):
     distribute, average = ROUTES[route]
     tx, step = make_step(plan(structure), rules, AXIS, average)
     found = trajectory(distribute(step, devices), tx)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+    models.assert_trees_close(
         found,
         on_one_device(structure, rules),
     )
@@ -258,8 +257,7 @@ def test_devices_that_keep_rows_step_as_one_device(route, structure, rules, devi
     if route == "pmap":
         state = joined(state, [s != P() for s in kfac_jax.state_specs(ROWS)])
     state = kfac_jax.whole_state(plan(structure), state)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+    models.assert_trees_close(
         (params, state._replace(inverses=None)),
         on_one_device(structure, rules),
     )
@@ -357,8 +355,7 @@ def test_steps_on_sharded_arrays_are_those_on_one_device(layout, structure, rule
         params, state = step(params, state, *args)
     if kept:
         state = kfac_jax.whole_state(plan(structure), state, distribution)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+    models.assert_trees_close(
         (params, state._replace(inverses=None)),
         on_one_device(structure, rules),
     )
@@ -453,8 +450,7 @@ def test_every_block_on_two_devices():
 
             return route(step)(p.params, tx.init(p.params), *p.args)[0]
 
-        jax.tree.map(
-            functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+        models.assert_trees_close(
             run(AXIS, lambda step: over_shard_map(step, 2)),
             run(None, jax.jit),
         )
@@ -808,8 +804,7 @@ def test_a_large_factor_is_inverted_by_all_devices(monkeypatch):
     assert () in [own for part in owners.values() for own in part.values()]
     distribute, average = ROUTES["shard_map"]
     tx, step = make_step(plan("diagonal"), "fixed", AXIS, average)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
+    models.assert_trees_close(
         trajectory(distribute(step, 8), tx),
         on_one_device("diagonal", "fixed"),
     )

@@ -146,19 +146,6 @@ def on_one_device(name):
     return found[2:]
 
 
-def assert_same(found, expected):
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-    assert jax.tree.structure(found) == jax.tree.structure(expected)
-
-
-def assert_close(found, expected):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12),
-        found,
-        expected,
-    )
-
-
 FAST = {
     "dense, tridiagonal",
     "scales, and a scalar",
@@ -180,15 +167,17 @@ def test_a_state_that_is_spread_goes_on_as_the_whole_one(name):
     over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
     (params, state), after = on_one_device(name)
     spread = kfac_jax.spread_state(curvature, state, over)
-    assert_same(kfac_jax.whole_state(curvature, spread, over), state)
-    assert_same(kfac_jax.whole_state(curvature, spread), state)
+    models.assert_trees_equal(kfac_jax.whole_state(curvature, spread, over), state)
+    models.assert_trees_equal(kfac_jax.whole_state(curvature, spread), state)
     tx = kfac(curvature, over)
     like = tx.init(params)
     assert jax.tree.structure(spread) == jax.tree.structure(like)
     for x, y in zip(jax.tree.leaves(spread), jax.tree.leaves(like), strict=True):
         assert (x.shape, x.dtype) == (y.shape, y.dtype)
     params, spread = jax.jit(step_of(curvature, tx))(params, spread, *args)
-    assert_close((params, kfac_jax.whole_state(curvature, spread, over)), after)
+    models.assert_trees_close(
+        (params, kfac_jax.whole_state(curvature, spread, over)), after
+    )
 
 
 # ------------------------------------------------------------------- other routes
@@ -220,12 +209,12 @@ def test_a_state_is_spread_inside_of_shard_map(name):
     cut = functools.partial(kfac_jax.spread_state, curvature, distribution=AXIS)
     join = functools.partial(kfac_jax.whole_state, curvature, distribution=AXIS)
     spread = mapped(cut, 8, specs, P())(state)
-    assert_same(mapped(join, 8, P(), specs)(spread), state)
-    assert_same(kfac_jax.whole_state(curvature, spread), state)
+    models.assert_trees_equal(mapped(join, 8, P(), specs)(spread), state)
+    models.assert_trees_equal(kfac_jax.whole_state(curvature, spread), state)
     step = step_of(curvature, tx, lambda x: x / jax.lax.axis_size("data"))
     step = mapped(step, 8, (P(), specs), P(), specs, batch, batch)
     params, spread = step(params, spread, *args)
-    assert_close((params, kfac_jax.whole_state(curvature, spread)), after)
+    models.assert_trees_close((params, kfac_jax.whole_state(curvature, spread)), after)
 
 
 @models.EIGHT_DEVICES
@@ -254,7 +243,7 @@ def test_some_axes_of_a_mesh_keep_parts(kept):
     spread = kfac_jax.spread_state(curvature, state, over)
     rows = spread.factors["v"]["input"]
     assert rows.addressable_shards[0].data.shape == (1 if len(kept) == 2 else 4, 7)
-    assert_same(kfac_jax.whole_state(curvature, spread, over), state)
+    models.assert_trees_equal(kfac_jax.whole_state(curvature, spread, over), state)
 
 
 @models.EIGHT_DEVICES
@@ -273,7 +262,7 @@ def test_a_state_moves_between_meshes(into):
         moved = kfac_jax.spread_state(curvature, whole, over)
         for x in jax.tree.leaves(moved):
             assert x.sharding.device_set == set(over.mesh.devices.flat)
-        assert_same(kfac_jax.whole_state(curvature, moved, over), state)
+        models.assert_trees_equal(kfac_jax.whole_state(curvature, moved, over), state)
 
 
 @models.EIGHT_DEVICES
@@ -288,8 +277,8 @@ def test_a_state_is_spread_under_jit():
         return spread, kfac_jax.whole_state(curvature, spread, over)
 
     spread, found = there_and_back(state)
-    assert_same(spread, kfac_jax.spread_state(curvature, state, over))
-    assert_same(found, state)
+    models.assert_trees_equal(spread, kfac_jax.spread_state(curvature, state, over))
+    models.assert_trees_equal(found, state)
 
 
 @models.EIGHT_DEVICES
@@ -310,7 +299,7 @@ def test_without_state_axes_the_state_is_whole_and_lies_on_the_mesh():
     (_, state), _ = on_one_device("dense")
     over = kfac_jax.OverMesh(models.mesh(8, "data"))
     moved = kfac_jax.spread_state(curvature, state, over)
-    assert_same(moved, state)
+    models.assert_trees_equal(moved, state)
     assert all(x.sharding.is_fully_replicated for x in jax.tree.leaves(moved))
     assert kfac_jax.whole_state(curvature, moved, over) is moved
     axis = kfac_jax.OverAxis("data")
@@ -353,11 +342,11 @@ def test_states_in_other_states_are_found(kind):
     here, spread = kfac_jax.spread_state(curvature, (params, state), over)
     for x in jax.tree.leaves((here, spread)):
         assert len(x.sharding.device_set) == 8
-    assert_same(kfac_jax.whole_state(curvature, spread), state)
+    models.assert_trees_equal(kfac_jax.whole_state(curvature, spread), state)
     tx = AROUND[kind](curvature, over)
     assert jax.tree.structure(tx.init(params)) == jax.tree.structure(spread)
     found = jax.jit(step_of(curvature, tx))(here, spread, *args)
-    assert_close(kfac_jax.whole_state(curvature, found, over), after)
+    models.assert_trees_close(kfac_jax.whole_state(curvature, found, over), after)
 
 
 # ------------------------------------------------------------------------------ errors
@@ -503,3 +492,27 @@ def test_what_jax_says_of_cases_that_devices_cannot_divide():
         jax.device_put(x, NamedSharding(mesh, P("data")))
     with pytest.raises(ValueError, match="not evenly divisible"):
         mapped(lambda x: x, 8, P("data"), P("data"))(x)
+
+
+class Halved(kfac_jax.blocks.Kronecker):
+    """A block of the user's own that solves in another way."""
+
+    def solve(self, inverses, v):
+        return 0.5 * super().solve(inverses, v)
+
+
+@models.EIGHT_DEVICES
+def test_a_subclass_that_solves_in_its_own_way_is_asked():
+    p = models.problem()
+    curvature = kfac_jax.make_curvature(
+        p.loss_fn, p.params, *p.args, blocks=Halved(), estimation_mode="fisher_exact"
+    )
+
+    def update(distribution):
+        tx = kfac_jax.scale_by_kfac(curvature, 0.1, distribution=distribution)
+        _, grads, statistics = curvature.value_grad_and_statistics(p.params, *p.args)
+        state = tx.init(p.params)
+        return jax.jit(lambda s: tx.update(grads, s, statistics=statistics)[0])(state)
+
+    over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
+    models.assert_trees_close(update(over), update(None))
