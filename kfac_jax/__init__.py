@@ -9,6 +9,8 @@ from kfac_jax._factors import Statistics as Statistics
 from kfac_jax._report import Totals as Totals
 from kfac_jax.averaging import AverageIteratesState as AverageIteratesState
 from kfac_jax.averaging import average_iterates as average_iterates
+from kfac_jax.compat import optimizer as optimizer
+from kfac_jax.compat.optimizer import Optimizer as Optimizer
 from kfac_jax.curvature import Curvature as Curvature
 from kfac_jax.curvature import make_curvature as make_curvature
 from kfac_jax.layers import Layer as Layer

@@ -409,10 +409,20 @@ def bare_program(traced: Traced) -> Program:
 def outputs_program(traced: Traced) -> Program:
     """What the registered losses are computed from, without taps."""
     graph = traced.found.graph
-    tags = {
+    return Program(graph_lib.without_rest(graph, _tags(graph)), {}, {})
+
+
+def split_program(program: Program) -> tuple[Program, Program]:
+    """What the registered losses are computed from, and the rest without taps."""
+    first, rest = graph_lib.split(program.graph, _tags(program.graph))
+    return dataclasses.replace(program, graph=first), Program(rest, {}, {})
+
+
+def _tags(graph: graph_lib.Graph) -> set[int]:
+    """The results of the loss tags."""
+    return {
         out for node in graph.walk() if node.name == "kfac_loss" for out in node.outputs
     }
-    return Program(graph_lib.without_rest(graph, tags), {}, {})
 
 
 def tapped_program(

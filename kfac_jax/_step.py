@@ -107,8 +107,8 @@ def advance(
 ) -> tuple[KFACState, Array]:
     """Updates factors and, if due, γ and inverses; also tells if it refused anything.
 
-    Both ε and the refreshes at the first three steps count batches that brought
-    statistics: a step without any must not pass for the first.
+    Both ε and the refreshes at the first steps count batches that brought statistics: a
+    step without any must not pass for the first.
     """
     step, layers = state.step + 1, curvature.layers
     informative = sum(bool(layer.factor_shapes) for layer in layers)
@@ -127,7 +127,7 @@ def advance(
     turns = schedule.turns(step) & (batches > 0)
     if candidates is not None:  # a traced T3 may not divide T2
         turns |= candidates.due & (batches > 0)
-    due = turns | (informed & (batches <= 3))
+    due = turns | (informed & (batches <= schedule.warm_up))
     refreshed = refresh(
         layers,
         factors,

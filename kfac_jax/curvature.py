@@ -131,22 +131,9 @@ class Curvature:
         References:
           Martens & Grosse 2015, section 5 and, for τ1, section 8.
         """
-        if rng is None and _estimation.needs_rng(self.estimation_mode):
-            raise ValueError(
-                f'estimation_mode="{self.estimation_mode}" samples; pass a key as '
-                "value_grad_and_statistics(..., rng=key)."
-            )
-        leaves = self.tree.leaves(params, "params")
-        whole = self.statistics_fraction == 1.0
-        part = args if whole else _batch.take(args, self.statistics_fraction)
-        if factors is not None:
-            _factors.check(self.layers, "factor_shapes", factors)
-        elif any(layer.carried_shapes for layer in self.layers):
-            _, _, first = self._linearize(
-                params, part, leaves, self.init_factors(params)
-            )
-            factors = axis_types.auto(self._own_basis)(first(rng))
+        leaves, part, factors = self._prepare(params, args, rng, factors)
         value, gradient, statistics = self._linearize(params, part, leaves, factors)
+        whole = self.statistics_fraction == 1.0
         if not whole and any(layer.product_rows for layer in self.layers):
             value, gradient, _ = self._linearize(params, args, leaves, factors)
         elif not whole:
@@ -157,6 +144,62 @@ class Curvature:
         parts, products = gradient()
         grads = jax.tree.unflatten(self.tree.treedef, parts)
         return value, grads, statistics(rng)._replace(products=products)
+
+    @jax.named_scope("kfac_statistics")
+    def value_and_statistics(
+        self,
+        params: Params,
+        *args: Any,
+        rng: Array | None = None,
+        factors: Factors | None = None,
+    ) -> tuple[Any, Statistics]:
+        """Value and curvature statistics, for a loss that has a gradient of its own.
+
+        Such a loss function returns its gradient with `has_aux`, as the energy of a
+        neural wavefunction does. It may be computed by `jax.value_and_grad` of a
+        function with a `custom_jvp` in whose rule the loss is registered: the plan is
+        made of what leads to what is registered, wherever that is. One forward pass
+        serves the statistics and what the loss function computes besides.
+
+        Args:
+          params: the parameters.
+          *args: the loss function's further arguments.
+          rng: a key for the sampled modes.
+          factors: the factors so far, as in `value_grad_and_statistics`.
+
+        Returns:
+          The value, `(loss, aux)` with `has_aux`; the statistics.
+
+        Raises:
+          ValueError: as `value_grad_and_statistics`, and for layers whose gradient is
+            to stay a product (`gradient_products`).
+
+        >>> import jax, jax.numpy as jnp, kfac_jax
+        >>> def loss_fn(w, x, y):
+        ...     return kfac_jax.losses.squared_error(x @ w, y).sum(-1).mean()
+        >>> def own_gradient(w, x, y):
+        ...     return jax.value_and_grad(loss_fn)(w, x, y)
+        >>> w, x, y = jnp.ones((3, 2)), jnp.ones((8, 3)), jnp.zeros((8, 2))
+        >>> curvature = kfac_jax.make_curvature(own_gradient, w, x, y, has_aux=True)
+        >>> (value, grads), statistics = curvature.value_and_statistics(
+        ...     w, x, y, rng=jax.random.key(0))
+        >>> grads.shape
+        (3, 2)
+        """
+        products = [layer.name for layer in self.layers if layer.product_rows]
+        if products:
+            raise ValueError(
+                "value_and_statistics has no gradient to keep as a product: expected "
+                f"no layers with gradient_products, got {products}. Use "
+                "value_grad_and_statistics, or leave gradient_products out."
+            )
+        leaves, part, factors = self._prepare(params, args, rng, factors)
+        value, _, statistics = self._linearize(
+            params, part, leaves, factors, own_gradient=True
+        )
+        if self.statistics_fraction < 1.0:
+            value = self.loss_fn(params, *args)
+        return value, statistics(rng)
 
     def zero_statistics(self, params: Params) -> Statistics:
         """Statistics that say nothing, for steps which gather none.
@@ -175,6 +218,27 @@ class Curvature:
             _factors.zeros(self.layers, "statistics_shapes"),
             _products.zeros(self.layers),
         )
+
+    def _prepare(
+        self, params: Params, args: Any, rng: Array | None, factors: Factors | None
+    ) -> tuple[Sequence[Array], Any, Factors | None]:
+        """The parameters' leaves, τ1 of the batch, and what blocks carry."""
+        if rng is None and _estimation.needs_rng(self.estimation_mode):
+            raise ValueError(
+                f'estimation_mode="{self.estimation_mode}" samples; pass a key as '
+                "value_grad_and_statistics(..., rng=key)."
+            )
+        leaves = self.tree.leaves(params, "params")
+        part = _batch.take(args, self.statistics_fraction)
+        if factors is not None:
+            _factors.check(self.layers, "factor_shapes", factors)
+        elif any(layer.carried_shapes for layer in self.layers):
+            start = self.init_factors(params)
+            _, _, first = self._linearize(
+                params, part, leaves, start, own_gradient=True
+            )
+            factors = axis_types.auto(self._own_basis)(first(rng))
+        return leaves, part, factors
 
     def _own_basis(self, statistics: Statistics) -> Factors:
         """What blocks carry, from a batch's own factors."""
@@ -195,6 +259,8 @@ class Curvature:
         args: Any,
         leaves: Sequence[Array],
         factors: Factors | None,
+        *,
+        own_gradient: bool = False,
     ) -> tuple[
         Any,
         Callable[[], tuple[list[Array], Products]] | None,
@@ -203,10 +269,14 @@ class Curvature:
         """One forward pass; pulls back the loss, or output cotangents, on demand.
 
         Inside of `shard_map` statistics stay on their device, and are summed at once at
-        the end, where JAX would sum each by itself.
+        the end, where JAX would sum each by itself. With `own_gradient`, what does not
+        lead to the outputs (the loss function's own gradient) is not differentiated.
         """
         traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
         program, sites = self._program(traced)
+        rest = None
+        if own_gradient:
+            program, rest = _plan.split_program(program)
         carried = {
             layer.name: {n: factors[layer.name][n] for n in layer.carried_shapes}
             for layer in self.layers
@@ -222,12 +292,16 @@ class Curvature:
 
         def forward(leaves: Sequence[Array], probes: Any) -> Any:
             outputs, losses = run(program, [*leaves, *data], probes)
-            loss, *aux = outputs
+            zero = jnp.zeros((), losses[0].z.dtype)
+            loss, *aux = outputs if rest is None else [zero, *outputs]
             return (loss, [one.z for one in losses]), (aux, losses)
 
         (loss, zs), pull, (aux, losses) = jax.vjp(
             forward, list(leaves), probes, has_aux=True
         )
+        total = loss
+        if rest is not None:
+            (total, *aux), _ = run(rest, aux, None)
         states = traced.found.loss_examples
 
         def gradient() -> tuple[list[Array], Products]:
@@ -278,7 +352,7 @@ class Curvature:
                 {},
             )
 
-        value = (loss, traced.unflatten_aux(aux)) if self.has_aux else loss
+        value = (total, traced.unflatten_aux(aux)) if self.has_aux else total
         return value, None if replaces_rules(program) else gradient, statistics
 
     def _over_devices(self, sums: Sums) -> Sums:

@@ -239,6 +239,29 @@ def without_rest(graph: Graph, wanted: set[int]) -> Graph:
     return dataclasses.replace(graph, nodes=nodes, outputs=())
 
 
+def split(graph: Graph, wanted: set[int]) -> tuple[Graph, Graph]:
+    """Divides a graph into what the values in `wanted` are computed from, and the rest.
+
+    Args:
+      graph: the graph.
+      wanted: ids of values.
+
+    Returns:
+      The first part, whose outputs are all that the second needs of it, and the second,
+      whose inputs are those and whose outputs are the graph's.
+    """
+    first = without_rest(graph, wanted)
+    own = {*first.nodes}
+    rest = tuple(node for node in graph.nodes if node not in own)
+    made = {*graph.inputs, *(out for node in first.nodes for out in node.outputs)}
+    read = [*graph.outputs, *(atom for node in rest for atom in node.inputs)]
+    shared = tuple(dict.fromkeys(a for a in read if is_value(a) and a in made))
+    return (
+        dataclasses.replace(first, outputs=shared),
+        dataclasses.replace(graph, inputs=shared, nodes=rest),
+    )
+
+
 def _within(node: Node) -> Iterator[Node]:
     yield node
     for body in node.bodies:

@@ -22,6 +22,8 @@ class LevenbergMarquardt:
       factor: ω1 in (0, 1); None means `(19/20) ** every`.
       minimum: λ never falls below it.
       maximum: λ never rises above it.
+      lower: λ rises where ρ is below.
+      upper: λ falls where ρ is above.
 
     References:
       Martens & Grosse 2015, section 6.5.
@@ -36,6 +38,8 @@ class LevenbergMarquardt:
     factor: float | None = None
     minimum: float = 0.0
     maximum: float = float("inf")
+    lower: float = 0.25
+    upper: float = 0.75
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -52,6 +56,11 @@ class LevenbergMarquardt:
             raise ValueError(
                 f"Need 0 ≤ minimum ≤ maximum; got {self.minimum} and {self.maximum}."
             )
+        if not 0.0 < self.lower < self.upper < float("inf"):
+            raise ValueError(
+                f"Need 0 < lower < upper (thresholds of ρ); got {self.lower} and "
+                f"{self.upper}."
+            )
 
     @property
     def omega(self) -> float:
@@ -62,7 +71,7 @@ class LevenbergMarquardt:
         """Returns the next λ from this one and a measured ρ."""
         damping, rho = jnp.asarray(damping, float), jnp.asarray(rho, float)
         lower, raise_ = damping * self.omega, damping / self.omega
-        good = (rho > 0.75) & (rho < jnp.inf)
-        bad = ~((rho >= 0.25) & (rho < jnp.inf))  # also where ρ is NaN
+        good = (rho > self.upper) & (rho < jnp.inf)
+        bad = ~((rho >= self.lower) & (rho < jnp.inf))  # also where ρ is NaN
         new = jnp.where(good, lower, jnp.where(bad, raise_, damping))
         return jnp.clip(new, self.minimum, self.maximum)

@@ -14,7 +14,7 @@ class RefreshSchedule:
     Staggered, with several `shares`, a share of the layers is refreshed at a time, all
     of them once in T3 steps: steps then take about equally long. Layers with linked
     neighbours (`BlockTridiagonal`) stay together. While an average is young, in the
-    first three steps, all are refreshed in each.
+    first three steps (`warm_up`), all are refreshed in each.
 
     Stale, a step uses the inverses (and bases) of the step before, and the next one
     what it computes: nothing waits for a refresh, which can run beside the model. The
@@ -24,6 +24,9 @@ class RefreshSchedule:
       every: T3, in steps.
       shares: into how many shares of about equal cost the layers are divided.
       stale: whether refreshed inverses wait for the next step.
+      phase: which of T3 steps refreshes: step k, counted from 1, with `k mod T3` equal
+        to `phase mod T3`.
+      warm_up: how many of the first steps that bring statistics refresh all layers.
 
     References:
       Martens & Grosse 2015, section 8, for T3 and the first three steps. Osawa et al.
@@ -37,6 +40,8 @@ class RefreshSchedule:
     _: dataclasses.KW_ONLY
     shares: int = 1
     stale: bool = False
+    phase: int = 0
+    warm_up: int = 3
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -45,6 +50,10 @@ class RefreshSchedule:
             raise ValueError(f"shares must be an integer ≥ 1; got {self.shares!r}.")
         if not isinstance(self.stale, bool):
             raise TypeError(f"stale must be a bool; got {self.stale!r}.")
+        for name in ("phase", "warm_up"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise ValueError(f"{name} must be an integer ≥ 0; got {value!r}.")
         number = isinstance(self.every, numbers.Real)
         if number and not float(self.every) >= self.shares:
             raise ValueError(
@@ -56,7 +65,7 @@ class RefreshSchedule:
         """Whose turn it is at a step, counted from 1: `[shares]`."""
         every = jnp.asarray(self.every, jnp.int32)
         starts = jnp.arange(self.shares, dtype=jnp.int32) * every // self.shares
-        return step % every == starts
+        return (step - self.phase) % every == starts
 
 
 def as_schedule(inverse_every: int | Array | RefreshSchedule) -> RefreshSchedule:

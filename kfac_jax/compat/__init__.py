@@ -1,0 +1,1 @@
+"""Names of the published JAX K-FAC library, for programs written for it."""

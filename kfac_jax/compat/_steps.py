@@ -1,0 +1,433 @@
+"""What the published Optimizer stages: one step, as a pure function of arrays."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kfac_jax import _factors
+from kfac_jax._jaxpr.interpreter import without_tags
+from kfac_jax.compat import _options, _stats
+from kfac_jax.compat._adaptation import Adaptation
+from kfac_jax.compat.curvature_blocks import native_blocks
+from kfac_jax.curvature import Curvature, make_curvature
+from kfac_jax.layers import BlocksSpec
+from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, RefreshSchedule
+from kfac_jax.sharding import OverAxis
+from kfac_jax.tags import register_generic
+from kfac_jax.transform import Info, KFACState, kfac
+
+Params = Any
+Batch = Any
+FuncState = Any
+Rates = Sequence[Array | None]
+"""Learning rate, momentum and damping, None where a rule chooses."""
+
+
+class EstimatorState(NamedTuple):
+    """What is known about the curvature."""
+
+    weight: Array  # [], the sum of the weights in the factors' averages
+    batches: Array  # [] int32, how many batches are in them
+    factors: _factors.Factors  # by layer name, moving averages
+    inverses: _factors.Factors  # by layer name, of the damped factors
+    info: Info  # of the last step
+
+
+class State(NamedTuple):
+    """The Optimizer's state: a plain tree of arrays.
+
+    With `multi_device` each has a leading axis of devices.
+    """
+
+    velocities: Params  # like the parameters, the last update
+    estimator_state: EstimatorState
+    damping: Array  # [], λ: of the next step if it is adapted, else of the last
+    data_seen: Array  # [] int, cases so far
+    step_counter: Array  # [] int32, steps so far
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Steps:
+    """The functions to stage.
+
+    Attributes:
+      value_and_grad: the user's function; see `Optimizer`, as for the next three.
+      has_aux: whether it returns auxiliary data.
+      has_state: whether it takes and returns a state.
+      has_rng: whether it takes a key.
+      for_estimator: another function whose registered losses count, or None.
+      process: what is done to each batch.
+      size: the number of cases in a batch.
+      schedules: functions of the step for learning rate, momentum and damping, or None.
+      modelled: whether the quadratic model chooses the learning rate.
+      adaptation: how λ is adapted.
+      ema: ε.
+      every: in how many steps statistics are gathered.
+      inverse_every: T3.
+      generic_only: whether all parameters get diagonal blocks.
+      plan_options: for `make_curvature`.
+      axis: the name of the axis of devices, or None.
+      norms: what to tell about the step's vectors.
+      plans: those made so far, by the shapes of the arguments.
+    """
+
+    value_and_grad: Callable[..., Any]
+    has_aux: bool
+    has_state: bool
+    has_rng: bool
+    for_estimator: Callable[..., Any] | None
+    process: Callable[[Batch], Batch]
+    size: Callable[[Batch], Any]
+    schedules: Sequence[Callable[..., Any] | None]
+    modelled: bool
+    adaptation: Adaptation
+    ema: float
+    every: int
+    inverse_every: int
+    generic_only: bool
+    plan_options: Mapping[str, Any]
+    axis: str | None
+    norms: _stats.Norms
+    plans: dict[Any, Curvature] = dataclasses.field(default_factory=dict)
+
+    # ---------------------------------------------------------------- what is staged
+
+    def init(
+        self, params: Params, rng: Array, batch: Batch, func_state: FuncState
+    ) -> State:
+        """The state before the first step."""
+        curvature = self._plan(params, rng, self.process(batch), func_state)
+        rule = self.adaptation.rule
+        damping = jnp.asarray(0.0 if rule is None else rule.initial, float)
+        weight = jnp.zeros((), float)
+        rates = [jnp.zeros(()), jnp.zeros(()), damping]
+        start: Any = self._transform(curvature, rates, weight).init(params)
+        return _divided(start, weight, damping, jnp.zeros((), int))
+
+    def step(
+        self,
+        params: Params,
+        state: State,
+        rng: Array,
+        batch: Batch,
+        func_state: FuncState,
+        rates: Rates,
+    ) -> tuple[Params, State, FuncState, dict[str, Any]]:
+        """One step; returns what it changes, and what it did."""
+        size = self.size(batch) * (jax.lax.axis_size(self.axis) if self.axis else 1)
+        batch = self.process(batch)
+        rng, key = self._keys(rng)
+        curvature = self._plan(params, rng, batch, func_state)
+        value, statistics = self._value_and_statistics(
+            curvature, params, state, batch, key
+        )
+        loss, (func_state, aux, grads) = self._averaged(value)
+        rates = self._scheduled(rates, state)
+        weight = state.estimator_state.weight
+        after: Any
+        updates, after = self._transform(curvature, rates, weight).update(
+            grads,
+            _joined(state),
+            params,
+            statistics=statistics,
+            value=loss,
+            args=(batch,),
+        )
+        measured = self.adaptation(
+            curvature,
+            params,
+            batch,
+            loss,
+            grads,
+            updates,
+            after,
+            self._distribution,
+        )
+        new = optax.apply_updates(params, updates)
+        weight = _weight(state.estimator_state, after.batches, self.ema)
+        seen = state.data_seen + size
+        stats = {
+            "loss": loss,
+            "batch_size": jnp.asarray(size, jnp.int32),
+            "data_seen": seen,
+            "step": after.step,
+            "learning_rate": after.info.learning_rate if self.modelled else rates[0],
+            "momentum": after.info.momentum,
+            "damping": after.info.damping,
+            "precon_damping": after.info.damping,
+            "new_loss": measured.new_loss,
+            "quad_model_change": measured.change,
+            "rho": measured.rho,
+        }
+        stats |= self.norms(curvature, after, rates[0], new, grads, updates)
+        if self.has_aux:
+            stats["aux"] = aux
+        return new, _divided(after, weight, measured.damping, seen), func_state, stats
+
+    def burn_in(
+        self,
+        params: Params,
+        state: State,
+        rng: Array,
+        batch: Batch,
+        func_state: FuncState,
+    ) -> tuple[State, Array]:
+        """Lets the factors' averages see a batch, for as much as any other before."""
+        next_key, rng = jax.random.split(rng)
+        rng, key = self._keys(rng)
+        batch = self.process(batch)
+        curvature = self._plan(params, rng, batch, func_state)
+        old = state.estimator_state
+        _, statistics = curvature.value_and_statistics(
+            params, batch, rng=key, factors=old.factors
+        )
+        factors, _, weight = _factors.average(
+            curvature.layers,
+            old.factors,
+            statistics,
+            old.batches + 1,
+            1.0,
+            self._distribution,
+        )
+        batches = old.batches + (weight > 0).astype(old.batches.dtype)
+        new = old._replace(
+            weight=_weight(old, batches, 1.0), batches=batches, factors=factors
+        )
+        return state._replace(estimator_state=new), next_key
+
+    # ------------------------------------------------------------------------ pieces
+
+    @property
+    def _distribution(self) -> OverAxis | None:
+        return None if self.axis is None else OverAxis(self.axis)
+
+    def _plan(
+        self, params: Params, rng: Array, batch: Batch, func_state: FuncState
+    ) -> Curvature:
+        """The plan for such arguments, with all but the batch bound to its loss."""
+        arguments = self._arguments(rng, batch, func_state)
+        leaves, treedef = jax.tree.flatten((params, arguments))
+        key = treedef, *((jnp.shape(x), str(jnp.result_type(x))) for x in leaves)
+        if key not in self.plans:
+            self.plans[key] = make_curvature(
+                self._loss, params, *arguments, has_aux=True, **self.plan_options
+            )
+
+        def bound(params: Params, batch: Batch) -> Any:
+            return self._loss(params, *self._arguments(rng, batch, func_state))
+
+        return dataclasses.replace(self.plans[key], loss_fn=bound)
+
+    def _arguments(self, rng: Array, batch: Batch, func_state: FuncState) -> list[Any]:
+        """What the user's function gets after the parameters."""
+        state = [func_state] if self.has_state else []
+        return [*state, *([rng] if self.has_rng else []), batch]
+
+    def _loss(self, params: Params, *arguments: Any) -> Any:
+        """The loss and, as auxiliary data, function state, aux and gradient."""
+        function = self.value_and_grad
+        tagged = params
+        if self.generic_only:
+            tagged = jax.tree.map(register_generic, params)
+        if self.for_estimator is not None:
+            self.for_estimator(tagged, *arguments)
+            function, tagged = without_tags(function), params
+        value, grads = function(tagged, *arguments)
+        func_state = aux = None
+        if self.has_state and self.has_aux:
+            value, (func_state, aux) = value
+        elif self.has_state:
+            value, func_state = value
+        elif self.has_aux:
+            value, aux = value
+        return value, (func_state, aux, grads)
+
+    def _value_and_statistics(
+        self,
+        curvature: Curvature,
+        params: Params,
+        state: State,
+        batch: Batch,
+        key: Array,
+    ) -> Any:
+        """The loss function's value and, if it is time, statistics."""
+
+        def gathered() -> Any:
+            factors = state.estimator_state.factors
+            return curvature.value_and_statistics(
+                params, batch, rng=key, factors=factors
+            )
+
+        def plain() -> Any:
+            value = curvature.loss_fn(params, batch)
+            return value, curvature.zero_statistics(params)
+
+        if self.every == 1:
+            return gathered()
+        return jax.lax.cond(state.step_counter % self.every == 0, gathered, plain)
+
+    def _keys(self, rng: Array) -> tuple[Array, Array]:
+        """For the function, and for samples, which differ between devices."""
+        own, key = jax.random.split(rng)
+        if self.axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(self.axis))
+        return own, key
+
+    def _averaged(self, tree: Any) -> Any:
+        """Means over devices; what is not floating point stays each device's own."""
+        axis = self.axis
+        if axis is None:
+            return tree
+
+        def mean(x: Any) -> Any:
+            inexact = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+            return jax.lax.pmean(x, axis) if inexact else x
+
+        return jax.tree.map(mean, tree)
+
+    def _scheduled(self, rates: Rates, state: State) -> Rates:
+        """The rates that were given, or that schedules or the rule for λ choose."""
+        chosen = list(rates)
+        for i, schedule in enumerate(self.schedules):
+            if schedule is not None:
+                seen = {"data_seen": state.data_seen}
+                wanted = "data_seen" in inspect.signature(schedule).parameters
+                chosen[i] = schedule(state.step_counter, **(seen if wanted else {}))
+        if self.adaptation.rule is not None:
+            chosen[2] = state.damping
+        return [None if x is None else jnp.asarray(x, float) for x in chosen]
+
+    def _transform(
+        self, curvature: Curvature, rates: Rates, weight: Array
+    ) -> optax.GradientTransformationExtraArgs:
+        """The transformation of one step."""
+        learning_rate, momentum, damping = rates
+        rule = QuadraticModel() if self.modelled else learning_rate
+        assert rule is not None
+        assert damping is not None
+        return kfac(
+            curvature,
+            rule,
+            momentum,
+            damping,
+            norm_constraint=self.norms.constraint,
+            decay=self.ema * weight / (self.ema * weight + 1.0),
+            inverse_every=RefreshSchedule(self.inverse_every, phase=1, warm_up=0),
+            distribution=self._distribution,
+        )
+
+
+def _weight(old: EstimatorState, batches: Array, ema: float) -> Array:
+    """The sum of weights, once there are as many batches."""
+    return jnp.where(batches > old.batches, ema * old.weight + 1.0, old.weight)
+
+
+def _divided(state: KFACState, weight: Array, damping: Array, seen: Array) -> State:
+    """The Optimizer's state from the transformation's."""
+    estimator = EstimatorState(
+        weight, state.batches, state.factors, state.inverses, state.info
+    )
+    return State(state.velocity, estimator, damping, seen, state.step)
+
+
+def _joined(state: State) -> KFACState:
+    """The transformation's state from the Optimizer's."""
+    known = state.estimator_state
+    return KFACState(
+        step=state.step_counter,
+        batches=known.batches,
+        factors=known.factors,
+        inverses=known.inverses,
+        damping=state.damping,
+        factored_damping=known.info.factored_damping,
+        velocity=state.velocities,
+        info=known.info,
+    )
+
+
+def first_dim_is_size(batch: Batch) -> int:
+    """The number of cases in a batch: the length of its first array's first axis.
+
+    Args:
+      batch: arrays.
+
+    Returns:
+      The length.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    shape = next((jnp.shape(x) for x in jax.tree.leaves(batch)), ())
+    if not shape:
+        raise ValueError(
+            "Expected a batch whose first array has a leading axis of cases; got shape "
+            f"{shape}. Pass batch_size_extractor=lambda batch: ... to the Optimizer."
+        )
+    return int(shape[0])
+
+
+def from_options(options: Mapping[str, Any]) -> Steps:
+    """What to stage for the options of `Optimizer`.
+
+    Args:
+      options: the constructor's arguments by name.
+
+    Returns:
+      The functions.
+    """
+    rule = None
+    interval = options["damping_adaptation_interval"]
+    if options["use_adaptive_damping"]:
+        rule = LevenbergMarquardt(
+            float(options["initial_damping"]),
+            every=interval,
+            factor=options["damping_adaptation_decay"] ** interval,
+            minimum=options["min_damping"],
+            maximum=options["max_damping"],
+            lower=options["damping_lower_threshold"],
+            upper=options["damping_upper_threshold"],
+        )
+    blocks: BlocksSpec = native_blocks(options["layer_tag_to_block_ctor"])
+    generic = _options.generic_only(
+        options["auto_register_kwargs"], options["patterns_to_skip"]
+    )
+    return Steps(
+        value_and_grad=options["value_and_grad_func"],
+        has_aux=options["value_func_has_aux"],
+        has_state=options["value_func_has_state"],
+        has_rng=options["value_func_has_rng"],
+        for_estimator=options["value_func_for_estimator"],
+        process=options["batch_process_func"] or (lambda batch: batch),
+        size=options["batch_size_extractor"] or first_dim_is_size,
+        schedules=[options[schedule] for _, _, schedule in _options.RATES],
+        modelled=options["use_adaptive_learning_rate"],
+        adaptation=Adaptation(
+            rule=rule,
+            modelled=options["use_adaptive_learning_rate"],
+            exact=options["always_use_exact_qmodel_for_damping_adjustment"],
+            damped=options["include_damping_in_quad_change"],
+            unknown=options["invalid_metric_value"],
+        ),
+        ema=options["curvature_ema"],
+        every=options["curvature_update_period"],
+        inverse_every=options["inverse_update_period"],
+        generic_only=options["register_only_generic"] or generic,
+        plan_options={
+            "estimation_mode": options["estimation_mode"] or "ggn_curvature_prop",
+            "blocks": blocks,
+            "num_samples": options["num_estimator_samples"],
+            "l2": float(options["l2_reg"]),
+        },
+        axis=options["pmap_axis_name"] if options["multi_device"] else None,
+        norms=_stats.Norms(
+            constraint=options["norm_constraint"],
+            total=options["include_norms_in_stats"],
+            each=options["include_per_param_norms_in_stats"],
+        ),
+    )
