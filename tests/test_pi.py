@@ -124,3 +124,36 @@ def test_eigen_has_no_pi(norm):
 
 def test_trace_is_the_default():
     assert Kronecker().pi == TNT().pi == Eigen().pi == "trace"
+
+
+@pytest.mark.parametrize("diagonal", [(), ("input",), ("output",), ("input", "output")])
+@pytest.mark.parametrize("lead", [(), (2,), (2, 3)])
+@pytest.mark.parametrize("sizes", [(4, 1), (1, 3), (1, 1)])
+def test_a_number_is_damped_exactly(diagonal, lead, sizes):
+    block, given = Kronecker(exact_scalars=True), factors(8, lead, sizes, diagonal)
+    damped = block.damp(given, jnp.asarray(DAMPING))
+    eigenvalues = block.spectrum(given, None).eigenvalues(jnp.asarray(DAMPING), "")
+    found = {
+        name: np.reshape(x.factor, (-1, *x.factor.shape[len(lead) :]))
+        for name, x in damped.items()
+    }
+    for i in range(int(np.prod(lead, dtype=int))):
+        a, g = dense(given, "input", i), dense(given, "output", i)
+        expected = np.kron(a, g) + DAMPING * np.eye(len(a) * len(g))
+        product = np.ones((1, 1))
+        for side in ("input", "output"):
+            name = side if side in found else side + "_diagonal"
+            x = found[name][i] if side in found else np.diag(found[name][i])
+            product = np.kron(product, x + damped[name].shift * np.eye(len(x)))
+        np.testing.assert_allclose(product, expected, rtol=1e-12)
+        own = np.sort(np.reshape(eigenvalues, (-1, len(a) * len(g)))[i])
+        np.testing.assert_allclose(own, np.linalg.eigvalsh(expected), rtol=1e-10)
+
+
+def test_exact_scalars_leave_other_layers_and_the_default_alone():
+    given = factors(9, (), (4, 3))
+    assert_is_the_papers(given, shifts(Kronecker(exact_scalars=True), given), "trace")
+    given = factors(9, (), (4, 1))
+    assert_is_the_papers(given, shifts(Kronecker(), given), "trace")
+    with pytest.raises(TypeError, match="exact_scalars must be a bool"):
+        Kronecker(exact_scalars=1)

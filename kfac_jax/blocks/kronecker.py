@@ -52,6 +52,8 @@ class Kronecker(Block):
       pi: the norm in π: "trace", the paper's choice; "frobenius"; "spectral", for the
         cost of an eigendecomposition in each refresh; or "one" for π = 1.
       gradient_products: whether to precondition gradients as products, see above.
+      exact_scalars: whether a layer with only one input or output is damped exactly, as
+        `A g + λ I`, where its factor g is a number. Otherwise as all others.
 
     References:
       Martens & Grosse 2015, sections 3, 4.2, 6.3 and 8. Eschenhagen et al. 2023
@@ -59,13 +61,14 @@ class Kronecker(Block):
 
     >>> Kronecker(weight_sharing="reduce")
     Kronecker(max_factor_dim=8192, weight_sharing='reduce', pi='trace',
-              gradient_products=False)
+              gradient_products=False, exact_scalars=False)
     """
 
     max_factor_dim: int | None = 8192
     weight_sharing: str = "expand"
     pi: str = "trace"
     gradient_products: bool = False
+    exact_scalars: bool = False
 
     elementwise = frozenset({"input_diagonal", "output_diagonal"})
     row_statistics = frozenset(
@@ -86,9 +89,10 @@ class Kronecker(Block):
             )
         check_weight_sharing(self.weight_sharing)
         check_pi(self.pi)
-        products = self.gradient_products
-        if not isinstance(products, bool):
-            raise TypeError(f"gradient_products must be a bool; got {products!r}.")
+        for name in ("gradient_products", "exact_scalars"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name} must be a bool; got {value!r}.")
 
     @property
     def needs_examples(self) -> bool:
@@ -191,14 +195,22 @@ class Kronecker(Block):
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Factored Tikhonov damping (section 6.3)."""
         factors = nearest_product(factors)
-        (a, a_is_full), (g, g_is_full) = sides(factors)
-        both = pi(self.pi, sides(factors)) * jnp.sqrt(jnp.asarray(damping, a.dtype))
+        (a, a_is_full), (g, g_is_full) = both_sides = sides(factors)
+        damping = jnp.asarray(damping, a.dtype)
+        if self._has_scalar(both_sides):
+            return dict(
+                zip(sorted(factors), _damped_scalar(both_sides, damping), strict=True)
+            )
+        both = pi(self.pi, both_sides) * jnp.sqrt(damping)
         shifts = [
             shift if is_full else shift[..., None]
             for shift, is_full in zip(both, (a_is_full, g_is_full), strict=True)
         ]
         damped = Damped(a, shifts[0]), Damped(g, shifts[1])
         return dict(zip(sorted(factors), damped, strict=True))
+
+    def _has_scalar(self, factors: tuple[Side, Side]) -> bool:
+        return self.exact_scalars and any(x.array.shape[-1] == 1 for x in factors)
 
     def solve(self, inverses: Factors, v: Array) -> Array:
         """`A⁻¹ V G⁻¹`."""
@@ -217,15 +229,14 @@ class Kronecker(Block):
 
     def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
         """The joint eigenbasis `U_A ⊗ U_G`; exact damping adds λ to the products."""
-        factors = nearest_product(factors)
-        (wa, ua), (wg, ug) = (
-            linalg.eigh(x) if full else (x, None) for x, full in sides(factors)
-        )
+        both = sides(nearest_product(factors))
+        (wa, ua), (wg, ug) = (linalg.eigh(x) if full else (x, None) for x, full in both)
+        exact = self._has_scalar(both)
         shares = pi(self.pi, (Side(wa, False), Side(wg, False)))[..., None]
 
         def eigenvalues(damping: Array, mode: str) -> Array:
             damping = jnp.asarray(damping, wa.dtype)
-            if mode == "exact":
+            if mode == "exact" or exact:
                 return wa[..., :, None] * wg[..., None, :] + damping
             gamma = jnp.sqrt(damping)
             damped_a, damped_g = wa + shares[0] * gamma, wg + shares[1] * gamma
@@ -240,6 +251,19 @@ class Kronecker(Block):
             return v if ug is None else v @ jnp.swapaxes(ug, -1, -2)
 
         return Spectrum(eigenvalues, to_basis, from_basis)
+
+
+def _damped_scalar(factors: tuple[Side, Side], damping: Array) -> list[Damped]:
+    """`A ⊗ g + λ I` as `(A g + λ I) ⊗ 1` where g, or A, is a number."""
+    scalar = 0 if factors[0].array.shape[-1] == 1 else 1
+    result: list[Damped] = []
+    for i, (x, is_full) in enumerate(factors):
+        if i == scalar:
+            result.append(Damped(jnp.ones_like(x), jnp.zeros_like(damping)))
+            continue
+        number = factors[scalar].diagonal
+        result.append(Damped(x * (number[..., None] if is_full else number), damping))
+    return result
 
 
 def _moment(x: Array, full: bool) -> Array:

@@ -12,11 +12,12 @@ from jax import Array
 
 from kfac_jax import _factors
 from kfac_jax._jaxpr.interpreter import without_tags
+from kfac_jax.blocks import Block, Kronecker
 from kfac_jax.compat import _options, _stats
 from kfac_jax.compat._adaptation import Adaptation
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.curvature import Curvature, make_curvature
-from kfac_jax.layers import BlocksSpec
+from kfac_jax.layers import Layer
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, RefreshSchedule
 from kfac_jax.sharding import OverAxis
 from kfac_jax.tags import register_generic
@@ -298,7 +299,8 @@ class Steps:
             if schedule is not None:
                 seen = {"data_seen": state.data_seen}
                 wanted = "data_seen" in inspect.signature(schedule).parameters
-                chosen[i] = schedule(state.step_counter, **(seen if wanted else {}))
+                step = jnp.asarray(state.step_counter, int)
+                chosen[i] = schedule(step, **(seen if wanted else {}))
         if self.adaptation.rule is not None:
             chosen[2] = state.damping
         return [None if x is None else jnp.asarray(x, float) for x in chosen]
@@ -393,7 +395,13 @@ def from_options(options: Mapping[str, Any]) -> Steps:
             lower=options["damping_lower_threshold"],
             upper=options["damping_upper_threshold"],
         )
-    blocks: BlocksSpec = native_blocks(options["layer_tag_to_block_ctor"])
+    chosen = native_blocks(options["layer_tag_to_block_ctor"])
+
+    def blocks(layer: Layer) -> Block | None:
+        block = chosen.get(layer.kind, layer.block)
+        exact = type(block) is Kronecker
+        return dataclasses.replace(block, exact_scalars=True) if exact else block
+
     generic = _options.generic_only(
         options["auto_register_kwargs"], options["patterns_to_skip"]
     )

@@ -1,18 +1,19 @@
 """Block classes of the published library."""
 
+from collections.abc import Mapping
 from typing import Any
 
-from kfac_jax.layers import BlocksSpec
+from kfac_jax.blocks import Block
 
 
-def native_blocks(layer_tag_to_block_ctor: Any) -> BlocksSpec:
+def native_blocks(layer_tag_to_block_ctor: Any) -> Mapping[str, Block | None]:
     """The blocks of this library that stand for published ones.
 
     Args:
       layer_tag_to_block_ctor: block classes by layer tag, or None.
 
     Returns:
-      What `make_curvature` takes as `blocks`.
+      Blocks by layer kind.
 
     Raises:
       ValueError: for anything but None.
@@ -22,4 +23,4 @@ def native_blocks(layer_tag_to_block_ctor: Any) -> BlocksSpec:
             "layer_tag_to_block_ctor is not offered yet: expected None. Use "
             "kfac_jax.make_curvature(..., blocks=...)."
         )
-    return None
+    return {}
