@@ -9,7 +9,31 @@ from kfac_jax._factors import Statistics as Statistics
 from kfac_jax._report import Totals as Totals
 from kfac_jax.averaging import AverageIteratesState as AverageIteratesState
 from kfac_jax.averaging import average_iterates as average_iterates
+from kfac_jax.compat import curvature_blocks as curvature_blocks
+from kfac_jax.compat import layers_and_loss_tags as layers_and_loss_tags
 from kfac_jax.compat import optimizer as optimizer
+from kfac_jax.compat import tag_graph_matcher as tag_graph_matcher
+from kfac_jax.compat import utils as utils
+from kfac_jax.compat.curvature_blocks import CurvatureBlock as CurvatureBlock
+from kfac_jax.compat.curvature_blocks import (
+    DenseTwoKroneckerFactored as DenseTwoKroneckerFactored,
+)
+from kfac_jax.compat.curvature_blocks import KroneckerFactored as KroneckerFactored
+from kfac_jax.compat.curvature_blocks import LayerVjpData as LayerVjpData
+from kfac_jax.compat.curvature_blocks import NaiveDiagonal as NaiveDiagonal
+from kfac_jax.compat.curvature_blocks import (
+    RepeatedDenseKroneckerFactored as RepeatedDenseKroneckerFactored,
+)
+from kfac_jax.compat.curvature_blocks import (
+    ScaleAndShiftDiagonal as ScaleAndShiftDiagonal,
+)
+from kfac_jax.compat.curvature_blocks import ScaleAndShiftFull as ScaleAndShiftFull
+from kfac_jax.compat.curvature_blocks import (
+    get_default_tag_to_block_ctor as get_default_tag_to_block_ctor,
+)
+from kfac_jax.compat.curvature_blocks import (
+    set_default_tag_to_block_ctor as set_default_tag_to_block_ctor,
+)
 from kfac_jax.compat.optimizer import Optimizer as Optimizer
 from kfac_jax.curvature import Curvature as Curvature
 from kfac_jax.curvature import make_curvature as make_curvature

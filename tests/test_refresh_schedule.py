@@ -96,6 +96,22 @@ def test_each_share_has_its_turn():
         assert found[k][1].info.inverse_refreshes == count
 
 
+def test_phase_and_warm_up():
+    """At steps 1, 4 and 7 only, or with a warm-up of two at step 2, too."""
+    for warm_up, turns in ((0, [1, 4, 7]), (2, [1, 2, 4, 7])):
+        schedule = kfac_jax.RefreshSchedule(3, phase=1, warm_up=warm_up)
+        found = states(plan(), schedule, 7)
+        refreshed = [
+            k
+            for k in range(1, 8)
+            if not same(found[k - 1][1].inverses, found[k][1].inverses)
+        ]
+        assert refreshed == turns
+    for name in ("phase", "warm_up"):
+        with pytest.raises(ValueError, match="must be an integer ≥ 0; got -1"):
+            kfac_jax.RefreshSchedule(3, **{name: -1})
+
+
 def test_a_share_is_refreshed_as_all_would_be():
     """At step 6 the second share is what a refresh of everything gives there."""
     found = states(plan(), kfac_jax.RefreshSchedule(4, shares=2), 6)

@@ -63,6 +63,12 @@ def test_damping_stays_in_its_range():
     assert float(rule.update(1.0, 0.0)) == 1.1
 
 
+def test_thresholds():
+    rule = LevenbergMarquardt(1.0, factor=0.5, lower=0.6, upper=0.9)
+    found = [float(rule.update(1.0, rho)) for rho in (0.5, 0.7, 0.95)]
+    assert found == [2.0, 1.0, 0.5]
+
+
 def test_rules_are_hashable_values():
     assert LevenbergMarquardt(2.0) == LevenbergMarquardt(2.0)
     assert hash(LevenbergMarquardt(2.0)) == hash(LevenbergMarquardt(2.0))
@@ -86,6 +92,7 @@ def test_rules_are_hashable_values():
         ({"factor": 0.0}, r"factor \(ω1\)"),
         ({"minimum": 2.0, "maximum": 1.0}, "minimum ≤ maximum"),
         ({"minimum": -1.0}, "0 ≤ minimum"),
+        ({"lower": 0.75, "upper": 0.25}, "Need 0 < lower < upper"),
     ],
 )
 def test_levenberg_marquardt_refuses(options, message):

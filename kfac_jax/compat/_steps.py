@@ -353,7 +353,7 @@ def _joined(state: State) -> KFACState:
     )
 
 
-def first_dim_is_size(batch: Batch) -> int:
+def leading_axis(batch: Batch) -> int:
     """The number of cases in a batch: the length of its first array's first axis.
 
     Args:
@@ -398,7 +398,7 @@ def from_options(options: Mapping[str, Any]) -> Steps:
     chosen = native_blocks(options["layer_tag_to_block_ctor"])
 
     def blocks(layer: Layer) -> Block | None:
-        block = chosen.get(layer.kind, layer.block)
+        block = layer.block if chosen is None else chosen(layer)
         exact = type(block) is Kronecker
         return dataclasses.replace(block, exact_scalars=True) if exact else block
 
@@ -412,7 +412,7 @@ def from_options(options: Mapping[str, Any]) -> Steps:
         has_rng=options["value_func_has_rng"],
         for_estimator=options["value_func_for_estimator"],
         process=options["batch_process_func"] or (lambda batch: batch),
-        size=options["batch_size_extractor"] or first_dim_is_size,
+        size=options["batch_size_extractor"] or leading_axis,
         schedules=[options[schedule] for _, _, schedule in _options.RATES],
         modelled=options["use_adaptive_learning_rate"],
         adaptation=Adaptation(

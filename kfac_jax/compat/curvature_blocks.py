@@ -1,26 +1,341 @@
-"""Block classes of the published library."""
+"""Classes of curvature blocks by their names in the existing JAX K-FAC library.
 
-from collections.abc import Mapping
-from typing import Any
+Each describes which native block stands for it; none is ever instantiated. Programs
+that derive from them, to handle weight sharing, get the native block, which does that
+by itself, and a warning that says so.
+"""
 
-from kfac_jax.blocks import Block
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Generic, TypeVar
+
+from kfac_jax import blocks
+from kfac_jax.compat import _state
+from kfac_jax.compat._state import register_state_class
+from kfac_jax.compat.layers_and_loss_tags import LayerData
+from kfac_jax.layers import Layer
+
+T = TypeVar("T")
 
 
-def native_blocks(layer_tag_to_block_ctor: Any) -> Mapping[str, Block | None]:
-    """The blocks of this library that stand for published ones.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerVjpData(Generic[T]):
+    """What a block's `update_curvature_matrix_estimate` gets there."""
+
+    primals: LayerData[T]
+    tangents: LayerData[T]
+
+
+class CurvatureBlock:
+    """The base of all: what describes the block of a layer.
+
+    Attributes:
+      native: the native block that stands for it; None where there is none.
+    """
+
+    native: ClassVar[blocks.Block | None] = None
+
+    @register_state_class
+    class State(_state.State):
+        """What a block keeps there."""
+
+        cache: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Refuses to be instantiated."""
+        raise TypeError(
+            f"{type(self).__name__} only describes a block, and is not instantiated: "
+            f"{self.native!r} is run in its place. Pass the class, or a native block "
+            "(kfac_jax.blocks), in layer_tag_to_block_ctor."
+        )
+
+
+class ScaledIdentity(CurvatureBlock):
+    """`blocks.Identity`; its scale can only be 1."""
+
+    native = blocks.Identity()
+
+
+class Diagonal(CurvatureBlock):
+    """`blocks.Diagonal`."""
+
+    native = blocks.Diagonal()
+
+    @register_state_class
+    class State(CurvatureBlock.State):
+        """What a block keeps there."""
+
+        diagonal_factors: tuple[Any, ...]
+
+
+class Full(CurvatureBlock):
+    """`blocks.Full`."""
+
+    native = blocks.Full()
+
+    @register_state_class
+    class State(CurvatureBlock.State):
+        """What a block keeps there."""
+
+        matrix: Any
+
+
+class KroneckerFactored(CurvatureBlock):
+    """`blocks.Kronecker`."""
+
+    native = blocks.Kronecker()
+
+    @register_state_class
+    class State(CurvatureBlock.State):
+        """What a block keeps there."""
+
+        factors: tuple[Any, ...]
+
+
+class NaiveDiagonal(Diagonal):
+    """For any layer: `blocks.Diagonal`.
+
+    For a generic parameter it is `N ḡ²` of the batch's mean gradient here and there; of
+    other layers it is the exact diagonal here.
+    """
+
+
+class NaiveFull(Full):
+    """For any layer: `blocks.Full`."""
+
+
+class NaiveTNT(KroneckerFactored):
+    """For any layer: `blocks.TNT`."""
+
+    native = blocks.TNT()
+
+
+class DenseDiagonal(Diagonal):
+    """For dense layers: `blocks.Diagonal`."""
+
+
+class DenseFull(Full):
+    """For dense layers: `blocks.Full`."""
+
+
+class DenseTwoKroneckerFactored(KroneckerFactored):
+    """For dense layers: `blocks.Kronecker`."""
+
+
+class DenseTNT(DenseTwoKroneckerFactored):
+    """For dense layers: `blocks.TNT`."""
+
+    native = blocks.TNT()
+
+
+class RepeatedDenseKroneckerFactored(DenseTwoKroneckerFactored):
+    """For dense layers used at many positions: `blocks.Kronecker`, "expand"."""
+
+    @register_state_class
+    class State(KroneckerFactored.State):
+        """What a block keeps there."""
+
+        average_repeats: Any
+
+
+class Conv2DDiagonal(Diagonal):
+    """For convolutions: `blocks.Diagonal`."""
+
+
+class Conv2DFull(Full):
+    """For convolutions: `blocks.Full`."""
+
+
+class Conv2DTwoKroneckerFactored(KroneckerFactored):
+    """For convolutions: `blocks.Kronecker`, "expand"."""
+
+
+class Conv2DTNT(Conv2DTwoKroneckerFactored):
+    """For convolutions: `blocks.TNT`."""
+
+    native = blocks.TNT()
+
+
+class ScaleAndShiftDiagonal(Diagonal):
+    """For elementwise layers: `blocks.Diagonal`."""
+
+
+class ScaleAndShiftFull(Full):
+    """For elementwise layers: `blocks.Full`."""
+
+
+# ----------------------------------------------------------------------- what tags mean
+
+CurvatureBlockCtor = Callable[..., Any]
+
+DEFAULTS: dict[str, type[CurvatureBlock]] = {
+    "dense": DenseTwoKroneckerFactored,
+    "repeated_dense": RepeatedDenseKroneckerFactored,
+    "conv2d": Conv2DTwoKroneckerFactored,
+    "scale_and_shift": ScaleAndShiftDiagonal,
+    "generic": NaiveDiagonal,
+}
+"""The block of each tag, there and here."""
+
+KINDS = {
+    "dense": ("dense",),
+    "repeated_dense": ("dense",),
+    "conv2d": ("conv",),
+    "scale_and_shift": ("scale", "shift", "scale_and_shift"),
+    "generic": ("generic", "unmatched"),
+}
+"""The kinds of layers that each tag stands for."""
+
+_registered: dict[str, Any] = {}
+"""What programs have set: for the whole process, as `set_default_tag_to_block_ctor` has
+it. Only `native_blocks` reads it."""
+
+
+def set_default_tag_to_block_ctor(tag_name: str, block_ctor: Any) -> None:
+    """Sets the block of a tag for all optimizers made from now on in this process.
 
     Args:
-      layer_tag_to_block_ctor: block classes by layer tag, or None.
+      tag_name: the tag, or the `variant` of a tag.
+      block_ctor: a class of this module, one derived from it, or a native block.
+    """
+    _registered[_plain(tag_name)] = block_ctor
+
+
+def set_multi_default_tag_to_block_ctor(tags_to_block_ctor: Mapping[str, Any]) -> None:
+    """Sets the blocks of several tags."""
+    for tag_name, block_ctor in tags_to_block_ctor.items():
+        set_default_tag_to_block_ctor(tag_name, block_ctor)
+
+
+def get_default_tag_to_block_ctor(tag_name: str) -> Any:
+    """What is set for a tag, or its default; None for an unknown tag."""
+    name = _plain(tag_name)
+    return _registered.get(name, DEFAULTS.get(name))
+
+
+def _plain(tag_name: str) -> str:
+    return tag_name.removesuffix("_tag")
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeBlocks:
+    """A rule for `make_curvature(blocks=...)`: blocks of some kinds of layers.
+
+    Other kinds keep their default, and so do kinds that no layer has.
+    """
+
+    kinds: tuple[tuple[str, blocks.Block], ...]
+
+    def __call__(self, layer: Layer) -> blocks.Block | None:
+        """The block of a layer."""
+        return dict(self.kinds).get(layer.kind, layer.block)
+
+
+def native_blocks(
+    layer_tag_to_block_ctor: Mapping[str, Any] | None = None,
+) -> NativeBlocks | None:
+    """Translates blocks by tag, those that are set by default included.
+
+    Args:
+      layer_tag_to_block_ctor: classes of this module, classes derived from them, or
+        native blocks, by tag.
 
     Returns:
-      Blocks by layer kind.
+      What `make_curvature(blocks=...)` takes; None if all layers keep their default.
 
     Raises:
-      ValueError: for anything but None.
+      TypeError: if something is no such class.
+      ValueError: if a class has no native block, if its options or its tag have no
+        counterpart, or if tags that are one kind of layer here have different blocks.
     """
-    if layer_tag_to_block_ctor:
+    given = {_plain(tag): x for tag, x in (layer_tag_to_block_ctor or {}).items()}
+    given = _registered | given
+    if "repeated_dense" in given:  # which are layers like others here
+        given = {"dense": DEFAULTS["dense"]} | given
+    replaced: list[str] = []
+    natives = {tag: _native(tag, ctor, replaced) for tag, ctor in given.items()}
+    chosen: dict[str, tuple[str, blocks.Block]] = {}
+    for tag, native in natives.items():
+        _check_tag(tag, native)
+        for kind in KINDS.get(tag, ()):
+            other, block = chosen.setdefault(kind, (tag, native))
+            if block != native:
+                raise ValueError(
+                    f"Layers tagged {other!r} and {tag!r} are of one kind, {kind!r}, "
+                    f"here; expected one block for them, got {block!r} and {native!r}. "
+                    "Choose blocks by path: make_curvature(..., blocks={path: block})."
+                )
+    if replaced:
+        _warn_of_replaced(replaced)
+    defaults = {k: DEFAULTS[tag].native for tag, kinds in KINDS.items() for k in kinds}
+    kinds = [(k, b) for k, (_, b) in chosen.items() if b != defaults[k]]
+    return NativeBlocks(tuple(kinds)) if kinds else None
+
+
+def _check_tag(tag: str, native: blocks.Block) -> None:
+    """Tags of a program's own can have the default of dense layers, as those have."""
+    if tag not in KINDS and native != KroneckerFactored.native:
         raise ValueError(
-            "layer_tag_to_block_ctor is not offered yet: expected None. Use "
-            "kfac_jax.make_curvature(..., blocks=...)."
+            f"The tag {tag!r} stands for no kind of layer, so its block {native!r} "
+            f"cannot be chosen by it; expected one of {', '.join(KINDS)}. Choose "
+            "blocks by path: make_curvature(..., blocks={path: block})."
         )
-    return {}
+
+
+def _warn_of_replaced(replaced: list[str]) -> None:
+    warnings.warn(
+        f"kfac_jax runs native blocks in place of custom ones: {'; '.join(replaced)}. "
+        "A native block handles weight sharing and its scale by itself. To choose it, "
+        "and silence this, pass it as it is: layer_tag_to_block_ctor="
+        '{"repeated_dense": kfac_jax.blocks.Kronecker()}, or blocks= of '
+        "make_curvature.",
+        stacklevel=4,
+    )
+
+
+def _native(tag: str, ctor: Any, replaced: list[str]) -> blocks.Block:
+    """The native block; notes in `replaced` what of a custom one is not run."""
+    if isinstance(ctor, blocks.Block):
+        return ctor
+    options: dict[str, Any] = {}
+    while isinstance(ctor, functools.partial):
+        options = dict(ctor.keywords) | options
+        ctor = ctor.func
+    if not (isinstance(ctor, type) and issubclass(ctor, CurvatureBlock)):
+        raise TypeError(
+            f"Blocks for a tag are expected as a class of kfac_jax.curvature_blocks, "
+            f"one derived from it, or a block of kfac_jax.blocks; got {ctor!r} for "
+            f"{tag!r}."
+        )
+    if ctor.native is None:
+        raise ValueError(
+            f"{ctor.__name__} (for {tag!r}) derives from no block that has a native "
+            "counterpart; expected a class derived from KroneckerFactored, Diagonal, "
+            "Full or ScaledIdentity. Write a kfac_jax.blocks.Block and pass that."
+        )
+    if options.pop("scale", 1.0) != 1.0:
+        raise ValueError(
+            f"ScaledIdentity (for {tag!r}) is expected with scale 1; got another. "
+            "Identity() has no scale: change the learning rate of those parameters."
+        )
+    missing = sorted({*_overridden(ctor), *options})
+    if missing:
+        replaced.append(
+            f"{ctor.native!r} for {ctor.__name__} (tag {tag!r}), without its "
+            f"{', '.join(missing)}"
+        )
+    return ctor.native
+
+
+def _overridden(ctor: type) -> list[str]:
+    """What classes outside of this module define."""
+    library = (__name__, "builtins", "abc", "typing")
+    return [
+        name
+        for cls in ctor.__mro__
+        if cls.__module__ not in library
+        for name in cls.__dict__
+        if name == "__init__" or not name.startswith(("__", "_abc"))
+    ]

@@ -1,0 +1,175 @@
+"""What programs that use `jax.pmap` need: copies on each device, keys, collectives."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+DEVICES = "local_devices"
+
+
+def in_pmap(axis_name: str | None) -> bool:
+    """Whether the caller runs inside of `pmap` (or the like) over that axis."""
+    if axis_name is None:
+        return False
+    try:
+        jax.lax.psum(1, axis_name)
+    except NameError:
+        return False
+    return True
+
+
+def wrap_if_pmap(p_func: Callable[[Any, str], Any]) -> Callable[[Any, str | None], Any]:
+    """Makes a collective the identity where its axis is None or is not mapped.
+
+    Args:
+      p_func: the collective, `(obj, axis_name) -> obj`.
+
+    Returns:
+      A function of the same arguments.
+    """
+
+    @functools.wraps(p_func)
+    def wrapped(obj: Any, axis_name: str | None) -> Any:
+        if axis_name is None or not in_pmap(axis_name):
+            return obj
+        return p_func(obj, axis_name)
+
+    return wrapped
+
+
+@wrap_if_pmap
+def psum_if_pmap(obj: Any, axis_name: str) -> Any:
+    """The sum over devices; `obj` itself where the axis is None or is not mapped."""
+    return jax.lax.psum(obj, axis_name)
+
+
+@wrap_if_pmap
+def pmean_if_pmap(obj: Any, axis_name: str) -> Any:
+    """The mean over devices; `obj` itself where the axis is None or is not mapped."""
+    return jax.lax.pmean(obj, axis_name)
+
+
+def _sharding(axis_name: str | None) -> NamedSharding:
+    """The leading axis over this process's devices, as `pmap` has its arguments."""
+    mesh = Mesh(np.array(jax.local_devices()), (axis_name or DEVICES,))
+    return NamedSharding(mesh, PartitionSpec(axis_name or DEVICES))
+
+
+def replicate_all_local_devices(obj: Any, axis_name: str | None = None) -> Any:
+    """Puts a copy of each array on each local device.
+
+    Args:
+      obj: a tree of arrays.
+      axis_name: what the sharding calls the new axis; it has no other effect.
+
+    Returns:
+      Arrays with a new leading axis, one entry for each device, which `pmap` takes
+      without copying them.
+    """
+    sharding, devices = _sharding(axis_name), jax.local_devices()
+
+    def replicate(x: Any) -> Array:
+        x = jnp.asarray(x)[None]
+        copies = [jax.device_put(x, device) for device in devices]
+        shape = (len(devices), *x.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, copies)
+
+    return jax.tree.map(replicate, obj)
+
+
+def broadcast_all_local_devices(obj: Any, axis_name: str | None = None) -> Any:
+    """Puts each entry of the arrays' leading axis on its own local device.
+
+    Args:
+      obj: a tree of arrays, their leading axis as long as there are local devices.
+      axis_name: what the sharding calls that axis; it has no other effect.
+
+    Returns:
+      The same arrays, which `pmap` takes without copying them.
+
+    Raises:
+      ValueError: if a leading axis is not as long as there are local devices.
+    """
+    count = jax.local_device_count()
+    for x in jax.tree.leaves(obj):
+        if jnp.shape(x)[:1] != (count,):
+            raise ValueError(
+                "broadcast_all_local_devices expects a leading axis with an entry for "
+                f"each of the {count} local devices; got shape {jnp.shape(x)}. Reshape "
+                "it, or use replicate_all_local_devices for a copy on each."
+            )
+    return jax.device_put(obj, _sharding(axis_name))
+
+
+def make_different_rng_key_on_all_devices(rng: Array) -> Array:
+    """Splits a key into one for each device, different between processes too.
+
+    Args:
+      rng: a key, from `jax.random.key` or `jax.random.PRNGKey`.
+
+    Returns:
+      The keys with a leading axis, each on its device.
+    """
+    rng = jax.random.fold_in(rng, jax.process_index())
+    return broadcast_all_local_devices(jax.random.split(rng, jax.local_device_count()))
+
+
+@functools.cache
+def _split_on_devices(num: int) -> Callable[[Array], tuple[Array, ...]]:
+    return jax.pmap(lambda key: tuple(jax.random.split(key, num)))
+
+
+def p_split(key: Array) -> tuple[Array, ...]:
+    """Splits each device's key in two, each with the leading axis of devices."""
+    return p_split_num(key, 2)
+
+
+def p_split_num(key: Array, num: int) -> tuple[Array, ...]:
+    """Splits each device's key into `num`.
+
+    Args:
+      key: keys with a leading axis, one for each device.
+      num: how many to make of each.
+
+    Returns:
+      That many arrays like `key`.
+    """
+    return _split_on_devices(num)(key)
+
+
+def get_first(obj: Any) -> Any:
+    """The first device's part of arrays with a leading axis of devices.
+
+    Args:
+      obj: a tree of such arrays; Python numbers stay as they are.
+
+    Returns:
+      The tree without that axis, read without moving the other devices' parts.
+    """
+    return jax.tree.map(_first, obj)
+
+
+def _first(x: Any) -> Any:
+    if not hasattr(x, "shape") or not x.shape:
+        return x
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, Array):
+        return x[0]
+    part = x.addressable_data(0)
+    return part[0] if part.shape[1:] == x.shape[1:] else x[0]
+
+
+def get_mean(obj: Any) -> Any:
+    """The means over the leading axis, that of devices."""
+    return jax.tree.map(lambda x: jnp.mean(x, axis=0), obj)
+
+
+def get_sum(obj: Any) -> Any:
+    """The sums over the leading axis, that of devices."""
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), obj)

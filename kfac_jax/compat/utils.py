@@ -1,0 +1,280 @@
+"""Types, arithmetic of trees, helpers for `pmap`, and inverses of small matrices.
+
+For programs already written for the existing JAX K-FAC library; see `kfac_jax.compat`.
+"""
+
+import functools
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import DTypeLike
+
+from kfac_jax import linalg
+from kfac_jax.compat._devices import (
+    broadcast_all_local_devices as broadcast_all_local_devices,
+)
+from kfac_jax.compat._devices import get_first as get_first
+from kfac_jax.compat._devices import get_mean as get_mean
+from kfac_jax.compat._devices import get_sum as get_sum
+from kfac_jax.compat._devices import in_pmap as in_pmap
+from kfac_jax.compat._devices import (
+    make_different_rng_key_on_all_devices as make_different_rng_key_on_all_devices,
+)
+from kfac_jax.compat._devices import p_split as p_split
+from kfac_jax.compat._devices import p_split_num as p_split_num
+from kfac_jax.compat._devices import pmean_if_pmap as pmean_if_pmap
+from kfac_jax.compat._devices import psum_if_pmap as psum_if_pmap
+from kfac_jax.compat._devices import (
+    replicate_all_local_devices as replicate_all_local_devices,
+)
+from kfac_jax.compat._devices import wrap_if_pmap as wrap_if_pmap
+from kfac_jax.compat._state import State as State
+from kfac_jax.compat._state import WeightedMovingAverage as WeightedMovingAverage
+from kfac_jax.compat._state import register_state_class as register_state_class
+
+T = TypeVar("T")
+
+# Numbers and arrays.
+Numeric = Array | float | int
+Scalar = float | int
+PRNGKey = Array
+Shape = tuple[int, ...]
+DType = DTypeLike
+# Trees; the program decides what they are.
+PyTree = T | Sequence[Any] | Mapping[str, Any]
+ArrayTree = PyTree[Array]
+Params = Any
+Batch = Any
+FuncState = Any
+FuncAux = dict[str, Any]
+FuncArgs = Sequence[Any]
+FuncOuts = Array | tuple[Array, FuncAux]
+# Functions.
+Func = Callable[..., FuncOuts]
+ValueFunc = Callable[..., Array]
+ValueAndGradFunc = Callable[..., tuple[Any, Any]]
+ScheduleType = Callable[..., Numeric]
+
+
+# --------------------------------------------------------------------- trees as vectors
+
+
+def inner_product(obj1: Any, obj2: Any, in_float64: bool = False) -> Array:
+    """The sum of products of all entries of two trees.
+
+    Args:
+      obj1: a tree of arrays.
+      obj2: a tree of the same structure and shapes.
+      in_float64: whether to compute in float64.
+
+    Returns:
+      A scalar.
+
+    Raises:
+      ValueError: if structure or shapes differ.
+    """
+    if not abstract_objects_equal(obj1, obj2, check_dtype=False):
+        raise ValueError(
+            "inner_product expects trees of the same structure and shapes; got "
+            f"{jax.tree.map(jnp.shape, obj1)} and {jax.tree.map(jnp.shape, obj2)}."
+        )
+    dtype = jnp.float64 if in_float64 else None
+    pairs = zip(jax.tree.leaves(obj1), jax.tree.leaves(obj2), strict=True)
+    parts = [
+        jnp.sum(jnp.asarray(x, dtype) * jnp.asarray(y, dtype), dtype=dtype)
+        for x, y in pairs
+    ]
+    return functools.reduce(operator.add, parts, jnp.zeros((), dtype))
+
+
+def squared_norm(obj: Any) -> Array:
+    """The inner product of a tree with itself."""
+    return inner_product(obj, obj)
+
+
+def norm(obj: Any) -> Array:
+    """The Euclidean norm of a tree.
+
+    >>> norm({"a": jnp.full(2, 3.0), "b": jnp.asarray([[1.0, -1.0], [2.0, 1.0]])})
+    Array(5., dtype=float32...)
+    """
+    return jnp.sqrt(squared_norm(obj))
+
+
+def scalar_mul(obj: Any, scalar: Any) -> Any:
+    """Multiplies every entry of a tree by a number."""
+    return jax.tree.map(lambda x: x * scalar, obj)
+
+
+def scalar_div(obj: Any, scalar: Any) -> Any:
+    """Divides every entry of a tree by a number."""
+    return jax.tree.map(lambda x: x / scalar, obj)
+
+
+def sum_of_objects(objects: Sequence[Any]) -> Any:
+    """Adds trees of one structure."""
+    return jax.tree.map(lambda *xs: functools.reduce(operator.add, xs), *objects)
+
+
+def weighted_sum_of_objects(objects: Sequence[Any], coefficients: Sequence[Any]) -> Any:
+    """Adds trees of one structure, each times a coefficient.
+
+    Args:
+      objects: the trees.
+      coefficients: one number for each.
+
+    Returns:
+      A tree like each of them.
+
+    Raises:
+      ValueError: if there are not as many coefficients as trees.
+    """
+    if len(objects) != len(coefficients):
+        raise ValueError(
+            "weighted_sum_of_objects expects as many coefficients as objects; got "
+            f"{len(coefficients)} and {len(objects)}."
+        )
+    pairs = zip(objects, coefficients, strict=True)
+    return sum_of_objects([scalar_mul(obj, c) for obj, c in pairs])
+
+
+def per_parameter_norm(obj: Any, key_prefix: str) -> dict[str, Array]:
+    """The norm of each array by its path, `{"prefix(a/b)": norm}`."""
+    leaves = jax.tree.leaves_with_path(obj)
+    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
+    norms = [norm(x) for _, x in leaves]
+    return {f"{key_prefix}({n})": x for n, x in zip(names, norms, strict=True)}
+
+
+def product(iterable_object: Iterable[Any]) -> Any:
+    """The product of numbers, 1 for none.
+
+    >>> product((2, 3))
+    6
+    """
+    return functools.reduce(operator.mul, iterable_object, 1)
+
+
+def pytree_size(pytree: Any) -> int:
+    """The number of entries of all arrays together."""
+    return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(pytree))
+
+
+def tree_is_empty(obj: Any) -> bool:
+    """Whether a tree holds no leaves."""
+    return not jax.tree.leaves(obj)
+
+
+def abstract_objects_equal(obj1: Any, obj2: Any, check_dtype: bool = True) -> bool:
+    """Whether two trees agree in structure, shapes and (if asked) types."""
+    if jax.tree.structure(obj1) != jax.tree.structure(obj2):
+        return False
+    pairs = zip(jax.tree.leaves(obj1), jax.tree.leaves(obj2), strict=True)
+    return all(
+        jnp.shape(x) == jnp.shape(y)
+        and (not check_dtype or jnp.result_type(x) == jnp.result_type(y))
+        for x, y in pairs
+    )
+
+
+def first_dim_is_size(size: int, *args: Array) -> bool:
+    """Whether the leading axis of every array has that length."""
+    return all(x.shape[0] == size for x in args)
+
+
+def default_batch_size_extractor(batch: Any) -> int:
+    """The length of the first array's leading axis."""
+    return jax.tree.leaves(batch)[0].shape[0]
+
+
+# ----------------------------------------------------------------- positive definite
+
+
+def psd_inv(matrix: Array) -> Array:
+    """Inverts positive definite matrices `[..., d, d]`; others give NaN."""
+    return linalg.inverse(matrix)
+
+
+def pi_adjusted_kronecker_factors(*factors: Array, damping: Any) -> tuple[Array, ...]:
+    """Damped factors whose Kronecker product stands for `F_1 ⊗ ... ⊗ F_n + λ I`.
+
+    Factors are rescaled to one mean eigenvalue c, their geometric mean, and each of the
+    k that have more than one entry gets a kth root of what λ is relative to the others:
+    `F_i c / c_i + (λ / c^(n - k))^(1/k) I`. For two factors that is the paper's π.
+
+    Args:
+      *factors: positive matrices `[d, d]`, or their diagonals `[d]`.
+      damping: λ.
+
+    Returns:
+      As many factors.
+
+    References:
+      Martens & Grosse 2015, section 6.3.
+    """
+    n = len(factors)
+    damping = jnp.asarray(damping, factors[0].dtype)
+    means = [_diagonal(x).mean() for x in factors]
+    common = jnp.prod(jnp.stack(means)) ** (1 / n)
+    scaled = [
+        x * (common / jnp.where(mean > 0, mean, 1))
+        for x, mean in zip(factors, means, strict=True)
+    ]
+    large = [x.size > 1 for x in factors]
+    k = sum(large)
+    if k == 0:
+        return tuple(jnp.full_like(x, (common**n + damping) ** (1 / n)) for x in scaled)
+    even = damping ** (1 / n)
+    zero = common == 0  # one of them, and so the product, is zero
+    others = jnp.where(zero, 1, common).astype(common.dtype) ** (n - k)
+    shift = jnp.where(zero, even, (damping / others) ** (1 / k))
+    single = jnp.where(zero, even, 0).astype(even.dtype)
+    pairs = zip(scaled, large, strict=True)
+    return tuple(_shifted(x, shift if is_large else single) for x, is_large in pairs)
+
+
+def pi_adjusted_kronecker_inverse(*factors: Array, damping: Any) -> tuple[Array, ...]:
+    """Inverts the factors of `pi_adjusted_kronecker_factors`, one by one.
+
+    Args:
+      *factors: positive matrices `[d, d]`, or their diagonals `[d]`.
+      damping: λ.
+
+    Returns:
+      As many factors, of the same shapes.
+    """
+    damped = pi_adjusted_kronecker_factors(*factors, damping=damping)
+    return tuple(1 / x if x.ndim == 1 else psd_inv(x) for x in damped)
+
+
+def _diagonal(x: Array) -> Array:
+    return x if x.ndim == 1 else jnp.diagonal(x)
+
+
+def _shifted(x: Array, shift: Array) -> Array:
+    shift = shift.astype(x.dtype)
+    return x + shift if x.ndim == 1 else x + shift * jnp.eye(len(x), dtype=x.dtype)
+
+
+# ------------------------------------------------------------------------------- scopes
+
+
+def auto_scope_function(func: Callable[..., T]) -> Callable[..., T]:
+    """Runs a function in a `jax.named_scope` of its name."""
+    return jax.named_scope(func.__name__)(func)
+
+
+def auto_scope_method(method: Callable[..., T]) -> Callable[..., T]:
+    """Runs a method in a `jax.named_scope` of its class and name."""
+
+    @functools.wraps(method)
+    def wrapped(instance: Any, *args: Any, **kwargs: Any) -> T:
+        with jax.named_scope(f"{type(instance).__name__}_{method.__name__}"):
+            return method(instance, *args, **kwargs)
+
+    return wrapped
