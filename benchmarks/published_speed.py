@@ -188,7 +188,7 @@ def measure_all(sizes: Sizes, quick: bool) -> dict[str, Any]:
         line = "".join(f"{results[name][column]:>16.3g}" for column in COLUMNS)
         print(f"{name:<34}{line}", flush=True)
     return {
-        "kfac_jax": kfac_jax.__version__,
+        "kfac-jax": version("kfac-jax"),
         "jax": version("jax"),
         "device": jax.devices()[0].device_kind,
         "batch": sizes.batch,

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
@@ -113,8 +113,8 @@ def _classifier() -> Problem:
     return Problem(loss_fn, _init_params(2, 5, 6, 4), batches)
 
 
-def _regression() -> Problem:
-    """Squared error; one of the layers has one input and one has one output."""
+def _regression(widths: Sequence[int] = (6, 5)) -> Problem:
+    """Squared error."""
 
     def loss_fn(params: Params, batch: Batch, l2: float) -> jax.Array:
         inputs, targets = batch
@@ -130,7 +130,15 @@ def _regression() -> Problem:
             noise = 0.1 * rng.normal(size=(12, 2))
             yield inputs, np.sin(2.0 * inputs[:, :2]) * inputs[:, 1:] + noise
 
-    return Problem(loss_fn, _init_params(4, 3, 6, 1, 5, 2), batches)
+    return Problem(loss_fn, _init_params(4, 3, *widths, 2), batches)
+
+
+def _one_unit() -> Problem:
+    """One layer has one output, one has one input: factors of one number are special.
+
+    There no damping is shared out between two factors.
+    """
+    return _regression(widths=(6, 1, 5))
 
 
 def _autoencoder() -> Problem:
@@ -216,7 +224,7 @@ def _walkers() -> Problem:
 # --- cases ----------------------------------------------------------------------------
 
 FIXED = {
-    "learning_rate_schedule": lambda step: 0.2 / (1.0 + step / 5.0),
+    "learning_rate_schedule": lambda step: 0.2 / (1.0 + jnp.asarray(step, float) / 5.0),
     "momentum_schedule": lambda step: 0.8,
     "damping_schedule": lambda step: 1e-2,
 }
@@ -256,11 +264,26 @@ CASES = {
             "momentum_schedule": lambda step: 0.5,
         },
     ),
+    "regression, adaptive rate": Case(
+        _regression,
+        0.0,
+        {
+            "use_adaptive_learning_rate": True,
+            "momentum_schedule": lambda step: 0.7,
+            "use_adaptive_damping": True,
+            "initial_damping": 0.02,
+            "damping_adaptation_interval": 2,
+            "damping_lower_threshold": 0.8,
+            "damping_upper_threshold": 0.9,
+            "max_damping": 0.03,
+        },
+    ),
     "regression, periods": Case(
         _regression,
         0.0,
         {
             **FIXED,
+            "damping_schedule": lambda step: 0.1 / (1.0 + jnp.asarray(step, float)),
             "estimation_mode": "ggn_exact",
             "num_burnin_steps": 3,
             "curvature_ema": 0.7,
@@ -268,15 +291,8 @@ CASES = {
             "inverse_update_period": 3,
         },
     ),
-    "regression, exact inverses": Case(
-        _regression,
-        1e-2,
-        {
-            **FIXED,
-            "damping_schedule": lambda step: 0.5,
-            "use_exact_inverses": True,
-        },
-    ),
+    "regression through one unit, fixed": Case(_one_unit, 1e-2, FIXED),
+    "regression through one unit, adaptive": Case(_one_unit, 0.0, ADAPTIVE),
     "autoencoder, fixed": Case(
         _autoencoder,
         0.0,
@@ -318,7 +334,7 @@ def main() -> None:
     """Write the recording of every case to the file named on the command line."""
     jax.config.update("jax_enable_x64", True)
     recordings = {
-        "kfac-jax": kfac_jax.__version__,
+        "kfac-jax": version("kfac-jax"),
         "jax": version("jax"),
         "cases": {name: run(case) for name, case in CASES.items()},
     }
