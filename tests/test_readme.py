@@ -1,5 +1,6 @@
 """The code of README and documentation runs as written."""
 
+import inspect
 import pathlib
 import re
 
@@ -89,6 +90,20 @@ def test_the_table_of_memory_and_communication(user_settings):
         moved = report.update_bytes, report.refresh_bytes
         cells = [f"{count / 2**20:.1f}" for count in (*kept, *moved)]
         assert f"| {name} | {' | '.join(cells)} |" in text
+
+
+def test_the_page_on_migration(user_settings):
+    """Both programs learn, and every option of the constructor is in its table."""
+    text = (ROOT / "docs" / "migration.md").read_text()
+    scope = _run(text)
+    assert scope["stats"]["loss"] < 0.9
+    assert scope["value"] < 0.9
+    named = {*re.findall(r"`(\w+)", text)}
+    accepted = """damping_lower_threshold damping_upper_threshold invalid_metric_value
+    forbid_setting_attributes_after_finalize modifiable_attribute_exceptions
+    should_vmap_estimator_samples include_per_param_norms_in_stats"""
+    options = inspect.signature(kfac_jax.Optimizer).parameters
+    assert set(options) - named == {*accepted.split()}
 
 
 def _is_the_fisher_of_its_samples(distribution):

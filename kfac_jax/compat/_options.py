@@ -44,6 +44,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
         None,
         "Write a block of your own, see the guide on extending.",
     ),
+    "exact_quad_model_matrix_type": (
+        None,
+        "The Fisher is used, which the GGN equals for the losses that are registered.",
+    ),
     "include_registered_loss_in_stats": (
         False,
         "kfac_jax.make_curvature compares the registered loss with the returned one.",
