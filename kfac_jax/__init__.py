@@ -10,6 +10,7 @@ from kfac_jax._report import Totals as Totals
 from kfac_jax.averaging import AverageIteratesState as AverageIteratesState
 from kfac_jax.averaging import average_iterates as average_iterates
 from kfac_jax.compat import curvature_blocks as curvature_blocks
+from kfac_jax.compat import curvature_estimator as curvature_estimator
 from kfac_jax.compat import layers_and_loss_tags as layers_and_loss_tags
 from kfac_jax.compat import optimizer as optimizer
 from kfac_jax.compat import tag_graph_matcher as tag_graph_matcher
@@ -33,6 +34,18 @@ from kfac_jax.compat.curvature_blocks import (
 )
 from kfac_jax.compat.curvature_blocks import (
     set_default_tag_to_block_ctor as set_default_tag_to_block_ctor,
+)
+from kfac_jax.compat.curvature_estimator import (
+    BlockDiagonalCurvature as BlockDiagonalCurvature,
+)
+from kfac_jax.compat.curvature_estimator import (
+    ImplicitExactCurvature as ImplicitExactCurvature,
+)
+from kfac_jax.compat.curvature_estimator import (
+    OptaxPreconditioner as OptaxPreconditioner,
+)
+from kfac_jax.compat.curvature_estimator import (
+    OptaxPreconditionState as OptaxPreconditionState,
 )
 from kfac_jax.compat.optimizer import Optimizer as Optimizer
 from kfac_jax.curvature import Curvature as Curvature

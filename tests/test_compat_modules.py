@@ -210,6 +210,8 @@ def test_damped_factors_are_those_of_the_paper():
     np.testing.assert_allclose(found, np.linalg.inv(np.kron(*damped)), rtol=1e-12)
     inverse = utils.psd_inv(jnp.stack([A, 2 * A]))
     np.testing.assert_allclose(inverse[0], np.linalg.inv(A), rtol=1e-12)
+    mapped = jax.vmap(utils.psd_inv)(jnp.stack([A, 2 * A]))
+    np.testing.assert_allclose(mapped, inverse, rtol=1e-12)
     assert jnp.isnan(utils.psd_inv(-A)).all()
 
 
@@ -340,6 +342,9 @@ PATTERN = tag_graph_matcher.GraphPattern(
 )
 
 
+KRONECKER = blocks.Kronecker(exact_scalars=True)
+
+
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch):
     monkeypatch.setattr(curvature_blocks, "_registered", {})
@@ -357,12 +362,13 @@ def test_a_program_of_ones_own_blocks_gets_native_ones_and_a_warning():
     with pytest.warns(UserWarning, match="native blocks in place of custom") as caught:
         rule = native_blocks({"dense": kfac_jax.DenseTwoKroneckerFactored})
     (warning,) = caught
+    assert warning.filename == __file__
     for word in ("RepeatedDense", "fixed_scale", "blocks.Kronecker()"):
         assert word in str(warning.message)
     assert "(tag 'repeated_dense'), without its State, fixed_scale, update" in str(
         warning.message
     )
-    assert [x.block for x in plan_of(tagged, rule).layers] == [blocks.Kronecker()] * 2
+    assert [x.block for x in plan_of(tagged, rule).layers] == [KRONECKER] * 2
 
 
 def test_states_of_such_blocks_are_trees():
@@ -481,7 +487,7 @@ NATIVE = {  # tag and block there, kind and block here
 def test_blocks_have_native_ones(tag, ctor):
     rule = native_blocks({tag: ctor})
     if NATIVE[tag, ctor] is None:
-        assert rule is None
+        assert not rule.kinds
     else:
         kind, block = NATIVE[tag, ctor]
         assert dict(rule.kinds)[kind] == block
@@ -502,6 +508,35 @@ def test_a_tag_s_block_is_that_of_its_layers_only():
     assert hash(rule) == hash(
         native_blocks({"dense": blocks.Full(), "conv2d": blocks.TNT()})
     )
+
+
+def test_blocks_of_convolutions_and_of_scales_are_chosen_by_their_tags():
+    params = {"k": models.array(4, 2, 2, 1, 3), "s": models.array(5, 3)}
+    images = models.array(6, 4, 3, 3, 1)
+
+    def loss_fn(params, x):
+        y = jax.lax.conv_general_dilated(
+            x, params["k"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = kfac_jax.register_conv2d(y, x, params["k"], variant="conv2d")
+        z = jnp.tanh(y).sum((1, 2))
+        z = kfac_jax.register_scale_and_shift(z * params["s"][None], z, params["s"])
+        kfac_jax.register_normal_predictive_distribution(z)
+        return z.mean()
+
+    rule = native_blocks(
+        {
+            "conv2d": curvature_blocks.Conv2DDiagonal,
+            "scale_and_shift": kfac_jax.ScaleAndShiftFull,
+        }
+    )
+    plans = [
+        kfac_jax.make_curvature(loss_fn, params, images, blocks=b)
+        for b in (native_blocks(), rule)
+    ]
+    found = [[x.block for x in plan.layers] for plan in plans]
+    assert found[0] == [KRONECKER, blocks.Diagonal()]
+    assert found[1] == [blocks.Diagonal(), blocks.Full()]
 
 
 def test_defaults_are_set_for_several_tags():
@@ -530,7 +565,7 @@ def test_every_kind_of_override_is_noticed():
 
     masked = functools.partial(curvature_blocks.DenseFull, eigen_threshold=3)
     twice = functools.partial(masked, eigen_threshold=4)
-    assert native_blocks({"dense": Same}) is None
+    assert not native_blocks({"dense": Same}).kinds
     for ctor, missing in ((Mixed, "scale"), (twice, "eigen_threshold")):
         with pytest.warns(
             UserWarning, match=rf"\(tag 'dense'\), without its {missing}"

@@ -23,9 +23,10 @@ register_squared_error_loss scale_by_kfac sharing_report spread_state state_spec
 whole_state
 """
 COMPAT = """
-CurvatureBlock DenseTwoKroneckerFactored KroneckerFactored LayerVjpData NaiveDiagonal
+BlockDiagonalCurvature CurvatureBlock DenseTwoKroneckerFactored ImplicitExactCurvature
+KroneckerFactored LayerVjpData NaiveDiagonal OptaxPreconditionState OptaxPreconditioner
 Optimizer RepeatedDenseKroneckerFactored ScaleAndShiftDiagonal ScaleAndShiftFull
-curvature_blocks get_default_tag_to_block_ctor layers_and_loss_tags
+curvature_blocks curvature_estimator get_default_tag_to_block_ctor layers_and_loss_tags
 optimizer set_default_tag_to_block_ctor tag_graph_matcher utils
 """
 BLOCKS = "Block BlockShape Damped Diagonal Eigen Full Identity Kronecker Spectrum TNT"
@@ -40,6 +41,7 @@ softmax_cross_entropy_with_integer_labels squared_error
 MODULES = ("blocks", "distributions", "initializers", "linalg", "losses")
 COMPAT_MODULES = (
     "curvature_blocks",
+    "curvature_estimator",
     "layers_and_loss_tags",
     "optimizer",
     "tag_graph_matcher",

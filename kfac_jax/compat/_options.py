@@ -4,6 +4,8 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from kfac_jax.compat.tag_graph_matcher import check_graph_patterns
+
 _SEPARATE = "Use kfac_jax.kfac(..., factored_damping=kfac_jax.SeparateDamping(...))."
 _OWN_STEP = (
     "Write the step yourself with kfac_jax.kfac, whose update leaves the decision "
@@ -135,6 +137,7 @@ def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
       Whether they ask for generic blocks only.
 
     Raises:
+      TypeError: if `graph_patterns` are none.
       ValueError: for names that the published matcher does not have.
     """
     given = dict(auto_register_kwargs or {})
@@ -144,6 +147,7 @@ def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
             f"auto_register_kwargs has {unknown}, which are no options of it: expected "
             f"some of {sorted(_AUTO_REGISTER)}."
         )
+    check_graph_patterns(given.get("graph_patterns", ()))
     skipped = [*patterns_to_skip, *given.get("patterns_to_skip", ())]
     if skipped:
         warnings.warn(

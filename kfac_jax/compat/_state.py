@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,6 @@ Class = TypeVar("Class", bound=type[Any])
 
 class State:
     """The base of states; subclasses are made pytrees by `register_state_class`."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Takes no fields; `register_state_class` writes another for a subclass."""
-        super().__init__(*args, **kwargs)
 
     @classmethod
     def field_names(cls) -> tuple[str, ...]:
@@ -37,6 +33,7 @@ class State:
         return jax.tree.map(lambda x: x, self)
 
 
+@dataclass_transform(eq_default=False)
 def register_state_class(class_type: Class) -> Class:
     """Makes a subclass of `State` a dataclass and a pytree, all fields being children.
 

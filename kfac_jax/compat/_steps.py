@@ -12,12 +12,10 @@ from jax import Array
 
 from kfac_jax import _factors
 from kfac_jax._jaxpr.interpreter import without_tags
-from kfac_jax.blocks import Block, Kronecker
 from kfac_jax.compat import _options, _stats
 from kfac_jax.compat._adaptation import Adaptation
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.curvature import Curvature, make_curvature
-from kfac_jax.layers import Layer
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, RefreshSchedule
 from kfac_jax.sharding import OverAxis
 from kfac_jax.tags import register_generic
@@ -395,13 +393,6 @@ def from_options(options: Mapping[str, Any]) -> Steps:
             lower=options["damping_lower_threshold"],
             upper=options["damping_upper_threshold"],
         )
-    chosen = native_blocks(options["layer_tag_to_block_ctor"])
-
-    def blocks(layer: Layer) -> Block | None:
-        block = layer.block if chosen is None else chosen(layer)
-        exact = type(block) is Kronecker
-        return dataclasses.replace(block, exact_scalars=True) if exact else block
-
     generic = _options.generic_only(
         options["auto_register_kwargs"], options["patterns_to_skip"]
     )
@@ -428,7 +419,7 @@ def from_options(options: Mapping[str, Any]) -> Steps:
         generic_only=options["register_only_generic"] or generic,
         plan_options={
             "estimation_mode": options["estimation_mode"] or "ggn_curvature_prop",
-            "blocks": blocks,
+            "blocks": native_blocks(options["layer_tag_to_block_ctor"]),
             "num_samples": options["num_estimator_samples"],
             "l2": float(options["l2_reg"]),
         },

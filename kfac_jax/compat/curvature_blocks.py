@@ -7,6 +7,8 @@ by itself, and a warning that says so.
 
 import dataclasses
 import functools
+import itertools
+import traceback
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
@@ -97,8 +99,8 @@ class KroneckerFactored(CurvatureBlock):
 class NaiveDiagonal(Diagonal):
     """For any layer: `blocks.Diagonal`.
 
-    For a generic parameter it is `N ḡ²` of the batch's mean gradient here and there; of
-    other layers it is the exact diagonal here.
+    For a generic parameter that is `N ḡ²` of a sampled batch's mean gradient, in both
+    libraries; for other layers it is the exact diagonal here.
     """
 
 
@@ -223,19 +225,22 @@ def _plain(tag_name: str) -> str:
 class NativeBlocks:
     """A rule for `make_curvature(blocks=...)`: blocks of some kinds of layers.
 
-    Other kinds keep their default, and so do kinds that no layer has.
+    Other kinds keep their default. As there, Kronecker blocks of layers with one input
+    or output are damped exactly.
     """
 
     kinds: tuple[tuple[str, blocks.Block], ...]
 
     def __call__(self, layer: Layer) -> blocks.Block | None:
         """The block of a layer."""
-        return dict(self.kinds).get(layer.kind, layer.block)
+        block = dict(self.kinds).get(layer.kind, layer.block)
+        exact = type(block) is blocks.Kronecker
+        return dataclasses.replace(block, exact_scalars=True) if exact else block
 
 
 def native_blocks(
     layer_tag_to_block_ctor: Mapping[str, Any] | None = None,
-) -> NativeBlocks | None:
+) -> NativeBlocks:
     """Translates blocks by tag, those that are set by default included.
 
     Args:
@@ -243,7 +248,7 @@ def native_blocks(
         native blocks, by tag.
 
     Returns:
-      What `make_curvature(blocks=...)` takes; None if all layers keep their default.
+      What `make_curvature(blocks=...)` takes.
 
     Raises:
       TypeError: if something is no such class.
@@ -271,7 +276,7 @@ def native_blocks(
         _warn_of_replaced(replaced)
     defaults = {k: DEFAULTS[tag].native for tag, kinds in KINDS.items() for k in kinds}
     kinds = [(k, b) for k, (_, b) in chosen.items() if b != defaults[k]]
-    return NativeBlocks(tuple(kinds)) if kinds else None
+    return NativeBlocks(tuple(kinds))
 
 
 def _check_tag(tag: str, native: blocks.Block) -> None:
@@ -291,8 +296,16 @@ def _warn_of_replaced(replaced: list[str]) -> None:
         "and silence this, pass it as it is: layer_tag_to_block_ctor="
         '{"repeated_dense": kfac_jax.blocks.Kronecker()}, or blocks= of '
         "make_curvature.",
-        stacklevel=4,
+        stacklevel=_callers_level() + 1,
     )
+
+
+def _callers_level() -> int:
+    """How far up the stack the program is that calls this library."""
+    frames = (frame for frame, _ in traceback.walk_stack(None))
+    names = (str(frame.f_globals.get("__name__", "")) for frame in frames)
+    own = itertools.takewhile(lambda name: name.split(".")[0] == "kfac_jax", names)
+    return len(list(own))
 
 
 def _native(tag: str, ctor: Any, replaced: list[str]) -> blocks.Block:
