@@ -87,3 +87,5 @@ from kfac_jax.transform import scale_by_kfac as scale_by_kfac
 
 register_categorical_predictive_distribution = register_softmax_cross_entropy_loss
 register_multi_bernoulli_predictive_distribution = register_sigmoid_cross_entropy_loss
+
+__version__ = "0.1.0"

@@ -99,8 +99,8 @@ class KroneckerFactored(CurvatureBlock):
 class NaiveDiagonal(Diagonal):
     """For any layer: `blocks.Diagonal`.
 
-    For a generic parameter that is `N ḡ²` of a sampled batch's mean gradient, in both
-    libraries; for other layers it is the exact diagonal here.
+    For a generic parameter that is `N ḡ²` of a batch's mean gradient ḡ for sampled
+    targets; for other layers it is the exact diagonal.
     """
 
 
