@@ -14,7 +14,7 @@ export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
 .PHONY: test test-slow doctest lint format types docs clean
-.PHONY: demo classifier language-model paper data-parallel multi-process
+.PHONY: demo classifier language-model wavefunction paper data-parallel multi-process
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
@@ -48,6 +48,9 @@ classifier: $(VENV)/examples.stamp
 
 language-model: $(VENV)/examples.stamp
 	$(BIN)/python examples/language_model.py
+
+wavefunction: $(VENV)/examples.stamp
+	$(BIN)/python examples/wavefunction.py
 
 paper: $(VENV)/examples.stamp
 	$(BIN)/python examples/paper.py
