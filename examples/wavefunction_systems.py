@@ -1,8 +1,9 @@
 """Atoms and a molecule with few electrons.
 
-Lengths are in bohr, energies in hartree. The exact energies are not relativistic, with nuclei at rest: of He from Nakashima &
-Nakatsuji 2007 (J. Chem. Phys. 127, 224104), of Li from Puchalski & Pachucki 2006
-(Phys. Rev. A 73, 022503), of H2 from Pachucki 2010 (Phys. Rev. A 82, 032509).
+Lengths are in bohr, energies in hartree. The exact energies are not relativistic, with
+nuclei at rest: of He from Nakashima & Nakatsuji 2007 (J. Chem. Phys. 127, 224104), of
+Li from Puchalski & Pachucki 2006 (Phys. Rev. A 73, 022503), of H2 from Pachucki 2010
+(Phys. Rev. A 82, 032509).
 """
 
 from __future__ import annotations
