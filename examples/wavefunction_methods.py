@@ -125,24 +125,8 @@ def optimizer(
 ) -> Route:
     """`kfac_jax.Optimizer`, which steps by itself."""
     del params, electrons
-
-    @jax.custom_jvp
-    def total_energy(params: Params, electrons: Array) -> tuple[Array, Array]:
-        local = energies(system, params, electrons)
-        return local.mean(), local
-
-    @total_energy.defjvp
-    def _(primals: tuple[Params, Array], tangents: tuple[Params, Array]) -> Any:
-        params, electrons = primals
-        loss, local = total_energy(params, electrons)
-        _, tangent = jax.jvp(
-            lambda p: logs(system, p, electrons), (params,), tangents[:1]
-        )
-        slope = 2 * (_centred(local) * tangent).mean()
-        return (loss, local), (slope, jnp.zeros_like(local))
-
     front = kfac_jax.Optimizer(
-        jax.value_and_grad(total_energy, has_aux=True),
+        jax.value_and_grad(total_energy(system), has_aux=True),
         l2_reg=0.0,
         value_func_has_aux=True,
         value_func_has_rng=False,
@@ -169,6 +153,32 @@ def optimizer(
         return front.init(params, jax.random.key(0), electrons)
 
     return Route(init, step, "")
+
+
+def total_energy(
+    system: System,
+) -> Callable[[Params, Array], tuple[Array, Array]]:
+    """The energy and the local ones, with a rule that says what the gradient is.
+
+    The rule also registers log |psi|; it is where other codes do so, too.
+    """
+
+    @jax.custom_jvp
+    def total_energy(params: Params, electrons: Array) -> tuple[Array, Array]:
+        local = energies(system, params, electrons)
+        return local.mean(), local
+
+    @total_energy.defjvp
+    def _(primals: tuple[Params, Array], tangents: tuple[Params, Array]) -> Any:
+        params, electrons = primals
+        loss, local = total_energy(params, electrons)
+        _, tangent = jax.jvp(
+            lambda p: logs(system, p, electrons), (params,), tangents[:1]
+        )
+        slope = 2 * (_centred(local) * tangent).mean()
+        return (loss, local), (slope, jnp.zeros_like(local))
+
+    return total_energy
 
 
 ROUTES = {"native": native, "optimizer": optimizer}
