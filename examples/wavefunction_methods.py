@@ -110,9 +110,9 @@ def native(
 
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Params, state: Any, electrons: Array, key: Array) -> Any:
-        del key  # nothing is sampled in the exact mode
+        # the key is for parameters without a layer, if a change of the model has some
         (_, local), grads, statistics = curvature.value_grad_and_statistics(
-            params, electrons
+            params, electrons, rng=key
         )
         updates, state = tx.update(grads, state, params, statistics=statistics)
         return optax.apply_updates(params, updates), state, local
