@@ -132,9 +132,8 @@ def _train(
         training.walkers, _ = sample(training.params, training.walkers, 1.0)
     electrons = training.walkers.electrons
     route = ROUTES[route_name](system, settings, training.params, electrons)
-    if route.report:
-        print(f"\n{system.name}\n{route.report}\n")
     state = route.init(training.params, electrons)
+    print(f"\n{system.name}\n{route.report()}\n")
     with tqdm(range(scale.steps), desc=f"{system.name:<3}") as bar:
         for step in bar:
             training.walkers, acceptance = sample(

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import optax
 from experiment import option
 from jax import Array
+from jax.typing import ArrayLike
 from wavefunction_model import Params, log_psi
 from wavefunction_sampling import clipped, local_energy
 from wavefunction_systems import System
@@ -46,9 +47,9 @@ class Settings:
     decay: float = option(0.95, "of the factors' averages")
     inverse_every: int = option(1, "steps between inverses, T3")
 
-    def rate(self, step: Any) -> Any:
+    def rate(self, step: ArrayLike) -> Array:
         """The learning rate at a step."""
-        return self.learning_rate / (1 + step / self.halved_after)
+        return self.learning_rate / (1 + jnp.asarray(step, float) / self.halved_after)
 
 
 class Route(NamedTuple):
@@ -57,7 +58,7 @@ class Route(NamedTuple):
     init: Callable[[Params, Array], Any]  # params, electrons -> state
     # params, state, electrons, key -> params, state, local energies before the step
     step: Callable[[Params, Any, Array, Array], tuple[Params, Any, Array]]
-    report: str  # about it, to be shown once
+    report: Callable[[], str]  # the plan, after init
 
 
 def energies(system: System, params: Params, electrons: Array) -> Array:
@@ -117,7 +118,7 @@ def native(
         updates, state = tx.update(grads, state, params, statistics=statistics)
         return optax.apply_updates(params, updates), state, local
 
-    return Route(lambda params, electrons: tx.init(params), step, str(curvature))
+    return Route(lambda params, electrons: tx.init(params), step, curvature.report)
 
 
 def optimizer(
@@ -152,7 +153,7 @@ def optimizer(
     def init(params: Params, electrons: Array) -> Any:
         return front.init(params, jax.random.key(0), electrons)
 
-    return Route(init, step, "")
+    return Route(init, step, lambda: front.curvature.report())
 
 
 def total_energy(

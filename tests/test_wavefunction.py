@@ -14,6 +14,7 @@ import numpy as np
 import oracles
 import pytest
 from jax.flatten_util import ravel_pytree
+from models import assert_trees_close
 from test_examples_parallel import EXAMPLES, LIMIT, start
 
 import kfac_jax
@@ -243,6 +244,25 @@ def test_the_plans_fisher_is_that_of_psi_squared():
         found = oracles.block(dense, params, *layer.params)
         expected = oracles.block(fisher, params, *layer.params)
         np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_both_routes_take_the_same_steps():
+    """Without a memory: their averages give the first batches other weights."""
+    from wavefunction_methods import ROUTES, Settings
+
+    system, params, walkers = network("H2")
+    ends = []
+    for make in ROUTES.values():
+        route = make(system, Settings(decay=0.0), params, walkers)
+        now, state = jax.tree.map(jnp.copy, params), route.init(params, walkers)
+        for key in jax.random.split(jax.random.key(0), 3):
+            now, state, local = route.step(now, state, walkers, key)
+        ends.append((now, local))
+        assert "single/0/w" in route.report()
+    moved = oracles.vector(ends[0][0]) - oracles.vector(params)
+    assert np.abs(moved).max() > 1e-3
+    assert_trees_close(*ends, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["H", "He", "Li", "H2"])
