@@ -347,8 +347,8 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
         tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
         concavity = _concavity(losses)
         known.append(all(loss.data for loss in losses))
-        if not known[-1]:
-            return outputs[0], outputs[0], tolerance, concavity
+        if not known[-1]:  # nothing is compared, so that nothing need be computed
+            return jnp.zeros(()), jnp.zeros(()), tolerance, concavity
         n = len(jax.tree.leaves(params))
         penalty = sum(jnp.vdot(x, x) for x in leaves[:n]) * (l2 / 2)
         total = functools.reduce(jnp.add, [loss.value() for loss in losses])
@@ -359,9 +359,11 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
     def values(leaves: Sequence[Any]) -> tuple[Array, Array, Array, Array]:
         return axis_types.auto(compared)(leaves, *run(program, leaves, None))
 
-    # also while a caller's jit is being traced around the plan
+    # Compiled before the context, which lets values be known while a caller's jit is
+    # being traced around the plan: in it JAX compiles each constant expression alone.
+    compiled = values.lower(leaves).compile()
     with jax.ensure_compile_time_eval():
-        returned, registered, tolerance, concavity = map(float, values(leaves))
+        returned, registered, tolerance, concavity = map(float, compiled(leaves))
     if concavity > tolerance:
         _warn_of_concavity(concavity)
     if not known[-1] or not np.isfinite(returned):

@@ -101,6 +101,31 @@ def test_registered_loss_of_another_scale(loss, ratio):
         make(loss)
 
 
+@pytest.mark.parametrize("targets", [True, False])
+def test_the_comparison_of_losses_computes_no_more_than_it_needs(targets, caplog):
+    """Without targets nothing; with them one program, constants included."""
+    calls = []
+
+    def called(x):
+        calls.append(1)
+        return x
+
+    def loss(params, x, y):
+        constant = jnp.arcsinh(jnp.linspace(1.0, 2.0, 3))[None]
+        z = (x * constant) @ params["w"] + params["b"][None]
+        kfac_jax.register_squared_error_loss(z, y if targets else None)
+        shape = jax.ShapeDtypeStruct((), float)
+        zero = 0 * jax.pure_callback(
+            called, shape, jnp.sum(y), vmap_method="sequential"
+        )
+        return jnp.square(z - y).sum(-1).mean() + zero
+
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        make(loss)
+    assert "asinh" not in caplog.text
+    assert len(calls) == targets
+
+
 def test_undeclared_penalty():
     def penalized(params, x, y):
         return loss_fn(params, x, y) + 0.5 * jnp.vdot(params["w"], params["w"])
