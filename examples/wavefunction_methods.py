@@ -40,10 +40,10 @@ VARIANCE = 0.25
 class Settings:
     """Constants of the optimizer."""
 
-    learning_rate: float = option(0.05, "alpha at the start")
-    halved_after: float = option(10000.0, "steps after which alpha is half of that")
+    learning_rate: float = option(0.2, "alpha at the start")
+    halved_after: float = option(1000.0, "steps after which alpha is half of that")
     damping: float = option(1e-3, "lambda")
-    norm_constraint: float = option(1e-3, "largest alpha^2 D'g, direction D, grad. g")
+    norm_constraint: float = option(1e-2, "largest alpha^2 D'g, direction D, grad. g")
     decay: float = option(0.95, "of the factors' averages")
     inverse_every: int = option(1, "steps between inverses, T3")
 

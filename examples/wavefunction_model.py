@@ -56,7 +56,7 @@ def init_params(system: System, shape: Shape, dtype: Any, key: Array) -> Params:
         single, pair = shape.width, shape.pair_width
     for number in system.spins:
         count = shape.determinants * number
-        # the j-th orbital of a determinant decays as that of principal number j + 1
+        # each orbital of a determinant decays as one of hydrogen: 1s, 2s, ...
         principal = jnp.tile(jnp.arange(1, number + 1, dtype=dtype), shape.determinants)
         linear = dense(single, count, scale=0.1, shift=1.0)
         decay = jnp.asarray(system.charges, dtype)[:, None] / principal
@@ -68,7 +68,10 @@ def init_params(system: System, shape: Shape, dtype: Any, key: Array) -> Params:
 
 
 def log_psi(system: System, params: Params, electrons: Array) -> Array:
-    """Log |psi| of one walker, electrons `[electrons, 3]`."""
+    """Log |psi| of one walker, electrons `[electrons, 3]`.
+
+    Psi is a plain product, which a few electrons do not bring near underflow.
+    """
     return jnp.log(jnp.abs(psi(system, params, electrons)))
 
 
