@@ -1,8 +1,8 @@
 """Finds ground states of H, He, Li and H2 by variational Monte Carlo with K-FAC.
 
 A small neural wavefunction psi is trained to lowest energy. Its electrons are sampled
-from psi^2 by a Markov chain, so there is no data. With the defaults it takes about five
-minutes on two CPU cores:
+from psi^2 by a Markov chain, so there is no data. With the defaults it takes three or
+four minutes on two CPU cores:
 
     python examples/wavefunction.py
     python examples/wavefunction.py --system Li --steps 5000 --precision float64
