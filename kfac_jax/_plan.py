@@ -144,7 +144,9 @@ def trace(
             "No loss is registered. Expected a call to a function of kfac_jax.losses "
             "or kfac_jax.register_*_loss on the network's output inside the loss "
             "function; add one, e.g. "
-            "kfac_jax.register_softmax_cross_entropy_loss(logits, labels)."
+            "kfac_jax.register_softmax_cross_entropy_loss(logits, labels). One in the "
+            "rule of a custom_jvp is met where the gradient is taken: see "
+            "value_and_statistics."
         )
     _check_cases(program)
     _check_closures(program)

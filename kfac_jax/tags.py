@@ -277,7 +277,8 @@ def bind_loss(
     z = jnp.asarray(z)
     if not jnp.issubdtype(z.dtype, jnp.floating):
         raise TypeError(
-            f"A registered output must be real floating point; got {z.dtype}."
+            f"A registered output must be real floating point; got {z.dtype}. Register "
+            "real and imaginary part of a complex one, jnp.stack([z.real, z.imag], -1)."
         )
     if isinstance(weight, numbers.Real) and not (
         float(weight) >= 0 and math.isfinite(float(weight))

@@ -105,9 +105,18 @@ ROUTES = {  # how devices run the step, the distribution, how gradients are aver
 }
 
 
+FAST = ("pmap, shared", "shard_map", "shard_map, unchecked, shared")
+
+
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("structure", MOSTLY_LINKED)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize(
+    "route",
+    [
+        name if name in FAST else pytest.param(name, marks=pytest.mark.slow)
+        for name in ROUTES
+    ],
+)
 def test_micro_batches_on_each_device(route, structure):
     distribute, distribution, average, both = ROUTES[route]
     tx, step = micro_step(plan(structure), distribution, average, both)

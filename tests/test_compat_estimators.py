@@ -263,6 +263,7 @@ def test_exact_products_are_the_plans():
 # ------------------------------------------------------------------------ devices
 
 
+@models.EIGHT_DEVICES
 @pytest.mark.parametrize("when", ["in the update", "after it"])
 def test_devices_share_a_batch(when):
     estimator, expected = estimator_and_state()
@@ -287,6 +288,7 @@ def test_devices_share_a_batch(when):
     models.assert_trees_close(utils.get_first(state).factors, expected.factors)
 
 
+@models.EIGHT_DEVICES
 def test_bases_of_several_devices_are_not_averaged():
     def update(x):
         estimator = kfac_jax.BlockDiagonalCurvature(
@@ -372,6 +374,7 @@ def test_damping_may_follow_a_schedule_and_the_curvature_multiplies():
     models.assert_trees_close(preconditioner.apply(moved, state), V)
 
 
+@models.EIGHT_DEVICES
 def test_preconditioners_average_over_their_axis():
     preconditioner = kfac_jax.OptaxPreconditioner(
         loss_fn, damping=0.1, estimation_mode="fisher_exact"

@@ -111,6 +111,7 @@ def over_devices(function):
     return jax.pmap(function, axis_name="i")
 
 
+@models.EIGHT_DEVICES
 def test_copies_are_taken_by_pmap_as_they_are():
     state = utils.replicate_all_local_devices({"w": TREE["b"], "n": 2}, "i")
     each = utils.broadcast_all_local_devices(jnp.arange(float(DEVICES)))
@@ -126,6 +127,7 @@ def test_copies_are_taken_by_pmap_as_they_are():
     models.assert_trees_equal(utils.get_first(state)["w"], TREE["b"])
 
 
+@models.EIGHT_DEVICES
 def test_the_first_device_is_read_from_any_array():
     rows = np.arange(16.0).reshape(8, 2)
     spread = utils.broadcast_all_local_devices(jnp.asarray(rows))
@@ -140,6 +142,7 @@ def test_the_first_device_is_read_from_any_array():
     np.testing.assert_array_equal(utils.get_sum(spread), rows.sum(0))
 
 
+@models.EIGHT_DEVICES
 @pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
 def test_keys_differ_between_devices(make):
     keys = utils.make_different_rng_key_on_all_devices(make(0))
@@ -153,12 +156,14 @@ def test_keys_differ_between_devices(make):
     assert utils.get_first(draw(two)) == jax.random.uniform(expected[1])
 
 
+@models.EIGHT_DEVICES
 def test_keys_are_the_published_ones():
     keys = utils.make_different_rng_key_on_all_devices(jax.random.PRNGKey(0))
     np.testing.assert_array_equal(keys[0], [4165894930, 804218099])
     np.testing.assert_array_equal(keys[1], [1353695780, 2116000888])
 
 
+@models.EIGHT_DEVICES
 def test_collectives_are_for_mapped_axes_only():
     x = jnp.arange(float(DEVICES))
     scaled = utils.wrap_if_pmap(lambda x, axis: 2 * jax.lax.psum(x, axis))
@@ -236,6 +241,7 @@ def test_averages_are_updated_in_place():
     np.testing.assert_array_equal(copy.value, 0.0)
 
 
+@models.EIGHT_DEVICES
 def test_averages_are_trees_which_pmap_averages():
     def mean(average, x):
         average.update({"x": x}, 0.0, 1.0)
@@ -604,7 +610,7 @@ REFUSED = {
         TypeError,
         lambda: RepeatedDense(None),
     ),
-    "expects a leading axis with an entry for each of the 8 local devices": (
+    f"expects a leading axis with an entry for each of the {DEVICES} local devices": (
         ValueError,
         lambda: utils.broadcast_all_local_devices(jnp.ones(16)),
     ),

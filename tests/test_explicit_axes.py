@@ -114,7 +114,7 @@ def placed(mesh, place, p=None):
 CASES = [  # the adaptive rules also take what fixed ones do
     ("batch", "diagonal", "adaptive"),
     pytest.param("batch", "tridiagonal", "fixed", marks=pytest.mark.slow),
-    ("batch, shared", "tridiagonal", "adaptive"),
+    pytest.param("batch, shared", "tridiagonal", "adaptive", marks=pytest.mark.slow),
     pytest.param("parameters, shared", "diagonal", "adaptive", marks=pytest.mark.slow),
     pytest.param("parameters, shared", "tridiagonal", "fixed", marks=pytest.mark.slow),
     ("parameters, shared", "tridiagonal", "adaptive"),
@@ -126,7 +126,9 @@ CASES = [  # the adaptive rules also take what fixed ones do
     pytest.param(
         "outputs, shared over one", "diagonal", "adaptive", marks=pytest.mark.slow
     ),
-    ("outputs, shared over one", "tridiagonal", "adaptive"),
+    pytest.param(
+        "outputs, shared over one", "tridiagonal", "adaptive", marks=pytest.mark.slow
+    ),
     pytest.param(
         "auto_axes inside, shared over two", "diagonal", "fixed", marks=pytest.mark.slow
     ),

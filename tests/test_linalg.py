@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import oracles
 import pytest
@@ -229,6 +230,7 @@ def test_mean_rows():
     np.testing.assert_allclose(found, [x.mean(-1) for x in rows], rtol=1e-14)
 
 
+@models.EIGHT_DEVICES
 @pytest.mark.parametrize("several", [False, True])
 def test_lapack_gets_one_matrix_at_a_time_where_cpu_devices_share_it(
     several, monkeypatch

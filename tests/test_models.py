@@ -450,6 +450,19 @@ MODELS = {
 }
 
 
+LIKE_OTHERS = {
+    "linen transformer, RMS norm",
+    "linen transformer, bf16",
+    "linen tied transformer",
+    "linen LSTM, joined weights",
+    "linen GRU",
+    "linen ResNet, batch norm",
+    "linen ViT",
+    "linen Mixer",
+    "equinox convolutions",
+}
+"""Made of what the rest of the models is made of, too."""
+
 TRACED = {
     "linen transformer, scanned, bf16": linen(Scanned(jnp.bfloat16)),
     "nnx transformer, bf16": nnx_model(lambda: NnxLanguage(jnp.bfloat16)),
@@ -512,7 +525,13 @@ def test_every_parameter_is_covered_in_other_types_and_scans(name):
         assert factor.dtype == jnp.float32
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=pytest.mark.slow) if n in LIKE_OTHERS else n
+        for n in MODELS
+    ],
+)
 def test_every_parameter_is_covered(name):
     build, x = MODELS[name]
     params, apply = build(x)

@@ -424,6 +424,7 @@ def test_parameters_that_vary_in_part():
         jax.jit(mapped)(params, x)
 
 
+@pytest.mark.slow
 @models.EIGHT_DEVICES
 def test_every_block_on_two_devices():
     p = problem()
