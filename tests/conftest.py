@@ -18,8 +18,8 @@ os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
 import jax  # noqa: E402
 
-# What JAX keeps of each program lives long: looking through all of it as often as Python
-# does by default took a tenth of the time.
+# What JAX keeps of each program lives long: looking through all of it as often as
+# Python does by default took a tenth of the time.
 gc.set_threshold(100_000, 20, 100)
 
 jax.config.update("jax_enable_x64", True)
