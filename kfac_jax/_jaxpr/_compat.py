@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core as extend_core
 from jax.extend import source_info_util
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 source_info_util.register_exclusion(str(pathlib.Path(__file__).parents[1]))
 """The library's own frames are not the user's source lines."""
@@ -97,6 +97,19 @@ def identity_primitive(name: str) -> Any:
     primitive.def_abstract_eval(lambda operand, *_, **__: operand)
     mlir.register_lowering(primitive, lambda _, operand, *__, **___: [operand])
     return primitive
+
+
+def keep(primitive: Any) -> None:
+    """Keeps equations whose results are not used, where JAX drops such.
+
+    It does when it differentiates a function under `jit`, `scan` or `checkpoint`.
+    """
+
+    def rule(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
+        equation = rest[-1]  # JAX 0.12 tells before which operands are live
+        return [True] * len(equation.invars), equation
+
+    partial_eval.dce_rules[primitive] = rule
 
 
 def set_jvp(primitive: Any, rule: Any) -> None:
