@@ -39,7 +39,7 @@ class Optimizer:
     * What cannot be honoured raises an error that names the option and what to do.
       Hints about how to compute the same (`distributed_inverses`,
       `distributed_precon_apply`, `should_vmap_estimator_samples`) and about setting
-      attributes are accepted and not needed.
+      attributes are accepted and not needed. Options stay as they were given.
 
     Attributes:
       value_and_grad_func: `f(params[, func_state][, rng], batch) -> (value, grads)`
@@ -176,6 +176,20 @@ class Optimizer:
         self._steps = steps
         self._staged = [self._stage(f) for f in (steps.init, steps.step, steps.burn_in)]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what is no option; those have been read.
+
+        Raises:
+          AttributeError: for an option.
+        """
+        if name in type(self).__dataclass_fields__ and "_staged" in self.__dict__:
+            raise AttributeError(
+                f"{name} of an Optimizer cannot be changed once it is made: expected "
+                "it as an argument of the constructor. Make another one, in which the "
+                "state of this one goes on."
+            )
+        super().__setattr__(name, value)
+
     def _stage(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.debug:
             return function
@@ -257,6 +271,7 @@ class Optimizer:
           and a dictionary that tells what happened.
 
         Raises:
+          TypeError: if the state is none of an Optimizer.
           ValueError: unless exactly one of `data_iterator` and `batch` is given, and
             each rate in exactly one way.
         """
@@ -269,6 +284,11 @@ class Optimizer:
                 _options.RATES, (learning_rate, momentum, damping), strict=True
             )
         ]
+        if not isinstance(state, _steps.State):
+            raise TypeError(
+                "step expects the state from init, or the step before, an "
+                f"Optimizer.State; got {type(state).__name__}."
+            )
         if data_iterator is not None:
             if self.num_burnin_steps > 0 and self._is_first(state, global_step_int):
                 for _ in range(self.num_burnin_steps):
