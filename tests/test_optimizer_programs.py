@@ -187,6 +187,20 @@ def test_a_function_that_returns_something_else(function, options, expected):
         one_step(function, **options)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"curvature_update_period": 0}, "curvature_update_period is expected to be"),
+        ({"inverse_update_period": 2.5}, "inverse_update_period is expected to be"),
+        ({"num_burnin_steps": -1}, "is expected to be an integer ≥ 0; got -1"),
+        ({"curvature_ema": 1.5}, r"curvature_ema, .* is expected in \[0, 1\]; got 1.5"),
+    ],
+)
+def test_numbers_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        kfac_jax.Optimizer(VALUE_AND_GRAD, **(EXACT | options))
+
+
 def test_a_state_of_something_else():
     optimizer = kfac_jax.Optimizer(VALUE_AND_GRAD, **EXACT)
     with pytest.raises(TypeError, match="step expects the state from init"):
@@ -207,3 +221,26 @@ def test_options_stay_as_they_are_and_other_attributes_may_be_set():
     state = optimizer.init(PARAMS, KEY, BATCH)
     params, _, _ = optimizer.step(PARAMS, state, KEY, batch=BATCH, **RATES)
     models.assert_trees_close(params, one_step(VALUE_AND_GRAD)[0])
+
+
+@pytest.mark.parametrize("multi_device", [False, True])
+def test_rates_of_any_kind_compile_once(multi_device):
+    traces, devices = [], jax.local_device_count()
+
+    def counted(params, batch):
+        traces.append(None)
+        return VALUE_AND_GRAD(params, batch)
+
+    optimizer = kfac_jax.Optimizer(counted, multi_device=multi_device, **EXACT)
+    params, batch, keys = PARAMS, BATCH, KEY
+    if multi_device:
+        params = kfac_jax.utils.replicate_all_local_devices(params)
+        batch = jax.tree.map(lambda x: x.reshape(devices, -1, *x.shape[1:]), batch)
+        keys = jax.random.split(KEY, devices)
+    state = optimizer.init(params, keys, batch)
+    found = []
+    for rate in (1, 1.0, np.float32(1), jnp.float32(1), jnp.ones(()), np.ones(())):
+        rates = {"learning_rate": rate, "momentum": rate, "damping": rate}
+        params, state, _ = optimizer.step(params, state, keys, batch=batch, **rates)
+        found.append(len(traces))
+    assert found == found[:1] * len(found)

@@ -108,6 +108,29 @@ def broadcast_all_local_devices(obj: Any, axis_name: str | None = None) -> Any:
     return jax.device_put(obj, _sharding(axis_name))
 
 
+def as_mapped(obj: Any, axis_name: str) -> Any:
+    """Arrays as `pmap` over that axis returns them: it compiles again for all others.
+
+    Args:
+      obj: a tree of arrays with a leading axis of devices.
+      axis_name: the name of the mapped axis.
+
+    Returns:
+      The same arrays. What is on its device already is not copied.
+    """
+    sharding, count = _sharding(axis_name), jax.local_device_count()
+
+    def placed(x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer) or np.shape(x)[:1] != (count,):
+            return x
+        if isinstance(x, Array):
+            if x.sharding == sharding or not x.is_fully_addressable:
+                return x
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(placed, obj)
+
+
 def make_different_rng_key_on_all_devices(rng: Array) -> Array:
     """Splits a key into one for each device, different between processes too.
 

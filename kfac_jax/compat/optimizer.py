@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from kfac_jax.compat import _options, _steps
+from kfac_jax.compat._devices import as_mapped, get_first
 from kfac_jax.curvature import Curvature
 
 Params = Any
@@ -194,7 +195,9 @@ class Optimizer:
         if self.debug:
             return function
         if self.multi_device:
-            return jax.pmap(function, self.pmap_axis_name)
+            axis = self.pmap_axis_name
+            mapped = jax.pmap(function, axis)
+            return lambda *args: mapped(*as_mapped(args, axis))
         return jax.jit(function)
 
     def __repr__(self) -> str:
@@ -305,7 +308,7 @@ class Optimizer:
 
     def _is_first(self, state: State, steps: int | None) -> bool:
         if steps is None:
-            steps = int(np.ravel(state.step_counter)[0])
+            steps = int(get_first(state.step_counter))
         return steps == 0
 
     def _rate(self, names: tuple[str, str, str], value: Any) -> Any:
@@ -328,8 +331,11 @@ class Optimizer:
             )
         else:
             return None
-        if not isinstance(value, Array):  # as an array it would not be a new one
-            value = np.asarray(value, jnp.zeros((), float).dtype)
+        # of the same kind each time, so that nothing is compiled anew or waited for
+        spread = jnp.broadcast_to if isinstance(value, Array) else np.broadcast_to
+        if not isinstance(value, Array):
+            value = np.asarray(value)
+        value = value.astype(jnp.zeros((), float).dtype)
         if self.multi_device and value.ndim == 0:
-            return np.broadcast_to(value, (jax.local_device_count(),))
-        return value.astype(float)
+            return spread(value, (jax.local_device_count(),))
+        return value
