@@ -315,7 +315,7 @@ class Optimizer:
         """A rate as the staged step takes it: always of one type and shape.
 
         Raises:
-          ValueError: unless it is chosen in exactly one way.
+          ValueError: unless it is chosen in exactly one way, and a number.
         """
         argument, flag, schedule = names
         if not getattr(self, flag) and getattr(self, schedule) is None:
@@ -336,6 +336,11 @@ class Optimizer:
         if not isinstance(value, Array):
             value = np.asarray(value)
         value = value.astype(jnp.zeros((), float).dtype)
-        if self.multi_device and value.ndim == 0:
-            return spread(value, (jax.local_device_count(),))
-        return value
+        whole = (jax.local_device_count(),) if self.multi_device else ()
+        if value.shape not in ((), whole):
+            raise ValueError(
+                f"step expects {argument} as one number"
+                f"{', or one for each device' if self.multi_device else ''}; got shape "
+                f"{value.shape}."
+            )
+        return spread(value, whole) if value.shape != whole else value
