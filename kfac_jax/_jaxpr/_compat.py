@@ -99,8 +99,8 @@ def identity_primitive(name: str) -> Any:
     return primitive
 
 
-def keep(primitive: Any) -> None:
-    """Keeps equations whose results are not used, where JAX drops such.
+def kept(primitive: Any) -> Any:
+    """Keeps a primitive's equations whose results are not used, where JAX drops such.
 
     It does when it differentiates a function under `jit`, `scan` or `checkpoint`.
     """
@@ -110,6 +110,7 @@ def keep(primitive: Any) -> None:
         return [True] * len(equation.invars), equation
 
     partial_eval.dce_rules[primitive] = rule
+    return primitive
 
 
 def set_jvp(primitive: Any, rule: Any) -> None:
