@@ -146,7 +146,8 @@ def trace(
             "function; add one, e.g. "
             "kfac_jax.register_softmax_cross_entropy_loss(logits, labels). One in the "
             "rule of a custom_jvp is met where the gradient is taken: see "
-            "value_and_statistics."
+            "value_and_statistics. JAX may drop one within a scan or a call without "
+            "results that is differentiated: use the array that it returns."
         )
     _check_cases(program)
     _check_closures(program)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core as extend_core
 from jax.extend import source_info_util
-from jax.interpreters import ad, batching, mlir
+from jax.interpreters import ad, batching, mlir, partial_eval
 
 source_info_util.register_exclusion(str(pathlib.Path(__file__).parents[1]))
 """The library's own frames are not the user's source lines."""
@@ -96,6 +96,20 @@ def identity_primitive(name: str) -> Any:
     primitive.def_impl(lambda operand, *_, **__: operand)
     primitive.def_abstract_eval(lambda operand, *_, **__: operand)
     mlir.register_lowering(primitive, lambda _, operand, *__, **___: [operand])
+    return primitive
+
+
+def kept(primitive: Any) -> Any:
+    """Keeps a primitive's equations whose results are not used, where JAX drops such.
+
+    It does when it differentiates a function under `jit`, `scan` or `checkpoint`.
+    """
+
+    def rule(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
+        equation = rest[-1]  # JAX 0.12 tells before which operands are live
+        return [True] * len(equation.invars), equation
+
+    partial_eval.dce_rules[primitive] = rule
     return primitive
 
 

@@ -98,6 +98,7 @@ def is_value(atom: Atom) -> bool:
 class _Builder:
     def __init__(self) -> None:
         self._ids = itertools.count()
+        self._recomputing = False
 
     def graph(self, closed: Any) -> Graph:
         jaxpr, constants = _compat.open_jaxpr(closed)
@@ -108,6 +109,14 @@ class _Builder:
         nodes: list[Node] = []
         outputs = self._body(jaxpr, env, nodes, bound, ())
         return Graph(inputs, bound, tuple(nodes), outputs)
+
+    def _graphs(self, equation: Any) -> tuple[Graph, ...]:
+        before = self._recomputing
+        # the backward pass of `checkpoint`, where the function computes its gradient
+        self._recomputing |= bool(equation.params.get("differentiated"))
+        graphs = tuple(self.graph(body) for body in _bodies(equation))
+        self._recomputing = before
+        return graphs
 
     def _define(self, env: dict[Any, Atom], var: Any) -> int:
         env[var] = next(self._ids)
@@ -135,8 +144,11 @@ class _Builder:
                 results = self._body(inner, scope, nodes, bound, (*callers, equation))
                 env.update(zip(equation.outvars, results, strict=True))
                 continue
+            if self._recomputing and equation.primitive.name == "kfac_loss":
+                env[equation.outvars[0]] = inputs[0]  # registered in the forward pass
+                continue
             outputs = tuple(self._define(env, var) for var in equation.outvars)
-            bodies = tuple(self.graph(body) for body in _bodies(equation))
+            bodies = self._graphs(equation)
             nodes.append(Node(equation, inputs, outputs, bodies, callers))
         return tuple(read(atom) for atom in jaxpr.outvars)
 

@@ -73,7 +73,7 @@ class Adaptation:
         Returns:
           λ for the next step, and what was found.
         """
-        damping = state.info.damping
+        damping, loss = state.info.damping, jnp.asarray(loss, float)
         square = tree_product(updates, updates)
         penalty = 0.5 * curvature.l2 * square
         penalty = penalty + 0.5 * damping * square if self.damped else penalty
@@ -92,7 +92,7 @@ class Adaptation:
                 curvature.loss_fn(optax.apply_updates(params, updates), batch)
             )
             after = sharding.mean(distribution, after)
-            change = jnp.asarray(predict() if change is None else change, loss.dtype)
+            change = jnp.asarray(predict() if change is None else change, float)
             rho = (after - loss) / change
             assert self.rule is not None
             return Measured(self.rule.update(damping, rho), after, change, rho)
@@ -102,7 +102,7 @@ class Adaptation:
         if self.modelled:
             whole = state.info.quadratic_change
             change = whole if self.damped else whole - 0.5 * damping * square
-            change = change.astype(loss.dtype)
+            change = change.astype(float)
         kept = Measured(
             damping, unknown, unknown if change is None else change, unknown
         )

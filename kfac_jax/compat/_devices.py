@@ -108,6 +108,37 @@ def broadcast_all_local_devices(obj: Any, axis_name: str | None = None) -> Any:
     return jax.device_put(obj, _sharding(axis_name))
 
 
+def as_mapped(obj: Any, axis_name: str) -> Any:
+    """Arrays as `pmap` over that axis returns them: it compiles again for all others.
+
+    Args:
+      obj: a tree of arrays with a leading axis of devices.
+      axis_name: the name of the mapped axis.
+
+    Returns:
+      The same arrays. What is on its device already is not copied.
+
+    Raises:
+      ValueError: if a leading axis is not as long as there are local devices.
+    """
+    sharding, count = _sharding(axis_name), jax.local_device_count()
+
+    def placed(path: Any, x: Any) -> Any:
+        if isinstance(x, Array) and not isinstance(x, jax.core.Tracer):
+            if x.sharding == sharding or not x.is_fully_addressable:
+                return x
+        if np.shape(x)[:1] != (count,):
+            raise ValueError(
+                "With multi_device=True all arrays are expected with a leading axis "
+                f"that has an entry for each of the {count} local devices; got shape "
+                f"{np.shape(x)} at {jax.tree_util.keystr(path)} of the arguments. Use "
+                "kfac_jax.utils.replicate_all_local_devices for a copy on each."
+            )
+        return x if isinstance(x, jax.core.Tracer) else jax.device_put(x, sharding)
+
+    return jax.tree.map_with_path(placed, obj)
+
+
 def make_different_rng_key_on_all_devices(rng: Array) -> Array:
     """Splits a key into one for each device, different between processes too.
 

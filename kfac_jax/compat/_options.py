@@ -64,6 +64,15 @@ RATES = (
 )
 """What a step needs: its argument, the flag of its rule and its schedule."""
 
+_COUNTS = {
+    "curvature_update_period": 1,
+    "inverse_update_period": 1,
+    "damping_adaptation_interval": 1,
+    "num_estimator_samples": 1,
+    "num_burnin_steps": 0,
+}
+"""Options that are whole numbers, with the smallest of each."""
+
 _AUTO_REGISTER = frozenset(
     {
         "allow_multiple_registrations",
@@ -97,6 +106,16 @@ def refuse(options: Mapping[str, Any]) -> None:
                 f"kfac_jax.Optimizer does not offer {name}: expected {value!r}, got "
                 f"{given!r}. {instead}"
             )
+    for name, least in _COUNTS.items():
+        if not options[name] >= least or options[name] != int(options[name]):
+            raise ValueError(
+                f"{name} is expected to be an integer ≥ {least}; got {options[name]!r}."
+            )
+    if not 0.0 <= options["curvature_ema"] <= 1.0:
+        raise ValueError(
+            "curvature_ema, what earlier batches are multiplied by, is expected in "
+            f"[0, 1]; got {options['curvature_ema']!r}."
+        )
     for name, flag, schedule in RATES:
         if options[schedule] is not None and not callable(options[schedule]):
             raise TypeError(

@@ -126,7 +126,8 @@ class Steps:
         value, statistics = self._value_and_statistics(
             curvature, params, state, batch, key
         )
-        loss, (func_state, aux, grads) = self._averaged(value)
+        loss, (func_state, aux, grads) = value
+        loss, aux, grads = self._averaged((loss, aux, grads))
         rates = self._scheduled(rates, state)
         weight = state.estimator_state.weight
         after: Any
@@ -214,8 +215,10 @@ class Steps:
         leaves, treedef = jax.tree.flatten((params, arguments))
         key = treedef, *((jnp.shape(x), str(jnp.result_type(x))) for x in leaves)
         if key not in self.plans:
+            # of shapes: whether or not it is staged, losses are not compared
+            shapes = jax.eval_shape(lambda *args: args, params, *arguments)
             self.plans[key] = make_curvature(
-                self._loss, params, *arguments, has_aux=True, **self.plan_options
+                self._loss, *shapes, has_aux=True, **self.plan_options
             )
 
         def bound(params: Params, batch: Batch) -> Any:
@@ -237,15 +240,35 @@ class Steps:
         if self.for_estimator is not None:
             self.for_estimator(tagged, *arguments)
             function, tagged = without_tags(function), params
-        value, grads = function(tagged, *arguments)
-        func_state = aux = None
+        value, grads = self._two(function(tagged, *arguments))
+        more = func_state = aux = None
+        if self.has_state or self.has_aux:
+            value, more = self._two(value)
         if self.has_state and self.has_aux:
-            value, (func_state, aux) = value
+            func_state, aux = self._two(more)
         elif self.has_state:
-            value, func_state = value
-        elif self.has_aux:
-            value, aux = value
+            func_state = more
+        else:
+            aux = more
+        if isinstance(value, tuple | list):
+            raise self._unlike(value)
         return value, (func_state, aux, grads)
+
+    def _two(self, result: Any) -> Any:
+        if isinstance(result, tuple | list) and len(result) == 2:
+            return result
+        raise self._unlike(result)
+
+    def _unlike(self, got: Any) -> TypeError:
+        names = [("loss", "(loss, aux)"), ("(loss, state)", "(loss, (state, aux))")]
+        value = names[self.has_state][self.has_aux]
+        return TypeError(
+            f"value_and_grad_func is expected to return ({value}, grads), with "
+            f"value_func_has_state={self.has_state} and "
+            f"value_func_has_aux={self.has_aux}; got {type(got).__name__} for "
+            "a part of that. Pass jax.value_and_grad(loss_fn, has_aux=...), and say by "
+            "these options what it returns."
+        )
 
     def _value_and_statistics(
         self,
@@ -279,14 +302,14 @@ class Steps:
         return own, key
 
     def _averaged(self, tree: Any) -> Any:
-        """Means over devices; what is not floating point stays each device's own."""
+        """Means over devices; keys stay each device's own."""
         axis = self.axis
         if axis is None:
             return tree
 
         def mean(x: Any) -> Any:
-            inexact = jnp.issubdtype(jnp.result_type(x), jnp.inexact)
-            return jax.lax.pmean(x, axis) if inexact else x
+            is_key = jnp.issubdtype(jnp.result_type(x), jax.dtypes.extended)
+            return x if is_key else jax.lax.pmean(x, axis)
 
         return jax.tree.map(mean, tree)
 

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from kfac_jax.compat import _options, _steps
+from kfac_jax.compat._devices import as_mapped, get_first
 from kfac_jax.curvature import Curvature
 
 Params = Any
@@ -39,7 +40,7 @@ class Optimizer:
     * What cannot be honoured raises an error that names the option and what to do.
       Hints about how to compute the same (`distributed_inverses`,
       `distributed_precon_apply`, `should_vmap_estimator_samples`) and about setting
-      attributes are accepted and not needed.
+      attributes are accepted and not needed. Options stay as they were given.
 
     Attributes:
       value_and_grad_func: `f(params[, func_state][, rng], batch) -> (value, grads)`
@@ -176,11 +177,27 @@ class Optimizer:
         self._steps = steps
         self._staged = [self._stage(f) for f in (steps.init, steps.step, steps.burn_in)]
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what is no option; those have been read.
+
+        Raises:
+          AttributeError: for an option.
+        """
+        if name in type(self).__dataclass_fields__ and "_staged" in self.__dict__:
+            raise AttributeError(
+                f"{name} of an Optimizer cannot be changed once it is made: expected "
+                "it as an argument of the constructor. Make another one, in which the "
+                "state of this one goes on."
+            )
+        super().__setattr__(name, value)
+
     def _stage(self, function: Callable[..., Any]) -> Callable[..., Any]:
         if self.debug:
             return function
         if self.multi_device:
-            return jax.pmap(function, self.pmap_axis_name)
+            axis = self.pmap_axis_name
+            mapped = jax.pmap(function, axis)
+            return lambda *args: mapped(*as_mapped(args, axis))
         return jax.jit(function)
 
     def __repr__(self) -> str:
@@ -257,6 +274,7 @@ class Optimizer:
           and a dictionary that tells what happened.
 
         Raises:
+          TypeError: if the state is none of an Optimizer.
           ValueError: unless exactly one of `data_iterator` and `batch` is given, and
             each rate in exactly one way.
         """
@@ -269,6 +287,11 @@ class Optimizer:
                 _options.RATES, (learning_rate, momentum, damping), strict=True
             )
         ]
+        if not isinstance(state, _steps.State):
+            raise TypeError(
+                "step expects the state from init, or the step before, an "
+                f"Optimizer.State; got {type(state).__name__}."
+            )
         if data_iterator is not None:
             if self.num_burnin_steps > 0 and self._is_first(state, global_step_int):
                 for _ in range(self.num_burnin_steps):
@@ -285,14 +308,14 @@ class Optimizer:
 
     def _is_first(self, state: State, steps: int | None) -> bool:
         if steps is None:
-            steps = int(np.ravel(state.step_counter)[0])
+            steps = int(get_first(state.step_counter))
         return steps == 0
 
     def _rate(self, names: tuple[str, str, str], value: Any) -> Any:
         """A rate as the staged step takes it: always of one type and shape.
 
         Raises:
-          ValueError: unless it is chosen in exactly one way.
+          ValueError: unless it is chosen in exactly one way, and a number.
         """
         argument, flag, schedule = names
         if not getattr(self, flag) and getattr(self, schedule) is None:
@@ -308,8 +331,16 @@ class Optimizer:
             )
         else:
             return None
-        if not isinstance(value, Array):  # as an array it would not be a new one
-            value = np.asarray(value, jnp.zeros((), float).dtype)
-        if self.multi_device and value.ndim == 0:
-            return np.broadcast_to(value, (jax.local_device_count(),))
-        return value.astype(float)
+        # of the same kind each time, so that nothing is compiled anew or waited for
+        spread = jnp.broadcast_to if isinstance(value, Array) else np.broadcast_to
+        if not isinstance(value, Array):
+            value = np.asarray(value)
+        value = value.astype(jnp.zeros((), float).dtype)
+        whole = (jax.local_device_count(),) if self.multi_device else ()
+        if value.shape not in ((), whole):
+            raise ValueError(
+                f"step expects {argument} as one number"
+                f"{', or one for each device' if self.multi_device else ''}; got shape "
+                f"{value.shape}."
+            )
+        return spread(value, whole) if value.shape != whole else value
