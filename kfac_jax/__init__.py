@@ -15,13 +15,24 @@ from kfac_jax.compat import layers_and_loss_tags as layers_and_loss_tags
 from kfac_jax.compat import optimizer as optimizer
 from kfac_jax.compat import tag_graph_matcher as tag_graph_matcher
 from kfac_jax.compat import utils as utils
+from kfac_jax.compat.curvature_blocks import Conv2DDiagonal as Conv2DDiagonal
+from kfac_jax.compat.curvature_blocks import Conv2DFull as Conv2DFull
+from kfac_jax.compat.curvature_blocks import Conv2DTNT as Conv2DTNT
+from kfac_jax.compat.curvature_blocks import (
+    Conv2DTwoKroneckerFactored as Conv2DTwoKroneckerFactored,
+)
 from kfac_jax.compat.curvature_blocks import CurvatureBlock as CurvatureBlock
+from kfac_jax.compat.curvature_blocks import DenseDiagonal as DenseDiagonal
+from kfac_jax.compat.curvature_blocks import DenseFull as DenseFull
+from kfac_jax.compat.curvature_blocks import DenseTNT as DenseTNT
 from kfac_jax.compat.curvature_blocks import (
     DenseTwoKroneckerFactored as DenseTwoKroneckerFactored,
 )
 from kfac_jax.compat.curvature_blocks import KroneckerFactored as KroneckerFactored
 from kfac_jax.compat.curvature_blocks import LayerVjpData as LayerVjpData
 from kfac_jax.compat.curvature_blocks import NaiveDiagonal as NaiveDiagonal
+from kfac_jax.compat.curvature_blocks import NaiveFull as NaiveFull
+from kfac_jax.compat.curvature_blocks import NaiveTNT as NaiveTNT
 from kfac_jax.compat.curvature_blocks import (
     RepeatedDenseKroneckerFactored as RepeatedDenseKroneckerFactored,
 )
@@ -29,6 +40,7 @@ from kfac_jax.compat.curvature_blocks import (
     ScaleAndShiftDiagonal as ScaleAndShiftDiagonal,
 )
 from kfac_jax.compat.curvature_blocks import ScaleAndShiftFull as ScaleAndShiftFull
+from kfac_jax.compat.curvature_blocks import ScaledIdentity as ScaledIdentity
 from kfac_jax.compat.curvature_blocks import (
     get_default_tag_to_block_ctor as get_default_tag_to_block_ctor,
 )

@@ -23,6 +23,8 @@ register_squared_error_loss scale_by_kfac sharing_report spread_state state_spec
 whole_state
 """
 COMPAT = """
+Conv2DDiagonal Conv2DFull Conv2DTNT Conv2DTwoKroneckerFactored DenseDiagonal DenseFull
+DenseTNT NaiveFull NaiveTNT ScaledIdentity
 BlockDiagonalCurvature CurvatureBlock DenseTwoKroneckerFactored ImplicitExactCurvature
 KroneckerFactored LayerVjpData NaiveDiagonal OptaxPreconditionState OptaxPreconditioner
 Optimizer RepeatedDenseKroneckerFactored ScaleAndShiftDiagonal ScaleAndShiftFull

@@ -15,6 +15,7 @@ from kfac_jax._jaxpr.interpreter import without_tags
 from kfac_jax.compat import _options, _stats
 from kfac_jax.compat._adaptation import Adaptation
 from kfac_jax.compat.curvature_blocks import native_blocks
+from kfac_jax.compat.utils import default_batch_size_extractor
 from kfac_jax.curvature import Curvature, make_curvature
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, RefreshSchedule
 from kfac_jax.sharding import OverAxis
@@ -374,27 +375,6 @@ def _joined(state: State) -> KFACState:
     )
 
 
-def leading_axis(batch: Batch) -> int:
-    """The number of cases in a batch: the length of its first array's first axis.
-
-    Args:
-      batch: arrays.
-
-    Returns:
-      The length.
-
-    Raises:
-      ValueError: if there is none.
-    """
-    shape = next((jnp.shape(x) for x in jax.tree.leaves(batch)), ())
-    if not shape:
-        raise ValueError(
-            "Expected a batch whose first array has a leading axis of cases; got shape "
-            f"{shape}. Pass batch_size_extractor=lambda batch: ... to the Optimizer."
-        )
-    return int(shape[0])
-
-
 def from_options(options: Mapping[str, Any]) -> Steps:
     """What to stage for the options of `Optimizer`.
 
@@ -426,7 +406,7 @@ def from_options(options: Mapping[str, Any]) -> Steps:
         has_rng=options["value_func_has_rng"],
         for_estimator=options["value_func_for_estimator"],
         process=options["batch_process_func"] or (lambda batch: batch),
-        size=options["batch_size_extractor"] or leading_axis,
+        size=options["batch_size_extractor"] or default_batch_size_extractor,
         schedules=[options[schedule] for _, _, schedule in _options.RATES],
         modelled=options["use_adaptive_learning_rate"],
         adaptation=Adaptation(

@@ -82,7 +82,8 @@ class Optimizer:
       layer_tag_to_block_ctor: block classes of `curvature_blocks` by layer tag.
       multi_device: each array has a leading axis of local devices.
       debug: do not stage.
-      invalid_metric_value: what stands in `stats` for what was not computed.
+      invalid_metric_value: what stands in `stats` for what was not computed; with NaN,
+        the default, `jax_debug_nans` stops at each step.
       batch_size_extractor: a function of the batch (of one device); None for the first
         axis of its first array.
       pmap_axis_name: the name of the axis of devices.
@@ -335,7 +336,7 @@ class Optimizer:
         spread = jnp.broadcast_to if isinstance(value, Array) else np.broadcast_to
         if not isinstance(value, Array):
             value = np.asarray(value)
-        value = value.astype(jnp.zeros((), float).dtype)
+        value = value.astype(jax.dtypes.canonicalize_dtype(float))
         whole = (jax.local_device_count(),) if self.multi_device else ()
         if value.shape not in ((), whole):
             raise ValueError(

@@ -188,8 +188,24 @@ def first_dim_is_size(size: int, *args: Array) -> bool:
 
 
 def default_batch_size_extractor(batch: Any) -> int:
-    """The length of the first array's leading axis."""
-    return jax.tree.leaves(batch)[0].shape[0]
+    """The number of cases in a batch: the length of its first array's first axis.
+
+    Args:
+      batch: arrays.
+
+    Returns:
+      The length.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    shape = next((jnp.shape(x) for x in jax.tree.leaves(batch)), ())
+    if not shape:
+        raise ValueError(
+            "Expected a batch whose first array has a leading axis of cases; got shape "
+            f"{shape}. Pass batch_size_extractor=lambda batch: ... to the Optimizer."
+        )
+    return int(shape[0])
 
 
 # ----------------------------------------------------------------- positive definite

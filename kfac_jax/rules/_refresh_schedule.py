@@ -26,7 +26,8 @@ class RefreshSchedule:
       stale: whether refreshed inverses wait for the next step.
       phase: which of T3 steps refreshes: step k, counted from 1, with `k mod T3` equal
         to `phase mod T3`.
-      warm_up: how many of the first steps that bring statistics refresh all layers.
+      warm_up: how many of the first steps refresh all layers; only steps that bring
+        statistics are counted for this, all steps for T3 and phase.
 
     References:
       Martens & Grosse 2015, section 8, for T3 and the first three steps. Osawa et al.
@@ -58,7 +59,8 @@ class RefreshSchedule:
         if number and not float(self.every) >= self.shares:
             raise ValueError(
                 "Each of T3 steps refreshes at most one share: expected every (T3) of "
-                f"at least shares; got {self.every} and {self.shares}. Lower shares."
+                f"at least shares; got {self.every} and {self.shares}. Raise T3, or "
+                "lower shares."
             )
 
     def turns(self, step: Array | int) -> Array:
