@@ -610,7 +610,7 @@ REFUSED = {
         TypeError,
         lambda: RepeatedDense(None),
     ),
-    f"expects a leading axis with an entry for each of the {DEVICES} local devices": (
+    f"with an entry for each of the {jax.local_device_count()} local devices": (
         ValueError,
         lambda: utils.broadcast_all_local_devices(jnp.ones(16)),
     ),
