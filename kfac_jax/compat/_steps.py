@@ -12,7 +12,7 @@ from jax import Array
 
 from kfac_jax import _factors
 from kfac_jax._jaxpr.interpreter import without_tags
-from kfac_jax.compat import _options, _stats
+from kfac_jax.compat import _norms, _options
 from kfac_jax.compat._adaptation import Adaptation
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.compat.utils import default_batch_size_extractor
@@ -93,7 +93,7 @@ class Steps:
     generic_only: bool
     plan_options: Mapping[str, Any]
     axis: str | None
-    norms: _stats.Norms
+    norms: _norms.Norms
     plans: dict[Any, Curvature] = dataclasses.field(default_factory=dict)
 
     # ---------------------------------------------------------------- what is staged
@@ -427,7 +427,7 @@ def from_options(options: Mapping[str, Any]) -> Steps:
             "l2": float(options["l2_reg"]),
         },
         axis=options["pmap_axis_name"] if options["multi_device"] else None,
-        norms=_stats.Norms(
+        norms=_norms.Norms(
             constraint=options["norm_constraint"],
             total=options["include_norms_in_stats"],
             each=options["include_per_param_norms_in_stats"],

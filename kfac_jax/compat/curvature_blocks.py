@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
 from kfac_jax import blocks
-from kfac_jax.compat import _state
-from kfac_jax.compat._state import register_state_class
+from kfac_jax.compat import _state_classes
+from kfac_jax.compat._state_classes import register_state_class
 from kfac_jax.compat.layers_and_loss_tags import LayerData
 from kfac_jax.layers import Layer
 
@@ -40,7 +40,7 @@ class CurvatureBlock:
     native: ClassVar[blocks.Block | None] = None
 
     @register_state_class
-    class State(_state.State):
+    class State(_state_classes.State):
         """What a block keeps there."""
 
         cache: Any

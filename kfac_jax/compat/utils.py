@@ -33,9 +33,11 @@ from kfac_jax.compat._devices import (
     replicate_all_local_devices as replicate_all_local_devices,
 )
 from kfac_jax.compat._devices import wrap_if_pmap as wrap_if_pmap
-from kfac_jax.compat._state import State as State
-from kfac_jax.compat._state import WeightedMovingAverage as WeightedMovingAverage
-from kfac_jax.compat._state import register_state_class as register_state_class
+from kfac_jax.compat._state_classes import State as State
+from kfac_jax.compat._state_classes import (
+    WeightedMovingAverage as WeightedMovingAverage,
+)
+from kfac_jax.compat._state_classes import register_state_class as register_state_class
 
 T = TypeVar("T")
 
