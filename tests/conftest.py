@@ -11,6 +11,8 @@ _FLAGS = [
     "--xla_force_host_platform_device_count=8",
     "--xla_backend_optimization_level=0",
     "--xla_cpu_parallel_codegen_split_count=1",
+    # Eight devices on few cores: where others compute too, one may come late.
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300",
 ]
 if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")

@@ -78,6 +78,16 @@ def assert_trees_close(found: Any, expected: Any, atol: float = 1e-12) -> None:
     )
 
 
+def on_host(tree: Any) -> Any:
+    """What devices hold, fetched one by one.
+
+    An index into an array that is spread over devices is a program with collectives. As
+    many of those at a time as a state has leaves take more threads than there are, and
+    can wait for each other for ever.
+    """
+    return jax.tree.map(np.asarray, tree)
+
+
 # ------------------------------------------------------------------------ loss families
 
 

@@ -367,7 +367,8 @@ def test_statistics_of_devices_average_to_the_batch():
         return jax.lax.pmean(statistics, "batch")
 
     split = [a.reshape(8, 2, *a.shape[1:]) for a in p.args]
-    mean = jax.tree.map(lambda x: x[0], jax.pmap(local, axis_name="batch")(*split))
+    found = models.on_host(jax.pmap(local, axis_name="batch")(*split))
+    mean = jax.tree.map(lambda x: x[0], found)
     whole = jax.jit(lambda *a: plan.value_grad_and_statistics(p.params, *a)[2])(*p.args)
     zero = plan.init_factors(p.params)
     _close(plan.update_factors(zero, mean, 1), plan.update_factors(zero, whole, 1))

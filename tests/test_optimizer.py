@@ -574,7 +574,7 @@ def test_a_neural_wavefunction(multi_device):
     scale = 0.05 * np.sqrt(min(1.0, 1e-3 / float(length)))
     expected = jax.tree.map(lambda p, s: p - scale * s, params, step)
     if multi_device:
-        own = jax.tree.map(lambda x: x[-1], own)
+        own = jax.tree.map(lambda x: x[-1], models.on_host(own))
     models.assert_trees_close(own, expected)
     np.testing.assert_allclose(
         np.ravel(stats["scaled_grad_norm_sq"])[0], length, rtol=1e-8

@@ -138,7 +138,7 @@ def over_pmap(step, devices):
 
     def split(params, state, *args):
         args = [x.reshape(devices, -1, *x.shape[1:]) for x in args]
-        everywhere = mapped(params, state, *args)
+        everywhere = models.on_host(mapped(params, state, *args))
         for leaf in jax.tree.leaves(everywhere):
             for each in leaf:
                 np.testing.assert_array_equal(each, leaf[0])
@@ -209,7 +209,7 @@ def rows_over_pmap(step, tx, devices, average):
     def split(params, state, *args):
         args = [x.reshape(devices, -1, *x.shape[1:]) for x in args]
         params, state = mapped(params, state, *args)
-        return jax.tree.map(lambda x: x[0], params), state
+        return jax.tree.map(lambda x: x[0], models.on_host(params)), state
 
     def init(params):
         return start(
@@ -225,7 +225,7 @@ def joined(state, specs):
         **{
             name: jax.tree.map(
                 lambda x, rows=rows: x.reshape(-1, *x.shape[2:]) if rows else x[0],
-                getattr(state, name),
+                models.on_host(getattr(state, name)),
             )
             for name, rows in zip(state._fields, specs, strict=True)
         }
