@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import itertools
 import pickle
 import re
@@ -151,6 +152,61 @@ def test_prediction_by_the_approximation_where_rates_are_given():
 
 
 # --------------------------------------------------------------------- how it is called
+
+
+PUBLISHED = {  # parameters in the order of release 0.0.8
+    "": """
+    value_and_grad_func l2_reg regularized_parameters_path_exclusions value_func_has_aux
+    value_func_has_state value_func_has_rng value_func_for_estimator
+    use_adaptive_learning_rate learning_rate_schedule use_adaptive_momentum
+    momentum_schedule use_adaptive_damping damping_schedule initial_damping
+    use_initial_damping_calibration min_damping max_damping
+    include_damping_in_quad_change damping_adaptation_interval damping_adaptation_decay
+    damping_lower_threshold damping_upper_threshold
+    always_use_exact_qmodel_for_damping_adjustment precon_damping_mult
+    precon_damping_schedule use_step_rejection reject_damping_increase_factor
+    norm_constraint num_burnin_steps estimation_mode custom_estimator_ctor curvature_ema
+    curvature_update_period inverse_update_period use_exact_inverses batch_process_func
+    register_only_generic patterns_to_skip use_automatic_registration
+    auto_register_kwargs layer_tag_to_block_ctor multi_device debug invalid_metric_value
+    batch_size_extractor pmap_axis_name forbid_setting_attributes_after_finalize
+    modifiable_attribute_exceptions include_norms_in_stats
+    include_per_param_norms_in_stats include_registered_loss_in_stats
+    distributed_precon_apply distributed_inverses num_estimator_samples
+    should_vmap_estimator_samples norm_to_scale_identity_weight_per_block precon_power
+    exact_quad_model_matrix_type
+    """,
+    "init": "self params rng batch func_state",
+    "step": """
+    self params state rng data_iterator batch func_state learning_rate momentum damping
+    global_step_int
+    """,
+}
+DEFAULTS = {
+    "min_damping": 1e-8,
+    "max_damping": float("inf"),
+    "damping_adaptation_interval": 5,
+    "damping_adaptation_decay": 0.9,
+    "damping_lower_threshold": 0.25,
+    "damping_upper_threshold": 0.75,
+    "num_burnin_steps": 10,
+    "curvature_ema": 0.95,
+    "curvature_update_period": 1,
+    "inverse_update_period": 5,
+    "norm_constraint": None,
+    "multi_device": False,
+}
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_parameters_have_the_published_names_order_and_defaults(method):
+    function = getattr(kfac_jax.Optimizer, method) if method else kfac_jax.Optimizer
+    parameters = inspect.signature(function).parameters
+    assert list(parameters) == PUBLISHED[method].split()
+    kinds = {p.kind for p in parameters.values()}
+    assert kinds == {inspect.Parameter.POSITIONAL_OR_KEYWORD}
+    if not method:
+        assert {name: parameters[name].default for name in DEFAULTS} == DEFAULTS
 
 
 def test_everything_by_position_and_everything_by_keyword():
