@@ -7,35 +7,26 @@ import jax.numpy as jnp
 import models
 import numpy as np
 import pytest
+from optimizer_problem import (
+    BATCH,
+    EXACT,
+    KEY,
+    LABELS,
+    PARAMS,
+    RATES,
+    VALUE_AND_GRAD,
+    X,
+    cross_entropy,
+    loss_fn,
+)
 
 import kfac_jax
-
-X, LABELS = models.array(0, 16, 3), jnp.arange(16) % 4
-BATCH = (X, LABELS)
-PARAMS = models.dense_params(1, 3, 5, 4)
-KEY = jax.random.key(0)
-RATES = {"learning_rate": 0.1, "momentum": 0.9, "damping": 1e-2}
-EXACT = {"l2_reg": 0.0, "estimation_mode": "fisher_exact", "num_burnin_steps": 0}
-
-
-def cross_entropy(z, labels):
-    return -jnp.take_along_axis(jax.nn.log_softmax(z), labels[:, None], 1).mean()
-
-
-def thrown_away(params, batch):
-    """What is registered is not used."""
-    z = models.mlp(params, batch[0])
-    kfac_jax.register_categorical_predictive_distribution(z, batch[1])
-    return cross_entropy(z, batch[1])
 
 
 def used(params, batch):
     z = models.mlp(params, batch[0])
     z = kfac_jax.register_categorical_predictive_distribution(z, batch[1])
     return cross_entropy(z, batch[1])
-
-
-VALUE_AND_GRAD = jax.value_and_grad(thrown_away)
 
 
 def one_step(function, params=PARAMS, batch=BATCH, rates=RATES, **options):
@@ -53,7 +44,7 @@ def factors(result):
 
 def in_a_loop(params, batch):
     def body(_, total):
-        return total + thrown_away(params, batch)
+        return total + loss_fn(params, batch)
 
     return jax.lax.fori_loop(0, 1, body, jnp.zeros(()))
 
@@ -61,10 +52,10 @@ def in_a_loop(params, batch):
 @pytest.mark.parametrize(
     "loss_fn",
     [
-        jax.jit(thrown_away),
-        jax.checkpoint(thrown_away),
+        jax.jit(loss_fn),
+        jax.checkpoint(loss_fn),
         jax.checkpoint(used),
-        jax.jit(jax.checkpoint(thrown_away)),
+        jax.jit(jax.checkpoint(loss_fn)),
         jax.checkpoint(jax.jit(used)),
         in_a_loop,
     ],
@@ -125,7 +116,7 @@ def test_what_devices_return():
         own = batch[1][0]
         aux = {"int": own, "bool": own % 2 == 0, "key": jax.random.key(3)}
         new = {"count": state["count"] + 1, "own": own.astype(float)}
-        return thrown_away(params, batch), (new, aux)
+        return loss_fn(params, batch), (new, aux)
 
     optimizer = kfac_jax.Optimizer(
         jax.value_and_grad(function, has_aux=True),
@@ -155,7 +146,7 @@ def test_losses_of_any_scale_with_and_without_staging():
     """Existing programs may return another loss than they register."""
 
     def double(params, batch):
-        return 2 * thrown_away(params, batch)
+        return 2 * loss_fn(params, batch)
 
     function = jax.value_and_grad(double)
     staged, plain = one_step(function), one_step(function, debug=True)
@@ -168,15 +159,15 @@ def test_losses_of_any_scale_with_and_without_staging():
 @pytest.mark.parametrize(
     ("function", "options", "expected"),
     [
-        (thrown_away, {}, r"\(loss, grads\)"),
+        (loss_fn, {}, r"\(loss, grads\)"),
         (VALUE_AND_GRAD, {"value_func_has_aux": True}, r"\(\(loss, aux\), grads\)"),
         (
-            lambda *args: ((thrown_away(*args), 1), None),
+            lambda *args: ((loss_fn(*args), 1), None),
             {},
             r"\(loss, grads\), with value_func_has_state=False.*got tuple",
         ),
         (
-            lambda params, state, batch: ((thrown_away(params, batch), state), None),
+            lambda params, state, batch: ((loss_fn(params, batch), state), None),
             {"value_func_has_aux": True, "value_func_has_state": True},
             r"\(\(loss, \(state, aux\)\), grads\).*got NoneType",
         ),
