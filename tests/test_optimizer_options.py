@@ -92,6 +92,20 @@ def test_norms():
     assert square > 1e-4
 
 
+def test_norms_take_no_second_preconditioning():
+    def products(**options):
+        optimizer = kfac_jax.Optimizer(VALUE_AND_GRAD, **EXACT, **options)
+        step = lambda state: optimizer.step(  # noqa: E731
+            PARAMS, state, KEY, batch=BATCH, **RATES
+        )
+        state = optimizer.init(PARAMS, KEY, BATCH)
+        return jax.jit(step).lower(state).compile().as_text().count(" dot(")
+
+    without = products()
+    assert products(norm_constraint=1e-3) == without
+    assert products(include_norms_in_stats=True) == without
+
+
 def test_printing_tells_what_each_parameter_got():
     optimizer = kfac_jax.Optimizer(VALUE_AND_GRAD, **EXACT)
     assert "its plan is made by the first init or step" in repr(optimizer)

@@ -51,14 +51,15 @@ class Norms:
         found: dict[str, Any] = {"scaled_grad_norm_sq": None}
         if self.constraint is None and not self.total and not self.each:
             return found
-        # the update has computed this of the same arrays: it is compiled once
-        leaves = curvature.tree.masked_leaves(grads, "grads")
+        # The update has computed this of the same arrays, downhill too: XLA does it once.
+        down = jax.tree.map(jnp.negative, grads)
+        leaves = curvature.tree.masked_leaves(down, "grads")
         factors, inverses = state.factors, state.inverses
         scaled, _ = precondition(curvature.layers, factors, inverses, leaves, {})
         direction = curvature.tree.restore(scaled, grads)
         if self.constraint is not None:
             assert learning_rate is not None
-            square = tree_product(direction, grads) * learning_rate**2
+            square = -tree_product(direction, grads) * learning_rate**2
             found["scaled_grad_norm_sq"] = square
             within = jnp.sqrt(self.constraint / jnp.maximum(square, self.constraint))
             direction = jax.tree.map(lambda x: x * within.astype(x.dtype), direction)
