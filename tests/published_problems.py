@@ -180,6 +180,36 @@ def _repeated() -> Problem:
     return Problem(loss_fn, _init_params(8, 3, 5, 4, 2), batches)
 
 
+def _convolution() -> Problem:
+    """A convolution, averaged over its positions, and a dense layer."""
+
+    def loss_fn(params: Params, batch: Batch, l2: float) -> jax.Array:
+        inputs, targets = batch
+        kernel, output = params
+        hidden = jax.lax.conv_general_dilated(
+            inputs,
+            kernel["w"],
+            (1, 1),
+            "SAME",
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        hidden = jnp.tanh(hidden + kernel["b"].reshape(1, 1, 1, -1)).mean((1, 2))
+        outputs = _dense(output, hidden)
+        kfac_jax.register_squared_error_loss(outputs, targets)
+        errors = jnp.sum((outputs - targets) ** 2, axis=1)
+        return jnp.mean(errors) + _penalty(params, l2)
+
+    def batches() -> Iterator[Batch]:
+        rng = np.random.RandomState(11)
+        while True:
+            inputs = rng.normal(size=(12, 5, 5, 2))
+            yield inputs, inputs[:, :3, 0].sum(axis=1)
+
+    kernel, output = _init_params(12, 18, 4), _init_params(13, 4, 2)
+    kernel[0]["w"] = kernel[0]["w"].reshape(3, 3, 2, 4)
+    return Problem(loss_fn, [*kernel, *output], batches)
+
+
 def _walkers() -> Problem:
     """Variational Monte Carlo: the gradient is not that of the value returned."""
 
@@ -302,6 +332,10 @@ CASES = {
     "repeated, fixed": Case(_repeated, 1e-4, {**FIXED, "norm_constraint": 1e-2}),
     "repeated, adaptive": Case(
         _repeated, 0.0, {**ADAPTIVE, "estimation_mode": "ggn_exact"}
+    ),
+    "convolution, fixed": Case(_convolution, 1e-4, {**FIXED, "norm_constraint": 1e-2}),
+    "convolution, adaptive": Case(
+        _convolution, 0.0, {**ADAPTIVE, "estimation_mode": "ggn_exact"}
     ),
     "walkers, fixed": Case(_walkers, 0.0, {**FIXED, "norm_constraint": 1e-3}),
 }
