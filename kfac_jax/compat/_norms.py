@@ -51,7 +51,7 @@ class Norms:
         found: dict[str, Any] = {"scaled_grad_norm_sq": None}
         if self.constraint is None and not self.total and not self.each:
             return found
-        # the update has computed this of the same arrays, downhill too: XLA does it once
+        # the update has computed this of the same arrays, downhill: XLA does it once
         down = jax.tree.map(jnp.negative, grads)
         leaves = curvature.tree.masked_leaves(down, "grads")
         factors, inverses = state.factors, state.inverses
