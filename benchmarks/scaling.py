@@ -249,7 +249,7 @@ def measure_devices(quick: bool) -> Results:
     sizes = [1, DEVICES] if quick else [1, 2, 4, DEVICES]
     points = []
     for count in tqdm(sizes, desc="devices", disable=None):
-        found, alone = _on_devices(many, count), _on_devices(large, count)
+        found, alone = _on_devices(many, count), _on_devices(large, count, "refresh")
         found["refresh of 32 factors"] = found.pop("refresh")
         found["refresh of 2 factors"] = alone["refresh"]
         points.append(found)
@@ -257,8 +257,8 @@ def measure_devices(quick: bool) -> Results:
     return _sweep("devices", fixed, sizes, points)
 
 
-def _on_devices(problem: Problem, count: int) -> Results:
-    """A device's part of a step that keeps the state in rows."""
+def _on_devices(problem: Problem, count: int, only: str = "") -> Results:
+    """A device's part of a step that keeps the state in rows, or one part of that."""
     mesh = jax.make_mesh(
         (count,), ("data",), devices=jax.devices()[:count], axis_types=(AxisType.Auto,)
     )
@@ -275,15 +275,25 @@ def _on_devices(problem: Problem, count: int) -> Results:
 
     state = jax.eval_shape(lambda: sharding.kept(over, init_inverses(layers)))
     rows, params, batch = lay(state, "data"), lay(shapes[0]), lay(shapes[1:], "data")
-    refresh = functools.partial(_refresh, layers, over)
-    apply = functools.partial(_precondition, layers, over)
+    programs: list[tuple[str, Callable[..., Any], Any]] = [
+        (
+            "gradient and statistics",
+            functools.partial(_statistics, plan.curvature),
+            (params, *batch),
+        ),
+        ("refresh", functools.partial(_refresh, layers, over), (rows, rows)),
+        (
+            "preconditioning",
+            functools.partial(_precondition, layers, over),
+            (rows, rows, params),
+        ),
+    ]
     # CPUs invert a device's matrices in a loop, accelerators as one batch: the same
     # arithmetic, which XLA can count of the batch only
     with mock.patch.object(jax.lax, "platform_dependent", _default):
-        function = functools.partial(_statistics, plan.curvature)
-        plan.add("gradient and statistics", function, params, *batch)
-        plan.add("refresh", refresh, rows, rows)
-        plan.add("preconditioning", apply, rows, rows, params)
+        for name, function, args in programs:
+            if only in ("", name):
+                plan.add(name, function, *args)
     result: Results = {name: {"flops": plan.flops(name)} for name in plan.compiled}
     kept = plan.compiled["refresh"].memory_analysis().output_size_in_bytes
     return result | {"inverses kept": {"bytes": kept}}

@@ -117,8 +117,8 @@ def _notes(results: Results) -> list[str]:
         lines.append(f"* {sweep['name']}: {sweep['fixed']}; fitted at {fitted}.")
     return [
         *lines,
-        "* The larger a factor, the more of its refresh's products with zeros are left "
-        "out: below `d³` until factors are very large.",
+        "* The larger a factor, the more products with zeros its refresh leaves out: "
+        "the exponent comes up to 3 only beyond these widths.",
         "* Devices are simulated, so that seconds would mean nothing; all run one "
         "program, as long as the most loaded one's part. Two large factors they invert "
         "together, but all of them the small blocks on the diagonals.",
