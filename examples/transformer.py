@@ -75,7 +75,7 @@ def logits_of(params: Params, inputs: Array, heads: int) -> Array:
     """Logits of the character after each.
 
     Args:
-        params: the parameters.
+        params: the parameters; their layers stacked, or a list.
         inputs: [windows, context] int32.
         heads: attention heads.
 
@@ -85,13 +85,22 @@ def logits_of(params: Params, inputs: Array, heads: int) -> Array:
     x = params["tokens"][inputs] + params["positions"]
 
     @jax.checkpoint
-    def block(x: Array, layer: Params) -> tuple[Array, None]:
-        x = x + _attention(layer, _norm(layer["attention_norm"], x), heads)
-        h = jax.nn.gelu(_dense(layer["hidden"], _norm(layer["network_norm"], x)))
-        return x + _dense(layer["network"], h), None
+    def step(x: Array, layer: Params) -> tuple[Array, None]:
+        return block(layer, x, heads), None
 
-    x, _ = jax.lax.scan(block, x, params["layers"])
+    if isinstance(params["layers"], list):  # written out, nothing computed twice
+        for layer in params["layers"]:
+            x = block(layer, x, heads)
+    else:
+        x, _ = jax.lax.scan(step, x, params["layers"])
     return _dense(params["output"], _norm(params["norm"], x))
+
+
+def block(layer: Params, x: Array, heads: int) -> Array:
+    """One layer: attention and a network, each added to what comes in."""
+    x = x + _attention(layer, _norm(layer["attention_norm"], x), heads)
+    h = jax.nn.gelu(_dense(layer["hidden"], _norm(layer["network_norm"], x)))
+    return x + _dense(layer["network"], h)
 
 
 def loss_fn(params: Params, inputs: Array, targets: Array, *, heads: int) -> Array:

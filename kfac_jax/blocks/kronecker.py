@@ -272,7 +272,7 @@ def _moment(x: Array, full: bool) -> Array:
     rows = x.reshape(*x.shape[:-3], -1, x.shape[-1])
     if not full:
         return jnp.square(rows.astype(dtype)).sum(-2)
-    return jnp.einsum("...ri,...rj->...ij", rows, rows, preferred_element_type=dtype)
+    return linalg.gram(rows, dtype)
 
 
 def _at_least_one(active: Array) -> Array:

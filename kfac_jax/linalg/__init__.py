@@ -3,6 +3,7 @@
 from ._coherence import Conditional as Conditional
 from ._coherence import conditionals as conditionals
 from ._coherence import pseudo_inverse as pseudo_inverse
+from ._gram import gram as gram
 from ._psd import Inverted as Inverted
 from ._psd import diagonal as diagonal
 from ._psd import eigh as eigh
