@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import linalg
+from kfac_jax import _fresh, linalg
 from kfac_jax._products import Products
 from kfac_jax._products import check as check_products
 from kfac_jax.blocks import Block
@@ -50,9 +50,9 @@ def zeros(layers: Sequence[Layer], which: str) -> Factors:
 def _zeros(layer: Layer, which: str) -> dict[str, Array]:
     standard = layer.carried_shapes if which == "factor_shapes" else {}
     return {
-        name: jnp.broadcast_to(jnp.eye(shape[-1], dtype=layer.dtype), shape)
+        name: _fresh.identities(shape, layer.dtype)
         if name in standard
-        else jnp.zeros(shape, layer.dtype)
+        else _fresh.full(shape, 0.0, layer.dtype)
         for name, shape in _shapes(layer, which).items()
     }
 

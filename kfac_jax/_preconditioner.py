@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _by_rows, _products, _tridiagonal
+from kfac_jax import _by_rows, _fresh, _products, _tridiagonal
 from kfac_jax._factors import Factors
 from kfac_jax._products import Products
 from kfac_jax._vectors import inner_product
@@ -31,9 +31,9 @@ def init_inverses(layers: Sequence[Layer]) -> Factors:
         elementwise = frozenset() if layer.block is None else layer.block.elementwise
         result[layer.name] = {
             name: (
-                jnp.ones(x.shape, x.dtype)
+                _fresh.full(x.shape, 1.0, x.dtype)
                 if name in elementwise
-                else jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
+                else _fresh.identities(x.shape, x.dtype)
             )
             for name, x in layer.damped.items()
         }

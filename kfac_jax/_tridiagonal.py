@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import linalg
+from kfac_jax import _fresh, linalg
 from kfac_jax._factors import Factors
 from kfac_jax.layers import CROSS, Layer
 from kfac_jax.sharding import Distribution
@@ -41,9 +41,9 @@ def _parent(layer: Layer) -> str | None:
 def init(layer: Layer) -> dict[str, Array]:
     """What `refresh` gives for the identity: Σ = I, no regression."""
     return {
-        name: jnp.eye(shape[0], dtype=layer.dtype)
+        name: _fresh.identities(shape, layer.dtype)
         if name.endswith("_basis")
-        else jnp.zeros(shape, layer.dtype)
+        else _fresh.full(shape, 0.0, layer.dtype)
         for name, shape in layer.joint_shapes.items()
     }
 

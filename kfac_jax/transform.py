@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _by_rows, _products, sharding
+from kfac_jax import _by_rows, _fresh, _products, sharding
 from kfac_jax._checks import (
     check_common,
     check_evaluation,
@@ -230,7 +230,7 @@ def kfac(
 
     def init(params: Params) -> KFACState:
         state = _initial(curvature, params, damping, factored_damping, distribution)
-        velocity = jax.tree.map(jnp.zeros_like, params)
+        velocity = jax.tree.map(_fresh.zeros_like, params)
         if sharding.by_rows(distribution):
             velocity = sharding.kept(distribution, axis_types.whole(velocity))
         return state._replace(velocity=velocity)
@@ -390,8 +390,8 @@ def _initial(
         whole = zeros(layers, "factor_shapes"), init_inverses(layers)
         return sharding.kept(distribution, whole)
 
-    # compiled at once: one by one, each shape would be compiled for itself
-    factors, inverses = jax.jit(fill)()
+    # on several devices, none of them is to hold all
+    factors, inverses = fill() if distribution is None else jax.jit(fill)()
     strength = initial_damping(damping)
     return KFACState(
         step=jnp.zeros((), jnp.int32),
