@@ -33,7 +33,7 @@ optimizer set_default_tag_to_block_ctor tag_graph_matcher utils
 """
 BLOCKS = "Block BlockShape Damped Diagonal Eigen Full Identity Kronecker Spectrum TNT"
 LINALG = """
-Conditional Inverted conditionals diagonal eigh finite_diagonals inverse inverse_many
+Conditional Inverted conditionals diagonal eigh finite_diagonals gram inverse inverse_many
 inverse_root_many mean_rows pseudo_inverse symmetrize trace_pi turned_basis
 """
 LOSSES = """
