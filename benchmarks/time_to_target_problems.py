@@ -35,6 +35,7 @@ class Task:
     measure: str  # what the target is a value of
     target: float
     seconds: float  # in steps, after which a run has missed the target
+    trial_target: float  # of --tune's trials, sooner reached
     trial_seconds: float  # the processor's, after which the first trial has
     evaluate_every: int  # steps
     open: Callable[[Path | None], Load]  # the data's cache -> how to load it
@@ -72,10 +73,12 @@ def _convnet(cache: Path | None) -> Load:
 
 def _language_model(cache: Path | None) -> Load:
     corpus = load_austen(None, cache)
-    shape = models.transformer.Shape(vocabulary=len(corpus.alphabet))
+    shape = models.transformer.Shape(
+        vocabulary=len(corpus.alphabet), context=64, width=64, layers=2, hidden=256
+    )
     loss = partial(models.transformer.loss_fn, heads=shape.heads)
 
-    starts = np.linspace(0, len(corpus.train) - shape.context - 1, 32).astype(int)
+    starts = np.linspace(0, len(corpus.train) - shape.context - 1, 128).astype(int)
     evaluate = _evaluator(loss, windows(corpus.train, starts, shape.context))
 
     def load(batch: int, seed: int) -> Problem:
@@ -99,8 +102,9 @@ TASKS = {
     "autoencoder": Task(
         name="autoencoder",
         measure="squared reconstruction error of 1,000 training cases",
-        target=5.0,
+        target=3.0,
         seconds=50.0,
+        trial_target=5.0,
         trial_seconds=40.0,
         evaluate_every=10,
         open=_autoencoder,
@@ -108,17 +112,19 @@ TASKS = {
     "convnet": Task(
         name="convnet",
         measure="cross-entropy of 1,000 training cases, nats",
-        target=0.5,
+        target=0.4,
         seconds=50.0,
+        trial_target=0.4,
         trial_seconds=40.0,
         evaluate_every=10,
         open=_convnet,
     ),
     "language model": Task(
         name="language model",
-        measure="cross-entropy of 32 training windows, nats per character",
-        target=2.3,
+        measure="cross-entropy of 128 training windows, nats per character",
+        target=1.9,
         seconds=50.0,
+        trial_target=2.0,
         trial_seconds=40.0,
         evaluate_every=10,
         open=_language_model,
