@@ -52,9 +52,9 @@ TRIALS: Mapping[str, Mapping[str, Sequence[Constants]]] = {
         "adamw": [
             AdamW(batch=100, rate=2e-3, warm_up=100, horizon=1500),
             AdamW(batch=100, rate=1e-3, warm_up=100, horizon=1500),
-            AdamW(batch=100, rate=3e-3, warm_up=200, horizon=1600),
-            AdamW(batch=200, rate=3e-3, warm_up=100, horizon=1000),
-            AdamW(batch=100, rate=4e-3, warm_up=300, horizon=1600),
+            AdamW(batch=100, rate=3e-3, warm_up=150, horizon=1000),
+            AdamW(batch=200, rate=3e-3, warm_up=100, horizon=600),
+            AdamW(batch=50, rate=2e-3, warm_up=200, horizon=1600),
         ],
         "nesterov": [
             Nesterov(batch=100, rate=0.01, warm_up=50, momentum=0.98, period=50),
