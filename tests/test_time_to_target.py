@@ -1,4 +1,4 @@
-"""The benchmark of time to a target: when it is reached, and which constants it takes."""
+"""The benchmark of time to a target: when it is reached, and by which constants."""
 
 import dataclasses
 import math
@@ -8,21 +8,19 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-pytest.importorskip("mlxtend")
-time_to_target = pytest.importorskip("time_to_target")
 
-from time_to_target_methods import METHODS, scheduled  # noqa: E402
-from time_to_target_report import MISSED, success  # noqa: E402
-from training import Point  # noqa: E402
+import time_to_target
+from time_to_target_methods import METHODS, scheduled
+from time_to_target_report import MISSED, success
+from training import Point
 
 
 def curve(*rows):
     """Points at steps with errors; a step takes two seconds."""
-    others = {"test_error": 0.0, "loss": 0.0, "damping": 0.0, "learning_rate": 0.0}
+    rest = dict.fromkeys(("test_error", "loss", "damping", "learning_rate"), 0.0)
+    rest["momentum"] = 0.0
     return [
-        Point(
-            iteration=step, seconds=2.0 * step, train_error=error, momentum=0.0, **others
-        )
+        Point(iteration=step, seconds=2.0 * step, train_error=error, **rest)
         for step, error in rows
     ]
 
