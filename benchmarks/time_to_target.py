@@ -42,8 +42,10 @@ from typing import Any
 # Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# For this module and those that it imports.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
 import jax
-import models  # finds the examples
 import numpy as np
 from data_files import DataError
 from experiment import Problem
@@ -58,6 +60,7 @@ from training import (
     Limits,
     NoStore,
     Point,
+    PyTree,
     Run,
     Trainer,
     train_in_turns,
@@ -273,7 +276,7 @@ class Meter:
     def around(self, evaluate: Evaluate) -> Evaluate:
         """The same measurement; the time outside it counts."""
 
-        def metered(params: models.Params) -> tuple[float, float]:
+        def metered(params: PyTree) -> tuple[float, float]:
             self._begun.append(time.process_time())
             errors = evaluate(params)
             self._ended.append(time.process_time())

@@ -11,11 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import models  # finds the examples
 import optax
 from experiment import Problem
 from jax import Array
-from training import Method, Progress
+from training import Method, Progress, PyTree
 
 import kfac_jax
 
@@ -34,7 +33,7 @@ class AdamW:
     b1: float = 0.9
     b2: float = 0.999
 
-    def method(self, problem: Problem, params: models.Params, seed: int) -> Method:
+    def method(self, problem: Problem, params: PyTree, seed: int) -> Method:
         """The optimizer for a problem."""
         del params, seed
 
@@ -64,7 +63,7 @@ class Nesterov:
     # steps between rises of the momentum, `min(1 - 1/2/floor(t/period + 1), highest)`
     period: int | None = None
 
-    def method(self, problem: Problem, params: models.Params, seed: int) -> Method:
+    def method(self, problem: Problem, params: PyTree, seed: int) -> Method:
         """The optimizer for a problem."""
         del params, seed
 
@@ -106,7 +105,7 @@ class KFac:
     inverse_every: int = 20  # T3
     l2: float = 0.0  # eta, as in the loss
 
-    def method(self, problem: Problem, params: models.Params, seed: int) -> Method:
+    def method(self, problem: Problem, params: PyTree, seed: int) -> Method:
         """The optimizer for a problem."""
         curvature = kfac_jax.make_curvature(
             problem.loss_fn,

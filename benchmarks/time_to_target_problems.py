@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import classifier
 import jax
-import models  # finds the examples
 import numpy as np
+import transformer
 from austen import load as load_austen
 from autoencoder_model import init_params, loss_fn, reconstruction_error
 from batches import Batches, Windows, windows
@@ -58,12 +59,12 @@ def _autoencoder(cache: Path | None) -> Load:
 
 def _convnet(cache: Path | None) -> Load:
     train, _ = load_fashion(None, cache)
-    evaluate = _evaluator(models.classifier.loss_fn, tuple(x[:1000] for x in train))
+    evaluate = _evaluator(classifier.loss_fn, tuple(x[:1000] for x in train))
 
     def load(batch: int, seed: int) -> Problem:
         return Problem(
-            init_params=models.classifier.init_params,
-            loss_fn=models.classifier.loss_fn,
+            init_params=classifier.init_params,
+            loss_fn=classifier.loss_fn,
             batches=Batches(tuple(train), batch, seed),
             evaluate=evaluate,
         )
@@ -73,17 +74,17 @@ def _convnet(cache: Path | None) -> Load:
 
 def _language_model(cache: Path | None) -> Load:
     corpus = load_austen(None, cache)
-    shape = models.transformer.Shape(
+    shape = transformer.Shape(
         vocabulary=len(corpus.alphabet), context=64, width=64, layers=2, hidden=256
     )
-    loss = partial(models.transformer.loss_fn, heads=shape.heads)
+    loss = partial(transformer.loss_fn, heads=shape.heads)
 
     starts = np.linspace(0, len(corpus.train) - shape.context - 1, 128).astype(int)
     evaluate = _evaluator(loss, windows(corpus.train, starts, shape.context))
 
     def load(batch: int, seed: int) -> Problem:
         return Problem(
-            init_params=partial(models.transformer.init_params, shape),
+            init_params=partial(transformer.init_params, shape),
             loss_fn=loss,
             batches=Windows(corpus.train, shape.context, batch, seed),
             evaluate=evaluate,

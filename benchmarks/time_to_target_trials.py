@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-import models  # finds the examples
+from autoencoder_model import L2
 from time_to_target_methods import AdamW, Constants, KFac, Nesterov
 
 # Everything by the quadratic model; lambda falls by half every 5 steps.
@@ -19,7 +19,7 @@ MODELLED = KFac(
     momentum=None,
     damping=0.3,
     damping_factor=0.5,
-    l2=models.autoencoder_model.L2,
+    l2=L2,
 )
 
 CONVNET = KFac(batch=128, rate=0.1, damping=0.1, constraint=1e-2, warm_up=20)
