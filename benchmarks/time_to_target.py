@@ -16,8 +16,8 @@ time is told apart.
 Each optimizer has had 5 trials on each problem, with a seed that is not used here, and
 runs with the constants of the trial that reached the target soonest in seconds, or else
 ended lowest; they include the batch size and, where the rate falls, the step at which
-it is zero. All trials are in `time_to_target_trials.json`. Neither their steps nor their
-seconds depend on how busy the machine was: they are the processor's, of all cores
+it is zero. All trials are in `time_to_target_trials.json`. Neither their steps nor
+their seconds depend on how busy the machine was: they are the processor's, of all cores
 together. A trial ends when it has taken longer than the best one before it; its target
 may be one that is sooner reached.
 
