@@ -65,16 +65,14 @@ def _cpu() -> str:
 
 
 def table(names: list[str]) -> Table:
-    """The costs by model and program."""
-    return {name: compiled_programs.measure(name) for name in tqdm(names, disable=None)}
-
-
-def show(found: Table) -> None:
-    """Prints the table."""
-    for name, programs in found.items():
-        print(f"\n{name}")
-        for program, row in programs.items():
-            print(f"  {program}\n    {_cells(row)}")
+    """Measures and prints the costs, by model and program."""
+    found: Table = {}
+    for name in tqdm(names, disable=None):
+        found[name] = compiled_programs.measure(name)
+        tqdm.write(f"\n{name}")
+        for program, row in found[name].items():
+            tqdm.write(f"  {program}\n    {_cells(row)}")
+    return found
 
 
 def _cells(row: Row) -> str:
@@ -116,7 +114,6 @@ def main() -> None:
     if arguments.record:
         merged({}, record, here, partial)
     found = table(arguments.model or list(NAMES))
-    show(found)
     if arguments.record:
         new = merged(found, record, here, partial)
         RECORD.write_text(json.dumps(new, indent=1) + "\n")
