@@ -158,7 +158,7 @@ def _change(key: str, new: float, old: float, same: bool) -> str:
         allowed = OTHER_VERSION
     room = allowed.room(old) + 1e-9  # rounding
     if new > old + room:
-        return f"allowed {old + room:.4g}"
+        return f"allowed {old + allowed.room(old):.4g}"
     return "better" if new < old - room and same else ""
 
 
