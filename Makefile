@@ -13,7 +13,7 @@ PYTEST := $(BIN)/python -m pytest
 export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
-.PHONY: test test-slow doctest lint format types docs clean
+.PHONY: test test-slow compiled-check doctest lint format types docs clean
 .PHONY: demo classifier language-model wavefunction paper data-parallel multi-process
 
 test: $(VENV)/test.stamp
@@ -22,6 +22,10 @@ test: $(VENV)/test.stamp
 # Some of these train the examples.
 test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# After a change that is meant to cost more: benchmarks/compiled.py --record.
+compiled-check: $(VENV)/examples.stamp
+	$(BIN)/python benchmarks/compiled.py --check
 
 doctest: $(VENV)/test.stamp
 	$(PYTEST) --doctest-modules --doctest-glob="*.md" kfac_jax docs README.md
