@@ -14,11 +14,14 @@ from time_to_target_methods import AdamW, Constants, KFac, Nesterov
 
 # Everything by the quadratic model; lambda falls by half every 5 steps.
 MODELLED = KFac(
-    batch=500,
+    batch=1000,
     rate=None,
     momentum=None,
-    damping=0.3,
+    damping=0.1,
     damping_factor=0.5,
+    statistics_fraction=1 / 16,
+    quadratic_fraction=1 / 16,
+    inverse_every=10,
     l2=L2,
 )
 
@@ -36,32 +39,25 @@ LANGUAGE = KFac(
 TRIALS: Mapping[str, Mapping[str, Sequence[Constants]]] = {
     "autoencoder": {
         "kfac": [
-            replace(MODELLED, batch=900, quadratic_fraction=0.125),
+            replace(MODELLED, batch=700, quadratic_fraction=1 / 8),
+            replace(MODELLED, quadratic_fraction=1 / 8),
             MODELLED,
-            replace(MODELLED, inverse_every=50),
-            replace(MODELLED, damping=0.1, statistics_fraction=1 / 16),
-            replace(
-                MODELLED,
-                batch=700,
-                damping=0.1,
-                statistics_fraction=1 / 16,
-                quadratic_fraction=1 / 8,
-                inverse_every=10,
-            ),
+            replace(MODELLED, damping_factor=0.3, quadratic_fraction=1 / 8),
+            replace(MODELLED, batch=1500),
         ],
         "adamw": [
-            AdamW(batch=100, rate=2e-3, warm_up=100, horizon=1500),
-            AdamW(batch=100, rate=1e-3, warm_up=100, horizon=1500),
-            AdamW(batch=100, rate=3e-3, warm_up=150, horizon=1000),
-            AdamW(batch=200, rate=3e-3, warm_up=100, horizon=600),
-            AdamW(batch=50, rate=2e-3, warm_up=200, horizon=1600),
+            AdamW(batch=100, rate=2e-3, warm_up=200, horizon=4500),
+            AdamW(batch=100, rate=1e-3, warm_up=200, horizon=4500),
+            AdamW(batch=50, rate=1e-3, warm_up=400, horizon=7000),
+            AdamW(batch=200, rate=3e-3, warm_up=200, horizon=2500),
+            AdamW(batch=100, rate=4e-3, warm_up=1000, horizon=4500),
         ],
         "nesterov": [
-            Nesterov(batch=100, rate=0.01, warm_up=50, momentum=0.98, period=50),
-            Nesterov(batch=100, rate=0.01, warm_up=50, momentum=0.99, period=50),
-            Nesterov(batch=100, rate=0.02, warm_up=50, momentum=0.98, period=50),
-            Nesterov(batch=200, rate=0.02, warm_up=50, momentum=0.98, period=35),
-            Nesterov(batch=50, rate=0.005, warm_up=100, momentum=0.98, period=100),
+            Nesterov(batch=100, rate=0.01, warm_up=50, momentum=0.99, period=100),
+            Nesterov(batch=200, rate=0.02, warm_up=50, momentum=0.99, period=50),
+            Nesterov(batch=100, rate=0.01, warm_up=50, momentum=0.995, period=50),
+            Nesterov(batch=500, rate=0.03, warm_up=1, momentum=0.995, period=25),
+            Nesterov(batch=100, rate=0.015, warm_up=50, momentum=0.99, period=100),
         ],
     },
     "convnet": {

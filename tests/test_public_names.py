@@ -33,8 +33,9 @@ optimizer set_default_tag_to_block_ctor tag_graph_matcher utils
 """
 BLOCKS = "Block BlockShape Damped Diagonal Eigen Full Identity Kronecker Spectrum TNT"
 LINALG = """
-Conditional Inverted conditionals diagonal eigh finite_diagonals gram inverse inverse_many
-inverse_root_many mean_rows pseudo_inverse symmetrize trace_pi turned_basis
+Conditional Inverted conditionals diagonal eigh finite_diagonals gram inverse
+inverse_many inverse_root_many mean_rows pseudo_inverse symmetrize trace_pi
+turned_basis
 """
 LOSSES = """
 convex normal_negative_log_likelihood sigmoid_binary_cross_entropy softmax_cross_entropy
