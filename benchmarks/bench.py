@@ -85,14 +85,14 @@ def measure(arguments: argparse.Namespace) -> Results:
         for pair in pairs.all_pairs(arguments.quick)
         if pair.model in arguments.models and pair.optimizer in arguments.optimizers
     ]
-    end = time.perf_counter() + pairs.BUDGET
+    budget = pairs.QUICK_BUDGET if arguments.quick else pairs.BUDGET
+    end = time.perf_counter() + budget
     for pair in (bar := tqdm(chosen, disable=None)):
         bar.set_description(f"{pair.optimizer}, {pair.model}")
         if time.perf_counter() < end:
             row = pairs.measure(pair, results["machine"]["platform"])
         else:
-            late = f"skipped: the {pairs.BUDGET / 60:g} minutes for all were over"
-            row = pair.row(late)
+            row = pair.row(f"skipped: the {budget / 60:g} minutes for all were over")
         results["rows"].append(row)
         _write(arguments.output, results)
     for title, program in PROGRAMS.items():

@@ -13,12 +13,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import autoencoder_model
 import jax
 import numpy as np
 import optax
 from cost import Runner, take_turns
-from models import MODELS, Model
+from models import MODELS, Model, autoencoder_model  # finds the examples
 from optimizers import INVERSE_EVERY, RATES, Program, gradient
 
 import kfac_jax

@@ -39,7 +39,7 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "numpy": np.__version__,
-        "commit": _git("rev-parse", "--short=10", "HEAD"),
+        "commit": _git("rev-parse", "--short=10", "HEAD") or "unknown",
         "dirty": _git("status", "--porcelain", "--untracked-files=no")
         not in ("", None),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
