@@ -78,7 +78,7 @@ PROGRAMS = {
 
 def measure(arguments: argparse.Namespace) -> Results:
     """Runs everything; what there is is written after each pair."""
-    results: Results = {"quick": arguments.quick, "machine": _machine()}
+    results: Results = {"partial": arguments.partial, "machine": _machine()}
     results |= {"rows": [], "programs": {}}
     chosen = [
         pair
@@ -161,14 +161,23 @@ def report(folder: Path, results: Results) -> list[history.Row]:
     (folder / "table.md").write_text(text + "\n", "utf-8")
     print(text)
     row = history.row_of(results["machine"], results["rows"])
-    rows = history.appended(history.read(), row)
+    rows = history.appended(history.read(history.PATH), row)
     bench_plots.draw_costs(results["rows"], folder / "costs.png")
     bench_plots.draw_history(rows, folder / "history.png")
     return rows
 
 
 def keep(folder: Path, results: Results, rows: Sequence[history.Row]) -> None:
-    """Renews the page, its pictures and the history."""
+    """Renews the page, its pictures and the history.
+
+    Raises:
+        ValueError: if the results are not of a full run.
+    """
+    if results["partial"]:
+        raise ValueError(
+            f"Expected results of all of it in {folder}, got those of a part; run "
+            "bench.py without options that leave something out."
+        )
     place = DOCS / "performance"
     place.mkdir(exist_ok=True)
     shown = [name for name in PICTURES if (folder / name).exists()]
@@ -178,7 +187,7 @@ def keep(folder: Path, results: Results, rows: Sequence[history.Row]) -> None:
     region = "\n\n".join([tables(results), *pictures])
     page = history.replaced(PAGE.read_text("utf-8"), region)
     PAGE.write_text(page, "utf-8")
-    history.write(rows)
+    history.write(rows, history.PATH)
     print(f"Renewed: {PAGE}, {place} and {history.PATH}")
 
 
@@ -194,8 +203,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--models", nargs="+", choices=pairs.MODELS, metavar="MODEL")
     add("--optimizers", nargs="+", metavar="NAME", help="only some, as in cost.py")
     found = parser.parse_args(arguments)
-    partly = found.quick or found.pairs_only or found.models or found.optimizers
-    if found.keep and partly:
+    found.partial = bool(
+        found.quick or found.pairs_only or found.models or found.optimizers
+    )
+    if found.keep and found.partial:
         parser.error(
             "--keep expects all of it, not --quick, --pairs-only, --models "
             "or --optimizers"

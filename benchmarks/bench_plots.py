@@ -49,7 +49,7 @@ def draw_costs(rows: Sequence[Row], path: Path) -> None:
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xticks(range(len(models)), models)
     axis.set_ylabel("a step with T3 = 20, in gradients")
-    axis.legend(ncols=4, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=len(BARS), fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -74,7 +74,8 @@ def draw_history(history: Sequence[Row], path: Path) -> None:
         labels = [row["commit"] + "*" * row["dirty"] for row in rows]
         axis.set_xticks(range(len(rows)), labels, rotation=60, fontsize="small")
         axis.set(title=title, ylabel="gradients", ylim=(0, None))
-    axes[0].legend(fontsize="small")
+    if models:
+        axes[0].legend(fontsize="small")
     figure.suptitle(device)
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -20,7 +20,7 @@ QUANTITIES = {
 """What is kept of each model: which number of which optimizer."""
 
 
-def read(path: Path = PATH) -> list[Row]:
+def read(path: Path) -> list[Row]:
     """All rows, oldest first; none if there is no file yet."""
     return json.loads(path.read_text("utf-8")) if path.exists() else []
 
@@ -64,7 +64,7 @@ def appended(history: Sequence[Row], row: Row) -> list[Row]:
     return [old for old in history if not same.items() <= old.items()] + [row]
 
 
-def write(history: Sequence[Row], path: Path = PATH) -> None:
+def write(history: Sequence[Row], path: Path) -> None:
     """Writes all rows, one a line, so that a change shows what was added."""
     lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in history)
     path.write_text(f"[\n{lines}\n]\n", "utf-8")

@@ -209,3 +209,25 @@ def test_only_all_of_it_is_kept(capsys):
     with pytest.raises(SystemExit):
         bench.parse(["--optimizers", "adamm"])
     assert "expected some of" in capsys.readouterr().err
+
+
+def test_a_part_is_not_kept(tmp_path):
+    with pytest.raises(ValueError, match="got those of a part"):
+        bench.keep(tmp_path, {"partial": True}, [])
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kept_page(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "DOCS", tmp_path)
+    monkeypatch.setattr(bench, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(history, "PATH", tmp_path / "history.json")
+    bench.PAGE.write_text(f"{history.BEGIN}{history.END}", "utf-8")
+    results = {"partial": False, "machine": MACHINE, "rows": ROWS, "programs": {}}
+    folder = tmp_path / "results"
+    folder.mkdir()
+    bench.keep(folder, results, bench.report(folder, results))
+    page = bench.PAGE.read_text("utf-8")
+    assert "![Costs over commits](performance/history.png)" in page
+    assert "scaling.png" not in page  # as it was not run
+    assert (tmp_path / "performance" / "costs.png").exists()
+    assert history.read(history.PATH) == [history.row_of(MACHINE, ROWS)]
