@@ -47,7 +47,7 @@ def draw_costs(rows: Sequence[Row], path: Path) -> None:
                 fontsize="x-small",
             )
     axis.axhline(1, color="black", linewidth=0.8)
-    axis.set_xticks(range(len(models)), models)
+    axis.set_xticks(range(len(models)), [x.replace(", ", ",\n") for x in models])
     axis.set_ylabel("a step with T3 = 20, in gradients")
     figure.legend(loc="outside upper center", ncols=len(BARS), fontsize="small")
     figure.savefig(path, dpi=110)
@@ -64,7 +64,9 @@ def draw_history(history: Sequence[Row], path: Path) -> None:
     device = history[-1]["device"]
     rows = [row for row in history if row["device"] == device]
     models = list(dict.fromkeys(model for row in rows for model in row["models"]))
-    figure, axes = plt.subplots(1, len(QUANTITIES), figsize=(15, 5))
+    figure, axes = plt.subplots(
+        1, len(QUANTITIES), figsize=(15, 5), layout="constrained"
+    )
     titles = "T3 = 20, full statistics", "T3 = 20, τ1 = 1/8", "first call"
     for axis, quantity, title in zip(axes, QUANTITIES, titles, strict=True):
         for model in models:
@@ -75,8 +77,8 @@ def draw_history(history: Sequence[Row], path: Path) -> None:
         axis.set_xticks(range(len(rows)), labels, rotation=60, fontsize="small")
         axis.set(title=title, ylabel="gradients", ylim=(0, None))
     if models:
-        axes[0].legend(fontsize="small")
+        lines, labels = axes[0].get_legend_handles_labels()
+        figure.legend(lines, labels, loc="outside lower center", ncols=4)
     figure.suptitle(device)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

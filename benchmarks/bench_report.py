@@ -105,7 +105,7 @@ def summary(rows: Sequence[Row]) -> str:
     if not notes:
         return markdown
     numbered = [f"({i}) {_escaped(note)}." for i, note in enumerate(notes, 1)]
-    return markdown + "\n\n" + "\n".join(numbered)
+    return "\n\n".join([markdown, *numbered])
 
 
 def details(rows: Sequence[Row], model: str) -> str:
