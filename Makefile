@@ -2,8 +2,10 @@
 # editable mode and the extras that the target names. Needs Python >= 3.11 with pip.
 #   make test PYTHON=python3.12             another interpreter (remove .venv first)
 #   make test PYTEST_ARGS="-n 2 -k dense"   options for pytest
+#   make bench BENCH_ARGS=--quick           options for benchmarks/bench.py
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
+BENCH_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,6 +16,7 @@ export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
 .PHONY: test test-slow compiled-check doctest lint format types docs clean
+.PHONY: bench opponents
 .PHONY: demo classifier language-model wavefunction paper data-parallel multi-process
 
 test: $(VENV)/test.stamp
@@ -65,8 +68,18 @@ data-parallel: $(VENV)/examples.stamp
 multi-process: $(VENV)/examples.stamp
 	$(BIN)/python examples/multi_process.py --processes 2
 
+# This library beside others, see docs/performance.md.
+bench: $(VENV)/bench.stamp opponents
+	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+# .venv-published and others, if they are missing. That one cannot be made is no failure,
+# as `bench` shows why.
+opponents: $(VENV)/bench.stamp
+	$(BIN)/python benchmarks/environments.py
+
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist site
+	rm -rf $(VENV)-published $(VENV)-shampoo $(VENV)-psgd benchmarks/results
 
 # .venv/EXTRA.stamp: the package is installed with that extra of setup.cfg.
 $(VENV)/%.stamp: setup.cfg pyproject.toml | $(BIN)/python

@@ -9,7 +9,8 @@ release of kfac-jax is installed instead of this package: both have the same nam
 The gradient and the steps take turns, one each, so that a drifting machine hits all
 alike. With all periods known, the steps of one kind (refreshing the inverses or not) do
 the same work: of each kind the median is taken, and what a step costs on average over a
-period T3 follows from the two.
+period T3 follows from the two. A staggered refresh has a kind for each place of its
+period instead.
 """
 
 from __future__ import annotations
@@ -18,131 +19,26 @@ import argparse
 import json
 import resource
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.monitoring
 import numpy as np
-import optax
-from models import MODELS, Model, plan
+from models import MODELS, Model
+from optimizers import CASES, Build, Case, gradient
 
-import kfac_jax
-
-INVERSE_EVERY = 5  # T3 while timing; others follow from it
 PERIODS = (1, 5, 20, 100)
+LEAST_TURNS = 10
 COMPILATION_EVENT = "/jax/core/compile/backend_compile_duration"
-RATES = {"learning_rate": 1e-4, "momentum": 0.9, "damping": 1.0}
-EIGHTH = {"statistics_fraction": 1 / 8}
 
-Step = Callable[[Any, Any, Any], Any]
-"""From carry, key and the model's arguments to the next carry."""
-
-
-class Program(NamedTuple):
-    """A step, where it starts, and when it refreshes inverses."""
-
-    step: Step
-    carry: Any
-    refreshes: Callable[[int], bool] = lambda count: False  # of the count from 1
-    compiles_itself: bool = False
-
-
-def first_order(tx: optax.GradientTransformation, model: Model) -> Program:
-    """An optax optimizer."""
-
-    def step(carry: Any, key: Any, args: Any) -> Any:
-        params, state = carry
-        grads = jax.grad(model.loss_fn)(params, *args)
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    return Program(step, (model.params, tx.init(model.params)))
-
-
-def kfac(
-    model: Model,
-    *,
-    schedule: Any = INVERSE_EVERY,
-    gathers: bool = True,
-    differentiates: bool = True,
-    **options: Any,
-) -> Program:
-    """K-FAC with fixed rates; without statistics or gradients, those are zero."""
-    curvature = plan(model, **options)
-    tx = kfac_jax.kfac(curvature, inverse_every=schedule, **RATES)
-
-    def step(carry: Any, key: Any, args: Any) -> Any:
-        params, state = carry
-        statistics = curvature.zero_statistics(params)
-        if gathers:
-            _, grads, statistics = curvature.value_grad_and_statistics(
-                params, *args, rng=key
-            )
-        elif differentiates:
-            _, grads = curvature.value_and_grad(params, *args)
-        else:
-            grads = params
-        updates, state = tx.update(grads, state, params, statistics=statistics)
-        return optax.apply_updates(params, updates), state
-
-    start = model.params, tx.init(model.params)
-    if not gathers:
-        return Program(step, start)
-    return Program(step, start, lambda k: k <= 3 or k % INVERSE_EVERY == 0)
-
-
-def published(model: Model) -> Program:
-    """`kfac_jax.Optimizer`, of the published release or of this package."""
-    loss_fn = lambda params, batch: model.loss_fn(params, *batch)  # noqa: E731
-    optimizer = kfac_jax.Optimizer(
-        jax.value_and_grad(loss_fn),
-        l2_reg=model.l2,
-        learning_rate_schedule=lambda _: RATES["learning_rate"],
-        momentum_schedule=lambda _: RATES["momentum"],
-        damping_schedule=lambda _: RATES["damping"],
-        inverse_update_period=INVERSE_EVERY,
-        estimation_mode=model.estimation_mode,
-        num_burnin_steps=0,
-    )
-
-    def step(carry: Any, key: Any, args: Any) -> Any:
-        return optimizer.step(*carry, key, batch=args)[:2]
-
-    state = optimizer.init(model.params, jax.random.key(0), model.args)
-    start = model.params, state
-    return Program(step, start, lambda k: k % INVERSE_EVERY == 1, True)
-
-
-OPTIMIZERS: dict[str, Callable[[Model], Program]] = {
-    "adamw": lambda model: first_order(optax.adamw(1e-4), model),
-    "sgd": lambda model: first_order(optax.sgd(1e-4, 0.9, nesterov=True), model),
-    "kfac": kfac,
-    "kfac-1/8": lambda model: kfac(model, **EIGHTH),
-    "published": published,
-}
-PARTS: dict[str, dict[str, Callable[[Model], Program]]] = {
-    "kfac": {
-        "without statistics": lambda model: kfac(model, gathers=False),
-        "update alone": lambda model: kfac(model, gathers=False, differentiates=False),
-    }
-}
-"""What is timed beside an optimizer, in the same process."""
-
-
-def gradient(model: Model) -> Program:
-    """Loss and gradient: the unit."""
-
-    def step(carry: Any, key: Any, args: Any) -> Any:
-        return jax.value_and_grad(model.loss_fn)(model.params, *args)
-
-    return Program(step, None)
+Taken = list[tuple[float, int]]
+"""Seconds of steps, and the count of each."""
 
 
 class Runner:
     """A compiled program that steps on."""
 
-    def __init__(self, build: Callable[[Model], Program], model: Model) -> None:
+    def __init__(self, build: Build, model: Model) -> None:
         """Builds and compiles, timing each phase into `phases` (seconds)."""
         clock = [time.perf_counter()]
 
@@ -151,39 +47,56 @@ class Runner:
             return clock[-1] - clock[-2]
 
         self._args, self.count, self.phases = model.args, 0, {}
-        self._program = build(model)
-        self._carry = jax.block_until_ready(self._program.carry)
+        self.program = build(model)
+        self._carry = jax.block_until_ready(self.program.carry)
         self.phases["init"] = lap()
-        self._step, self.cost = self._program.step, {}
-        if not self._program.compiles_itself:
-            donated = () if self._carry is None else (0,)
+        self._step, self.cost, self.changes_type = self.program.step, {}, False
+        if not self.program.compiles_itself:
+            donated = (0,) if self.program.advances else ()
             jitted = jax.jit(self._step, donate_argnums=donated)
             traced = jitted.trace(self._carry, self._key(), self._args)
             self.phases["trace"] = lap()
             compiled = traced.lower().compile()
             self.phases["compile"] = lap()
-            cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
-            self.cost = {
-                "flops": float(cost["flops"]),
-                "bytes": float(cost["bytes accessed"]),
-                "temporaries": float(memory.temp_size_in_bytes),
-            }
-            self._step = compiled
+            self.cost, self._step = _analysis(compiled), compiled
+            if self.program.advances:
+                of_carry = len(jax.tree.leaves(self._carry))
+                jaxpr = traced.jaxpr
+                self.changes_type = jaxpr.in_avals[:of_carry] != jaxpr.out_avals
         self.advance()
         self.phases["first run"] = lap()
 
     def _key(self) -> Any:
         return jax.random.key(self.count)
 
-    def advance(self) -> tuple[float, bool]:
-        """One step: its seconds, and whether it refreshed inverses."""
+    def advance(self) -> tuple[float, int]:
+        """One step: its seconds, and its count from 1."""
         key = jax.block_until_ready(self._key())
         self.count += 1
         start = time.perf_counter()
         result = jax.block_until_ready(self._step(self._carry, key, self._args))
         seconds = time.perf_counter() - start
-        self._carry = None if self._carry is None else result
-        return seconds, self._program.refreshes(self.count)
+        if self.program.advances:
+            self._carry = result
+        return seconds, self.count
+
+
+def _analysis(compiled: Any) -> dict[str, float]:
+    """XLA's counts; temporaries are bytes, too."""
+    cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
+    return {
+        "flops": float(cost["flops"]),
+        "bytes": float(cost["bytes accessed"]),
+        "temporaries": float(memory.temp_size_in_bytes),
+    }
+
+
+def peak_bytes() -> int:
+    """The most memory so far: the device's own, or this process's on a CPU."""
+    stats = jax.devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def measure(name: str, optimizer: str, seconds: float) -> dict[str, Any]:
@@ -192,7 +105,8 @@ def measure(name: str, optimizer: str, seconds: float) -> dict[str, Any]:
     Args:
         name: the model.
         optimizer: the optimizer.
-        seconds: for how long to take turns; every kind of step is seen at least twice.
+        seconds: for how long to take turns; every kind of step is seen at least twice,
+            every place in a longer period once.
 
     Returns:
         Ratios by name, `seconds` of the gradient, and counts.
@@ -201,46 +115,44 @@ def measure(name: str, optimizer: str, seconds: float) -> dict[str, Any]:
     jax.monitoring.register_event_duration_secs_listener(
         lambda event, *_, **__: compilations.append(event)
     )
-    model = MODELS[name]()
+    model, case = MODELS[name](), CASES[optimizer]
     unit = Runner(gradient, _copied(model))
-    own = Runner(OPTIMIZERS[optimizer], _copied(model))
-    for _ in range(INVERSE_EVERY):  # past the refreshes of the first steps
-        own.advance()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    before = compilations.count(COMPILATION_EVENT)
-    runners = {"gradient": unit, "step": own} | {
-        part: Runner(build, _copied(model))
-        for part, build in PARTS.get(optimizer, {}).items()
-    }
-    compiled_parts = compilations.count(COMPILATION_EVENT) - before
-    times = _take_turns(runners, seconds)
-    recompilations = compilations.count(COMPILATION_EVENT) - before - compiled_parts
-    second = times["gradient"][0]
     first_call = sum(unit.phases[p] for p in ("trace", "compile", "first run"))
+    base = peak_bytes()
     result: dict[str, Any] = {
-        "gradient, s": second,
+        "platform": jax.devices()[0].platform,
+        "jax": jax.__version__,
         "gradient first call, s": first_call,
-        "peak bytes": peak,
-        "recompilations": recompilations,
-        "first call": (sum(own.phases.values()) - 0.0) / first_call,
     }
+    if optimizer == "gradient":
+        for _ in range(case.period):
+            unit.advance()
+        return result | {"peak bytes": peak_bytes()}
+    own = Runner(case.build, _copied(model))
+    for _ in range(case.period):  # past the refreshes of the first steps
+        own.advance()
+    peak, before = peak_bytes(), compilations.count(COMPILATION_EVENT)
+    runners = {"gradient": unit, "step": own}
+    for part, build in case.parts.items():
+        runners[part] = Runner(build, _copied(model))
+        while runners[part].count < own.count:
+            runners[part].advance()
+    compiled_parts = compilations.count(COMPILATION_EVENT) - before
+    taken = take_turns(runners, seconds, max(LEAST_TURNS, case.period))
+    later = compilations.count(COMPILATION_EVENT) - before - compiled_parts
     result |= {
-        phase: t / unit.phases[phase]
-        for phase, t in own.phases.items()
-        if phase != "init"
+        "peak bytes": peak,
+        "added bytes": peak - base,
+        "turns": len(taken["step"]),
+        "recompilations": later + own.changes_type,
+        "first call": sum(own.phases.values()) / first_call,
     }
-    result |= {key: own.cost[key] / unit.cost[key] for key in own.cost}
-    ordinary, refreshing = times["step"]
-    result["ordinary step"] = ordinary / second
-    if refreshing is not None:
-        result["refreshing step"] = refreshing / second
-        result |= {
-            f"T3 = {t}": (ordinary + (refreshing - ordinary) / t) / second
-            for t in PERIODS
-        }
-    for part in PARTS.get(optimizer, {}):
-        result[part] = times[part][0] / second
-    return result
+    if own.program.plan_seconds is not None:
+        result["plan, s"] = own.program.plan_seconds
+    if own.cost:
+        result |= {p: own.phases[p] / unit.phases[p] for p in ("trace", "compile")}
+        result |= {key: own.cost[key] / unit.cost[key] for key in own.cost}
+    return result | _times(case, own, taken)
 
 
 def _copied(model: Model) -> Model:
@@ -248,34 +160,72 @@ def _copied(model: Model) -> Model:
     return model._replace(params=jax.tree.map(lambda x: x.copy(), model.params))
 
 
-def _take_turns(
-    runners: dict[str, Runner], seconds: float
-) -> dict[str, tuple[float, float | None]]:
-    """Medians of ordinary and of refreshing steps, in seconds."""
-    taken: dict[str, list[tuple[float, bool]]] = {name: [] for name in runners}
-    end = time.perf_counter() + seconds
-    turns = 0
-    while time.perf_counter() < end or turns < 2 * INVERSE_EVERY:
+def take_turns(
+    runners: dict[str, Runner], seconds: float, least: int
+) -> dict[str, Taken]:
+    """Steps on with all of them, one step each.
+
+    Args:
+        runners: what takes turns, by name.
+        seconds: for how long.
+        least: how many turns, however long they take.
+
+    Returns:
+        All steps, by name.
+    """
+    taken: dict[str, Taken] = {name: [] for name in runners}
+    end, turns = time.perf_counter() + seconds, 0
+    while time.perf_counter() < end or turns < least:
         for name, runner in runners.items():
             taken[name].append(runner.advance())
         turns += 1
-    result: dict[str, tuple[float, float | None]] = {}
-    for name, steps in taken.items():
-        ordinary, refreshing = (
-            [s for s, refreshed in steps if refreshed == kind] for kind in (False, True)
-        )
-        result[name] = (
-            float(np.median(ordinary)),
-            float(np.median(refreshing)) if refreshing else None,
-        )
+    return taken
+
+
+def _times(case: Case, own: Runner, taken: dict[str, Taken]) -> dict[str, float]:
+    """What the steps cost, in gradients."""
+    second = float(np.median([s for s, _ in taken["gradient"]]))
+    result = {"gradient, s": second}
+    if case.by_place:
+        for name in ("step", *case.parts):
+            places = by_place(taken[name], case.period)
+            of = "" if name == "step" else f"{name}: "
+            result[f"{of}largest / median"] = float(places.max() / np.median(places))
+            result[f"{of}T3 = {case.period}"] = float(places.mean() / second)
+        return result
+    for part in case.parts:
+        result[part] = float(np.median([s for s, _ in taken[part]])) / second
+    ordinary, refreshing = (
+        [s for s, count in taken["step"] if own.program.refreshes(count) == kind]
+        for kind in (False, True)
+    )
+    result["ordinary step"] = float(np.median(ordinary)) / second
+    if refreshing:
+        result["refreshing step"] = float(np.median(refreshing)) / second
+        more = result["refreshing step"] - result["ordinary step"]
+        result |= {f"T3 = {t}": result["ordinary step"] + more / t for t in PERIODS}
     return result
+
+
+def by_place(taken: Taken, period: int) -> np.ndarray:
+    """The median of the steps at each place of the period.
+
+    Args:
+        taken: seconds and counts of at least `period` consecutive steps.
+        period: after how many steps the same work comes again.
+
+    Returns:
+        `period` times, in seconds.
+    """
+    places = [[s for s, k in taken if k % period == place] for place in range(period)]
+    return np.array([np.median(seconds) for seconds in places])
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, required=True)
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, required=True)
+    parser.add_argument("--optimizer", choices=CASES, required=True)
     parser.add_argument("--seconds", type=float, default=20.0, help="of taking turns")
     arguments = parser.parse_args()
     print(json.dumps(measure(arguments.model, arguments.optimizer, arguments.seconds)))
