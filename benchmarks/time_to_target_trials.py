@@ -25,7 +25,9 @@ MODELLED = KFac(
     l2=L2,
 )
 
-CONVNET = KFac(batch=128, rate=0.1, damping=0.1, constraint=1e-2, warm_up=20)
+CONVNET = KFac(
+    batch=64, rate=0.1, damping=0.1, constraint=1e-2, warm_up=30, horizon=350
+)
 
 LANGUAGE = KFac(
     batch=16,
@@ -63,24 +65,24 @@ TRIALS: Mapping[str, Mapping[str, Sequence[Constants]]] = {
     "convnet": {
         "kfac": [
             CONVNET,
-            replace(CONVNET, batch=64, constraint=5e-3),
+            replace(CONVNET, batch=128, horizon=220),
             replace(CONVNET, damping=0.03, constraint=5e-3),
-            replace(CONVNET, batch=64, horizon=180, statistics_fraction=0.25),
-            replace(CONVNET, batch=64, warm_up=30, horizon=150),
+            replace(CONVNET, constraint=2e-2),
+            replace(CONVNET, batch=128, damping=0.03, horizon=220),
         ],
         "adamw": [
-            AdamW(batch=64, rate=4e-3, warm_up=40, horizon=250),
-            AdamW(batch=64, rate=2e-3, warm_up=20),
-            AdamW(batch=32, rate=2e-3, warm_up=40),
-            AdamW(batch=64, rate=6e-3, warm_up=80, horizon=250),
-            AdamW(batch=64, rate=6e-3, warm_up=60, horizon=190),
+            AdamW(batch=64, rate=4e-3, warm_up=60, horizon=400),
+            AdamW(batch=64, rate=6e-3, warm_up=80, horizon=400),
+            AdamW(batch=64, rate=3e-3, warm_up=40, horizon=400),
+            AdamW(batch=32, rate=3e-3, warm_up=80, horizon=800),
+            AdamW(batch=64, rate=8e-3, warm_up=100, horizon=350),
         ],
         "nesterov": [
-            Nesterov(batch=64, rate=0.03, warm_up=20, momentum=0.9),
-            Nesterov(batch=64, rate=0.05, warm_up=40, momentum=0.9, horizon=250),
-            Nesterov(batch=32, rate=0.02, warm_up=40, momentum=0.9),
-            Nesterov(batch=64, rate=0.02, warm_up=20, momentum=0.95),
-            Nesterov(batch=64, rate=0.05, warm_up=40, momentum=0.9, horizon=180),
+            Nesterov(batch=64, rate=0.05, warm_up=40, momentum=0.9, horizon=400),
+            Nesterov(batch=64, rate=0.1, warm_up=60, momentum=0.9, horizon=400),
+            Nesterov(batch=64, rate=0.05, warm_up=60, momentum=0.95, horizon=400),
+            Nesterov(batch=32, rate=0.03, warm_up=80, momentum=0.9, horizon=800),
+            Nesterov(batch=64, rate=0.07, warm_up=60, momentum=0.9, horizon=300),
         ],
     },
     "language model": {
