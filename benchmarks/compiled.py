@@ -16,11 +16,9 @@ is copied all the same; steps that refresh inverses, of the 3 (small net: 25) th
 run; and what is compiled after the first step.
 
 Numbers are compared closely with the recorded releases of JAX and jaxlib alone, and on
-CPUs. With others only refreshes and compilations are held to the record, and the rest
-to a coarse limit, which is said. FLOPs and calls are much the same on all CPUs, and
-have the narrowest limits; what XLA fuses, and so bytes, temporaries and instructions,
-depends on the CPU's vector units. What became cheaper by more than its limit is told,
-to be recorded.
+the recorded kind of CPU, by whose vector units XLA chooses what to fuse. With others
+only refreshes and compilations are held to the record, and the rest to a coarse limit,
+which is said. What became cheaper by more than its limit is told, to be recorded.
 """
 
 from __future__ import annotations
@@ -42,6 +40,7 @@ from compiled_check import Row, Table, Verdict, compare, merged
 from compiled_programs import NAMES, PARTS
 from tqdm import tqdm
 
+VECTOR_UNITS = ("avx2", "avx512f", "avx512_bf16", "amx_tile")
 RECORD = Path(__file__).with_suffix(".json")
 
 
@@ -57,11 +56,12 @@ def environment() -> dict[str, str]:
 
 
 def _cpu() -> str:
-    """The CPU's name where Linux tells it; JAX calls all of them "cpu"."""
+    """The CPU's name and vector units where Linux tells them; to JAX all are "cpu"."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    names = [x.partition(":")[2].strip() for x in lines if x.startswith("model name")]
-    return names[0] if names else "cpu"
+    about = {k.strip(): v.strip() for k, _, v in (x.partition(":") for x in lines)}
+    units = [x for x in about.get("flags", "").split() if x in VECTOR_UNITS]
+    return ", ".join([about.get("model name", "cpu"), *sorted(units)])
 
 
 def table(names: list[str]) -> Table:

@@ -43,19 +43,15 @@ ALLOWED = {
     "refreshes": NOTHING,
     "recompilations": NOTHING,
 }
-"""By quantity, where JAX is the recorded one.
+"""By quantity, where JAX and the device are the recorded ones."""
 
-FLOPs and calls are the program's own, and much the same on all CPUs. XLA chooses by the
-CPU's vector units what it fuses, and with that bytes, temporaries and instructions.
-"""
-
-OTHER_VERSION = Allowed(0.25, 0.05, math.inf)
-"""Where JAX is another one, which may compile to something else."""
+ELSEWHERE = Allowed(0.25, 0.05, math.inf)
+"""Where they are others: XLA chooses by the CPU's vector units what it fuses."""
 
 ALWAYS_EXACT = {"refreshes", "recompilations"}
-"""What no other version may change."""
+"""What no other version or device may change."""
 
-VERSIONS = ("jax", "jaxlib")
+PLACE = ("jax", "jaxlib", "device_kind")
 
 
 class Verdict(NamedTuple):
@@ -92,18 +88,13 @@ def compare(
             f"The record is of platform {recorded_with['platform']}, this is "
             f"{environment['platform']}: set JAX_PLATFORMS={recorded_with['platform']}."
         )
-    same = all(environment[key] == recorded_with[key] for key in VERSIONS)
+    same = all(environment[key] == recorded_with[key] for key in PLACE)
     notes: list[str] = []
     if not same:
         notes.append(
-            f"NOT COMPARED CLOSELY: recorded with {_versions(recorded_with)}, this is "
-            f"{_versions(environment)}. Only refreshes and recompilations are held to "
-            f"the record; the rest may be {OTHER_VERSION.relative:.0%} larger."
-        )
-    if environment["device_kind"] != recorded_with["device_kind"]:
-        notes.append(
-            f"Recorded on {recorded_with['device_kind']}, this is "
-            f"{environment['device_kind']}: small differences may come from that."
+            f"NOT COMPARED CLOSELY: recorded with {_place(recorded_with)}, this is "
+            f"{_place(environment)}. Only refreshes and recompilations are held to "
+            f"the record; the rest may be {ELSEWHERE.relative:.0%} larger."
         )
     models: Table = record["models"]
     failures, improvements = _differences(found, models, same)
@@ -155,7 +146,7 @@ def _change(key: str, new: float, old: float, same: bool) -> str:
         return "not a number"
     allowed = ALLOWED[key]
     if not same and key not in ALWAYS_EXACT:
-        allowed = OTHER_VERSION
+        allowed = ELSEWHERE
     room = allowed.room(old) + 1e-9  # rounding
     if new > old + room:
         return f"allowed {old + allowed.room(old):.4g}"
@@ -196,7 +187,7 @@ def merged(
 
 def _environment(record: Mapping[str, Any]) -> dict[str, str]:
     environment = record.get("environment", {})
-    missing = {*VERSIONS, "platform", "device_kind"} - set(environment)
+    missing = {*PLACE, "platform"} - set(environment)
     if missing or "models" not in record:
         raise ValueError(
             f"The record lacks {', '.join(sorted(missing)) or 'models'}: make it again "
@@ -205,5 +196,5 @@ def _environment(record: Mapping[str, Any]) -> dict[str, str]:
     return environment
 
 
-def _versions(environment: Mapping[str, str]) -> str:
-    return ", ".join(f"{key} {environment[key]}" for key in VERSIONS)
+def _place(environment: Mapping[str, str]) -> str:
+    return ", ".join(f"{key} {environment[key]}" for key in PLACE)

@@ -99,7 +99,8 @@ def test_what_another_cpu_may_change_passes(
     found = changed(program, key, value)
     verdict = check.compare(found, record, HERE | {"device_kind": "B"})
     assert not verdict.failures and not verdict.improvements
-    assert "Recorded on A, this is B" in verdict.notes[0]
+    assert "device_kind A, this is" in verdict.notes[0]
+    assert "device_kind B" in verdict.notes[0]
 
 
 def test_every_recorded_quantity_has_a_limit(check: ModuleType) -> None:
