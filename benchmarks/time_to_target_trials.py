@@ -41,25 +41,19 @@ LANGUAGE = KFac(
 TRIALS: Mapping[str, Mapping[str, Sequence[Constants]]] = {
     "autoencoder": {
         "kfac": [
-            replace(MODELLED, batch=700, quadratic_fraction=1 / 8),
-            replace(MODELLED, quadratic_fraction=1 / 8),
             MODELLED,
-            replace(MODELLED, damping_factor=0.3, quadratic_fraction=1 / 8),
             replace(MODELLED, batch=1500),
+            replace(MODELLED, damping_factor=0.3, quadratic_fraction=1 / 8),
         ],
         "adamw": [
             AdamW(batch=100, rate=2e-3, warm_up=200, horizon=4500),
             AdamW(batch=100, rate=1e-3, warm_up=200, horizon=4500),
             AdamW(batch=50, rate=1e-3, warm_up=400, horizon=7000),
-            AdamW(batch=200, rate=3e-3, warm_up=200, horizon=2500),
-            AdamW(batch=100, rate=4e-3, warm_up=1000, horizon=4500),
         ],
         "nesterov": [
             Nesterov(batch=100, rate=0.01, warm_up=50, momentum=0.99, period=100),
             Nesterov(batch=200, rate=0.02, warm_up=50, momentum=0.99, period=50),
             Nesterov(batch=100, rate=0.01, warm_up=50, momentum=0.995, period=50),
-            Nesterov(batch=500, rate=0.03, warm_up=1, momentum=0.995, period=25),
-            Nesterov(batch=100, rate=0.015, warm_up=50, momentum=0.99, period=100),
         ],
     },
     "convnet": {
@@ -67,22 +61,16 @@ TRIALS: Mapping[str, Mapping[str, Sequence[Constants]]] = {
             CONVNET,
             replace(CONVNET, batch=128, horizon=220),
             replace(CONVNET, damping=0.03, constraint=5e-3),
-            replace(CONVNET, constraint=2e-2),
-            replace(CONVNET, batch=128, damping=0.03, horizon=220),
         ],
         "adamw": [
             AdamW(batch=64, rate=4e-3, warm_up=60, horizon=400),
             AdamW(batch=64, rate=6e-3, warm_up=80, horizon=400),
-            AdamW(batch=64, rate=3e-3, warm_up=40, horizon=400),
             AdamW(batch=32, rate=3e-3, warm_up=80, horizon=800),
-            AdamW(batch=64, rate=8e-3, warm_up=100, horizon=350),
         ],
         "nesterov": [
             Nesterov(batch=64, rate=0.05, warm_up=40, momentum=0.9, horizon=400),
             Nesterov(batch=64, rate=0.1, warm_up=60, momentum=0.9, horizon=400),
-            Nesterov(batch=64, rate=0.05, warm_up=60, momentum=0.95, horizon=400),
             Nesterov(batch=32, rate=0.03, warm_up=80, momentum=0.9, horizon=800),
-            Nesterov(batch=64, rate=0.07, warm_up=60, momentum=0.9, horizon=300),
         ],
     },
     "language model": {
