@@ -1,7 +1,8 @@
 """The trials of `time_to_target.py --tune`: as many for each optimizer on each problem.
 
 They were chosen in turn, each in view of those before it, and are kept in
-`time_to_target_trials.json` in this order.
+`time_to_target_trials.json` in this order. That file also has those to the easier
+targets of before, an error of 5 and a loss of 0.4.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -50,9 +51,11 @@ def test_constants_are_those_of_the_soonest_trial():
     """One that missed counts last, even with the lower error at its end."""
     adamw = METHODS["adamw"](batch=8, rate=0.1, warm_up=1)
 
+    target = time_to_target.TASKS["autoencoder"].trial_target
+
     def trial(rate, seconds, last):
         constants = dataclasses.asdict(dataclasses.replace(adamw, rate=rate))
-        names = {"task": "autoencoder", "optimizer": "adamw"}
+        names = {"task": "autoencoder", "optimizer": "adamw", "target": target}
         return {**names, "constants": constants, "seconds": seconds, "last": last}
 
     trials = [trial(0.1, None, 1.0), trial(0.2, 5.0, 2.0), trial(0.3, 4.0, 2.0)]
@@ -67,13 +70,11 @@ def test_every_optimizer_had_as_many_trials():
     kept = time_to_target.kept_trials()
     for task, optimizers in time_to_target.TRIALS.items():
         for name, listed in optimizers.items():
-            found = [
-                trial["constants"]
-                for trial in kept
-                if (trial["task"], trial["optimizer"]) == (task, name)
-            ]
-            assert len(found) == time_to_target.TRIALS_EACH
+            trials = time_to_target._of(kept, task, name)
+            found = [trial["constants"] for trial in trials]
             assert found == [dataclasses.asdict(constants) for constants in listed]
+        counts = Counter(trial["optimizer"] for trial in kept if trial["task"] == task)
+        assert len(set(counts.values())) == 1, counts
 
 
 def test_rates_rise_then_fall():
