@@ -14,8 +14,8 @@ optimizers take turns of a few seconds. Only time in the compiled step counts; c
 time is told apart.
 
 Each optimizer has had as many trials on a problem, with a seed that is not used here: 5
-on the language model, and on the others 5 to an easier target and 3, chosen after those,
-to this one. It runs with the constants of the trial that reached the target soonest in
+on the language model; on the others 5 to an easier target and 3, chosen after those, to
+this one. It runs with the constants of the trial that reached the target soonest in
 seconds, or else had the lowest error; they include the batch size and, where the rate
 falls, the step at which it is zero. All trials are in `time_to_target_trials.json`.
 Neither their steps nor their seconds depend on how busy the machine was: they are the
