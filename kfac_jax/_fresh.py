@@ -7,6 +7,7 @@ array is still a kernel of its own: of an optimizer's first call that was a tent
 from typing import Any
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
