@@ -124,7 +124,8 @@ def details(rows: Sequence[Row], model: str) -> str:
                 peak = row["peak bytes"]
                 ratio = None if lowest is None else peak / lowest
                 shown = row | {"peak, MiB": peak / 2**20, "peak": ratio}
-                shown["added, MiB"] = row["added bytes"] / 2**20
+                if "added bytes" in row:  # nothing is added to the gradient alone
+                    shown["added, MiB"] = row["added bytes"] / 2**20
                 cells = [_number(shown.get(column)) for column in COLUMNS]
             lines.append([NAMES[name], *cells])
     unit = f"The gradient takes {1e3 * min(seconds):.3g} ms.\n\n" if seconds else ""
