@@ -132,8 +132,12 @@ class Curvature:
           Martens & Grosse 2015, section 5 and, for τ1, section 8.
         """
         leaves, part, factors = self._prepare(params, args, rng, factors)
-        value, gradient, statistics = self._linearize(params, part, leaves, factors)
         whole = self.statistics_fraction == 1.0
+        # A second pass ends at what is registered: pulled back from there, a loss's
+        # cotangent of zero would be multiplied by all that the loss is made of besides.
+        value, gradient, statistics = self._linearize(
+            params, part, leaves, factors, own_gradient=not whole
+        )
         if not whole and any(layer.product_rows for layer in self.layers):
             value, gradient, _ = self._linearize(params, args, leaves, factors)
         elif not whole:
