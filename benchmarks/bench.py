@@ -50,11 +50,13 @@ class Program(NamedTuple):
 
     Attributes:
         command: its file and options; `{output}` is the output folder.
+        table: the file in it that the program writes its table to.
         pictures: what it draws, by the name that the figure gets here.
         limit: seconds until it is given up.
     """
 
     command: tuple[str, ...]
+    table: str
     pictures: dict[str, str]
     limit: float
 
@@ -64,12 +66,15 @@ PROGRAMS = {
         (
             "scaling.py",
             *("--json", "{output}/scaling.json", "--png", "{output}/scaling.png"),
+            *("--table", "{output}/scaling.md"),
         ),
+        "scaling.md",
         {"scaling.png": "scaling.png"},
         600,
     ),
     "Time to a target": Program(
         ("time_to_target.py", "--output", "{output}/target"),
+        "target/table.txt",
         {"target.png": "target/curves.png"},
         1500,
     ),
@@ -77,9 +82,22 @@ PROGRAMS = {
 
 
 def measure(arguments: argparse.Namespace) -> Results:
-    """Runs everything; what there is is written after each pair."""
-    results: Results = {"partial": arguments.partial, "machine": _machine()}
-    results |= {"rows": [], "programs": {}}
+    """Runs everything; what there is is written after each pair.
+
+    With `--renew` the chosen pairs are measured again, on the machine of the results
+    that are there, and their rows say of which commit they are.
+    """
+    machine = _machine()
+    if arguments.renew:
+        results = _read(arguments.output)
+        if history.device(results["machine"]) != history.device(machine):
+            raise ValueError(
+                f"Expected the machine of the results, {results['machine']}; this is "
+                f"{machine}. Measure everything."
+            )
+    else:
+        results = {"partial": arguments.partial, "machine": machine}
+        results |= {"rows": [], "programs": {}}
     chosen = [
         pair
         for pair in pairs.all_pairs(arguments.quick)
@@ -90,13 +108,15 @@ def measure(arguments: argparse.Namespace) -> Results:
     for pair in (bar := tqdm(chosen, disable=None)):
         bar.set_description(f"{pair.optimizer}, {pair.model}")
         if time.perf_counter() < end:
-            row = pairs.measure(pair, results["machine"]["platform"])
+            row = pairs.measure(pair, machine["platform"])
         else:
             row = pair.row(f"skipped: the {budget / 60:g} minutes for all were over")
-        results["rows"].append(row)
+        if arguments.renew:
+            row |= {"commit": machine["commit"]}
+        results["rows"] = [x for x in results["rows"] if not pair.same(x)] + [row]
         _write(arguments.output, results)
     for title, program in PROGRAMS.items():
-        if not arguments.pairs_only:
+        if not (arguments.pairs_only or arguments.renew):
             print(f"{title}: {program.command[0]}", flush=True)
             results["programs"][title] = _run(program, arguments)
             _write(arguments.output, results)
@@ -110,36 +130,32 @@ def _machine() -> dict[str, Any]:
 
 
 def _run(program: Program, arguments: argparse.Namespace) -> dict[str, str]:
-    """Runs it: `status`, and `table`, what it printed."""
+    """Runs it: `status`, and `table`, as Markdown."""
     file, *options = program.command
     if not (HERE / file).exists():
         return {"status": f"skipped: there is no {file}"}
     command = [sys.executable, str(HERE / file)]
     command += [option.format(output=arguments.output) for option in options]
     command += ["--quick"] * arguments.quick
-    try:
-        done = subprocess.run(
-            command,
-            check=False,
-            capture_output=True,
-            text=True,
-            timeout=program.limit,
-            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},
-        )
-    except subprocess.TimeoutExpired:
-        return {"status": f"failed: more than {program.limit:g} s"}
-    if done.returncode:
-        reason = pairs.reason_of(done.stderr, done.returncode)
-        return {"status": f"failed: {reason}"}
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    status, _ = pairs.output_of(command, program.limit, environment)
+    if status != "ok":
+        return {"status": status}
     for name, drawn in program.pictures.items():
         source, target = arguments.output / drawn, arguments.output / name
         if source != target:
             shutil.copyfile(source, target)
-    text = done.stdout.strip()
-    return {
-        "status": "ok",
-        "table": text if text.startswith("|") else f"```text\n{text}\n```",
-    }
+    return {"status": "ok", "table": _table(arguments.output / program.table)}
+
+
+def _table(path: Path) -> str:
+    """A table in a file, as Markdown shows it."""
+    text = path.read_text("utf-8").strip()
+    return text if text.startswith("|") else f"```text\n{text}\n```"
+
+
+def _read(folder: Path) -> Results:
+    return json.loads((folder / "results.json").read_text("utf-8"))
 
 
 def _write(folder: Path, results: Results) -> None:
@@ -198,6 +214,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--quick", action="store_true", help="a smoke test")
     add("--keep", action="store_true", help="renew docs/performance.md and the history")
     add("--report", action="store_true", help="of the results that are there")
+    add("--renew", action="store_true", help="only measure the chosen pairs again")
     add("--output", type=Path, default=HERE / "results", metavar="DIR")
     add("--pairs-only", action="store_true", help="no scaling, no time to a target")
     add("--models", nargs="+", choices=pairs.MODELS, metavar="MODEL")
@@ -206,10 +223,10 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     found.partial = bool(
         found.quick or found.pairs_only or found.models or found.optimizers
     )
-    if found.keep and found.partial:
+    if found.keep and found.partial and not found.renew:
         parser.error(
-            "--keep expects all of it, not --quick, --pairs-only, --models "
-            "or --optimizers"
+            "--keep expects all of it, not --quick, --pairs-only, --models or "
+            "--optimizers, unless with --renew"
         )
     known = {pair.optimizer for pair in pairs.all_pairs(quick=False)}
     if unknown := set(found.optimizers or ()) - known:
@@ -224,11 +241,7 @@ def main() -> None:
     """The command line."""
     arguments = parse()
     arguments.output.mkdir(parents=True, exist_ok=True)
-    if arguments.report:
-        kept = (arguments.output / "results.json").read_text("utf-8")
-        results = json.loads(kept)
-    else:
-        results = measure(arguments)
+    results = _read(arguments.output) if arguments.report else measure(arguments)
     rows = report(arguments.output, results)
     if arguments.keep:
         keep(arguments.output, results, rows)

@@ -22,6 +22,7 @@ NAMES = {
     "front": "`kfac_jax.Optimizer`",
     "front-adaptive": "`kfac_jax.Optimizer`, adaptive",
     "published-adaptive": "kfac-jax 0.0.8, adaptive",
+    "kfac-adaptive": "K-FAC, τ1 = 1/8, all rules of the paper",
     "kfac-staggered": "K-FAC, τ1 = 1/8, staggered",
     "gradient": "gradient alone",
 }
@@ -62,6 +63,7 @@ def tables(results: Results) -> str:
         f"{machine['date']}, commit {machine['commit']}"
         f"{' with changes' * machine['dirty']}; {device(machine)}; JAX "
         f"{machine['jax']}, Python {machine['python']}.",
+        renewed(machine, rows),
         "### A step, in gradients",
         summary(rows),
         "### Targets",
@@ -75,6 +77,19 @@ def tables(results: Results) -> str:
         ok = program["status"] == "ok"
         parts += [f"### {title}", program["table"] if ok else program["status"]]
     return "\n\n".join(part for part in parts if part)
+
+
+def renewed(machine: Row, rows: Sequence[Row]) -> str:
+    """Which rows are of another commit than the rest; "" if none is."""
+    later: dict[str, list[str]] = {}
+    for row in rows:
+        commit = row.get("commit", machine["commit"])
+        name = NAMES[row["optimizer"]]
+        if commit != machine["commit"] and name not in later.setdefault(commit, []):
+            later[commit].append(name)
+    return "\n".join(
+        f"Of commit {commit}: {', '.join(names)}." for commit, names in later.items()
+    )
 
 
 def amortised(row: Row) -> float | None:

@@ -22,7 +22,7 @@ import kfac_jax
 INVERSE_EVERY = 5  # T3 while timing; others follow from it
 RATES = {"learning_rate": 1e-4, "momentum": 0.9, "damping": 1.0}
 EIGHTH = {"statistics_fraction": 1 / 8}
-STAGGERED_EVERY = 20
+WHOLE_PERIOD = 20
 SHARES = 8
 
 FIXED = {
@@ -98,29 +98,33 @@ def with_optax(
 def kfac(
     model: Model,
     *,
+    rules: dict[str, Any] | None = None,
     schedule: Any = INVERSE_EVERY,
     gathers: bool = True,
     differentiates: bool = True,
     **options: Any,
 ) -> Program:
-    """K-FAC with fixed rates; without statistics or gradients, those are zero."""
+    """K-FAC, with fixed rates or rules. Statistics or gradients left out are zero."""
     start = time.perf_counter()
     curvature = plan(model, **options)
     plan_seconds = time.perf_counter() - start
-    tx = kfac_jax.kfac(curvature, inverse_every=schedule, **RATES)
+    tx = kfac_jax.kfac(curvature, inverse_every=schedule, **(rules or RATES))
 
     def step(carry: Any, key: Any, args: Any) -> Any:
         params, state = carry
-        statistics = curvature.zero_statistics(params)
+        statistics, value = curvature.zero_statistics(params), None
         if gathers:
-            _, grads, statistics = curvature.value_grad_and_statistics(
+            value, grads, statistics = curvature.value_grad_and_statistics(
                 params, *args, rng=key
             )
         elif differentiates:
-            _, grads = curvature.value_and_grad(params, *args)
+            value, grads = curvature.value_and_grad(params, *args)
         else:
             grads = params
-        updates, state = tx.update(grads, state, params, statistics=statistics)
+        measured = {"value": value, "args": args} if rules else {}
+        updates, state = tx.update(
+            grads, state, params, statistics=statistics, **measured
+        )
         return optax.apply_updates(params, updates), state
 
     return Program(
@@ -131,8 +135,19 @@ def kfac(
     )
 
 
+def _adaptive(model: Model) -> Program:
+    """All of the paper's rules: T1, T2, T3 = 5, 20, 20, tau_1 = 1/8, tau_2 = 1/4."""
+    rules = {
+        "learning_rate": kfac_jax.QuadraticModel(fraction=1 / 4),
+        "momentum": None,
+        "damping": kfac_jax.LevenbergMarquardt(150.0),
+        "factored_damping": kfac_jax.SeparateDamping(every=WHOLE_PERIOD),
+    }
+    return kfac(model, rules=rules, schedule=WHOLE_PERIOD, **EIGHTH)
+
+
 def _in_shares(model: Model, shares: int) -> Program:
-    schedule = kfac_jax.RefreshSchedule(STAGGERED_EVERY, shares=shares)
+    schedule = kfac_jax.RefreshSchedule(WHOLE_PERIOD, shares=shares)
     return kfac(model, schedule=schedule, **EIGHTH)
 
 
@@ -194,10 +209,11 @@ CASES: dict[str, Case] = {
     "sgd": Case(partial(with_optax, optax.sgd(1e-4, 0.9, nesterov=True))),
     "kfac": Case(kfac, WITHOUT),
     "kfac-1/8": Case(partial(kfac, **EIGHTH)),
+    "kfac-adaptive": Case(_adaptive, period=WHOLE_PERIOD, by_place=True),
     "kfac-staggered": Case(
         partial(_in_shares, shares=SHARES),
         {"all at once": partial(_in_shares, shares=1)},
-        STAGGERED_EVERY,
+        WHOLE_PERIOD,
         by_place=True,
     ),
     "shampoo": Case(shampoo),

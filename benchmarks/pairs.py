@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ MODELS = (
     "PINN, batch 512",
 )
 STAGGERED = (SMALL, "convnet, batch 128", "transformer, 8 x 128 tokens")
+ADAPTIVE = (SMALL, "autoencoder, batch 4096")
 QUICK_MODELS = MODELS[-1:]
 OURS = "this library"
 ENVIRONMENTS = {
@@ -63,6 +64,10 @@ class Pair(NamedTuple):
     seconds: float
     limit: float = LIMIT
 
+    def same(self, row: Row) -> bool:
+        """Whether a row is of this pair."""
+        return (row["model"], row["optimizer"]) == (self.model, self.optimizer)
+
     def row(self, status: str, **measured: Any) -> Row:
         """Its row of the results."""
         about = {"model": self.model, "optimizer": self.optimizer, "status": status}
@@ -79,6 +84,8 @@ def all_pairs(quick: bool) -> Iterator[Pair]:
             yield Pair(model, optimizer, QUICK_SECONDS if quick else long)
     for optimizer in () if quick else special:
         yield Pair(SMALL, optimizer, SECONDS)
+    for model in () if quick else ADAPTIVE:
+        yield Pair(model, "kfac-adaptive", SECONDS)
     for model in () if quick else STAGGERED:
         yield Pair(model, "kfac-staggered", SECONDS)
     for optimizer in LATER:
@@ -118,22 +125,42 @@ def measure(pair: Pair, platform: str) -> Row:
 
 
 def _run(pair: Pair, command: list[str]) -> Row:
+    environment = _environment(pair.optimizer, os.environ)
+    status, printed = output_of(command, pair.limit, environment)
+    if status != "ok":
+        return pair.row(status)
+    return pair.row("ok", **json.loads(printed.splitlines()[-1]))
+
+
+def output_of(
+    command: Sequence[str], limit: float, environment: Mapping[str, str]
+) -> tuple[str, str]:
+    """Runs a program.
+
+    Args:
+        command: the program and its arguments.
+        limit: seconds until it is given up.
+        environment: its environment's variables.
+
+    Returns:
+        "ok" or "failed: why", and what it printed.
+    """
     try:
         done = subprocess.run(
             command,
             check=False,
             capture_output=True,
             text=True,
-            timeout=pair.limit,
-            env=_environment(pair.optimizer, os.environ),
+            timeout=limit,
+            env=environment,
         )
     except subprocess.TimeoutExpired:
-        return pair.row(f"failed: more than {pair.limit:g} s")
+        return f"failed: more than {limit:g} s", ""
     except OSError as error:
-        return pair.row(f"failed: {error}")
+        return f"failed: {error}", ""
     if done.returncode:
-        return pair.row(f"failed: {reason_of(done.stderr, done.returncode)}")
-    return pair.row("ok", **json.loads(done.stdout.splitlines()[-1]))
+        return f"failed: {reason_of(done.stderr, done.returncode)}", done.stdout
+    return "ok", done.stdout
 
 
 def _environment(optimizer: str, environ: Mapping[str, str]) -> dict[str, str]:

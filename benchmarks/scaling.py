@@ -413,6 +413,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a smoke test")
     parser.add_argument("--json", type=Path, help="where to write all numbers")
     parser.add_argument("--png", type=Path, help="where to draw them")
+    parser.add_argument("--table", type=Path, help="where to write the table, too")
     parser.add_argument("--devices", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.devices:
@@ -420,6 +421,8 @@ def main() -> None:
         return
     results = measure(arguments.quick)
     print(table(results))
+    if arguments.table:
+        arguments.table.write_text(table(results) + "\n", "utf-8")
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.png:

@@ -106,6 +106,13 @@ def test_tables_show_everything_that_was_run():
     assert all("| 80.00 | 1.00 |" in line for line in lines)  # peak, in MiB and ratio
 
 
+def test_rows_of_another_commit_are_named():
+    rows = [row("kfac"), row("kfac-1/8") | {"commit": "def"}]
+    text = bench_report.tables({"machine": MACHINE, "rows": rows, "programs": {}})
+    assert f"Of commit def: {bench_report.NAMES['kfac-1/8']}." in text
+    assert "Of commit abc" not in text
+
+
 def test_every_optimizer_has_a_name():
     for quick in (True, False):
         chosen = list(pairs.all_pairs(quick))

@@ -53,7 +53,10 @@ def test_init_compiles_nothing_for_a_shape():
         events.append(event)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
-    state = tx.init(params)
+    try:
+        state = tx.init(params)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
     assert events.count(EVENT) == 0
     expected = jax.jit(tx.init)(params)
     jax.tree.map(np.testing.assert_array_equal, state, expected)
