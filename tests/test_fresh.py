@@ -9,7 +9,7 @@ import pytest
 
 import kfac_jax
 from kfac_jax import _fresh
-from tests import models
+import models
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 
