@@ -8,34 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import (
-    _batch,
-    _collectives,
-    _estimation,
-    _factors,
-    _plan,
-    _products,
-    _report,
-)
+from kfac_jax import _batch, _estimation, _factors, _plan, _products, _report
 from kfac_jax._exact import ExactProducts
 from kfac_jax._factors import Factors, Statistics
-from kfac_jax._gathering import (
-    Sums,
-    gather,
-    is_squared,
-    is_tapped,
-    probe,
-    split_products,
-    with_cross,
-)
-from kfac_jax._jaxpr import _compat, axis_types
-from kfac_jax._jaxpr.differentiation import reverse_mode
-from kfac_jax._jaxpr.interpreter import replaces_rules, run
-from kfac_jax._products import Products
+from kfac_jax._jaxpr import axis_types
+from kfac_jax._linearization import linearize
 from kfac_jax._trees import TreeSpec
 from kfac_jax.approximation import Approximation
 from kfac_jax.blocks.kronecker import check_weight_sharing
-from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import BlocksSpec, Layer
 from kfac_jax.structures import BlockDiagonal, BlockTridiagonal, Structure
 
@@ -135,11 +115,11 @@ class Curvature:
         whole = self.statistics_fraction == 1.0
         # A second pass ends at what is registered: pulled back from there, a loss's
         # cotangent of zero would be multiplied by all that the loss is made of besides.
-        value, gradient, statistics = self._linearize(
-            params, part, leaves, factors, own_gradient=not whole
+        value, gradient, statistics = linearize(
+            self, params, part, leaves, factors, own_gradient=not whole
         )
         if not whole and any(layer.product_rows for layer in self.layers):
-            value, gradient, _ = self._linearize(params, args, leaves, factors)
+            value, gradient, _ = linearize(self, params, args, leaves, factors)
         elif not whole:
             gradient = None
         if gradient is None:  # or a custom derivative rule decides about it
@@ -198,8 +178,8 @@ class Curvature:
                 "value_grad_and_statistics, or leave gradient_products out."
             )
         leaves, part, factors = self._prepare(params, args, rng, factors)
-        value, _, statistics = self._linearize(
-            params, part, leaves, factors, own_gradient=True
+        value, _, statistics = linearize(
+            self, params, part, leaves, factors, own_gradient=True
         )
         if self.statistics_fraction < 1.0:
             value = self.loss_fn(params, *args)
@@ -238,8 +218,8 @@ class Curvature:
             _factors.check(self.layers, "factor_shapes", factors)
         elif any(layer.carried_shapes for layer in self.layers):
             start = self.init_factors(params)
-            _, _, first = self._linearize(
-                params, part, leaves, start, own_gradient=True
+            _, _, first = linearize(
+                self, params, part, leaves, start, own_gradient=True
             )
             factors = axis_types.auto(self._own_basis)(first(rng))
         return leaves, part, factors
@@ -256,152 +236,6 @@ class Curvature:
             for layer in self.layers
             if layer.block is not None and layer.carried_shapes
         }
-
-    def _linearize(
-        self,
-        params: Params,
-        args: Any,
-        leaves: Sequence[Array],
-        factors: Factors | None,
-        *,
-        own_gradient: bool = False,
-    ) -> tuple[
-        Any,
-        Callable[[], tuple[list[Array], Products]] | None,
-        Callable[[Array | None], Statistics],
-    ]:
-        """One forward pass; pulls back the loss, or output cotangents, on demand.
-
-        Inside of `shard_map` statistics stay on their device, and are summed at once at
-        the end, where JAX would sum each by itself. With `own_gradient`, what does not
-        lead to the outputs (the loss function's own gradient) is not differentiated.
-        """
-        traced = _plan.trace(self.loss_fn, self.has_aux, self.tree, params, args)
-        program, sites = self._program(traced)
-        rest = None
-        if own_gradient:
-            program, rest = _plan.split_program(program)
-        carried = {
-            layer.name: {n: factors[layer.name][n] for n in layer.carried_shapes}
-            for layer in self.layers
-            if factors is not None and layer.carried_shapes
-        }
-        data = jax.tree.leaves(args)
-        probes = {
-            index: probe(layer, sites[index], data) | carried.get(layer.name, {})
-            for index, layer in enumerate(self.layers)
-            if is_tapped(layer)
-        }
-        probes = jax.tree.map(lambda x: _compat.vary_like(x, *data), probes)
-
-        def forward(leaves: Sequence[Array], probes: Any) -> Any:
-            outputs, losses = run(program, [*leaves, *data], probes)
-            zero = jnp.zeros((), losses[0].z.dtype)
-            loss, *aux = outputs if rest is None else [zero, *outputs]
-            return (loss, [one.z for one in losses]), (aux, losses)
-
-        (loss, zs), pull, (aux, losses) = jax.vjp(
-            forward, list(leaves), probes, has_aux=True
-        )
-        total = loss
-        if rest is not None:
-            (total, *aux), _ = run(rest, aux, None)
-        states = traced.found.loss_examples
-
-        def gradient() -> tuple[list[Array], Products]:
-            zeros = [jnp.zeros_like(z) for z in zs]
-            with reverse_mode(program.graph, len(leaves)):
-                grads, sums = pull((jnp.ones_like(loss), zeros))
-            products = split_products(self.layers, sums)[1]
-            if any(map(_compat.varying, jax.tree.leaves(products))):
-                products = {}  # of one device, where gradients are of all
-            return grads, products
-
-        def pull_back(cotangents: list[Array]) -> Any:
-            with reverse_mode(program.graph, len(leaves)):
-                return pull((jnp.zeros_like(loss), cotangents))
-
-        def pull_outputs(cotangents: list[Array]) -> Any:
-            pairs = zip(cotangents, zs, strict=True)
-            cotangents = [_compat.vary_like(u, z) for u, z in pairs]
-            grads, sums = axis_types.explicit(pull_back, zs)(cotangents)
-            sums, _ = split_products(self.layers, sums)
-            return grads, with_cross(self.layers, sums)
-
-        def statistics(rng: Array | None) -> Statistics:
-            def gathered(losses: Sequence[RegisteredLoss], rng: Array | None) -> Any:
-                sums, count = gather(
-                    self.layers,
-                    self.estimation_mode,
-                    self.num_samples,
-                    losses,
-                    states,
-                    pull_outputs,
-                    rng,
-                )
-                return self._over_devices(sums), count
-
-            sums, count = axis_types.auto(gathered)(losses, rng)
-            count *= _compat.summed_devices(zs, sums)
-            counted = {
-                layer: {name: x * count for name, x in part.items()}
-                for layer, part in carried.items()
-            }
-            return Statistics(
-                jnp.asarray(count, jnp.float32),
-                {
-                    x.name: sums.get(i, {}) | counted.get(x.name, {})
-                    for i, x in enumerate(self.layers)
-                },
-                {},
-            )
-
-        value = (total, traced.unflatten_aux(aux)) if self.has_aux else total
-        return value, None if replaces_rules(program) else gradient, statistics
-
-    def _over_devices(self, sums: Sums) -> Sums:
-        """Sums what `shard_map` has on each device, without what blocks carry.
-
-        Squares are of gradients, which JAX has summed.
-        """
-        own = {
-            (i, name): x
-            for i, part in sums.items()
-            for name, x in part.items()
-            if name not in self.layers[i].carried_shapes
-        }
-        like = [x if is_squared(self.layers[i]) else None for (i, _), x in own.items()]
-        result: Sums = {i: {} for i in sums}
-        summed = _collectives.summed(list(own.values()), like)
-        for (i, name), x in zip(own, summed, strict=True):
-            result[i][name] = x
-        return result
-
-    def _program(self, traced: _plan.Traced) -> tuple[Any, Any]:
-        """The program with a tap at every site, and each layer's sites.
-
-        Raises:
-          ValueError: if the program's layers are not the plan's.
-        """
-        layers, sites = _plan.group_layers(
-            traced,
-            self.tree,
-            self.blocks,
-            self.weight_sharing,
-            self.estimation_mode,
-            self.structure,
-        )
-        layers = _plan.apply_policy(layers, self.on_unmatched, quiet=True)
-        mine = [_plan.signature(layer) for layer in self.layers]
-        theirs = [_plan.signature(layer) for layer in layers]
-        if mine != theirs:
-            changed = sorted({n for n, *_ in set(mine).symmetric_difference(theirs)})
-            raise ValueError(
-                "The loss function uses its parameters differently from when the "
-                f"plan was made: layers {changed} changed. Make a new plan with "
-                "make_curvature for these arguments."
-            )
-        return _plan.tapped_program(traced, self.layers, sites), sites
 
     # ---------------------------------------------------------------- exact products
 
