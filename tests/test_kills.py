@@ -68,24 +68,26 @@ def live(folder: Path, environment: dict[str, str], kill: Kill | None = None) ->
     said: list[list[str]] = []
     times: list[float] = []
     began = time.monotonic()
-    with errors.open("w") as stream:
-        process = subprocess.Popen(
+    with (
+        errors.open("w") as stream,
+        subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=stream, text=True
-        )
-    assert process.stdout is not None
-    try:
-        if kill is not None and not kill.said:
-            time.sleep(kill.delay)
-            process.kill()
-        for line in process.stdout:
-            said.append(line.split())
-            times.append(time.monotonic() - began)
-            if kill is not None and said[-1] == kill.said:
+        ) as process,
+    ):
+        assert process.stdout is not None
+        try:
+            if kill is not None and not kill.said:
                 time.sleep(kill.delay)
                 process.kill()
-        process.wait(LIMIT)
-    finally:
-        process.kill()
+            for line in process.stdout:
+                said.append(line.split())
+                times.append(time.monotonic() - began)
+                if kill is not None and said[-1] == kill.said:
+                    time.sleep(kill.delay)
+                    process.kill()
+            process.wait(LIMIT)
+        finally:
+            process.kill()
     finished = process.returncode == 0
     assert finished or process.returncode == -signal.SIGKILL, errors.read_text()
     return Life(said, times, finished)
@@ -107,7 +109,9 @@ def uninterrupted(environment, tmp_path_factory):
     assert first.said == second.said
     assert second.said[-1][0] == "finished"
     parts: dict[str, float] = {}
-    for words, at, after in zip(second.said, second.times, second.times[1:], strict=False):
+    for words, at, after in zip(
+        second.said, second.times, second.times[1:], strict=False
+    ):
         parts[words[0]] = max(parts.get(words[0], 0.0), after - at)
     return Uninterrupted(second.said[-1], second.times[-1], parts)
 

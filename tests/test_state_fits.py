@@ -1,6 +1,7 @@
 """A state that is not this plan's is refused, and all that differs is named."""
 
 import functools
+import gc
 import pickle
 
 import jax
@@ -80,7 +81,9 @@ def test_a_state_of_wider_layers_is_refused_with_every_leaf_that_differs():
 def test_missing_and_unknown_leaves_are_named():
     state = state_of(plan())
     layer = next(iter(state.factors))
-    renamed = {"other" if name == layer else name: x for name, x in state.factors.items()}
+    renamed = {
+        "other" if name == layer else name: x for name, x in state.factors.items()
+    }
     lines = refused(state._replace(factors=renamed))
     assert f"factors/{layer}/input: expected float64[4,4], got nothing" in lines
     assert "factors/other/input: expected nothing, got float64[4,4]" in lines
@@ -95,7 +98,7 @@ def test_another_type_is_refused():
 
 
 def test_a_state_with_other_blocks_is_refused():
-    other = plan(blocks={"*": kfac_jax.blocks.Diagonal()})
+    other = plan(blocks=kfac_jax.blocks.Diagonal())
     assert any("got nothing" in line for line in refused(state_of(other)))
 
 
@@ -122,6 +125,8 @@ def test_a_checkpoint_without_structure_is_refused():
         update(as_dict)
 
 
+# orbax leaves coroutines behind where it refuses
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("change", ["shape", "leaf"])
 def test_orbax_refuses_to_restore_into_another_plan(change, tmp_path):
     checkpoint = pytest.importorskip("orbax.checkpoint")
@@ -135,3 +140,4 @@ def test_orbax_refuses_to_restore_into_another_plan(change, tmp_path):
         checkpointer.wait_until_finished()
         with pytest.raises(ValueError, match="factors|shape"):
             checkpointer.restore(tmp_path / "checkpoint", other)
+    gc.collect()
