@@ -92,9 +92,10 @@ def check_update(state: Any, statistics: Any, kind: str) -> None:
 def check_state(
     curvature: Curvature, state: KFACState, distribution: Distribution | None
 ) -> None:
-    """Raises ValueError unless a state has the arrays that `init` makes for this plan.
+    """Compares a state with what `init` makes for this plan, without the velocity.
 
-    The velocity is compared with the parameters elsewhere.
+    Raises:
+      ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
     layers = curvature.layers
     arrays = jax.eval_shape(

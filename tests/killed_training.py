@@ -2,17 +2,18 @@
 
     killed_training.py FOLDER STEPS EVERY
 
-It needs the examples on its path. It goes on from the checkpoint in the folder, if there
-is one, and writes one after each step, by the examples' `Checkpoints`. Inverses are
-refreshed after EVERY steps.
+It needs the examples on its path. It goes on from the checkpoint in the folder, if
+there is one, and writes one after each step, by the examples' `Checkpoints`. Inverses
+are refreshed after EVERY steps.
 
 It says on standard output what it is about to do and what it has done, a line each:
 `resumed k`, then for each step `training k`, `trained k`, `saving k` and `saved k`, and
-at the end `finished` with a digest of parameters and state. What is said is true: a step
-has been computed by then, a checkpoint is on disk.
+at the end `finished` with a digest of parameters and state. What is said is true: a
+step has been computed by then, a checkpoint is on disk.
 """
 
 import hashlib
+import itertools
 import sys
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def make_params():
             "weight": jnp.asarray(rng.normal(0, i**-0.5, (i, o)), jnp.float32),
             "bias": jnp.zeros(o, jnp.float32),
         }
-        for i, o in zip(WIDTHS, WIDTHS[1:], strict=False)
+        for i, o in itertools.pairwise(WIDTHS)
     ]
 
 

@@ -138,6 +138,6 @@ def test_orbax_refuses_to_restore_into_another_plan(change, tmp_path):
     with checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "checkpoint", state)
         checkpointer.wait_until_finished()
-        with pytest.raises(ValueError, match="factors|shape"):
+        with pytest.raises(ValueError, match=r"factors|shape"):
             checkpointer.restore(tmp_path / "checkpoint", other)
     gc.collect()
