@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
-.PHONY: test test-slow compiled-check doctest lint format types docs clean
+.PHONY: test test-slow kills compiled-check doctest lint format types docs clean
 .PHONY: bench opponents
 .PHONY: demo classifier language-model wavefunction paper data-parallel multi-process
 
@@ -29,6 +29,10 @@ test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
 # After a change that is meant to cost more: benchmarks/compiled.py --record.
 compiled-check: $(VENV)/examples.stamp
 	$(BIN)/python benchmarks/compiled.py --check
+
+# Training processes that are killed a hundred times; the slow tests kill a few.
+kills: $(VENV)/test.stamp
+	KFAC_KILLS=100 $(PYTEST) -rP tests/test_kills.py
 
 doctest: $(VENV)/test.stamp
 	$(PYTEST) --doctest-modules --doctest-glob="*.md" kfac_jax docs README.md

@@ -3,11 +3,15 @@
 import numbers
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import _by_rows, sharding
-from kfac_jax._factors import Statistics
-from kfac_jax._step import KFACState
+from kfac_jax._factors import Statistics, zeros
+from kfac_jax._preconditioner import init_inverses
+from kfac_jax._step import Info, KFACState
+from kfac_jax._trees import path_name
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import (
     LevenbergMarquardt,
@@ -15,6 +19,10 @@ from kfac_jax.rules import (
     RefreshSchedule,
     SeparateDamping,
 )
+from kfac_jax.sharding import Distribution
+
+_SHOWN = 10
+"""How many of the leaves that differ an error lists."""
 
 
 def check_number(name: str, value: Any, low: float, high: float, closed: bool) -> None:
@@ -64,7 +72,8 @@ def check_update(state: Any, statistics: Any, kind: str) -> None:
     if not isinstance(state, KFACState):
         raise TypeError(
             f"{kind} expects the state made by its init; got {type(state).__name__}. "
-            "Call state = tx.init(params) once before the first update."
+            "Call state = tx.init(params) once before the first update; a checkpoint "
+            "is restored into the structure of that."
         )
     if statistics is None:
         raise ValueError(
@@ -78,6 +87,65 @@ def check_update(state: Any, statistics: Any, kind: str) -> None:
             "statistics must be what curvature.value_grad_and_statistics returned; "
             f"got {type(statistics).__name__}."
         )
+
+
+def check_state(
+    curvature: Curvature, state: KFACState, distribution: Distribution | None
+) -> None:
+    """Compares a state with what `init` makes for this plan, without the velocity.
+
+    Raises:
+      ValueError: if leaves are missing, unexpected, or of another shape or type.
+    """
+    layers = curvature.layers
+    arrays = jax.eval_shape(
+        lambda: {
+            "factors": zeros(layers, "factor_shapes"),
+            "inverses": init_inverses(layers),
+        }
+    )
+    if sharding.by_rows(distribution):
+        arrays = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(distribution.kept_shape(x.shape), x.dtype),
+            arrays,
+        )
+    expected = _described(arrays) | dict.fromkeys(_SCALARS, "a scalar")
+    found = _described(state._replace(velocity=())._asdict())
+    differing = [
+        f"  {name}: expected {expected.get(name, 'nothing')}, "
+        f"got {found.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if differing:
+        more = len(differing) - _SHOWN
+        rest = [f"  and {more} more"] if more > 0 else []
+        listed = "\n".join(differing[:_SHOWN] + rest)
+        raise ValueError(
+            f"The state is not one that init makes for this plan:\n{listed}\n"
+            "Use the state, the plan and the options that belong together, or call "
+            "tx.init(params) for a new state. One that was made for another number of "
+            "devices goes through whole_state and spread_state first."
+        )
+
+
+_SCALARS = (
+    "step",
+    "batches",
+    "damping",
+    "factored_damping",
+    *(f"info/{name}" for name in Info._fields),
+)
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """Types and shapes by path, such as float32[3,3]; a number's type may be any."""
+    return {
+        path_name(path): f"{jnp.result_type(x)}[{','.join(map(str, jnp.shape(x)))}]"
+        if jnp.ndim(x)
+        else "a scalar"
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
 
 
 def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:

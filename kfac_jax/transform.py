@@ -15,10 +15,10 @@ from kfac_jax._checks import (
     check_evaluation,
     check_rates,
     check_separate,
+    check_state,
     check_update,
 )
 from kfac_jax._factors import Factors, Statistics, zeros
-from kfac_jax._factors import check as check_factors
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._preconditioner import init_inverses, precondition
 from kfac_jax._products import Products
@@ -121,6 +121,7 @@ def scale_by_kfac(
     ) -> tuple[Params, KFACState]:
         del params
         check_update(state, statistics, "scale_by_kfac")
+        check_state(curvature, state, distribution)
         assert statistics is not None
         grads = curvature.tree.masked_leaves(updates, "grads")
         now = at(damping, state.step)
@@ -246,6 +247,7 @@ def kfac(
         **_: Any,
     ) -> tuple[Params, KFACState]:
         check_update(state, statistics, "kfac")
+        check_state(curvature, state, distribution)
         assert statistics is not None
         if adaptive:
             check_evaluation(curvature, params, value, args)
@@ -253,8 +255,6 @@ def kfac(
             curvature.tree.masked_leaves(params, "params")
         value = averaged_loss(distribution, value)
         grads = curvature.tree.masked_leaves(updates, "grads")
-        # before the velocity, whose shapes say less of a state that does not fit
-        check_factors(curvature.layers, "factor_shapes", state.factors, distribution)
         velocity = _by_rows.velocity(curvature.tree, state.velocity, distribution)
         count, now = state.step, state.damping
         if not isinstance(damping, LevenbergMarquardt):
