@@ -14,8 +14,11 @@ _FLAGS = [
     # Eight devices on few cores: where others compute too, one may come late.
     "--xla_cpu_collective_call_terminate_timeout_seconds=300",
 ]
-if tuple(map(int, version("jaxlib").split(".")[:2])) < (0, 11):
+_JAXLIB = tuple(map(int, version("jaxlib").split(".")[:2]))
+if _JAXLIB < (0, 11):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+if _JAXLIB == (0, 12):  # a sixth of the time; an unknown flag would end the process
+    _FLAGS.append("--xla_cpu_use_new_xtile_lowering=false")
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
 import jax  # noqa: E402
