@@ -149,7 +149,8 @@ def test_vectors_that_are_not_real_are_named(name, dtype):
     vector = jax.tree.unflatten(tree, [first.astype(dtype), *rest])
     with pytest.raises(TypeError, match="real floating-point numbers, like") as error:
         VECTORS[name](plan, kfac_jax.kfac(plan, 0.1, 0.9, damping=0.1), vector)
-    assert f"has type {dtype} at 'layer0/b'" in str(error.value)
+    assert f"got {dtype}[" in str(error.value)
+    assert "at 'layer0/b'" in str(error.value)
 
 
 def test_python_numbers_are_parameters_too():

@@ -312,7 +312,7 @@ ERRORS = {  # the type, and what raises it
         ValueError,
         lambda: kfac_jax.kfac(plan(), decay=2.0),
     ),
-    "momentum must be a number, a schedule or None; got str.": (
+    "momentum must be a number, a schedule or None; got 'nesterov'.": (
         TypeError,
         lambda: kfac_jax.kfac(plan(), momentum="nesterov"),
     ),
