@@ -85,11 +85,12 @@ def within(
 
 
 def whole(name: str, value: Any, *, arrays: bool = False) -> None:
-    """Raises TypeError unless it is an integer, or with `arrays` a scalar array."""
+    """Raises TypeError unless it is an integer, or with `arrays` a scalar array.
+
+    An array may be of any real type: `optax.inject_hyperparams` has floats of all.
+    """
     number(name, value, arrays=arrays)
-    if isinstance(value, numbers.Integral):
-        return
-    if isinstance(value, numbers.Real) or not jnp.issubdtype(value.dtype, jnp.integer):
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
         raise TypeError(f"{name} must be an integer; got {shown(value)}.")
 
 
@@ -132,6 +133,13 @@ def key(name: str, value: Any) -> None:
             f"{name} must be a random key, such as jax.random.key(0); got "
             f"{shown(value)}."
         )
+
+
+def array(name: str, value: Any) -> Array:
+    """The value as an array; TypeError if it is none."""
+    if not is_array(value) or isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError(f"{name} must be an array; got {shown(value)}.")
+    return jnp.asarray(value)
 
 
 def real(name: str, value: Any) -> Array:
@@ -186,4 +194,14 @@ def trees(name: str, tree: Any) -> None:
                 f"{name}{jax.tree_util.keystr(path)} must be an array; got "
                 f"{shown(leaf)}. Pass what is no array through a closure, or "
                 "functools.partial."
+            )
+
+
+def real_trees(name: str, tree: Any) -> None:
+    """Raises TypeError unless all leaves are arrays of real numbers."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        if not _is_real(leaf):
+            raise TypeError(
+                f"{name}{jax.tree_util.keystr(path)} must be an array of real numbers; "
+                f"got {shown(leaf)}."
             )

@@ -364,7 +364,7 @@ ERRORS = {  # the type, and what raises it
     ),
     "Full() sums within an example, and ": (UserWarning, full_of_two_uses),
     "use Diagonal(), Identity() or None": (ValueError, full_of_a_generic),
-    "averages real floating-point parameters": (
+    "expects params of real floating point; got": (
         TypeError,
         lambda: kfac_jax.average_iterates().init({"n": jnp.ones(2, jnp.int32)}),
     ),
