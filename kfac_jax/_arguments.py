@@ -171,6 +171,20 @@ def floating(name: str, value: Any) -> Array:
     return jnp.asarray(value)
 
 
+def floating_type(name: str, value: Any) -> Any:
+    """The value as a type of arrays; TypeError unless it is real floating point."""
+    try:
+        kind = None if value is None else jnp.dtype(value)
+    except (TypeError, ValueError):  # numpy's, which do not say of what
+        kind = None
+    if kind is None or not jnp.issubdtype(kind, jnp.floating):
+        raise TypeError(
+            f"{name} must be real floating point; got {shown(value)}. Pass "
+            "jnp.float32, say."
+        )
+    return kind
+
+
 def matrices(name: str, value: Any) -> Array:
     """The value as floating-point matrices `[..., d, d]`.
 
@@ -184,6 +198,13 @@ def matrices(name: str, value: Any) -> Array:
             f"{name} must be square matrices, an array [..., d, d]; got {shown(x)}."
         )
     return x
+
+
+def sequence(name: str, value: Any, of: str, length: int | None = None) -> None:
+    """Raises TypeError unless it is a list or tuple, of that length if there is one."""
+    fits = isinstance(value, list | tuple)
+    if not fits or (length is not None and len(value) != length):
+        raise TypeError(f"{name} must be a list or tuple of {of}; got {shown(value)}.")
 
 
 def trees(name: str, tree: Any) -> None:

@@ -105,21 +105,9 @@ def _whole_numbers(name: str, values: Any) -> None:
 
 
 def _floating_type(dtype: Any) -> Any:
-    """The type of weights; None is JAX's default.
-
-    Raises:
-      TypeError: if it is not real floating point.
-    """
-    try:
-        kind = jnp.result_type(float if dtype is None else jnp.dtype(dtype))
-    except (TypeError, ValueError):  # numpy's, which say less
-        kind = None
-    if kind is None or not jnp.issubdtype(kind, jnp.floating):
-        raise TypeError(
-            f"dtype must be real floating point; got {_arguments.shown(dtype)}. Pass "
-            "jnp.float32, say."
-        )
-    return kind
+    """The type of weights; None is JAX's default."""
+    kind = float if dtype is None else dtype
+    return jnp.result_type(_arguments.floating_type("dtype", kind))
 
 
 # as one program, like the functions of jax.random: it is much less to compile

@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._arguments import floating_type, real
+
 _SMALLEST = 192
 """A smaller side gains nothing."""
 
@@ -25,6 +27,9 @@ def gram(rows: Array, dtype: jnp.dtype) -> Array:
     Array([[1., 2.],
            [2., 5.]], dtype=float32)
     """
+    rows, dtype = real("rows", rows), floating_type("dtype", dtype)
+    if rows.ndim < 2:
+        raise ValueError(f"rows must be an array [..., r, d]; got shape {rows.shape}.")
     r, d = rows.shape[-2:]
     if d < _SMALLEST or not _SQUAREST * d <= r <= _TALLEST * d:
         return _product(rows, rows, dtype)
