@@ -106,6 +106,12 @@ def function(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a function; got {shown(value)}.")
 
 
+def callable_or_none(name: str, value: Any) -> None:
+    """Raises TypeError unless it is None or can be called."""
+    if value is not None and not callable(value):
+        raise TypeError(f"{name} must be a function or None; got {shown(value)}.")
+
+
 def choice(name: str, value: Any, options: Sequence[str]) -> None:
     """Raises ValueError unless it is one of some texts."""
     if not isinstance(value, str) or value not in options:
@@ -221,8 +227,10 @@ def trees(name: str, tree: Any) -> None:
 def real_trees(name: str, tree: Any) -> None:
     """Raises TypeError unless all leaves are arrays of real numbers."""
     for path, leaf in jax.tree.leaves_with_path(tree):
-        if not _is_real(leaf):
-            raise TypeError(
-                f"{name}{jax.tree_util.keystr(path)} must be an array of real numbers; "
-                f"got {shown(leaf)}."
-            )
+        real(name + jax.tree_util.keystr(path), leaf)
+
+
+def floating_trees(name: str, tree: Any) -> None:
+    """Raises TypeError unless all leaves are arrays of real floating point."""
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        floating(name + jax.tree_util.keystr(path), leaf)

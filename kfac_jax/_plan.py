@@ -133,7 +133,7 @@ def trace(
         if len({size for _, size in axes}) > 1 and not isinstance(error, LossTypeError):
             raise ValueError(
                 "The loss function fails on arguments whose leading (batch) axes "
-                f"disagree: {_batch.describe(axes)}. Expected one batch size. The "
+                f"disagree: got {_batch.describe(axes)}. Expected one batch size. The "
                 f"loss function's own error: {error}"
             ) from error
         raise

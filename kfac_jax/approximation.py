@@ -251,6 +251,7 @@ class Approximation:
             or linked layers, which have no eigenvectors in closed form.
         """
         _arguments.number("exponent (p)", exponent, arrays=True)
+        _arguments.within("exponent (p)", exponent, -float("inf"), float("inf"))
         _check_damping(damping)
         _check_mode(damping_mode)
         if self._linked:

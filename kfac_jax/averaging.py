@@ -111,6 +111,7 @@ def _check_trees(updates: Any, state: Any, params: Any) -> None:
         AverageIteratesState,
         "the state of average_iterates, from its init",
     )
+    _arguments.floating_trees("params", params)
     given = _shapes("params", params)
     others = {
         "updates": _shapes("updates", updates),

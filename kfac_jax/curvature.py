@@ -47,7 +47,7 @@ BLOCK_DIAGONAL = BlockDiagonal()
 
 def _without_first_axis(x: Any) -> Any:
     """The first of a stack; what is no stack stays, for a check to find."""
-    return x[0] if jnp.ndim(x) else x
+    return x[0] if _arguments.is_array(x) and jnp.ndim(x) else x
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -530,7 +530,7 @@ class Curvature:
           Martens & Grosse 2015, section 5.
         """
         _factors.check_statistics(statistics)
-        _arguments.number("step (k)", step, arrays=True)
+        _arguments.whole("step (k)", step, arrays=True)
         _arguments.within("step (k)", step, 1, float("inf"))
         _arguments.number("decay (ε)", decay, arrays=True)
         _arguments.within("decay (ε)", decay, 0.0, 1.0)

@@ -299,6 +299,8 @@ def bind_loss(
         raise ValueError(f"A loss weight must be a scalar; got shape {weight.shape}.")
     operands = [z, *data]
     if mask is not None:
+        if is_number(mask) and not 0 <= float(mask) < math.inf:  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"A loss mask must be at least 0; got {mask}.")
         mask = real("A loss mask", mask)
         if mask.shape != z.shape[: mask.ndim] or mask.ndim > z.ndim - (
             distribution.event_rank
@@ -476,7 +478,7 @@ def register_normal_predictive_distribution(
     except Exception as error:
         raise TypeError(
             "register_normal_predictive_distribution expects a fixed variance (a "
-            f"Python number); got {variance!r}. For a variance that the network "
+            f"Python number); got {shown(variance)}. For a variance that the network "
             "predicts use kfac_jax.losses.normal_negative_log_likelihood."
         ) from error
     return _register_normal("mean", mean, targets, variance, weight)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._arguments import floating, matrices, sequence
+from kfac_jax._arguments import callable_or_none, floating, matrices, sequence
 from kfac_jax._ordering import known_false_after
 from kfac_jax.linalg._psd import eigh
 
@@ -59,6 +59,7 @@ def conditionals(
     sequence("parts", parts, "triples (R_A, X, R_Z)")
     for i, part in enumerate(parts):
         _check(f"parts[{i}]", part)
+    callable_or_none("each", each)
     costs = [float(max(x.shape) ** 3) for _, x, _ in parts]
     found = (each or _in_turn)(costs, [_conditional] * len(parts), parts)
     return [Conditional(*pair) for pair in found]

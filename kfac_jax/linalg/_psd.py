@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
-from kfac_jax._arguments import floating, matrices, sequence
+from kfac_jax._arguments import callable_or_none, floating, matrices, sequence
 from kfac_jax._ordering import known_false_after
 
 
@@ -62,7 +62,7 @@ def inverse_many(
     Returns:
       The inverses in the same order and shapes.
     """
-    return _many(shifted, inverse_stack, apply or _in_turn)
+    return _many(shifted, inverse_stack, apply)
 
 
 def inverse_root_many(
@@ -77,7 +77,7 @@ def inverse_root_many(
     Returns:
       The roots in the same order and shapes; NaN where not positive definite.
     """
-    roots = _many(shifted, inverse_root, apply or _in_turn)
+    roots = _many(shifted, inverse_root, apply)
     return [root.inverse for root in roots]
 
 
@@ -97,9 +97,10 @@ def _in_turn(
 def _many(
     shifted: Sequence[tuple[Array, Array]],
     function: Callable[[Array], Array],
-    apply: Apply,
+    apply: Apply | None,
 ) -> list[Inverted]:
     shifted = _checked(shifted)
+    callable_or_none("apply", apply)
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for i, (x, _) in enumerate(shifted):
         groups.setdefault((padded(x.shape[-1]), x.dtype), []).append(i)
@@ -108,7 +109,8 @@ def _many(
         _stack([shifted[i] for i in members], size)
         for (size, _), members in groups.items()
     ]
-    for members, inverses in zip(groups.values(), apply(stacks, function), strict=True):
+    found = (apply or _in_turn)(stacks, function)
+    for members, inverses in zip(groups.values(), found, strict=True):
         finite = jnp.isfinite(diagonal(inverses)).all(-1)  # as in finite_diagonals
         start = 0
         for i in members:

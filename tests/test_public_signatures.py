@@ -1,0 +1,265 @@
+"""Every public function, called with wrong values for every one of its arguments.
+
+Values are made by kind, and from a valid one: `public_calls` has a valid call of each
+function, and says what is legal after all. An error must be a TypeError or ValueError
+of this library that names the argument, says what is expected, and what came.
+"""
+
+import inspect
+import pathlib
+import re
+import traceback
+
+import jax
+import jax.numpy as jnp
+import pytest
+import public_calls
+import test_public_names as names
+
+import kfac_jax
+
+PACKAGE = str(pathlib.Path(kfac_jax.__file__).parent)
+TABLES = {
+    name: getattr(public_calls, name)
+    for name in (
+        "plans",
+        "transformations",
+        "devices",
+        "registrations",
+        "loss_functions",
+        "rules",
+        "blocks",
+        "linear_algebra",
+    )
+}
+
+WITHOUT = {  # what is public and not called with anything wrong, and why
+    "AverageIteratesState": "made by init",
+    "Curvature": "made by make_curvature",
+    "Info": "made by update",
+    "KFACState": "made by init",
+    "Layer": "made by make_curvature",
+    "SharingReport": "made by sharing_report",
+    "Statistics": "made by a plan; update looks at it",
+    "Totals": "made by a plan",
+    "approximation.Approximation": "made by a plan",
+    "blocks.Block": "abstract; its methods are called by the library",
+    "blocks.BlockShape": "made by make_curvature",
+    "blocks.Damped": "a result",
+    "blocks.Spectrum": "a result",
+    "distributions.Distribution": "abstract; its methods are called by the library",
+    "distributions.RegisteredLoss": "made by the library; checked when registered",
+    "linalg.Conditional": "a result",
+    "linalg.Inverted": "a result",
+}
+
+
+def public():
+    """The names of all that can be called, as `test_public_names` pins them."""
+    modules = {"linalg": names.LINALG, "losses": names.LOSSES, "blocks": names.BLOCKS}
+    found = {name for name in names.TOP.split() if name not in names.MODULES}
+    found |= {f"{m}.{n}" for m, listed in modules.items() for n in listed.split()}
+    found |= {f"Curvature.{name}" for name in names.CURVATURE.split()}
+    operator = "approximation.Approximation"
+    found |= {operator, *(f"{operator}.{name}" for name in names.OPERATOR.split())}
+    found |= {f"distributions.{name}" for name in names.DISTRIBUTIONS.split()}
+    return found | {"initializers.sparse_normal"}
+
+
+def test_every_public_name_is_in_a_table():
+    listed = [name for table in TABLES.values() for name in table()]
+    assert len(listed) == len(set(listed))
+    # methods of rules, and what transformations and initializers are made of
+    more = {name for name in listed if "()" in name or name.split(".")[0] in listed}
+    assert {*listed} - more | {*WITHOUT} == public() - more
+    assert not {*WITHOUT} & {*listed}
+
+
+def test_arguments_of_the_calls_are_those_of_the_signatures():
+    for table in TABLES.values():
+        for name, entry in table().items():
+            parameters = inspect.signature(entry.function).parameters.values()
+            expected = {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+            if name == "kfac().update":  # it gives what it does not know to another
+                expected |= {"args"}
+            assert {*entry.arguments} == expected, name
+            for part in (entry.legal, entry.own, entry.skipped, entry.words):
+                assert {*part} <= expected, name
+
+
+# ------------------------------------------------------------------------ wrong values
+
+
+def _map_leaves(function, value):
+    return jax.tree.map(lambda x: function(x) if hasattr(x, "shape") else x, value)
+
+
+def _first_leaf(function, value):
+    leaves, treedef = jax.tree.flatten(value)
+    place = next(i for i, x in enumerate(leaves) if hasattr(x, "shape"))
+    leaves[place] = function(leaves[place])
+    return jax.tree.unflatten(treedef, leaves)
+
+
+def _as_complex(x):
+    return x.astype(complex) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+def _as_integer(x):
+    return x.astype(int) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
+class Nothing:
+    """An object that is good for nothing."""
+
+
+def wrong_values(value):
+    """By name: values of other kinds, and variations of a valid one."""
+    values = {
+        "none": None,
+        "text": "text",
+        "negative": -1.5,
+        "nan": float("nan"),
+        "fraction": 2.5,
+        "bool": True,
+        "complex": 1.0 + 1.0j,
+        "list": [1.5],
+        "tree": {"other": jnp.ones(2)},
+        "function": lambda *_: 0.0,
+        "object": Nothing(),
+        "shape": jnp.ones((2, 3, 5, 7)),
+    }
+    leaves = [x for x in jax.tree.leaves(value) if hasattr(x, "shape")]
+    if any(jnp.issubdtype(x.dtype, jnp.floating) for x in leaves):
+        values["complex"] = _map_leaves(_as_complex, value)
+        values["integers"] = _map_leaves(_as_integer, value)
+    if leaves and not hasattr(value, "shape"):
+        values["inner_text"] = _first_leaf(lambda x: "text", value)
+        values["inner_shape"] = _first_leaf(lambda x: x[None], value)
+    return values
+
+
+def run(entry, arguments):
+    positional, keywords = [], {}
+    parameters = [*inspect.signature(entry.function).parameters.values()]
+    spread = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    left = dict(arguments)
+    for p in parameters:
+        if p.kind is p.VAR_POSITIONAL:
+            positional += left.pop(p.name)
+        elif p.kind is p.POSITIONAL_ONLY or (
+            spread and p.kind is p.POSITIONAL_OR_KEYWORD
+        ):
+            positional.append(left.pop(p.name))
+    keywords |= left
+    # as users have it: numbers of different types, and shapes of different rank
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        entry.function(*positional, **keywords)
+
+
+def replaced(entry, argument, value):
+    """The arguments with a wrong value for one; for the first of several `*args`."""
+    parameters = inspect.signature(entry.function).parameters
+    kind = parameters[argument].kind if argument in parameters else None
+    if kind is inspect.Parameter.VAR_POSITIONAL:
+        value = (value, *entry.arguments[argument][1:])
+    return {**entry.arguments, argument: value}
+
+
+def valid(entry, argument):
+    value = entry.arguments[argument]
+    parameters = inspect.signature(entry.function).parameters
+    kind = parameters[argument].kind if argument in parameters else None
+    return value[0] if kind is inspect.Parameter.VAR_POSITIONAL else value
+
+
+def among(reasons, argument, name):
+    """Whether a wrong value is declared."""
+    listed = {one for key in reasons.get(argument, {}) for one in key.split()}
+    return name in listed or "*" in listed
+
+
+def is_theirs(error):
+    """Whether it comes from a function of the user's."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return any(
+        frame.filename == public_calls.__file__ and frame.name in ("loss_fn", "logcosh")
+        for frame in frames
+    )
+
+
+def complaint(error, argument, entry):
+    """What is wrong with an error; empty if nothing is."""
+    if argument in entry.own and is_theirs(error):
+        return ""
+    if type(error) not in (TypeError, ValueError) and not issubclass(
+        type(error), TypeError | ValueError
+    ):
+        return f"is a {type(error).__name__}"
+    *_, last = traceback.extract_tb(error.__traceback__)
+    if not last.filename.startswith(PACKAGE):
+        return f"comes from {last.filename}:{last.lineno}"
+    word = entry.words.get(argument, argument)
+    text = str(error)
+    if not re.search(rf"\b{word}\b", text, re.IGNORECASE):
+        return "does not name the argument"
+    if not re.search(r"\b(must|expect|expects|expected|need|needs|at least)\b", text, re.I):
+        return "does not say what is expected"
+    if not re.search(r"\bgot\b", text):
+        return "does not say what came"
+    return ""
+
+
+def problems(entry):
+    """What goes wrong with wrong values, in words."""
+    for argument in entry.arguments:
+        for name, value in wrong_values(valid(entry, argument)).items():
+            if among(entry.skipped, argument, name):
+                continue
+            legal = among(entry.legal, argument, name)
+            try:
+                run(entry, replaced(entry, argument, value))
+            except Exception as error:
+                why = complaint(error, argument, entry)
+                if legal:
+                    why = "is declared legal"
+                if why:
+                    yield f"{argument}={name} {why}: {type(error).__name__}: {error}"
+            else:
+                if not legal:
+                    yield f"{argument}={name} is accepted"
+
+
+CALLS = [(table, name) for table, make in TABLES.items() for name in make()]
+
+
+@pytest.mark.parametrize(("table", "name"), CALLS, ids=[name for _, name in CALLS])
+def test_wrong_values_are_refused_with_an_error_that_says_so(table, name):
+    entry = TABLES[table]()[name]
+    run(entry, entry.arguments)
+    found = [*problems(entry)]
+    assert not found, "\n".join(found)
+
+
+def misspelt(name):
+    """The last two letters swapped, or one added: `dampnig`."""
+    swapped = name[:-3] + name[-2] + name[-3] + name[-1]
+    return swapped if len(name) > 3 and swapped != name else name + "s"
+
+
+@pytest.mark.parametrize(("table", "name"), CALLS, ids=[name for _, name in CALLS])
+def test_misspelt_keywords_are_named(table, name):
+    entry = TABLES[table]()[name]
+    parameters = inspect.signature(entry.function).parameters
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        by_keyword = {p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY}
+    else:
+        by_keyword = {*entry.arguments}
+    for keyword in by_keyword & {*entry.arguments} - {*entry.typos}:
+        arguments = dict(entry.arguments)
+        arguments[misspelt(keyword)] = arguments.pop(keyword)
+        with pytest.raises((TypeError, ValueError), match=misspelt(keyword)):
+            run(entry, arguments)
+    for keyword in entry.typos:
+        arguments = {**entry.arguments, misspelt(keyword): 1}
+        run(entry, arguments)
