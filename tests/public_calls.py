@@ -264,7 +264,7 @@ def transformations() -> dict[str, Call]:
             legal={"value": numbers | OPTIONAL},
             skipped={"state": STATES, "params": {"*": "it does not use them"}},
             words={"updates": "grads"},
-            typos=others,
+            typos=others | {"params": "it does not use them"},
         ),
         "average_iterates": allowing(
             call(kfac_jax.average_iterates, decay=0.99, start=1),
