@@ -7,6 +7,7 @@ that returns.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kfac_jax._arguments import function, whole
 from kfac_jax.compat._block_diagonal import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
 )
@@ -45,6 +46,8 @@ class ImplicitExactCurvature:
         batch_size_extractor: Callable[[Any], int] = default_batch_size_extractor,
     ) -> None:
         """Keeps the options."""
+        function("func", func)
+        whole("params_index", params_index)
         self._func = func
         self._params_index = params_index
 
