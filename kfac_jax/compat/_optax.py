@@ -196,6 +196,7 @@ class OptaxPreconditioner:
 
     def apply(self, updates: Any, state: OptaxPreconditionState) -> Any:
         """Multiplies by the cached inverse, and scales down to the norm constraint."""
+        _check_state(state)
         moved = self.estimator.multiply_matpower(
             state.estimator_state,
             updates,
@@ -212,6 +213,7 @@ class OptaxPreconditioner:
 
     def multiply_curvature(self, updates: Any, state: OptaxPreconditionState) -> Any:
         """Multiplies by the damped curvature itself."""
+        _check_state(state)
         weight = self.get_identity_weight(state)
         return self.estimator.multiply(
             state.estimator_state, updates, weight, self._exact, False

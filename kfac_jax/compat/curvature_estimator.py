@@ -11,9 +11,9 @@ from kfac_jax._arguments import function, whole
 from kfac_jax.compat._block_diagonal import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
 )
-from kfac_jax.compat._block_diagonal import plan, without
 from kfac_jax.compat._optax import OptaxPreconditioner as OptaxPreconditioner
 from kfac_jax.compat._optax import OptaxPreconditionState as OptaxPreconditionState
+from kfac_jax.compat._plans import plan, without
 from kfac_jax.compat.curvature_blocks import (
     get_default_tag_to_block_ctor as get_default_tag_to_block_ctor,
 )
