@@ -88,6 +88,14 @@ def whole(name: str, value: Any, *, arrays: bool = False) -> None:
     """Raises TypeError unless it is an integer, or with `arrays` a scalar array.
 
     An array may be of any real type: `optax.inject_hyperparams` has floats of all.
+
+    Args:
+      name: of the argument.
+      value: what came.
+      arrays: whether an array will do.
+
+    Raises:
+      TypeError: if it is no integer.
     """
     number(name, value, arrays=arrays)
     if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):

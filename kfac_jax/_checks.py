@@ -64,9 +64,18 @@ def check_common(
 def check_update(
     state: Any, statistics: Any, kind: str, unknown: Sequence[str] = ()
 ) -> None:
-    """Checks what every update gets; `unknown` are keywords of other transformations.
+    """Checks what every update gets.
 
-    optax passes those to all members of a chain, so they are no errors by themselves.
+    Args:
+      state: the state.
+      statistics: the step's.
+      kind: of the transformation.
+      unknown: keywords that are not its own. optax passes those of one member of a
+        chain to all, so they are no error by themselves.
+
+    Raises:
+      TypeError: if the state or the statistics are of the wrong type.
+      ValueError: if there are no statistics.
     """
     if not isinstance(state, KFACState):
         raise TypeError(

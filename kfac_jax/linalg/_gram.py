@@ -22,6 +22,16 @@ def gram(rows: Array, dtype: jnp.dtype) -> Array:
     have less arithmetic, but more to compile and more memory to touch, and were not
     faster within a step.)
 
+    Args:
+      rows: real numbers.
+      dtype: the type to accumulate in.
+
+    Returns:
+      `[..., d, d]`.
+
+    Raises:
+      ValueError: if the rows have less than two axes.
+
     >>> import jax.numpy as jnp
     >>> gram(jnp.asarray([[1.0, 2.0], [0.0, 1.0]]), jnp.float32)
     Array([[1., 2.],

@@ -373,6 +373,9 @@ def turned_basis(x: Array, basis: Array) -> Array:
 
     Returns:
       Q, of the same shape.
+
+    Raises:
+      ValueError: if the shapes differ, or are not those of matrices.
     """
     x, basis = matrices("x", x), matrices("basis", basis)
     if x.shape != basis.shape:
@@ -404,6 +407,9 @@ def mean_rows(rows: Sequence[Array]) -> Array:
 
     Returns:
       `[n, ...]`.
+
+    Raises:
+      ValueError: if other axes differ, too, or there is no array.
 
     >>> import jax.numpy as jnp
     >>> mean_rows([jnp.arange(3.0), 4 * jnp.ones(2)])
@@ -437,6 +443,9 @@ def trace_pi(mean_a: Array, mean_g: Array) -> Array:
 
     Returns:
       π, of the same shape.
+
+    Raises:
+      ValueError: if the shapes differ.
 
     References:
       Martens & Grosse 2015, section 6.3 (trace norm).

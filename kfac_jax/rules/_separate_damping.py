@@ -73,6 +73,9 @@ class SeparateDamping:
 
         Returns:
           The best of them; γ as it was if none is better.
+
+        Raises:
+          ValueError: if they are not three each.
         """
         gammas = _arguments.real("gammas", gammas)
         changes = _arguments.real("changes", changes)
