@@ -4,6 +4,7 @@ import functools
 import inspect
 
 import jax
+import jax.numpy as jnp
 from public_calls import (
     FLAG,
     INTEGERS,
@@ -23,6 +24,7 @@ from public_calls import (
 )
 
 import kfac_jax
+from kfac_jax import utils
 
 BATCH = (X, Y)
 RATES = {"learning_rate": 0.1, "momentum": 0.9, "damping": 1e-3}
@@ -398,5 +400,155 @@ def estimators() -> dict[str, Call]:
                 "tag_name": {"text": "it would be set for the other tests"},
                 "block_ctor": {"*": "refused where it is used: test_compat_modules"},
             },
+        ),
+    }
+
+
+def helpers() -> dict[str, Call]:
+    numbers = {"negative nan fraction bool complex": "a number is an array"}
+    other = {"shape": "an array of any shape", **numbers}
+    any_tree = {
+        "none": "a tree without leaves",
+        "integers list tree inner_shape": "any tree",
+        **other,
+    }
+    devices = jax.local_device_count()
+    spread = {"x": jnp.ones((devices, 2))}
+    matrix = 2.0 * jnp.eye(2)
+    keys = jax.random.split(KEY, devices)
+    named = {"axis_name": OPTIONAL | {"text": "any name"}}
+    mapped = {
+        name: allowing(
+            call(getattr(utils, name), obj=W, axis_name=None),
+            legal={"axis_name": {"text": "not mapped"}},
+            skipped={"obj": {"*": "there is no axis, so it is returned as it is"}},
+        )
+        for name in ("psum_if_pmap", "pmean_if_pmap")
+    }
+    averages = {
+        name: allowing(
+            call(getattr(utils, name), obj=spread),
+            legal={
+                "obj": {
+                    "none integers complex list tree shape inner_shape": "any tree",
+                }
+            },
+        )
+        for name in ("get_mean", "get_sum")
+    }
+    damped = {
+        name: allowing(
+            call(getattr(utils, name), factors=(matrix, matrix), damping=0.1),
+            legal={"damping": NUMBER},
+        )
+        for name in ("pi_adjusted_kronecker_factors", "pi_adjusted_kronecker_inverse")
+    }
+    return {
+        "utils.inner_product": allowing(
+            call(utils.inner_product, obj1=W, obj2=W, in_float64=False),
+            legal={
+                "obj1": {"integers complex": "of any type"},
+                "obj2": {"integers complex": "of any type"},
+                "in_float64": FLAG,
+            },
+        ),
+        "utils.squared_norm": allowing(
+            call(utils.squared_norm, obj=W), legal={"obj": any_tree}
+        ),
+        "utils.norm": allowing(call(utils.norm, obj=W), legal={"obj": any_tree}),
+        "utils.scalar_mul": allowing(
+            call(utils.scalar_mul, obj=W, scalar=2.0),
+            legal={"obj": any_tree, "scalar": numbers},
+            skipped={"scalar": {"shape": "JAX broadcasts, or says why not"}},
+        ),
+        "utils.scalar_div": allowing(
+            call(utils.scalar_div, obj=W, scalar=2.0),
+            legal={"obj": any_tree, "scalar": numbers},
+            skipped={"scalar": {"shape": "JAX broadcasts, or says why not"}},
+        ),
+        "utils.sum_of_objects": allowing(
+            call(utils.sum_of_objects, objects=[W, W]),
+            legal={"objects": {"integers complex list": "trees of one structure"}},
+            skipped={"objects": {"inner_shape": "JAX broadcasts"}},
+        ),
+        "utils.weighted_sum_of_objects": allowing(
+            call(utils.weighted_sum_of_objects, objects=[W, W], coefficients=[1, 2]),
+            legal={"objects": {"integers complex": "of any type"}},
+            skipped={"objects": {"inner_shape": "JAX broadcasts"}},
+            words={"coefficients": "coefficients"},
+        ),
+        "utils.per_parameter_norm": allowing(
+            call(utils.per_parameter_norm, obj=W, key_prefix="norm"),
+            legal={"obj": any_tree, "key_prefix": {"text": "any text"}},
+        ),
+        "utils.product": allowing(
+            call(utils.product, iterable_object=(2, 3)),
+            skipped={"iterable_object": {"*": "what can be multiplied, Python says"}},
+        ),
+        "utils.pytree_size": allowing(
+            call(utils.pytree_size, pytree=W), legal={"pytree": any_tree}
+        ),
+        "utils.tree_is_empty": allowing(
+            call(utils.tree_is_empty, obj=W),
+            skipped={"obj": {"*": "anything is a tree"}},
+        ),
+        "utils.abstract_objects_equal": allowing(
+            call(utils.abstract_objects_equal, obj1=W, obj2=W, check_dtype=True),
+            legal={"check_dtype": FLAG},
+            skipped={
+                "obj1": {"*": "anything is a tree"},
+                "obj2": {"*": "anything is a tree"},
+            },
+        ),
+        "utils.first_dim_is_size": allowing(
+            call(utils.first_dim_is_size, size=4, args=(X, Y)),
+            legal={"args": {"integers complex shape": "any array"}},
+        ),
+        "utils.default_batch_size_extractor": allowing(
+            call(utils.default_batch_size_extractor, batch=BATCH),
+            legal={"batch": {"integers complex tree shape inner_shape": "any tree"}},
+        ),
+        "utils.psd_inv": call(utils.psd_inv, matrix=matrix),
+        **{f"utils.{name}": entry for name, entry in damped.items()},
+        "utils.auto_scope_function": allowing(
+            call(utils.auto_scope_function, func=loss_fn),
+            legal={"func": {"function": "any function"}},
+        ),
+        "utils.auto_scope_method": allowing(
+            call(utils.auto_scope_method, method=loss_fn),
+            legal={"method": {"function": "any function"}},
+        ),
+        "utils.in_pmap": allowing(
+            call(utils.in_pmap, axis_name=None),
+            legal={"axis_name": {"text": "not mapped"}},
+        ),
+        "utils.wrap_if_pmap": allowing(
+            call(utils.wrap_if_pmap, p_func=loss_fn),
+            legal={"p_func": {"function": "any function"}},
+        ),
+        **{f"utils.{name}": entry for name, entry in mapped.items()},
+        **{f"utils.{name}": entry for name, entry in averages.items()},
+        "utils.replicate_all_local_devices": allowing(
+            call(utils.replicate_all_local_devices, obj=W, axis_name=None),
+            legal={"obj": any_tree, **named},
+        ),
+        "utils.broadcast_all_local_devices": allowing(
+            call(utils.broadcast_all_local_devices, obj=spread, axis_name=None),
+            legal={
+                "obj": {
+                    "none": "a tree without leaves",
+                    "integers complex": "of any type",
+                },
+                **named,
+            },
+        ),
+        "utils.make_different_rng_key_on_all_devices": call(
+            utils.make_different_rng_key_on_all_devices, rng=KEY
+        ),
+        "utils.p_split": call(utils.p_split, key=keys),
+        "utils.p_split_num": call(utils.p_split_num, key=keys, num=2),
+        "utils.get_first": allowing(
+            call(utils.get_first, obj=spread),
+            skipped={"obj": {"*": "what has no axis of devices stays as it is"}},
         ),
     }

@@ -33,6 +33,7 @@ TABLES = {
     "linalg": public_calls.linear_algebra,
     "optimizer": public_calls_compat.of_optimizer,
     "estimators": public_calls_compat.estimators,
+    "helpers": public_calls_compat.helpers,
 }
 
 
@@ -61,6 +62,7 @@ WITHOUT = {  # what is public and not called with anything wrong, and why
     "linalg.Inverted": "a result",
     "LayerVjpData": "a container of a program's own",
     "OptaxPreconditionState": "made by init",
+    "utils.register_state_class": "a decorator of a program's own classes",
     **{
         name: "names a block; an instance is refused, see test_compat_modules"
         for name in names.COMPAT.split()
@@ -80,7 +82,12 @@ def public():
     operator = "approximation.Approximation"
     found |= {operator, *(f"{operator}.{name}" for name in names.OPERATOR.split())}
     found |= {f"distributions.{name}" for name in names.DISTRIBUTIONS.split()}
-    return found | {"initializers.sparse_normal"}
+    of_utils = {
+        f"utils.{name}"
+        for name, value in vars(kfac_jax.utils).items()
+        if inspect.isfunction(value) and value.__module__.startswith("kfac_jax.compat")
+    }
+    return found | of_utils | {"initializers.sparse_normal"}
 
 
 def test_every_public_name_is_in_a_table():
