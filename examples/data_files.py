@@ -21,7 +21,6 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-
 ATTEMPTS = 3  # a connection that is cut is made again twice
 DELETE = "Delete it and run again."
 
@@ -91,9 +90,7 @@ def default_cache() -> Path:
     return Path(root) / "kfac_jax"
 
 
-def check(
-    raw: bytes, size: int, sha256: str, where: str, advice: str = DELETE
-) -> None:
+def check(raw: bytes, size: int, sha256: str, where: str, advice: str = DELETE) -> None:
     """Compares size and checksum.
 
     Raises:

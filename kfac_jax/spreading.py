@@ -275,8 +275,8 @@ def sharing_report(
     check(distribution)
     if distribution is None:
         raise TypeError(
-            "distribution must be an OverAxis or OverMesh, for a report of what devices "
-            "share; got None."
+            "distribution must be an OverAxis or OverMesh, for a report of what "
+            "devices share; got None."
         )
     sizes = _checked_sizes(axis_sizes)
     if isinstance(distribution, OverMesh):

@@ -112,7 +112,7 @@ def mesh() -> Any:
 
 
 def plans() -> dict[str, Call]:
-    value, grads, statistics = gathered()
+    statistics = gathered()[2]
     factors = plan().init_factors(W)
     batch = {"params": W, "args": (X, Y)}
     of_loss = {"own": {"args": OF_LOSS}, "legal": {"args": INTEGERS}}
@@ -172,9 +172,7 @@ def plans() -> dict[str, Call]:
             call(plan().value_and_grad, **batch), **of_loss
         ),
         "Curvature.value_grad_and_statistics": allowing(
-            call(
-                plan().value_grad_and_statistics, **batch, rng=KEY, factors=factors
-            ),
+            call(plan().value_grad_and_statistics, **batch, rng=KEY, factors=factors),
             **sampled,
         ),
         "Curvature.value_and_statistics": allowing(
@@ -674,9 +672,7 @@ def blocks() -> dict[str, Call]:
             call(kfac_jax.blocks.Kronecker, **of_kronecker),
             legal={**limit, "gradient_products": FLAG},
         ),
-        "blocks.TNT": allowing(
-            call(kfac_jax.blocks.TNT, **of_kronecker), legal=limit
-        ),
+        "blocks.TNT": allowing(call(kfac_jax.blocks.TNT, **of_kronecker), legal=limit),
         "blocks.Eigen": allowing(
             call(kfac_jax.blocks.Eigen, **of_kronecker, warm_start=False),
             legal={**limit, "warm_start": FLAG},

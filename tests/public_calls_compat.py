@@ -90,9 +90,7 @@ def of_optimizer() -> dict[str, Call]:
     )
     legal = {
         **{name: FLAG for name in flags.split()},
-        **{
-            name: OPTIONAL | {"function": "a function"} for name in functions.split()
-        },
+        **{name: OPTIONAL | {"function": "a function"} for name in functions.split()},
         **{name: OPTIONAL for name in options.split()},
         **{name: NUMBER for name in numbers.split()},
         **{
@@ -317,9 +315,7 @@ def estimators() -> dict[str, Call]:
         ),
         **{
             f"ImplicitExactCurvature.{name}": allowing(
-                call(
-                    getattr(exact, name), **arguments, parameter_structured_vector=W
-                ),
+                call(getattr(exact, name), **arguments, parameter_structured_vector=W),
                 own=own,
                 legal={"func_args": INTEGERS},
                 words={"parameter_structured_vector": r"v\b|vector"},

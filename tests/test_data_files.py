@@ -88,10 +88,10 @@ def server():
     server.close()
 
 
-def download(server, cache, size=len(CONTENT), sha256=SHA256):
+def download(server, cache):
     from data_files import download
 
-    download(server.url, cache / "data.tgz", size, sha256, ADVICE)
+    download(server.url, cache / "data.tgz", len(CONTENT), SHA256, ADVICE)
     return (cache / "data.tgz").read_bytes()
 
 
@@ -137,7 +137,7 @@ def test_nobody_answers(server, tmp_path):
     from data_files import DataError
 
     server.close()
-    with pytest.raises(DataError, match="Could not download.*Ask someone"):
+    with pytest.raises(DataError, match=r"Could not download.*Ask someone"):
         download(server, tmp_path)
     server.__init__()  # for the fixture to close
     assert os.listdir(tmp_path) == []
@@ -188,7 +188,7 @@ def test_a_program_killed_while_it_downloads(server, tmp_path):
     assert download(server, tmp_path) == CONTENT
 
 
-# ------------------------------------------------------------------ what is in the cache
+# ----------------------------------------------------------------- what is in the cache
 
 
 def mnist_tarball(monkeypatch):

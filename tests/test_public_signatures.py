@@ -12,9 +12,9 @@ import traceback
 
 import jax
 import jax.numpy as jnp
-import pytest
 import public_calls
 import public_calls_compat
+import pytest
 import test_public_names as names
 
 import kfac_jax
@@ -85,7 +85,9 @@ def public():
     of_utils = {
         f"utils.{name}"
         for name, value in vars(kfac_jax.utils).items()
-        if inspect.isfunction(value) and value.__module__.startswith("kfac_jax.compat")
+        if inspect.isfunction(value)
+        and value.__module__.startswith("kfac_jax.compat")
+        and not name.startswith("_")
     }
     return found | of_utils | {"initializers.sparse_normal"}
 
@@ -224,7 +226,9 @@ def complaint(error, argument, entry):
     text = str(error)
     if not re.search(rf"\b{word}\b", text, re.IGNORECASE):
         return "does not name the argument"
-    if not re.search(r"\b(must|expect|expects|expected|need|needs|at least)\b", text, re.I):
+    if not re.search(
+        r"\b(must|expect|expects|expected|need|needs|at least)\b", text, re.I
+    ):
         return "does not say what is expected"
     if not re.search(r"\bgot\b", text):
         return "does not say what came"
@@ -269,7 +273,7 @@ def misspelt(name):
 @pytest.mark.parametrize("table", TABLES)
 def test_misspelt_keywords_are_refused(table):
     """By Python, which names them, or by us, who name what is missing."""
-    for name, entry in TABLES[table]().items():
+    for entry in TABLES[table]().values():
         parameters = inspect.signature(entry.function).parameters.values()
         spread = any(p.kind is p.VAR_POSITIONAL for p in parameters)
         positional = (inspect.Parameter.VAR_POSITIONAL,)
@@ -287,7 +291,7 @@ def test_misspelt_keywords_are_refused(table):
 
 
 def test_a_misspelt_keyword_of_update_is_told():
-    """optax has update take any keyword, so it is `statistics` that is missing."""
+    """Optax has update take any keyword, so it is `statistics` that is missing."""
     entry = public_calls.transformations()["kfac().update"]
     arguments = dict(entry.arguments)
     arguments["statistcs"] = arguments.pop("statistics")

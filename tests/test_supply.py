@@ -103,7 +103,7 @@ def test_a_module_that_reaches_for_the_network_is_noticed(tmp_path):
 
 
 def installed():
-    """The files of the distribution that is imported, but for what pip and Python add."""
+    """The files of the distribution, without what pip and Python add."""
     files = importlib.metadata.distribution("kfac_jax").files or []
     own = ("INSTALLER", "REQUESTED", "direct_url.json", "RECORD")
     return [x for x in files if x.name not in own and "__pycache__" not in x.parts]
@@ -198,9 +198,7 @@ def test_pickles_of_states_hold_arrays_and_plain_containers(name, convert):
     loss_fn, params, args = problem()
     of_plan, of_kfac = OPTIONS[name]
     curvature = kfac_jax.make_curvature(loss_fn, params, *args, **of_plan)
-    tx = optax.chain(
-        kfac_jax.kfac(curvature, **of_kfac), kfac_jax.average_iterates()
-    )
+    tx = optax.chain(kfac_jax.kfac(curvature, **of_kfac), kfac_jax.average_iterates())
     value, grads, statistics = curvature.value_grad_and_statistics(
         params, *args, rng=jax.random.key(0)
     )

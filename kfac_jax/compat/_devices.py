@@ -37,7 +37,6 @@ def wrap_if_pmap(p_func: Callable[[Any, str], Any]) -> Callable[[Any, str | None
     Returns:
       A function of the same arguments.
     """
-
     _arguments.function("p_func", p_func)
 
     @functools.wraps(p_func)

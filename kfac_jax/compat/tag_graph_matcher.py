@@ -53,7 +53,8 @@ class GraphPattern:
         if not all(map(callable, functions)):
             raise TypeError(
                 f"GraphPattern {self.name!r} expects functions as compute_func, "
-                f"parameters_extractor_func and in_values_preprocessor; got {shown(functions)}"
+                f"parameters_extractor_func and in_values_preprocessor; got "
+                f"{shown(functions)}."
             )
 
 
@@ -72,7 +73,7 @@ def check_graph_patterns(patterns: Any) -> None:
     if others:
         raise TypeError(
             "graph_patterns expects a sequence of tag_graph_matcher.GraphPattern; got "
-            f"{shown(others[0])}. Layers are found without any, so they can be left out."
+            f"{shown(others[0])}. Layers are found without any, so leave them out."
         )
 
 

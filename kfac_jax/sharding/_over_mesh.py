@@ -69,8 +69,8 @@ class OverMesh:
         if missing:
             raise ValueError(
                 f"OverMesh cuts the state along axes that it shares over, {names}: "
-                f"expected some of them, got {missing}. Add them to axes, or leave them "
-                "out of state_axes."
+                f"expected some of them, got {missing}. Add them to axes, or leave "
+                "them out of state_axes."
             )
 
     @property
