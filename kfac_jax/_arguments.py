@@ -188,7 +188,7 @@ def floating(name: str, value: Any) -> Array:
 def floating_type(name: str, value: Any) -> Any:
     """The value as a type of arrays; TypeError unless it is real floating point."""
     try:
-        kind = None if value is None else jnp.dtype(value)
+        kind = None if value is None or _has_shape(value) else jnp.dtype(value)
     except (TypeError, ValueError):  # numpy's, which do not say of what
         kind = None
     if kind is None or not jnp.issubdtype(kind, jnp.floating):

@@ -163,9 +163,10 @@ def check_evaluation(
     if params is None or value is None or not isinstance(args, tuple | list):
         given = "no params" if params is None else "params"
         raise ValueError(
-            "QuadraticModel and LevenbergMarquardt evaluate the loss function: pass "
-            "params, value= and args= (a tuple of the loss function's arguments "
-            f"after the parameters) to update; got {given}, value={shown(value)}, "
+            "QuadraticModel and LevenbergMarquardt evaluate the loss function, and "
+            "need what it takes: pass params, value= and args= (a tuple of the loss "
+            "function's arguments after the parameters) to update; got "
+            f"{given}, value={shown(value)}, "
             f"args={shown(args)}."
         )
     curvature.tree.leaves(params, "params")

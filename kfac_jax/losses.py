@@ -27,14 +27,28 @@ def _output(name: str, value: ArrayLike) -> Array:
     return floating(f"{name}, a registered output,", value)
 
 
-def _check_classes(logits: Array, axis: int, where: Array | None) -> None:
+def _classes(logits: Array, axis: int, where: ArrayLike | None) -> Array | None:
+    """Which classes take part, like the logits; None for all.
+
+    Args:
+      logits: of the classes.
+      axis: that of the classes.
+      where: an array that broadcasts to them, or None.
+
+    Returns:
+      It, broadcast.
+
+    Raises:
+      ValueError: if one does not fit the logits.
+    """
     whole("axis", axis)
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(
             f"axis must be one of the {logits.ndim} axes of the logits; got {axis}."
         )
     if where is None:
-        return
+        return None
+    where = real("where", where)
     tail = logits.shape[logits.ndim - where.ndim :] if where.ndim else ()
     fits = where.ndim <= logits.ndim and all(
         a in (1, b) for a, b in zip(where.shape, tail, strict=True)
@@ -44,6 +58,7 @@ def _check_classes(logits: Array, axis: int, where: Array | None) -> None:
             "where must be an array of bools that broadcasts to the logits "
             f"{logits.shape}; got {shown(where)}."
         )
+    return jnp.broadcast_to(where, logits.shape)
 
 
 def _hide_classes(logits: Array, where: Array | None) -> Array:
@@ -84,8 +99,7 @@ def softmax_cross_entropy_with_integer_labels(
     logits, labels = _output("logits", logits), real("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"Integer labels are expected; got {labels.dtype}.")
-    where = None if where is None else real("where", where)
-    _check_classes(logits, axis, where)
+    where = _classes(logits, axis, where)
     registered = jnp.moveaxis(_hide_classes(logits, where), axis, -1)
     if labels.shape != registered.shape[:-1]:
         raise ValueError(
@@ -127,8 +141,7 @@ def softmax_cross_entropy(
     Array([0.6931472], dtype=float32)
     """
     logits, labels = _output("logits", logits), real("labels", labels)
-    where = None if where is None else real("where", where)
-    _check_classes(logits, axis, where)
+    where = _classes(logits, axis, where)
     if labels.shape != logits.shape:
         raise ValueError(
             f"Labels of the logits' shape {logits.shape} are expected; got "

@@ -59,6 +59,7 @@ def preconditioner():
     return made, made.init((W, BATCH), KEY)
 
 
+BLOCKS = {"layer_tag_to_block_ctor": "(layer_tag_to_block_ctor|tag)"}
 ANYTHING = {"*": "accepted, without effect"}
 
 
@@ -119,6 +120,7 @@ def of_optimizer() -> dict[str, Call]:
                 ),
             ),
             legal=legal,
+            words=BLOCKS,
             skipped={name: ANYTHING for name in unused.split()},
         ),
         "Optimizer.init": allowing(
@@ -163,6 +165,8 @@ def estimators() -> dict[str, Call]:
     exact = kfac_jax.ImplicitExactCurvature(of_batch)
     arguments = {"func_args": (W, BATCH)}
     own = {"func_args": OF_LOSS}
+    parameters = {"func_args": "(func_args|params|parameters)"}
+    short = {"func_args": {"list": "it is too short for the function"}}
     product = {
         "state": state,
         "parameter_structured_vector": W,
@@ -176,6 +180,7 @@ def estimators() -> dict[str, Call]:
         "legal": {
             "identity_weight": NUMBER,
             "exact_power": FLAG,
+            "use_cached": FLAG,
             "norm_to_scale_identity_weight_per_block": OPTIONAL,
         },
         "skipped": {"state": STATES, "pmap_axis_name": ANYTHING},
@@ -202,6 +207,7 @@ def estimators() -> dict[str, Call]:
                 **defaults(kfac_jax.BlockDiagonalCurvature, func=of_batch),
             ),
             legal=constructed,
+            words=BLOCKS,
             skipped={name: ANYTHING for name in unused.split()},
         ),
         "BlockDiagonalCurvature.init": allowing(
@@ -214,7 +220,8 @@ def estimators() -> dict[str, Call]:
                 cache_eigenvalues=False,
             ),
             own=own,
-            skipped={"rng": ANYTHING, "cache_eigenvalues": ANYTHING},
+            words=parameters,
+            skipped={"rng": ANYTHING, "cache_eigenvalues": ANYTHING} | short,
             legal={
                 "exact_powers_to_cache": OPTIONAL
                 | SIGNED
@@ -222,7 +229,6 @@ def estimators() -> dict[str, Call]:
                 "approx_powers_to_cache": OPTIONAL
                 | SIGNED
                 | {"nan list": "a power, or several"},
-                "func_args": INTEGERS,
             },
         ),
         "BlockDiagonalCurvature.update_curvature_matrix_estimate": allowing(
@@ -239,7 +245,9 @@ def estimators() -> dict[str, Call]:
                 pmap_axis_name=None,
             ),
             own=own,
+            words=parameters,
             skipped={
+                **short,
                 "state": STATES,
                 "identity_weight": ANYTHING,
                 "batch_size": ANYTHING,
@@ -249,8 +257,6 @@ def estimators() -> dict[str, Call]:
                 "ema_old": SIGNED | {"nan": "a number"},
                 "ema_new": SIGNED | {"nan": "a number"},
                 "estimation_mode": OPTIONAL,
-                "func_args": INTEGERS,
-                "rng": {"none": "the default mode here needs none"},
             },
         ),
         "BlockDiagonalCurvature.sync": allowing(
@@ -281,7 +287,6 @@ def estimators() -> dict[str, Call]:
                 "eigenvalues": ANYTHING,
                 "pmap_axis_name": ANYTHING,
             },
-            words={"approx_powers": "powers"},
         ),
         "BlockDiagonalCurvature.multiply_matpower": allowing(
             call(made.multiply_matpower, **product, power=-1),
@@ -317,8 +322,8 @@ def estimators() -> dict[str, Call]:
             f"ImplicitExactCurvature.{name}": allowing(
                 call(getattr(exact, name), **arguments, parameter_structured_vector=W),
                 own=own,
-                legal={"func_args": INTEGERS},
-                words={"parameter_structured_vector": r"v\b|vector"},
+                words=parameters | {"parameter_structured_vector": "(v|vector)"},
+                skipped=short,
             )
             for name in ("multiply_fisher", "multiply_ggn", "multiply_hessian")
         },
@@ -329,6 +334,7 @@ def estimators() -> dict[str, Call]:
                     kfac_jax.OptaxPreconditioner, value_func=of_batch, damping=0.1
                 ),
             ),
+            words=BLOCKS,
             legal={
                 "value_func": {"function": "any function"},
                 "l2_reg": NUMBER,
@@ -340,6 +346,7 @@ def estimators() -> dict[str, Call]:
                 "register_only_generic": FLAG,
                 "auto_register_kwargs": OPTIONAL,
                 "layer_tag_to_block_ctor": OPTIONAL,
+                "estimation_mode": {"none": "that of the estimator"},
                 "norm_to_scale_identity_weight_per_block": OPTIONAL,
             },
             skipped={
@@ -353,14 +360,14 @@ def estimators() -> dict[str, Call]:
         "OptaxPreconditioner.init": allowing(
             call(precondition.init, **arguments, rng=KEY),
             own=own,
-            skipped={"rng": ANYTHING},
-            legal={"func_args": INTEGERS},
+            words=parameters,
+            skipped={"rng": ANYTHING} | short,
         ),
         "OptaxPreconditioner.maybe_update": allowing(
             call(precondition.maybe_update, state=of_optax, **arguments, rng=KEY),
             own=own,
-            skipped={"state": STATES},
-            legal={"func_args": INTEGERS},
+            words=parameters,
+            skipped={"state": STATES} | short,
         ),
         "OptaxPreconditioner.get_identity_weight": allowing(
             call(precondition.get_identity_weight, state=of_optax), **of_state
@@ -416,7 +423,7 @@ def helpers() -> dict[str, Call]:
     mapped = {
         name: allowing(
             call(getattr(utils, name), obj=W, axis_name=None),
-            legal={"axis_name": {"text": "not mapped"}},
+            legal={"axis_name": OPTIONAL | {"text": "not mapped"}},
             skipped={"obj": {"*": "there is no axis, so it is returned as it is"}},
         )
         for name in ("psum_if_pmap", "pmean_if_pmap")
@@ -426,7 +433,7 @@ def helpers() -> dict[str, Call]:
             call(getattr(utils, name), obj=spread),
             legal={
                 "obj": {
-                    "none integers complex list tree shape inner_shape": "any tree",
+                    "none integers complex tree shape inner_shape": "any tree",
                 }
             },
         )
@@ -471,7 +478,6 @@ def helpers() -> dict[str, Call]:
             call(utils.weighted_sum_of_objects, objects=[W, W], coefficients=[1, 2]),
             legal={"objects": {"integers complex": "of any type"}},
             skipped={"objects": {"inner_shape": "JAX broadcasts"}},
-            words={"coefficients": "coefficients"},
         ),
         "utils.per_parameter_norm": allowing(
             call(utils.per_parameter_norm, obj=W, key_prefix="norm"),
@@ -516,7 +522,7 @@ def helpers() -> dict[str, Call]:
         ),
         "utils.in_pmap": allowing(
             call(utils.in_pmap, axis_name=None),
-            legal={"axis_name": {"text": "not mapped"}},
+            legal={"axis_name": OPTIONAL | {"text": "not mapped"}},
         ),
         "utils.wrap_if_pmap": allowing(
             call(utils.wrap_if_pmap, p_func=loss_fn),

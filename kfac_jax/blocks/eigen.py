@@ -62,8 +62,8 @@ class Eigen(Kronecker):
             )
         if self.gradient_products:
             raise ValueError(
-                "Eigen multiplies gradients in its basis, not products; got "
-                "gradient_products=True. Leave it out."
+                "Eigen multiplies gradients in its basis, not products: expected no "
+                "gradient_products, got True. Leave it out."
             )
         _arguments.flag("warm_start", self.warm_start)
 

@@ -105,7 +105,9 @@ class BlockDiagonalCurvature:
                 "BlockDiagonalCurvature expects one of func, a loss function that "
                 f"registers its loss, and func_and_grad; got {given}."
             )
-        if index_to_block_ctor is not None and index_to_block_ctor != {}:
+        if index_to_block_ctor is not None and (
+            not isinstance(index_to_block_ctor, Mapping) or index_to_block_ctor
+        ):
             raise ValueError(
                 "index_to_block_ctor is expected to be empty; got "
                 f"{_arguments.shown(index_to_block_ctor)}. Choose blocks by path: "
@@ -175,7 +177,8 @@ class BlockDiagonalCurvature:
         )
         params, _ = without(func_args, self._params_index)
         factors = self.curvature.init_factors(params)
-        asked = _powers(exact_powers_to_cache) + _powers(approx_powers_to_cache)
+        asked = _powers("exact_powers_to_cache", exact_powers_to_cache)
+        asked += _powers("approx_powers_to_cache", approx_powers_to_cache)
         cache = None
         if asked or cache_eigenvalues:
             inverses = init_inverses(self.curvature.layers)
@@ -286,7 +289,7 @@ class BlockDiagonalCurvature:
         cache = _cache(state)
         weight = _weight(identity_weight, norm_to_scale_identity_weight_per_block)
         inverses = cache.inverses
-        if -1 in _powers(approx_powers):
+        if -1 in _powers("approx_powers", approx_powers):
             inverses, _ = refresh_inverses(
                 self.curvature.layers, state.factors, inverses, weight
             )
@@ -435,12 +438,12 @@ class BlockDiagonalCurvature:
         )
 
 
-def _powers(powers: Any) -> tuple[float, ...]:
+def _powers(name: str, powers: Any) -> tuple[float, ...]:
     if powers is None:
         return ()
     found = tuple(powers) if isinstance(powers, list | tuple) else (powers,)
     for power in found:
-        _arguments.number("each of the powers", power)
+        _arguments.number(f"each of {name}", power)
     return found
 
 

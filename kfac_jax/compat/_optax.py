@@ -9,6 +9,7 @@ import optax
 from jax import Array
 
 from kfac_jax import _arguments
+from kfac_jax._estimation import MODES
 from kfac_jax.compat import _options
 from kfac_jax.compat._block_diagonal import BlockDiagonalCurvature, BlockDiagonalState
 from kfac_jax.compat.utils import (
@@ -97,6 +98,14 @@ class OptaxPreconditioner:
                 "OptaxPreconditioner expects one of damping and damping_schedule; got "
                 f"{damping!r} and {damping_schedule!r}."
             )
+        if estimation_mode is not None:
+            _arguments.choice("estimation_mode", estimation_mode, MODES)
+        if norm_to_scale_identity_weight_per_block is not None:
+            raise ValueError(
+                "norm_to_scale_identity_weight_per_block is expected to be None; got "
+                f"{_arguments.shown(norm_to_scale_identity_weight_per_block)}. "
+                "kfac_jax adds the same λ I to each block."
+            )
         _arguments.number("curvature_ema", curvature_ema, arrays=True)
         _arguments.within("curvature_ema", curvature_ema, 0.0, 1.0, closed=True)
         _arguments.whole("inverse_update_period", inverse_update_period, arrays=True)
@@ -109,7 +118,8 @@ class OptaxPreconditioner:
             ("register_only_generic", register_only_generic),
         ):
             _arguments.flag(name, value)
-        if isinstance(curvature_update_period, bool) or curvature_update_period != 1:
+        _arguments.number("curvature_update_period", curvature_update_period)
+        if curvature_update_period != 1:
             raise ValueError(
                 "curvature_update_period is expected to be 1; got "
                 f"{_arguments.shown(curvature_update_period)}. Use scale_by_kfac, with "

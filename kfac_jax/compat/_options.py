@@ -169,7 +169,7 @@ def refuse(options: Mapping[str, Any]) -> None:
         raise ValueError(
             "kfac_jax.Optimizer does not offer use_adaptive_momentum=True with a given "
             "learning rate: the quadratic model chooses either both or the learning "
-            "rate. Expected use_adaptive_learning_rate=True, too."
+            "rate. Expected use_adaptive_learning_rate=True, too; got False."
         )
     if options["use_adaptive_damping"] and options["initial_damping"] is None:
         raise ValueError(
@@ -219,7 +219,6 @@ def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
       ValueError: for names that the published matcher does not have.
     """
     given = as_mapping("auto_register_kwargs", auto_register_kwargs)
-    _arguments.sequence("patterns_to_skip", patterns_to_skip, "names")
     unknown = sorted(given.keys() - _AUTO_REGISTER)
     if unknown:
         raise ValueError(
@@ -227,7 +226,12 @@ def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
             f"some of {sorted(_AUTO_REGISTER)}, got {unknown}."
         )
     check_graph_patterns(given.get("graph_patterns", ()))
-    skipped = [*patterns_to_skip, *given.get("patterns_to_skip", ())]
+    skipped: list[str] = []
+    for names in (patterns_to_skip, given.get("patterns_to_skip", ())):
+        _arguments.sequence("patterns_to_skip", names, "names")
+        for name in names:
+            _arguments.instance("each of patterns_to_skip", name, str, "a name")
+        skipped += names
     if skipped:
         warnings.warn(
             f"kfac_jax finds layers by dataflow and has no patterns to skip: {skipped} "

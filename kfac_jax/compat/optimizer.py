@@ -345,7 +345,8 @@ class Optimizer:
             if value is None:
                 raise ValueError(
                     f"Nothing chooses the {argument}: expected step(..., {argument}=), "
-                    f"or {schedule} or {flag}=True in the constructor."
+                    f"or {schedule} or {flag}=True in the constructor; got none of "
+                    "them."
                 )
         elif value is not None:
             raise ValueError(

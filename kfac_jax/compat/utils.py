@@ -82,9 +82,10 @@ def inner_product(obj1: Any, obj2: Any, in_float64: bool = False) -> Array:
     """
     _arguments.trees("obj1", obj1)
     _arguments.trees("obj2", obj2)
+    _arguments.flag("in_float64", in_float64)
     if not abstract_objects_equal(obj1, obj2, check_dtype=False):
         raise ValueError(
-            "inner_product expects trees of the same structure and shapes; got "
+            "inner_product expects obj1 and obj2 of the same structure and shapes; got "
             f"{jax.tree.map(jnp.shape, obj1)} and {jax.tree.map(jnp.shape, obj2)}."
         )
     dtype = jnp.float64 if in_float64 else None
@@ -153,6 +154,7 @@ def weighted_sum_of_objects(objects: Sequence[Any], coefficients: Sequence[Any])
       ValueError: if there are not as many coefficients as trees.
     """
     _arguments.sequence("objects", objects, "trees")
+    _arguments.trees("objects", list(objects))
     _arguments.sequence("coefficients", coefficients, "numbers")
     _arguments.trees("coefficients", list(coefficients))
     if len(objects) != len(coefficients):
@@ -196,6 +198,7 @@ def tree_is_empty(obj: Any) -> bool:
 
 def abstract_objects_equal(obj1: Any, obj2: Any, check_dtype: bool = True) -> bool:
     """Whether two trees agree in structure, shapes and (if asked) types."""
+    _arguments.flag("check_dtype", check_dtype)
     if jax.tree.structure(obj1) != jax.tree.structure(obj2):
         return False
     pairs = zip(jax.tree.leaves(obj1), jax.tree.leaves(obj2), strict=True)

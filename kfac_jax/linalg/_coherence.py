@@ -74,10 +74,11 @@ def _check(name: str, part: Any) -> None:
     sequence(name, part, "R_A, X and R_Z", 3)
     first, last = matrices(f"{name}[0]", part[0]), matrices(f"{name}[2]", part[2])
     across = floating(f"{name}[1]", part[1])
-    if across.shape[-2:] != (first.shape[-1], last.shape[-1]):
+    fits = first.ndim == last.ndim == 2
+    if not fits or across.shape != (len(first), len(last)):
         raise ValueError(
             f"{name} must have X of shape {(first.shape[-1], last.shape[-1])} between "
-            f"R_A {first.shape} and R_Z {last.shape}; got {across.shape}."
+            f"matrices R_A and R_Z; got {first.shape}, {across.shape} and {last.shape}."
         )
 
 
