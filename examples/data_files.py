@@ -149,6 +149,7 @@ def _fetch(url: str, target: Path, size: int) -> Exception | None:
                 _fetch_on(url, target, bar)
                 problem = None
             except urllib.error.HTTPError as error:  # an answer, and always the same
+                error.close()
                 return error
             except (OSError, http.client.HTTPException) as error:
                 problem = error

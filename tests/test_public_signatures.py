@@ -299,3 +299,115 @@ def test_a_misspelt_keyword_of_update_is_told():
     message = r"needs the step's statistics.*Expected the keyword statistics, got stat"
     with pytest.raises(ValueError, match=f"{message}istcs"):
         run(entry, arguments)
+
+
+# --------------------------------------------------------------- what they say, exactly
+
+MESSAGES = {  # by message: the table, the function, and the wrong argument
+    "loss_fn must be a function; got 3.": ("plans", "make_curvature", "loss_fn", 3),
+    "damping_schedule must be a function or None; got 3.": (
+        *("estimators", "OptaxPreconditioner"),
+        *("damping_schedule", 3),
+    ),
+    "rng must be a random key, such as jax.random.key(0); got 3.": (
+        *("plans", "Curvature.value_grad_and_statistics"),
+        *("rng", 3),
+    ),
+    "data must be an array; got 'a'.": (
+        *("registrations", "register_loss"),
+        *("data", ("a",)),
+    ),
+    "targets must be an array of real numbers; got 'a'.": (
+        *("losses", "losses.squared_error"),
+        *("targets", "a"),
+    ),
+    "x must be square matrices, an array [..., d, d]; got float64[3].": (
+        *("linalg", "linalg.eigh"),
+        *("x", jnp.ones(3)),
+    ),
+    "rows must be a list or tuple of arrays; got 3.": (
+        *("linalg", "linalg.mean_rows"),
+        *("rows", 3),
+    ),
+    "args[0] must be an array; got 'a'. Pass what is no array through a closure, or "
+    "functools.partial.": ("plans", "make_curvature", "args", ("a",)),
+    "obj must hold arrays with a leading axis of devices; got 3.": (
+        *("helpers", "utils.get_sum"),
+        *("obj", 3),
+    ),
+    "norm_to_scale_identity_weight_per_block is expected to be None; got 'a'. kfac_jax "
+    "adds the same λ I to each block.": (
+        *("estimators", "OptaxPreconditioner"),
+        *("norm_to_scale_identity_weight_per_block", "a"),
+    ),
+    "objects must be trees of one structure, at least one; got []": (
+        *("helpers", "utils.sum_of_objects"),
+        *("objects", []),
+    ),
+    "args must be arrays with a leading axis; got 3.": (
+        *("helpers", "utils.first_dim_is_size"),
+        *("args", (3,)),
+    ),
+    "vectors (one tree with a leading axis) must hold equally many of each leaf; got "
+    "[1, 2].": (
+        *("plans", "Curvature.quadratic_form"),
+        *("vectors", {"w": jnp.ones((1, 3, 2)), "b": jnp.ones((2, 2))}),
+    ),
+    "shape must hold integers; got 3. Expected one, or a tuple of them.": (
+        *("rules", "initializers.sparse_normal()"),
+        *("shape", 3),
+    ),
+    "blocks must give a Block (kfac_jax.blocks) or None for each layer; got 3 for "
+    "layer": ("plans", "make_curvature", "blocks", lambda layer: 3),
+    "rows must be an array [..., r, d]; got shape (3,).": (
+        *("linalg", "linalg.gram"),
+        *("rows", jnp.ones(3)),
+    ),
+    "x and basis must have one shape; got (3, 3) and (2, 2).": (
+        *("linalg", "linalg.turned_basis"),
+        *("basis", jnp.eye(2)),
+    ),
+    "rows must be arrays that differ in their last axis only, at least one; got shapes "
+    "[].": ("linalg", "linalg.mean_rows", "rows", []),
+    "mean_a and mean_g must have one shape; got () and (2,).": (
+        *("linalg", "linalg.trace_pi"),
+        *("mean_g", jnp.ones(2)),
+    ),
+    "shifted[0] must have a shift of shape () for matrices (2, 2); got (1,).": (
+        *("linalg", "linalg.inverse_many"),
+        *("shifted", [(jnp.eye(2), jnp.ones(1))]),
+    ),
+    "axis must be one of the 2 axes of the logits; got 2.": (
+        *("losses", "losses.softmax_cross_entropy"),
+        *("axis", 2),
+    ),
+    "where must be an array of bools that broadcasts to the logits (4, 3); got "
+    "float64[3].": ("losses", "losses.softmax_cross_entropy", "where", jnp.ones(3)),
+    "matrix and slope must have shapes (2, 2) and (2,); got (2, 2) and (3,).": (
+        *("rules", "QuadraticModel.solve"),
+        *("slope", jnp.ones(3)),
+    ),
+    "gammas and changes must have shape (3,), from candidates; got (3,) and (2,).": (
+        *("rules", "SeparateDamping.select"),
+        *("changes", jnp.ones(2)),
+    ),
+    "state_axes must be the name of an axis, or a tuple of names; got 3.": (
+        *("devices", "OverAxis"),
+        *("state_axes", 3),
+    ),
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES)
+def test_messages(message):
+    table, name, argument, value = MESSAGES[message]
+    entry = TABLES[table]()[name]
+    with pytest.raises((TypeError, ValueError), match=re.escape(message)):
+        run(entry, {**entry.arguments, argument: value})
+
+
+def test_an_iterator_that_is_none():
+    entry = public_calls_compat.of_optimizer()["Optimizer.step"]
+    batches = {"batch": None, "data_iterator": [public_calls_compat.BATCH]}
+    with pytest.raises(TypeError, match=r"data_iterator must be an iterator of batche"):
+        run(entry, {**entry.arguments, **batches})
