@@ -63,7 +63,10 @@ def load(path: Path | None = None, cache: Path | None = None) -> Corpus:
         DataError: the data is missing, damaged or cannot be downloaded.
     """
     what = "Jane Austen's six novels (4.0 million characters)"
-    found = debian.locate(PACKAGE, path, cache or default_cache(), what)
+    return debian.load(PACKAGE, path, cache or default_cache(), what, _read)
+
+
+def _read(found: Path) -> Corpus:
     text = _join(_files(found), found)
     check(text.encode(), SIZE, SHA256, f"The text in {found}")
     return _split(text)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import http.client
 import math
 import os
+import tempfile
 import urllib.error
 import urllib.request
 import zlib
@@ -18,6 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
+
+ATTEMPTS = 3  # a connection that is cut is made again twice
+DELETE = "Delete it and run again."
 
 
 class DataError(RuntimeError):
@@ -76,8 +81,7 @@ def unpack_gzip(packed: bytes, where: str) -> bytes:
     try:
         return gzip.decompress(packed)
     except (OSError, EOFError, zlib.error) as error:
-        message = f"{where} is damaged ({error}). Delete it and run again."
-        raise DataError(message) from error
+        raise DataError(f"{where} is damaged ({error}). {DELETE}") from error
 
 
 def default_cache() -> Path:
@@ -86,7 +90,7 @@ def default_cache() -> Path:
     return Path(root) / "kfac_jax"
 
 
-def check(raw: bytes, size: int, sha256: str, where: str) -> None:
+def check(raw: bytes, size: int, sha256: str, where: str, advice: str = DELETE) -> None:
     """Compares size and checksum.
 
     Raises:
@@ -95,18 +99,22 @@ def check(raw: bytes, size: int, sha256: str, where: str) -> None:
     if len(raw) != size:
         raise DataError(
             f"{where} has {len(raw):,} bytes, expected {size:,}: it is cut short or "
-            "another file. Delete it and run again."
+            f"another file. {advice}"
         )
     found = hashlib.sha256(raw).hexdigest()
     if found != sha256:
         raise DataError(
             f"{where} has sha256 {found}, expected {sha256}: it is damaged or another "
-            "file. Delete it and run again."
+            f"file. {advice}"
         )
 
 
 def download(url: str, target: Path, size: int, sha256: str, advice: str) -> None:
     """Fetches a file with a progress bar; only a checked one reaches `target`.
+
+    Where the connection is cut, it goes on from there. Until it is whole and checked
+    the file is in a folder of its own, so that neither a killed program nor another
+    that fetches the same leaves a part of it at `target`.
 
     Args:
         url: where it is.
@@ -120,23 +128,45 @@ def download(url: str, target: Path, size: int, sha256: str, advice: str) -> Non
     """
     print(f"Data: downloading {size / 1e6:.1f} MB from {url} to {target}.")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_suffix(".part")
-    try:
-        _fetch(url, partial, size)
-        check(partial.read_bytes(), size, sha256, f"The file at {url}")
+    with tempfile.TemporaryDirectory(prefix="part-", dir=target.parent) as folder:
+        partial = Path(folder) / target.name
+        partial.touch()
+        problem = _fetch(url, partial, size)
+        if problem is not None:
+            raise DataError(
+                f"Could not download {url}: {problem}. {advice}"
+            ) from problem
+        check(partial.read_bytes(), size, sha256, f"The file at {url}", advice)
         partial.replace(target)
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise DataError(f"Could not download {url}: {error}. {advice}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
-def _fetch(url: str, target: Path, size: int) -> None:
-    with (
-        urllib.request.urlopen(url, timeout=60) as response,
-        target.open("wb") as file,
-        tqdm(total=size, unit="B", unit_scale=True, desc=target.stem) as bar,
-    ):
-        while chunk := response.read(1 << 16):
-            file.write(chunk)
-            bar.update(len(chunk))
+def _fetch(url: str, target: Path, size: int) -> Exception | None:
+    """Fetches a file, in several parts if need be; returns why it did not."""
+    problem: Exception | None = None
+    with tqdm(total=size, unit="B", unit_scale=True, desc=target.stem) as bar:
+        for _ in range(ATTEMPTS):
+            try:
+                _fetch_on(url, target, bar)
+                problem = None
+            except urllib.error.HTTPError as error:  # an answer, and always the same
+                error.close()
+                return error
+            except (OSError, http.client.HTTPException) as error:
+                problem = error
+            if problem is None and target.stat().st_size >= size:
+                break
+    return problem
+
+
+def _fetch_on(url: str, target: Path, bar: tqdm) -> None:
+    """Fetches what is missing, or all of it where the server cannot give parts."""
+    start = target.stat().st_size
+    headers = {"Range": f"bytes={start}-"} if start else {}
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        goes_on = response.status == http.client.PARTIAL_CONTENT
+        bar.update((start if goes_on else 0) - bar.n)
+        with target.open("ab" if goes_on else "wb") as file:
+            while chunk := response.read(1 << 16):
+                file.write(chunk)
+                bar.update(len(chunk))

@@ -11,9 +11,10 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from data_files import DataError, download
 
@@ -31,6 +32,49 @@ class Package(NamedTuple):
     sha256: str
 
 
+T = TypeVar("T")
+
+
+def load(
+    package: Package,
+    path: Path | None,
+    cache: Path,
+    what: str,
+    decode: Callable[[Path], T],
+) -> T:
+    """What the package holds; one in the cache that is damaged is fetched again.
+
+    Args:
+        package: what to find.
+        path: the user's, or None.
+        cache: folder of downloads.
+        what: the data, in words.
+        decode: reads and checks a package, or what the user gave.
+
+    Returns:
+        What `decode` returned.
+
+    Raises:
+        DataError: it is not there, cannot be downloaded, or is not what was expected.
+    """
+    was_there = _cached(package, cache).exists()
+    found = locate(package, path, cache, what)
+    try:
+        return decode(found)
+    except DataError as error:
+        if found != _cached(package, cache):
+            raise
+        found.unlink()
+        if not was_there:
+            raise
+        print(f"Data: {error} It is fetched again.")
+    return load(package, path, cache, what, decode)
+
+
+def _cached(package: Package, cache: Path) -> Path:
+    return cache / f"{package.name}.deb"
+
+
 def locate(package: Package, path: Path | None, cache: Path, what: str) -> Path:
     """The package's file in the cache, else the user's path, else a fresh download.
 
@@ -46,7 +90,7 @@ def locate(package: Package, path: Path | None, cache: Path, what: str) -> Path:
     Raises:
         DataError: it is not there, or cannot be downloaded.
     """
-    cached = cache / f"{package.name}.deb"
+    cached = _cached(package, cache)
     if cached.exists():
         print(f"Data: {what} from the cache, {cached}.")
         return cached
@@ -108,7 +152,14 @@ def read(package: Path, members: Sequence[str]) -> list[bytes]:
     try:
         with tarfile.open(fileobj=io.BytesIO(_data_archive(package))) as tar:
             return [_member(tar, f"./{name}") for name in members]
-    except (tarfile.TarError, lzma.LZMAError, KeyError, EOFError) as error:
+    except (
+        tarfile.TarError,
+        lzma.LZMAError,
+        zlib.error,
+        KeyError,
+        EOFError,
+        OSError,
+    ) as error:
         raise DataError(
             f"{package} cannot be read: {error}. It is damaged, another package, or "
             "packed in a way that this Python cannot read. Unpack it elsewhere and "
@@ -136,7 +187,10 @@ def _data_archive(package: Path) -> bytes:
     while start + AR_HEADER_BYTES <= len(raw):
         header = raw[start : start + AR_HEADER_BYTES]
         start += AR_HEADER_BYTES
-        size = int(header[48:58])
+        digits = header[48:58].strip()
+        if not digits.isdigit():
+            break
+        size = int(digits)
         if header.startswith(b"data.tar"):
             return raw[start : start + size]
         start += size + size % 2

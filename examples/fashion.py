@@ -68,7 +68,10 @@ def load(path: Path | None = None, cache: Path | None = None) -> tuple[Cases, Ca
         DataError: the data is missing, damaged or cannot be downloaded.
     """
     what = "Fashion-MNIST (60,000 + 10,000 images)"
-    found = debian.locate(PACKAGE, path, cache or default_cache(), what)
+    return debian.load(PACKAGE, path, cache or default_cache(), what, _read)
+
+
+def _read(found: Path) -> tuple[Cases, Cases]:
     if found.is_dir():
         arrays = read_idx_folder(found, FILES)
     else:

@@ -123,7 +123,11 @@ def _load_mnist(path: Path | None, cache: Path) -> Digits:
     cached = cache / TARBALL
     if cached.exists():
         print(f"Data: full MNIST from the cache, {cached}.")
-        return _from_tarball(cached)
+        try:
+            return _from_tarball(cached)
+        except DataError as error:
+            print(f"Data: {error} It is fetched again.")
+            cached.unlink()
     if path is not None:
         print(f"Data: full MNIST from {path}.")
         return _from_tarball(path) if path.is_file() else _from_folder(path)

@@ -1,14 +1,14 @@
 """What `kfac` and `scale_by_kfac` refuse."""
 
-import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array
 
 from kfac_jax import _by_rows, sharding
-from kfac_jax._factors import Statistics, zeros
+from kfac_jax._arguments import is_number, shown, whole, within
+from kfac_jax._factors import check_statistics, zeros
 from kfac_jax._preconditioner import init_inverses
 from kfac_jax._step import Info, KFACState
 from kfac_jax._trees import path_name
@@ -25,37 +25,39 @@ _SHOWN = 10
 """How many of the leaves that differ an error lists."""
 
 
-def check_number(name: str, value: Any, low: float, high: float, closed: bool) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return  # a schedule, a rule or an array
-    value = float(value)
-    if not (low <= value < high or (closed and value == high)):
-        bracket = "]" if closed else ")"
-        raise ValueError(f"{name} must be in [{low}, {high}{bracket}; got {value}.")
+def check_kind(
+    name: str,
+    value: Any,
+    rules: tuple[type, ...],
+    allowed: str,
+    schedule: bool = True,
+) -> None:
+    fits = is_number(value, arrays=True) or isinstance(value, rules)
+    if not (fits or (schedule and callable(value))):
+        raise TypeError(f"{name} must be {allowed}; got {shown(value)}.")
 
 
-def check_kind(name: str, value: Any, rules: tuple[type, ...], allowed: str) -> None:
-    numeric = isinstance(value, float | int | Array) or hasattr(value, "dtype")
-    if isinstance(value, bool) or not (
-        numeric or isinstance(value, rules) or callable(value)
-    ):
-        raise TypeError(f"{name} must be {allowed}; got {type(value).__name__}.")
+def check_plan(curvature: Any) -> None:
+    if not isinstance(curvature, Curvature):
+        raise TypeError(
+            "curvature must be a plan from make_curvature; got "
+            f"{shown(curvature)}. Pass kfac_jax.make_curvature(loss_fn, params, ...)."
+        )
 
 
 def check_common(
     curvature: Any, damping: Any, decay: Any, inverse_every: Any, distribution: Any
 ) -> None:
-    if not isinstance(curvature, Curvature):
-        raise TypeError(
-            "The first argument must be a plan from make_curvature; got "
-            f"{type(curvature).__name__}."
-        )
+    check_plan(curvature)
     check_kind("damping", damping, (LevenbergMarquardt,), "a number, schedule or rule")
-    check_number("damping (λ)", damping, 0.0, float("inf"), False)
-    check_number("decay (ε)", decay, 0.0, 1.0, False)
-    kinds = (RefreshSchedule,)
-    check_kind("inverse_every", inverse_every, kinds, "a number or RefreshSchedule")
-    check_number("inverse_every (T3)", inverse_every, 1, float("inf"), False)
+    within("damping (λ)", damping, 0.0, float("inf"))
+    check_kind("decay (ε)", decay, (), "a number", schedule=False)
+    within("decay (ε)", decay, 0.0, 1.0)
+    if not isinstance(inverse_every, RefreshSchedule):
+        allowed = "a number of steps or RefreshSchedule"
+        check_kind("inverse_every", inverse_every, (), allowed, schedule=False)
+        within("inverse_every (T3)", inverse_every, 1, float("inf"))
+        whole("inverse_every (T3)", inverse_every, arrays=True)
     sharding.check(distribution)
     if sharding.by_rows(distribution):
         _by_rows.check(curvature.layers)
@@ -68,10 +70,25 @@ def check_common(
         )
 
 
-def check_update(state: Any, statistics: Any, kind: str) -> None:
+def check_update(
+    state: Any, statistics: Any, kind: str, unknown: Sequence[str] = ()
+) -> None:
+    """Checks what every update gets.
+
+    Args:
+      state: the state.
+      statistics: the step's.
+      kind: of the transformation.
+      unknown: keywords that are not its own. optax passes those of one member of a
+        chain to all, so they are no error by themselves.
+
+    Raises:
+      TypeError: if the state or the statistics are of the wrong type.
+      ValueError: if there are no statistics.
+    """
     if not isinstance(state, KFACState):
         raise TypeError(
-            f"{kind} expects the state made by its init; got {type(state).__name__}. "
+            f"{kind} expects the state made by its init; got {shown(state)}. "
             "Call state = tx.init(params) once before the first update; a checkpoint "
             "is restored into the structure of that."
         )
@@ -80,13 +97,10 @@ def check_update(state: Any, statistics: Any, kind: str) -> None:
             f"{kind} needs the step's statistics: value, grads, statistics = "
             "curvature.value_grad_and_statistics(params, ...), then tx.update(grads, "
             "state, params, statistics=statistics). For a step that gathers none "
-            "pass curvature.zero_statistics(params)."
+            "pass curvature.zero_statistics(params). Expected the keyword statistics, "
+            f"got {', '.join(unknown) or 'none'}."
         )
-    if not isinstance(statistics, Statistics):
-        raise TypeError(
-            "statistics must be what curvature.value_grad_and_statistics returned; "
-            f"got {type(statistics).__name__}."
-        )
+    check_statistics(statistics)
 
 
 def check_state(
@@ -152,25 +166,26 @@ def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None
     check_kind(
         "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
     )
-    check_number("learning_rate (α)", learning_rate, 0.0, float("inf"), False)
+    within("learning_rate (α)", learning_rate, 0.0, float("inf"))
     if norm_constraint is not None:
         check_kind(
             "norm_constraint", norm_constraint, (), "a number, a schedule or None"
         )
-    check_number("norm_constraint", norm_constraint, 0.0, float("inf"), False)
+    within("norm_constraint", norm_constraint, 0.0, float("inf"))
     modelled = isinstance(learning_rate, QuadraticModel)
     if norm_constraint is not None and modelled:
         raise ValueError(
-            "norm_constraint limits steps of a given learning rate; with "
-            "QuadraticModel leave it None."
+            "norm_constraint limits steps of a given learning rate: expected None "
+            f"with QuadraticModel, got {shown(norm_constraint)}."
         )
     if momentum is not None:
         check_kind("momentum", momentum, (), "a number, a schedule or None")
-        check_number("momentum (μ)", momentum, 0.0, 1.0, True)
+        within("momentum (μ)", momentum, 0.0, 1.0, closed=True)
     elif not modelled:
         raise ValueError(
-            "momentum=None lets the quadratic model choose it; pass "
-            "learning_rate=QuadraticModel(), or a number as momentum."
+            "momentum=None lets the quadratic model choose it: expected "
+            "learning_rate=QuadraticModel(), or a number as momentum; got "
+            f"learning_rate={shown(learning_rate)}."
         )
 
 
@@ -180,7 +195,7 @@ def check_separate(
     if not isinstance(rule, SeparateDamping):
         raise TypeError(
             "factored_damping must be None, for γ = √(λ+η), or a SeparateDamping rule; "
-            f"got {type(rule).__name__}. For a γ that never changes give the rule "
+            f"got {shown(rule)}. For a γ that never changes give the rule "
             "minimum and maximum equal to its initial value."
         )
     if not isinstance(learning_rate, QuadraticModel):
@@ -215,9 +230,12 @@ def check_evaluation(
     curvature: Curvature, params: Params | None, value: Any, args: Any
 ) -> None:
     if params is None or value is None or not isinstance(args, tuple | list):
+        given = "no params" if params is None else "params"
         raise ValueError(
-            "QuadraticModel and LevenbergMarquardt evaluate the loss function: pass "
-            "params, value= and args= (a tuple of the loss function's arguments "
-            "after the parameters) to update."
+            "QuadraticModel and LevenbergMarquardt evaluate the loss function, and "
+            "need what it takes: pass params, value= and args= (a tuple of the loss "
+            "function's arguments after the parameters) to update; got "
+            f"{given}, value={shown(value)}, "
+            f"args={shown(args)}."
         )
     curvature.tree.leaves(params, "params")

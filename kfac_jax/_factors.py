@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import _fresh, linalg
+from kfac_jax._arguments import dtype_of, instance, is_array, is_number, shown
 from kfac_jax._products import Products
 from kfac_jax._products import check as check_products
 from kfac_jax.blocks import Block
@@ -63,6 +64,21 @@ def _shapes(layer: Layer, which: str) -> dict[str, tuple[int, ...]]:
     return layer.block.statistics_shapes(layer.shape) | layer.cross_shapes
 
 
+def check_statistics(value: Any) -> None:
+    """Raises TypeError unless it is what a plan returns."""
+    instance(
+        "statistics",
+        value,
+        Statistics,
+        "what curvature.value_grad_and_statistics returned",
+    )
+    if not is_number(value.weight, arrays=True):
+        raise TypeError(
+            f"statistics.weight must be a scalar; got {shown(value.weight)}. Add "
+            "statistics leaf by leaf, jax.tree.map(jnp.add, first, second)."
+        )
+
+
 _WHAT = {"factor_shapes": "factors", "statistics_shapes": "statistics"}
 
 
@@ -81,6 +97,7 @@ def check(
       sharing: over which devices they may be spread by rows.
 
     Raises:
+      TypeError: if an array is not of real floating point.
       ValueError: if names or shapes are others.
     """
     names, what = {layer.name for layer in layers}, _WHAT[which]
@@ -94,7 +111,7 @@ def check(
         expected = _shapes(layer, which)
         if by_rows(sharing):
             expected = {n: sharing.kept_shape(s) for n, s in expected.items()}
-        got = {name: jnp.shape(x) for name, x in found[layer.name].items()}
+        got = _shapes_of(found[layer.name])
         if got != expected:
             raise ValueError(
                 f"{what} must have the shapes {expected} for layer '{layer.name}'; "
@@ -102,6 +119,20 @@ def check(
                 "for another number of devices goes through whole_state and "
                 "spread_state first."
             )
+        for name, x in found[layer.name].items():
+            if not jnp.issubdtype(dtype_of(x), jnp.floating):
+                raise TypeError(
+                    f"{what} must be real floating point; got {shown(x)} for "
+                    f"'{name}' of layer '{layer.name}'. Use what this very plan "
+                    "returned."
+                )
+
+
+def _shapes_of(part: Any) -> Any:
+    """The shapes of arrays by name; of what is none, what it is."""
+    if not isinstance(part, dict):
+        return shown(part)
+    return {name: jnp.shape(x) if is_array(x) else shown(x) for name, x in part.items()}
 
 
 @jax.named_scope("kfac_factors")

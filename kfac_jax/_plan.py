@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kfac_jax import _batch, _estimation, _report
+from kfac_jax import _arguments, _batch, _estimation, _report
 from kfac_jax._dtypes import wide
 from kfac_jax._gathering import link_rows, product_rows, site_statistics
 from kfac_jax._jaxpr import _compat, axis_types
@@ -37,6 +37,7 @@ from kfac_jax.structures import BlockTridiagonal, Structure
 
 
 def check_options(
+    has_aux: bool,
     estimation_mode: str,
     on_unmatched: str,
     num_samples: int,
@@ -46,6 +47,7 @@ def check_options(
     """Checks the options of `make_curvature` that stand alone.
 
     Args:
+      has_aux: a bool.
       estimation_mode: one of `_estimation.MODES`.
       on_unmatched: "warn", "error" or "ignore".
       num_samples: at least one.
@@ -53,23 +55,21 @@ def check_options(
       l2: at least zero.
 
     Raises:
+      TypeError: if one is of the wrong type.
       ValueError: if one is out of its range.
     """
-    if estimation_mode not in _estimation.MODES:
-        raise ValueError(
-            f"estimation_mode must be one of {', '.join(_estimation.MODES)}; got "
-            f"{estimation_mode!r}."
-        )
-    if on_unmatched not in ("warn", "error", "ignore"):
-        raise ValueError(
-            f'on_unmatched must be "warn", "error" or "ignore"; got {on_unmatched!r}.'
-        )
-    if not isinstance(num_samples, int) or num_samples < 1:
+    _arguments.flag("has_aux", has_aux)
+    _arguments.choice("estimation_mode", estimation_mode, tuple(_estimation.MODES))
+    _arguments.choice("on_unmatched", on_unmatched, ("warn", "error", "ignore"))
+    whole = isinstance(num_samples, int) and not isinstance(num_samples, bool)
+    if not whole or num_samples < 1:
         raise ValueError(f"num_samples must be an integer ≥ 1; got {num_samples!r}.")
+    _arguments.number("statistics_fraction (τ1)", statistics_fraction)
     if not 0.0 < statistics_fraction <= 1.0:
         raise ValueError(
             f"statistics_fraction (τ1) must be in (0, 1]; got {statistics_fraction!r}."
         )
+    _arguments.number("l2 (η)", l2)
     if not 0.0 <= l2 < float("inf"):
         raise ValueError(f"l2 (η) must be finite and at least 0; got {l2!r}.")
 
@@ -110,6 +110,7 @@ def trace(
       ValueError: if tracing fails on arguments whose leading axes disagree, or if no
         loss is registered.
     """
+    _arguments.trees("args", args)
     structure: list[Any] = []
 
     def flat_loss(params: Any, *args: Any) -> list[Any]:
@@ -132,7 +133,7 @@ def trace(
         if len({size for _, size in axes}) > 1 and not isinstance(error, LossTypeError):
             raise ValueError(
                 "The loss function fails on arguments whose leading (batch) axes "
-                f"disagree: {_batch.describe(axes)}. Expected one batch size. The "
+                f"disagree: got {_batch.describe(axes)}. Expected one batch size. The "
                 f"loss function's own error: {error}"
             ) from error
         raise

@@ -10,6 +10,7 @@ import optax
 from jax import Array
 
 from kfac_jax import _batch, _factors, sharding
+from kfac_jax._arguments import number
 from kfac_jax._dtypes import wide, wide_dtype
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._jaxpr import axis_types
@@ -166,7 +167,9 @@ def loss_of(value: Any) -> Array:
     """The loss in `value`, which may be `(loss, aux)`; NaN for None."""
     if value is None:
         return nan()
-    return jnp.asarray(value[0] if isinstance(value, tuple) else value, float)
+    loss = value[0] if isinstance(value, tuple) and value else value
+    number("value, the loss or (loss, aux),", loss, arrays=True)
+    return jnp.asarray(loss, float)
 
 
 class Combined(NamedTuple):

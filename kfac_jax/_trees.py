@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from kfac_jax._arguments import dtype_of, is_array, shown
+
 
 @dataclasses.dataclass(frozen=True)
 class TreeSpec:
@@ -61,19 +63,10 @@ class TreeSpec:
         result: list[Any | None] = [None] * len(self.paths)
         for node, place in zip(nodes, places, strict=True):
             for i in place:
-                result[i] = None if _is_hidden(node) else _as_array(node)
-        for leaf, path, shape in zip(result, self.paths, self.shapes, strict=True):
-            if leaf is not None and jnp.shape(leaf) != shape:
-                raise ValueError(
-                    f"{what} has shape {jnp.shape(leaf)} at '{path}'; the plan was "
-                    f"made for {shape}. Make a new plan with make_curvature for new "
-                    "shapes."
-                )
-            if leaf is not None and not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise TypeError(
-                    f"{what} has type {leaf.dtype} at '{path}'; expected real "
-                    "floating-point numbers, like the parameter."
-                )
+                result[i] = None if _is_hidden(node) else node
+        for i, (path, shape) in enumerate(zip(self.paths, self.shapes, strict=True)):
+            if result[i] is not None:
+                result[i] = _checked(result[i], what, path, shape)
         return result
 
     def restore(self, leaves: Sequence[Any], like: Any) -> Any:
@@ -95,8 +88,8 @@ class TreeSpec:
             subtrees = self._same_names(tree)
         if subtrees is None:
             raise ValueError(
-                f"{what} does not have the structure of the parameters the plan was "
-                f"made for: {self._difference(tree)}. Make a new plan with "
+                f"{what} must have the structure of the parameters the plan was made "
+                f"for; got another: {self._difference(tree)}. Make a new plan with "
                 "make_curvature, or pass the tree it was made with."
             )
         nodes = jax.tree.leaves(tree, is_leaf=_is_hidden)
@@ -107,9 +100,9 @@ class TreeSpec:
         )
         if not fits or sum(map(len, places)) != len(self.paths):
             raise ValueError(
-                f"{what} does not have the structure of the parameters the plan was "
-                f"made for: {self._difference(tree)}. Pass the tree the plan was made "
-                "with."
+                f"{what} must have the structure of the parameters the plan was made "
+                f"for; got another: {self._difference(tree)}. Pass the tree the plan "
+                "was made with."
             )
         return places
 
@@ -130,9 +123,22 @@ class TreeSpec:
         return f"missing {missing or 'nothing'}, unexpected {extra or 'nothing'}"
 
 
-def _as_array(leaf: Any) -> Any:
-    """Numbers as arrays; arrays, and their shapes alone, as they are."""
-    return leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+def _checked(leaf: Any, what: str, path: str, shape: tuple[int, ...]) -> Any:
+    """A leaf that is an array, or the shape of one; numbers as arrays."""
+    if is_array(leaf):
+        leaf = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+        if leaf.shape != shape:
+            raise ValueError(
+                f"{what} must have the shapes of the plan's parameters; got shape "
+                f"{leaf.shape} at '{path}', expected {shape}. Make a new plan with "
+                "make_curvature for new shapes."
+            )
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+    raise TypeError(
+        f"{what} must hold real floating-point numbers, like the parameters; got "
+        f"{shown(leaf)} at '{path}'."
+    )
 
 
 def _is_hidden(node: Any) -> bool:
@@ -163,18 +169,17 @@ def tree_spec(params: Any) -> TreeSpec:
     """
     with_paths, treedef = jax.tree.flatten_with_path(params)
     if not with_paths:
-        raise ValueError("params holds no arrays; expected at least one parameter.")
+        raise ValueError(
+            f"params holds no arrays: expected at least one parameter, got {params!r}."
+        )
     paths, shapes, dtypes = [], [], []
     for path, leaf in with_paths:
         name = path_name(path)
-        dtype = getattr(leaf, "dtype", None)
-        if dtype is None and isinstance(leaf, float):
-            dtype = jnp.result_type(leaf)
+        dtype = dtype_of(leaf) if is_array(leaf) else None
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            got = type(leaf).__name__ if dtype is None else dtype
             raise TypeError(
-                f"Parameter '{name}' is {got}; expected an array of real floating "
-                "point. Split integer or complex leaves off and pass them as "
+                f"params must hold arrays of real floating point; got {shown(leaf)} at "
+                f"'{name}'. Split integer or complex leaves off and pass them as "
                 "arguments (or as real and imaginary parts)."
             )
         paths.append(name)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.flatten_util import ravel_pytree
 
-from kfac_jax import _tridiagonal, linalg
+from kfac_jax import _arguments, _tridiagonal, linalg
 from kfac_jax._factors import Factors
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._trees import TreeSpec
@@ -90,13 +90,13 @@ def invert(
 
 
 def _check_damping(damping: Any) -> None:
+    _arguments.number("damping (λ)", damping, arrays=True)
     if isinstance(damping, numbers.Real) and not float(damping) >= 0:
         raise ValueError(f"damping (λ) must be at least 0; got {damping}.")
 
 
 def _check_mode(mode: str) -> None:
-    if mode not in ("factored", "exact"):
-        raise ValueError(f'damping_mode must be "factored" or "exact"; got {mode!r}.')
+    _arguments.choice("damping_mode", mode, ("factored", "exact"))
 
 
 @jax.tree_util.register_dataclass
@@ -126,7 +126,7 @@ class Approximation:
         joint: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
     ) -> Vector:
         """Applies a function to each layer's matrix, or to all linked ones jointly."""
-        given = self.tree.leaves(v, "the vector")
+        given = self.tree.leaves(v, "the vector v")
         leaves = axis_types.whole(given)
         vectors = layer_vectors(self.layers, leaves)
         dtypes = {layer.name: layer.dtype for layer in self.layers}
@@ -192,6 +192,7 @@ class Approximation:
           The solution.
 
         Raises:
+          TypeError: if an argument is of the wrong type.
           ValueError: for negative damping, an unknown mode (or "exact" for linked
             layers), or a vector of another shape.
 
@@ -245,9 +246,12 @@ class Approximation:
           The product.
 
         Raises:
+          TypeError: if an argument is of the wrong type.
           ValueError: for negative damping, an unknown mode, a vector of another shape,
             or linked layers, which have no eigenvectors in closed form.
         """
+        _arguments.number("exponent (p)", exponent, arrays=True)
+        _arguments.within("exponent (p)", exponent, -float("inf"), float("inf"))
         _check_damping(damping)
         _check_mode(damping_mode)
         if self._linked:
@@ -312,6 +316,7 @@ class Approximation:
           A scalar.
 
         Raises:
+          TypeError: if an argument is of the wrong type.
           ValueError: for negative damping, or an unknown mode (or "exact" for linked
             layers).
         """
@@ -345,9 +350,11 @@ class Approximation:
           A vector like the parameters.
 
         Raises:
+          TypeError: if an argument is of the wrong type.
           ValueError: for negative damping, or an unknown mode (or "exact" for linked
             layers).
         """
+        _arguments.key("key", key)
         _check_damping(damping)
         _check_mode(damping_mode)
         self._check_joint(damping, damping_mode)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from kfac_jax import _arguments
 from kfac_jax._dtypes import wide_dtype
 
 Params = Any
@@ -70,6 +71,7 @@ def average_iterates(
     _check(decay, start)
 
     def init(params: Params) -> AverageIteratesState:
+        _arguments.real_trees("params", params)
         return AverageIteratesState(
             num_updates=jnp.zeros((), jnp.int32),
             averaged_params=jax.tree.map(_wide_copy, params),
@@ -81,8 +83,9 @@ def average_iterates(
         if params is None:
             raise ValueError(
                 "average_iterates averages the parameters: call "
-                "tx.update(grads, state, params)."
+                "tx.update(grads, state, params); expected params, got None."
             )
+        _check_trees(updates, state, params)
         k = state.num_updates + 1
         xi = jnp.asarray(decay, float)
         if start is not None:
@@ -100,27 +103,53 @@ def average_iterates(
     return optax.GradientTransformation(init, update)
 
 
+def _check_trees(updates: Any, state: Any, params: Any) -> None:
+    """Raises unless the trees of an update fit together."""
+    _arguments.instance(
+        "state",
+        state,
+        AverageIteratesState,
+        "the state of average_iterates, from its init",
+    )
+    _arguments.floating_trees("params", params)
+    given = _shapes("params", params)
+    others = {
+        "updates": _shapes("updates", updates),
+        "the average in the state": _shapes("state", state.averaged_params),
+    }
+    for name, found in others.items():
+        if found != given:
+            raise ValueError(
+                f"params must have the structure and shapes of {name}: expected "
+                f"{found}, got {given}."
+            )
+
+
+def _shapes(name: str, tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
+    _arguments.real_trees(name, tree)
+    leaves, treedef = jax.tree.flatten(tree)
+    return treedef, [jnp.shape(x) for x in leaves]
+
+
 def _wide_copy(p: Any) -> Array:
     """A copy in float32 or wider: θ and θ̄ may both be donated."""
-    dtype = jnp.result_type(p)
+    dtype = _arguments.dtype_of(p)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
-            f"average_iterates averages real floating-point parameters; got {dtype}. "
-            "Hide others by optax.masked."
+            "average_iterates expects params of real floating point; got "
+            f"{_arguments.shown(p)}. Hide others by optax.masked."
         )
     return jnp.array(p, wide_dtype(dtype))
 
 
 def _check(decay: Any, start: Any) -> None:
-    if isinstance(decay, bool) or not isinstance(decay, numbers.Real | Array):
-        raise TypeError(f"decay (ξ) must be a number; got {decay!r}.")
+    _arguments.number("decay (ξ)", decay, arrays=True)
     if isinstance(decay, numbers.Real) and not 0.0 <= float(decay) < 1.0:
         raise ValueError(f"decay (ξ) must be in [0, 1); got {decay}.")
-    if isinstance(start, Array) or start is None:
+    if start is None:
         return
-    if isinstance(start, bool) or not isinstance(start, numbers.Integral):
-        raise TypeError(f"start (k0) must be an integer or None; got {start!r}.")
-    if int(start) < 1:
+    _arguments.whole("start (k0)", start, arrays=True)
+    if isinstance(start, numbers.Integral) and int(start) < 1:
         raise ValueError(
             f"start (k0) counts steps from 1, so it must be at least 1; got {start}."
         )

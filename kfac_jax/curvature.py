@@ -8,7 +8,15 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _batch, _estimation, _factors, _plan, _products, _report
+from kfac_jax import (
+    _arguments,
+    _batch,
+    _estimation,
+    _factors,
+    _plan,
+    _products,
+    _report,
+)
 from kfac_jax._exact import ExactProducts
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._jaxpr import axis_types
@@ -22,6 +30,11 @@ from kfac_jax.structures import BlockDiagonal, BlockTridiagonal, Structure
 Params = Any
 
 BLOCK_DIAGONAL = BlockDiagonal()
+
+
+def _without_first_axis(x: Any) -> Any:
+    """The first of a stack; what is no stack stays, for a check to find."""
+    return x[0] if _arguments.is_array(x) and jnp.ndim(x) else x
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -207,10 +220,12 @@ class Curvature:
         self, params: Params, args: Any, rng: Array | None, factors: Factors | None
     ) -> tuple[Sequence[Array], Any, Factors | None]:
         """The parameters' leaves, τ1 of the batch, and what blocks carry."""
-        if rng is None and _estimation.needs_rng(self.estimation_mode):
+        if rng is not None:
+            _arguments.key("rng", rng)
+        elif _estimation.needs_rng(self.estimation_mode):
             raise ValueError(
                 f'estimation_mode="{self.estimation_mode}" samples; pass a key as '
-                "value_grad_and_statistics(..., rng=key)."
+                "value_grad_and_statistics(..., rng=key): expected rng, got None."
             )
         leaves = self.tree.leaves(params, "params")
         part = _batch.take(args, self.statistics_fraction)
@@ -260,14 +275,11 @@ class Curvature:
           ValueError: for an unknown matrix, for trees that do not match, or if the
             network uses a `custom_vjp` function, which has no forward mode.
         """
+        _arguments.choice("matrix", matrix, ("fisher", "ggn", "hessian"))
         tangents = self.tree.leaves(v, "v")
         program = self._exact(params, args)
         if matrix == "hessian":
             return program.hessian_product(params, v)
-        if matrix not in ("fisher", "ggn"):
-            raise ValueError(
-                f'matrix must be "fisher", "ggn" or "hessian"; got {matrix!r}.'
-            )
         return jax.tree.unflatten(self.tree.treedef, program.fisher_product(tangents))
 
     @jax.named_scope("kfac_quadratic_form")
@@ -287,6 +299,7 @@ class Curvature:
           `[n, n]`, in float32 or wider. `l2` is not included.
 
         Raises:
+          TypeError: if a leaf is no array of real floating point.
           ValueError: if the trees do not match, or if the network uses a `custom_vjp`
             function, which has no forward mode.
 
@@ -303,8 +316,13 @@ class Curvature:
                 return [
                     self.tree.leaves(v, f"vectors[{i}]") for i, v in enumerate(vectors)
                 ]
-        first = jax.tree.map(lambda x: x[0], vectors)
-        self.tree.leaves(first, "vectors (with a leading axis)")
+        what = "vectors (one tree with a leading axis)"
+        self.tree.leaves(jax.tree.map(_without_first_axis, vectors), what)
+        counts = {jnp.shape(x)[0] for x in jax.tree.leaves(vectors)}
+        if len(counts) > 1:
+            raise ValueError(
+                f"{what} must hold equally many of each leaf; got {sorted(counts)}."
+            )
         return None
 
     def _exact(self, params: Params, args: Any) -> ExactProducts:
@@ -344,9 +362,19 @@ class Curvature:
         Returns:
           The new averages.
 
+        Raises:
+          TypeError: if an argument is of the wrong type.
+          ValueError: if factors or statistics are of another plan, or a number is out
+            of its range.
+
         References:
           Martens & Grosse 2015, section 5.
         """
+        _factors.check_statistics(statistics)
+        _arguments.whole("step (k)", step, arrays=True)
+        _arguments.within("step (k)", step, 1, float("inf"))
+        _arguments.number("decay (ε)", decay, arrays=True)
+        _arguments.within("decay (ε)", decay, 0.0, 1.0)
         return _factors.average(self.layers, factors, statistics, step, decay)[0]
 
     def approximation(self, factors: Factors) -> Approximation:
@@ -432,13 +460,14 @@ def make_curvature(
     >>> [layer.kind for layer in make_curvature(loss_fn, w, x, y).layers]
     ['dense']
     """
+    _arguments.function("loss_fn", loss_fn)
     _plan.check_options(
-        estimation_mode, on_unmatched, num_samples, statistics_fraction, l2
+        has_aux, estimation_mode, on_unmatched, num_samples, statistics_fraction, l2
     )
     if not isinstance(structure, BlockDiagonal | BlockTridiagonal):
         raise ValueError(
             "structure must be BlockDiagonal() or BlockTridiagonal(); got "
-            f"{structure!r}."
+            f"{_arguments.shown(structure)}."
         )
     check_weight_sharing(weight_sharing)
     tree = _plan.tree_spec(params)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._arguments import function, number
 from kfac_jax._dtypes import wide
 
 Data = tuple[Array, ...]
@@ -113,6 +114,15 @@ class Normal(Distribution):
 
     variance: float = 0.5
 
+    def __post_init__(self) -> None:
+        """Checks the range."""
+        number("variance (σ²)", self.variance)
+        if not 0.0 < self.variance < float("inf"):
+            raise ValueError(
+                "A normal distribution needs a finite positive variance; got "
+                f"{self.variance}."
+            )
+
     def negative_log_likelihood(self, z: Array, data: Data) -> Array:
         """Returns `(z - y)² / (2 σ²)`, elementwise."""
         (targets,) = data
@@ -175,6 +185,10 @@ class Convex(Distribution):
     """
 
     per_case_loss: Callable[..., Array]
+
+    def __post_init__(self) -> None:
+        """Checks the type."""
+        function("per_case_loss", self.per_case_loss)
 
     def _eigh(self, z: Array, data: Data) -> tuple[Array, Array]:
         """Eigenvalues `[n, d]` and eigenvectors of each case's Hessian."""

@@ -2,12 +2,15 @@
 
 import functools
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+
+from kfac_jax import _arguments
 
 Initializer = Callable[..., Array]
 """`(key, shape, dtype) -> array`, the dtype optional."""
@@ -65,14 +68,19 @@ def sparse_normal(
         raise TypeError(f"incoming must be an integer; got {incoming!r}.")
     if incoming < 1:
         raise ValueError(f"incoming must be at least 1; got {incoming}.")
+    _arguments.number("stddev", stddev)
     if not 0.0 <= stddev < float("inf"):
         raise ValueError(f"stddev must be finite and at least 0; got {stddev}.")
+    named = {"in_axis": in_axis, "out_axis": out_axis, "batch_axis": batch_axis}
+    for name, axes in named.items():
+        _whole_numbers(name, [axes] if isinstance(axes, int) else axes)
+    _floating_type(dtype)
     default = dtype
 
     def init(key: Array, shape: Sequence[int], dtype: Any = default) -> Array:
-        kind = jnp.result_type(float if dtype is None else dtype)
-        if not jnp.issubdtype(kind, jnp.floating):
-            raise TypeError(f"dtype must be real floating point; got {kind}.")
+        _arguments.key("key", key)
+        _whole_numbers("shape", shape)
+        kind = _floating_type(dtype)
         unit_axes, input_axes = _split(shape, in_axis, out_axis, batch_axis)
         units = math.prod(shape[i] for i in unit_axes)
         inputs = math.prod(shape[i] for i in input_axes)
@@ -83,6 +91,23 @@ def sparse_normal(
         return jnp.moveaxis(weights, range(len(axes)), axes)
 
     return init
+
+
+def _whole_numbers(name: str, values: Any) -> None:
+    fits = isinstance(values, list | tuple) and all(
+        isinstance(x, numbers.Integral) and not isinstance(x, bool) for x in values
+    )
+    if not fits:
+        raise TypeError(
+            f"{name} must hold integers; got {_arguments.shown(values)}. Expected one, "
+            "or a tuple of them."
+        )
+
+
+def _floating_type(dtype: Any) -> Any:
+    """The type of weights; None is JAX's default."""
+    kind = float if dtype is None else dtype
+    return jnp.result_type(_arguments.floating_type("dtype", kind))
 
 
 # as one program, like the functions of jax.random: it is much less to compile

@@ -20,6 +20,45 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kfac_jax import distributions, tags
+from kfac_jax._arguments import array, floating, real, shown, whole
+
+
+def _output(name: str, value: ArrayLike) -> Array:
+    return floating(f"{name}, a registered output,", value)
+
+
+def _classes(logits: Array, axis: int, where: ArrayLike | None) -> Array | None:
+    """Which classes take part, like the logits; None for all.
+
+    Args:
+      logits: of the classes.
+      axis: that of the classes.
+      where: an array that broadcasts to them, or None.
+
+    Returns:
+      It, broadcast.
+
+    Raises:
+      ValueError: if one does not fit the logits.
+    """
+    whole("axis", axis)
+    if not -logits.ndim <= axis < logits.ndim:
+        raise ValueError(
+            f"axis must be one of the {logits.ndim} axes of the logits; got {axis}."
+        )
+    if where is None:
+        return None
+    where = real("where", where)
+    tail = logits.shape[logits.ndim - where.ndim :] if where.ndim else ()
+    fits = where.ndim <= logits.ndim and all(
+        a in (1, b) for a, b in zip(where.shape, tail, strict=True)
+    )
+    if where.dtype != bool or not fits:
+        raise ValueError(
+            "where must be an array of bools that broadcasts to the logits "
+            f"{logits.shape}; got {shown(where)}."
+        )
+    return jnp.broadcast_to(where, logits.shape)
 
 
 def _hide_classes(logits: Array, where: Array | None) -> Array:
@@ -50,16 +89,17 @@ def softmax_cross_entropy_with_integer_labels(
       The value of each case, `[n, ...]`.
 
     Raises:
+      TypeError: if an argument is no array of real numbers.
       ValueError: if the shapes do not fit together.
 
     >>> import jax.numpy as jnp
     >>> softmax_cross_entropy_with_integer_labels(jnp.zeros((4, 2)), jnp.zeros(4, int))
     Array([0.6931472, 0.6931472, 0.6931472, 0.6931472], dtype=float32)
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
+    logits, labels = _output("logits", logits), real("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise ValueError(f"Integer labels are expected; got {labels.dtype}.")
-    where = None if where is None else jnp.asarray(where)
+    where = _classes(logits, axis, where)
     registered = jnp.moveaxis(_hide_classes(logits, where), axis, -1)
     if labels.shape != registered.shape[:-1]:
         raise ValueError(
@@ -93,14 +133,15 @@ def softmax_cross_entropy(
       The value of each case, `[n, ...]`.
 
     Raises:
+      TypeError: if an argument is no array of real numbers.
       ValueError: if the shapes do not fit together.
 
     >>> import jax.numpy as jnp
     >>> softmax_cross_entropy(jnp.zeros((1, 2)), jnp.array([[0.5, 0.5]]))
     Array([0.6931472], dtype=float32)
     """
-    logits, labels = jnp.asarray(logits), jnp.asarray(labels)
-    where = None if where is None else jnp.asarray(where)
+    logits, labels = _output("logits", logits), real("labels", labels)
+    where = _classes(logits, axis, where)
     if labels.shape != logits.shape:
         raise ValueError(
             f"Labels of the logits' shape {logits.shape} are expected; got "
@@ -128,15 +169,16 @@ def sigmoid_binary_cross_entropy(
       The elementwise values, `[n, ...]`: sum them within a case, average over cases.
 
     Raises:
+      TypeError: if an argument is no array of real numbers.
       ValueError: if the shapes do not fit together.
 
     >>> import jax.numpy as jnp
     >>> sigmoid_binary_cross_entropy(jnp.zeros((1, 2)), jnp.ones((1, 2)))
     Array([[0.6931472, 0.6931472]], dtype=float32)
     """
-    logits = jnp.asarray(logits)
+    logits, labels = _output("logits", logits), real("labels", labels)
     tags.register_sigmoid_cross_entropy_loss(logits, labels, weight=weight)
-    return optax.losses.sigmoid_binary_cross_entropy(logits, jnp.asarray(labels))
+    return optax.losses.sigmoid_binary_cross_entropy(logits, labels)
 
 
 def squared_error(
@@ -156,14 +198,16 @@ def squared_error(
       The elementwise values, `[n, ...]`: sum them within a case, average over cases.
 
     Raises:
+      TypeError: if an argument is no array of real numbers.
       ValueError: if the shapes do not fit together.
 
     >>> import jax.numpy as jnp
     >>> squared_error(jnp.ones((1, 2)), jnp.zeros((1, 2)))
     Array([[1., 1.]], dtype=float32)
     """
-    predictions = jnp.asarray(predictions)
-    known = jnp.zeros_like(predictions) if targets is None else jnp.asarray(targets)
+    predictions = _output("predictions", predictions)
+    none = jnp.zeros_like(predictions) if targets is None else targets
+    known = real("targets", none)
     tags.register_squared_error_loss(predictions, known, weight)
     return optax.losses.squared_error(predictions, known)
 
@@ -191,6 +235,7 @@ def normal_negative_log_likelihood(
       cases.
 
     Raises:
+      TypeError: if an argument is no array of real numbers.
       ValueError: if the shapes differ.
 
     >>> import jax.numpy as jnp
@@ -198,8 +243,9 @@ def normal_negative_log_likelihood(
     >>> normal_negative_log_likelihood(jnp.ones((1, 2)), zeros, zeros)
     Array([[0.5, 0.5]], dtype=float32)
     """
-    mean, log_variance = jnp.asarray(mean), jnp.asarray(log_variance)
-    targets = jnp.asarray(targets)
+    mean = _output("mean", mean)
+    log_variance = _output("log_variance", log_variance)
+    targets = real("targets", targets)
     if not mean.shape == log_variance.shape == targets.shape:
         raise ValueError(
             "normal_negative_log_likelihood expects mean, log_variance and targets of "
@@ -240,6 +286,7 @@ def convex(
       The value of each case, `[n]`.
 
     Raises:
+      TypeError: if the loss is no function, or another argument no array.
       ValueError: if leading axes differ.
 
     >>> import jax.numpy as jnp
@@ -247,12 +294,13 @@ def convex(
     >>> convex(logcosh, jnp.zeros((2, 3)), jnp.zeros((2, 3)))
     Array([0., 0.], dtype=float32)
     """
-    outputs = jnp.asarray(outputs)
-    arrays = [jnp.asarray(x) for x in data]
+    distribution = distributions.Convex(per_case_loss)
+    outputs = _output("outputs", outputs)
+    arrays = [array("data", x) for x in data]
     if outputs.ndim == 0 or any(x.shape[:1] != outputs.shape[:1] for x in arrays):
         raise ValueError(
             "convex expects outputs and data with one leading axis of cases; got "
             f"{outputs.shape} and {[x.shape for x in arrays]}."
         )
-    tags.bind_loss(distributions.Convex(per_case_loss), outputs, arrays, None, weight)
+    tags.bind_loss(distribution, outputs, arrays, None, weight)
     return jax.vmap(per_case_loss)(outputs, *arrays)

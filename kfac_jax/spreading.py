@@ -13,6 +13,8 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from kfac_jax._arguments import shown
+from kfac_jax._checks import check_plan
 from kfac_jax._sharing_report import SharingReport as SharingReport
 from kfac_jax._sharing_report import report
 from kfac_jax._step import KFACState
@@ -77,6 +79,7 @@ def whole_state(
       TypeError: if there is no `KFACState` in it, or no distribution.
       ValueError: if it is of another plan, or has arrays that are no rows.
     """
+    check_plan(curvature)
     check(distribution)
     join = functools.partial(_whole, curvature, distribution=distribution)
     return _mapped(join, state)
@@ -117,6 +120,7 @@ def spread_state(curvature: Curvature, state: T, distribution: Distribution) -> 
       TypeError: if there is no `KFACState` in it, or no distribution.
       ValueError: if it is of another plan, or not whole.
     """
+    check_plan(curvature)
     check(distribution)
     cut = functools.partial(_spread, curvature, distribution=distribution)
     if not isinstance(distribution, OverMesh):
@@ -170,8 +174,8 @@ def _mapped(
     nodes, treedef = jax.tree.flatten(tree, is_leaf=_is_state)
     if not any(map(_is_state, nodes)):
         raise TypeError(
-            "Expected the KFACState that init returned, or a tree with it; got "
-            f"{type(tree).__name__}. Restore a checkpoint into such a tree first."
+            "state: expected the KFACState that init returned, or a tree with it; got "
+            f"{shown(tree)}. Restore a checkpoint into such a tree first."
         )
     found = [function(x) if _is_state(x) else other(x) for x in nodes]
     return jax.tree.unflatten(treedef, found)
@@ -267,8 +271,14 @@ def sharing_report(
     >>> report.owners, report.work
     ({'params': {'input': (0,), 'output': (1,)}}, (64.0, 8.0))
     """
+    check_plan(curvature)
     check(distribution)
-    sizes = dict(axis_sizes or {})
+    if distribution is None:
+        raise TypeError(
+            "distribution must be an OverAxis or OverMesh, for a report of what "
+            "devices share; got None."
+        )
+    sizes = _checked_sizes(axis_sizes)
     if isinstance(distribution, OverMesh):
         sizes = dict(distribution.mesh.shape)
     axes = as_names(
@@ -288,3 +298,21 @@ def sharing_report(
         math.prod(sizes[axis] for axis in as_names(distribution.state_axes)),
         distribution.by_rows and not isinstance(distribution, OverMesh),
     )
+
+
+def _checked_sizes(axis_sizes: Any) -> dict[str, int]:
+    """How many devices lie along each axis.
+
+    Raises:
+      TypeError: if it is no mapping from names to whole numbers from 1.
+    """
+    if axis_sizes is None:
+        return {}
+    items = axis_sizes.items() if isinstance(axis_sizes, Mapping) else [(None, None)]
+    whole = (isinstance(n, int) and not isinstance(n, bool) for _, n in items)
+    if not all(whole) or min((n for _, n in items), default=1) < 1:
+        raise TypeError(
+            'axis_sizes must be numbers of devices by axis name, {"batch": 8}, say; '
+            f"got {shown(axis_sizes)}."
+        )
+    return dict(axis_sizes)

@@ -6,7 +6,6 @@ program that holds tags and never uses K-FAC is unchanged.
 """
 
 import math
-import numbers
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -15,6 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kfac_jax import distributions
+from kfac_jax._arguments import array, floating, is_number, real, shown
 from kfac_jax._jaxpr import _compat
 
 layer_tag = _compat.identity_primitive("kfac_layer")
@@ -90,13 +90,22 @@ def _hashable(value: Any) -> Hashable:
     return value
 
 
+def _parameter(name: str, value: ArrayLike | None) -> Array | None:
+    return None if value is None else floating(name, value)
+
+
 def _bind_layer(
-    kind: str, y: Any, inputs: Sequence[Any], params: dict[str, Any], metadata: Any
+    kind: str,
+    y: Array,
+    inputs: Sequence[Array],
+    params: dict[str, Array | None],
+    metadata: Any,
 ) -> Array:
     given = {name: value for name, value in params.items() if value is not None}
-    operands = [jnp.asarray(v) for v in (y, *inputs, *given.values())]
     return layer_tag.bind(
-        *operands,
+        y,
+        *inputs,
+        *given.values(),
         kind=kind,
         num_inputs=len(inputs),
         names=tuple(given),
@@ -128,6 +137,7 @@ def register_dense(
       `y`; the tag counts only where this returned value is used in its place.
 
     Raises:
+      TypeError: if one is no array of real numbers.
       ValueError: if the shapes are not those of a dense layer.
 
     >>> import jax.numpy as jnp
@@ -135,18 +145,19 @@ def register_dense(
     >>> register_dense(x @ w, x, w).shape
     (4, 2)
     """
-    y_shape, x_shape, w_shape = jnp.shape(y), jnp.shape(x), jnp.shape(w)
+    y, x, w = floating("y", y), real("x", x), floating("w", w)
+    b = _parameter("b", b)
     fits = (
-        len(w_shape) == 2
-        and x_shape[-1:] == w_shape[:1]
-        and y_shape == (*x_shape[:-1], w_shape[-1])
-        and (b is None or jnp.shape(b) == w_shape[1:])
+        w.ndim == 2
+        and x.shape[-1:] == w.shape[:1]
+        and y.shape == (*x.shape[:-1], w.shape[-1])
+        and (b is None or b.shape == w.shape[1:])
     )
     if not fits:
         raise ValueError(
             "register_dense expects y [..., out], x [..., in], w [in, out] and b "
-            f"[out]; got y {y_shape}, x {x_shape}, w {w_shape}, b "
-            f"{None if b is None else jnp.shape(b)}. Pass w so that y = x @ w + b."
+            f"[out]; got y {y.shape}, x {x.shape}, w {w.shape}, b "
+            f"{None if b is None else b.shape}. Pass w so that y = x @ w + b."
         )
     return _bind_layer("dense", y, [x], {"w": w, "b": b}, metadata)
 
@@ -171,6 +182,7 @@ def register_conv2d(
       `y`.
 
     Raises:
+      TypeError: if one is no array of real numbers.
       ValueError: if `y`, `x` and `w` do not have rank four.
 
     >>> import jax.numpy as jnp
@@ -178,12 +190,13 @@ def register_conv2d(
     >>> register_conv2d(y, jnp.ones((1, 5, 5, 1)), jnp.ones((3, 3, 1, 2))).shape
     (1, 5, 5, 2)
     """
-    ranks = jnp.ndim(y), jnp.ndim(x), jnp.ndim(w)
+    y, x, w = floating("y", y), real("x", x), floating("w", w)
+    ranks = y.ndim, x.ndim, w.ndim
     if ranks != (4, 4, 4):
         raise ValueError(
             f"register_conv2d expects y, x and w of rank 4; got ranks {ranks}."
         )
-    return _bind_layer("conv2d", y, [x], {"w": w, "b": b}, metadata)
+    return _bind_layer("conv2d", y, [x], {"w": w, "b": _parameter("b", b)}, metadata)
 
 
 def register_scale_and_shift(
@@ -206,6 +219,7 @@ def register_scale_and_shift(
       `y`.
 
     Raises:
+      TypeError: if one is no array of real numbers.
       ValueError: if neither scale nor shift is given, or shapes do not broadcast.
 
     >>> import jax.numpy as jnp
@@ -217,20 +231,19 @@ def register_scale_and_shift(
         raise ValueError(
             "register_scale_and_shift expects a scale, a shift or both; got neither."
         )
-    y_shape = jnp.shape(y)
-    for name, value in (("x", x), ("scale", scale), ("shift", shift)):
-        shape = y_shape if value is None else jnp.shape(value)
-        tail = y_shape[len(y_shape) - len(shape) :]
-        if len(shape) > len(y_shape) or any(
+    y, x = floating("y", y), real("x", x)
+    params = {"scale": _parameter("scale", scale), "shift": _parameter("shift", shift)}
+    for name, value in ({"x": x} | params).items():
+        shape = y.shape if value is None else value.shape
+        tail = y.shape[y.ndim - len(shape) :]
+        if len(shape) > y.ndim or any(
             a not in (1, b) for a, b in zip(shape, tail, strict=True)
         ):
             raise ValueError(
                 f"register_scale_and_shift expects {name} to broadcast to y "
-                f"{y_shape}; got {name} {shape}."
+                f"{y.shape}; got {name} {shape}."
             )
-    return _bind_layer(
-        "scale_and_shift", y, [x], {"scale": scale, "shift": shift}, metadata
-    )
+    return _bind_layer("scale_and_shift", y, [x], params, metadata)
 
 
 def register_generic(w: ArrayLike) -> Array:
@@ -244,11 +257,14 @@ def register_generic(w: ArrayLike) -> Array:
     Returns:
       `w`.
 
+    Raises:
+      TypeError: if it is no array of real floating point.
+
     >>> import jax.numpy as jnp
     >>> register_generic(jnp.ones(3)).shape
     (3,)
     """
-    return generic_tag.bind(jnp.asarray(w))
+    return generic_tag.bind(floating("w", w))
 
 
 def bind_loss(
@@ -271,25 +287,21 @@ def bind_loss(
       `z`.
 
     Raises:
-      TypeError: if `z` is not a real floating-point array.
+      TypeError: if `z` is not a real floating-point array, or another argument no
+        array.
       ValueError: if mask or weight do not fit.
     """
-    z = jnp.asarray(z)
-    if not jnp.issubdtype(z.dtype, jnp.floating):
-        raise TypeError(
-            f"A registered output must be real floating point; got {z.dtype}. Register "
-            "real and imaginary part of a complex one, jnp.stack([z.real, z.imag], -1)."
-        )
-    if isinstance(weight, numbers.Real) and not (
-        float(weight) >= 0 and math.isfinite(float(weight))
-    ):
+    z = floating("A registered output z", z)
+    if is_number(weight) and not 0 <= float(weight) < math.inf:  # pyright: ignore[reportArgumentType]
         raise ValueError(f"A loss weight must be finite and at least 0; got {weight}.")
-    weight = jnp.asarray(weight, z.dtype)
+    weight = real("A loss weight", weight).astype(z.dtype)
     if weight.ndim:
         raise ValueError(f"A loss weight must be a scalar; got shape {weight.shape}.")
-    operands = [z, *(jnp.asarray(x) for x in data)]
+    operands = [z, *data]
     if mask is not None:
-        mask = jnp.asarray(mask)
+        if is_number(mask) and not 0 <= float(mask) < math.inf:  # pyright: ignore[reportArgumentType]
+            raise ValueError(f"A loss mask must be at least 0; got {mask}.")
+        mask = real("A loss mask", mask)
         if mask.shape != z.shape[: mask.ndim] or mask.ndim > z.ndim - (
             distribution.event_rank
         ):
@@ -341,27 +353,26 @@ def register_loss(
     """
     if not isinstance(distribution, distributions.Distribution):
         raise TypeError(
-            "register_loss expects a kfac_jax.distributions.Distribution; got "
-            f"{type(distribution).__name__}."
+            "register_loss expects a kfac_jax.distributions.Distribution as "
+            f"distribution; got {shown(distribution)}."
         )
-    shape = jnp.shape(z)
-    if not shape or any(jnp.shape(x)[:1] != shape[:1] for x in data):
+    z, arrays = floating("z", z), [array("data", x) for x in data]
+    if not z.ndim or any(x.shape[:1] != z.shape[:1] for x in arrays):
         raise ValueError(
             "register_loss expects z and data with one leading axis of cases; got "
-            f"{shape} and {[jnp.shape(x) for x in data]}."
+            f"{z.shape} and {[x.shape for x in arrays]}."
         )
-    return bind_loss(distribution, z, data, mask, weight)
+    return bind_loss(distribution, z, arrays, mask, weight)
 
 
-def _targets_like(
-    name: str, z: ArrayLike, targets: ArrayLike | None
-) -> list[ArrayLike]:
+def _targets_like(name: str, z: Array, targets: ArrayLike | None) -> list[Array]:
     if targets is None:
         return []
-    if jnp.shape(targets) != jnp.shape(z):
+    targets = real("targets", targets)
+    if targets.shape != z.shape:
         raise ValueError(
-            f"{name} expects targets of the output's shape {jnp.shape(z)}; got "
-            f"{jnp.shape(targets)}. Check that the batch's leading axes agree."
+            f"{name} expects targets of the output's shape {z.shape}; got "
+            f"{targets.shape}. Check that the batch's leading axes agree."
         )
     return [targets]
 
@@ -387,20 +398,22 @@ def register_softmax_cross_entropy_loss(
       `logits`. The registration counts whether or not the result is used.
 
     Raises:
+      TypeError: if an argument is no array of real numbers.
       ValueError: if the shapes do not fit together.
 
     >>> import jax.numpy as jnp
     >>> register_softmax_cross_entropy_loss(jnp.ones((4, 3)), jnp.zeros(4, int)).shape
     (4, 3)
     """
-    shape = jnp.shape(logits)
-    if targets is not None and jnp.shape(targets) not in (shape, shape[:-1]):
+    logits = floating("logits, a registered output,", logits)
+    data = [] if targets is None else [real("targets", targets)]
+    shape = logits.shape
+    if data and data[0].shape not in (shape, shape[:-1]):
         raise ValueError(
             f"Softmax cross entropy expects targets of shape {shape[:-1]} (classes) "
-            f"or {shape} (probabilities); got {jnp.shape(targets)}. Check that the "
+            f"or {shape} (probabilities); got {data[0].shape}. Check that the "
             "batch's leading axes agree."
         )
-    data = [] if targets is None else [targets]
     return bind_loss(distributions.Categorical(), logits, data, mask, weight)
 
 
@@ -422,12 +435,14 @@ def register_sigmoid_cross_entropy_loss(
       `logits`.
 
     Raises:
+      TypeError: if an argument is no array of real numbers.
       ValueError: if the shapes do not fit together.
 
     >>> import jax.numpy as jnp
     >>> register_sigmoid_cross_entropy_loss(jnp.ones((4, 3)), jnp.zeros((4, 3))).shape
     (4, 3)
     """
+    logits = floating("logits, a registered output,", logits)
     data = _targets_like("Sigmoid cross entropy", logits, targets)
     return bind_loss(distributions.Bernoulli(), logits, data, mask, weight)
 
@@ -450,7 +465,8 @@ def register_normal_predictive_distribution(
       `mean`.
 
     Raises:
-      TypeError: if the variance is not a Python number.
+      TypeError: if the variance is not a Python number, or another argument no array
+        of real numbers.
       ValueError: if the variance is not positive or the shapes do not fit together.
 
     >>> import jax.numpy as jnp
@@ -462,15 +478,10 @@ def register_normal_predictive_distribution(
     except Exception as error:
         raise TypeError(
             "register_normal_predictive_distribution expects a fixed variance (a "
-            f"Python number); got {variance!r}. For a variance that the network "
+            f"Python number); got {shown(variance)}. For a variance that the network "
             "predicts use kfac_jax.losses.normal_negative_log_likelihood."
         ) from error
-    if not (variance > 0 and math.isfinite(variance)):
-        raise ValueError(
-            f"A normal distribution needs a finite positive variance; got {variance}."
-        )
-    data = _targets_like("A normal distribution", mean, targets)
-    return bind_loss(distributions.Normal(variance), mean, data, None, weight)
+    return _register_normal("mean", mean, targets, variance, weight)
 
 
 def register_squared_error_loss(
@@ -492,7 +503,19 @@ def register_squared_error_loss(
     >>> register_squared_error_loss(jnp.ones((4, 2)), jnp.zeros((4, 2))).shape
     (4, 2)
     """
-    return register_normal_predictive_distribution(prediction, targets, 0.5, weight)
+    return _register_normal("prediction", prediction, targets, 0.5, weight)
+
+
+def _register_normal(
+    name: str,
+    mean: ArrayLike,
+    targets: ArrayLike | None,
+    variance: float,
+    weight: ArrayLike,
+) -> Array:
+    mean = floating(f"{name}, a registered output,", mean)
+    data = _targets_like("A normal distribution", mean, targets)
+    return bind_loss(distributions.Normal(variance), mean, data, None, weight)
 
 
 register_categorical_predictive_distribution = register_softmax_cross_entropy_loss

@@ -104,7 +104,8 @@ def scale_by_kfac(
     if isinstance(damping, LevenbergMarquardt):
         raise TypeError(
             "LevenbergMarquardt measures whole steps; use kfac(...), or give "
-            "scale_by_kfac a number or a schedule."
+            "scale_by_kfac a number or a schedule as damping: expected one, got "
+            f"{damping}."
         )
 
     def init(params: Params) -> KFACState:
@@ -117,10 +118,10 @@ def scale_by_kfac(
         *,
         statistics: Statistics | None = None,
         value: Any = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Params, KFACState]:
         del params
-        check_update(state, statistics, "scale_by_kfac")
+        check_update(state, statistics, "scale_by_kfac", sorted(others))
         check_state(curvature, state, distribution)
         assert statistics is not None
         grads = curvature.tree.masked_leaves(updates, "grads")
@@ -244,9 +245,9 @@ def kfac(
         statistics: Statistics | None = None,
         value: Any = None,
         args: Any = None,
-        **_: Any,
+        **others: Any,
     ) -> tuple[Params, KFACState]:
-        check_update(state, statistics, "kfac")
+        check_update(state, statistics, "kfac", sorted(others))
         check_state(curvature, state, distribution)
         assert statistics is not None
         if adaptive:

@@ -163,7 +163,7 @@ def test_leading_axes_that_disagree_at_run_time(method):
 @pytest.mark.parametrize("dtype", [int, complex, bool])
 def test_parameters_that_are_not_real_floating_point(dtype):
     params = {**make_params(), "extra": jnp.ones(2, dtype)}
-    with pytest.raises(TypeError, match=r"'extra' is .*expected.*real floating point"):
+    with pytest.raises(TypeError, match=r"real floating point; got .* at 'extra'"):
         make(loss_fn, params)
 
 
@@ -238,7 +238,7 @@ def test_parameters_of_another_shape(method):
         ({"statistics_fraction": -0.1}, r"statistics_fraction \(τ1\)"),
         ({"num_samples": 0}, "num_samples must be an integer"),
         ({"num_samples": 1.5}, "num_samples must be an integer"),
-        ({"estimation_mode": "fisher"}, "estimation_mode must be one of fisher_grad"),
+        ({"estimation_mode": "fisher"}, 'estimation_mode must be one of "fisher_grad'),
         ({"on_unmatched": "raise"}, 'on_unmatched must be "warn", "error" or "ignore"'),
         ({"structure": "tridiagonal"}, "structure must be BlockDiagonal"),
         ({"weight_sharing": "both"}, "weight_sharing must be"),
@@ -335,7 +335,7 @@ def test_unknown_modes_of_the_operator():
             "norm_constraint.*QuadraticModel",
         ),
         ({"distribution": "pmap"}, (TypeError, ValueError), "distribution"),
-        ({"factored_damping": 0.1}, TypeError, r"None.*or a SeparateDamping.*float"),
+        ({"factored_damping": 0.1}, TypeError, r"None.*or a SeparateDamping.*got 0\.1"),
         (
             {"factored_damping": kfac_jax.SeparateDamping()},
             ValueError,
@@ -458,7 +458,7 @@ def test_state_that_init_did_not_make(tx, state):
         (lambda g: {"w": g["w"]}, r"grads .*structure.*missing \['b'\]"),
         (lambda g: {**g, "c": g["b"]}, r"grads .*structure.*unexpected \['c'\]"),
         (lambda g: [g["b"], g["w"]], r"grads .*structure"),
-        (lambda g: {**g, "b": jnp.ones(3)}, r"grads has shape \(3,\) at 'b'"),
+        (lambda g: {**g, "b": jnp.ones(3)}, r"grads .*shape \(3,\) at 'b'"),
         (lambda g: None, r"grads .*structure"),
     ],
 )
@@ -498,7 +498,7 @@ def test_adaptive_rules_without_what_they_evaluate(options, missing):
 def test_adaptive_rules_with_parameters_of_another_shape():
     value, grads, statistics = gathered()
     tx = kfac_jax.kfac(plan(), kfac_jax.QuadraticModel())
-    with pytest.raises(ValueError, match=r"params has shape \(3, 4\) at 'w'"):
+    with pytest.raises(ValueError, match=r"params .*shape \(3, 4\) at 'w'"):
         tx.update(
             grads,
             tx.init(make_params()),

@@ -614,7 +614,7 @@ REFUSED = {
         ValueError,
         lambda: utils.broadcast_all_local_devices(jnp.ones(16)),
     ),
-    "inner_product expects trees of the same structure and shapes": (
+    "inner_product expects obj1 and obj2 of the same structure and shapes": (
         ValueError,
         lambda: utils.inner_product(TREE, {"a": TREE["a"]}),
     ),

@@ -835,3 +835,26 @@ def test_other_rows_of_a_table_of_positions_are_refused(rows):
     with pytest.warns(UserWarning, match="layer/w"):
         plan = plan_of(loss_fn, params, models.array(1, 4, 3, 5), None)
     assert layers_of(plan)[0].kind == "unmatched"
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, bool])
+@pytest.mark.parametrize("block", [None, "Kronecker", "Full", "Diagonal", "TNT"])
+def test_integers_as_inputs_count_as_their_numbers(dtype, block):
+    """Products take them as they are; the weight's factor must not be rounded to 0."""
+    x = (np.arange(15).reshape(5, 3) % 4).astype(dtype)
+    w = models.array(0, 3, 2)
+    blocks = None if block is None else getattr(kfac_jax.blocks, block)()
+
+    def loss_fn(w, x):
+        return kfac_jax.losses.squared_error(x @ (0.5 * w)).sum(-1).mean()
+
+    def statistics(x):
+        plan = kfac_jax.make_curvature(
+            loss_fn, w, x, estimation_mode="ggn_exact", blocks=blocks
+        )
+        return plan.value_grad_and_statistics(w, x)
+
+    with jax.numpy_dtype_promotion("standard"):
+        found = statistics(jnp.asarray(x))
+        expected = statistics(jnp.asarray(x, float))
+    jax.tree.map(np.testing.assert_allclose, found, expected)

@@ -110,15 +110,17 @@ def test_a_penalty_shrinks_unused_parameters(kind):
     [
         (jax.random.key(0), "key<fry>"),
         (jax.random.PRNGKey(0), "uint32"),
-        (3, "int"),
-        (True, "bool"),
-        ("relu", "str"),
+        (3, "3"),
+        (True, "True"),
+        ("relu", "'relu'"),
         (np.ones(2, np.int8), "int8"),
     ],
 )
 def test_leaves_that_have_no_derivative_are_named(leaf, got):
     params = PARAMS | {"rest": {"leaf": leaf}}
-    with pytest.raises(TypeError, match=f"'rest/leaf' is {got}; expected an array of"):
+    with pytest.raises(
+        TypeError, match=f"arrays of real.*; got {got}.* at 'rest/leaf'"
+    ):
         make(loss_fn, params)
 
 
@@ -149,7 +151,8 @@ def test_vectors_that_are_not_real_are_named(name, dtype):
     vector = jax.tree.unflatten(tree, [first.astype(dtype), *rest])
     with pytest.raises(TypeError, match="real floating-point numbers, like") as error:
         VECTORS[name](plan, kfac_jax.kfac(plan, 0.1, 0.9, damping=0.1), vector)
-    assert f"has type {dtype} at 'layer0/b'" in str(error.value)
+    assert f"got {dtype}[" in str(error.value)
+    assert "at 'layer0/b'" in str(error.value)
 
 
 def test_python_numbers_are_parameters_too():

@@ -134,7 +134,10 @@ def test_printing_tells_what_each_parameter_got():
         ({"use_adaptive_damping": True}, "needs initial_damping"),
         (ADAPTIVE | {"norm_constraint": 1.0}, "limits a given learning rate"),
         (ADAPTIVE | {"momentum_schedule": lambda t: 0.9}, "at most one way to choose"),
-        ({"auto_register_kwargs": {"patterns": ()}}, "are no options of it"),
+        (
+            {"auto_register_kwargs": {"patterns": ()}},
+            "options of the published matcher",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(options, message):

@@ -111,8 +111,8 @@ def test_the_norms_differ():
 @pytest.mark.parametrize("make", [Kronecker, TNT, Eigen])
 @pytest.mark.parametrize("wrong", ["nuclear", "Trace", "", 1])
 def test_an_unknown_norm_is_refused_with_the_list(make, wrong):
-    names = '"trace", "frobenius", "spectral", "one"'
-    with pytest.raises(ValueError, match=f"pi must be one of {names}; got {wrong!r}"):
+    names = 'one of "trace", "frobenius", "spectral" or "one"'
+    with pytest.raises(ValueError, match=f"pi must be {names}; got {wrong!r}"):
         make(pi=wrong)
 
 

@@ -32,6 +32,9 @@ curvature_blocks curvature_estimator get_default_tag_to_block_ctor layers_and_lo
 optimizer set_default_tag_to_block_ctor tag_graph_matcher utils
 """
 BLOCKS = "Block BlockShape Damped Diagonal Eigen Full Identity Kronecker Spectrum TNT"
+DISTRIBUTIONS = """
+Bernoulli Categorical Convex Distribution Normal NormalWithVariance RegisteredLoss
+"""
 LINALG = """
 Conditional Inverted conditionals diagonal eigh finite_diagonals gram inverse
 inverse_many inverse_root_many mean_rows pseudo_inverse symmetrize trace_pi
@@ -151,6 +154,17 @@ def test_loss_names():
         and not name.startswith("_")
     }
     assert own == set(LOSSES.split())
+
+
+def test_distribution_names():
+    own = {
+        name
+        for name, value in vars(kfac_jax.distributions).items()
+        if inspect.isclass(value)
+        and value.__module__ == "kfac_jax.distributions"
+        and not name.startswith("_")
+    }
+    assert own == set(DISTRIBUTIONS.split())
 
 
 def test_initializer_names():

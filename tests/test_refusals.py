@@ -312,7 +312,7 @@ ERRORS = {  # the type, and what raises it
         ValueError,
         lambda: kfac_jax.kfac(plan(), decay=2.0),
     ),
-    "momentum must be a number, a schedule or None; got str.": (
+    "momentum must be a number, a schedule or None; got 'nesterov'.": (
         TypeError,
         lambda: kfac_jax.kfac(plan(), momentum="nesterov"),
     ),
@@ -364,7 +364,7 @@ ERRORS = {  # the type, and what raises it
     ),
     "Full() sums within an example, and ": (UserWarning, full_of_two_uses),
     "use Diagonal(), Identity() or None": (ValueError, full_of_a_generic),
-    "averages real floating-point parameters": (
+    "expects params of real floating point; got": (
         TypeError,
         lambda: kfac_jax.average_iterates().init({"n": jnp.ones(2, jnp.int32)}),
     ),

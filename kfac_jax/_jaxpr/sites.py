@@ -132,6 +132,8 @@ class Site:
             return jax.nn.one_hot(x, self.vocabulary, dtype=dy.dtype) * scale, dy
         if x is None:
             return active.astype(dy.dtype) * jnp.asarray(self.scale, dy.dtype), dy
+        if not jnp.issubdtype(x.dtype, jnp.floating):  # products take integers too
+            x = x.astype(dy.dtype)
         if self.kind == "scale":
             x = jnp.broadcast_to(x, shape)
         x = self._rows(x, self.x_axes)

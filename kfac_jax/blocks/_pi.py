@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import linalg
+from kfac_jax._arguments import choice
 from kfac_jax.blocks._sides import Side
 
 Sides = tuple[Side, Side]
@@ -39,9 +40,7 @@ def pi(norm: str, factors: Sides) -> Array:
 
 def check_pi(norm: str) -> None:
     """Raises ValueError unless it is one of the norms."""
-    if norm not in _NORMS:
-        names = ", ".join(f'"{name}"' for name in _NORMS)
-        raise ValueError(f"pi must be one of {names}; got {norm!r}.")
+    choice("pi", norm, tuple(_NORMS))
 
 
 def _trace(factors: Sides) -> Array:

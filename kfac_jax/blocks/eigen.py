@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import linalg
+from kfac_jax import _arguments, linalg
 from kfac_jax.blocks._block import BlockShape, Damped, Factors, Spectrum
 from kfac_jax.blocks.diagonal import Diagonal
 from kfac_jax.blocks.kronecker import Kronecker
@@ -62,11 +62,10 @@ class Eigen(Kronecker):
             )
         if self.gradient_products:
             raise ValueError(
-                "Eigen multiplies gradients in its basis, not products; got "
-                "gradient_products=True. Leave it out."
+                "Eigen multiplies gradients in its basis, not products: expected no "
+                "gradient_products, got True. Leave it out."
             )
-        if not isinstance(self.warm_start, bool):
-            raise TypeError(f"warm_start must be a bool; got {self.warm_start!r}.")
+        _arguments.flag("warm_start", self.warm_start)
 
     @property
     def needs_examples(self) -> bool:

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import linalg
+from kfac_jax import _arguments, linalg
 from kfac_jax._dtypes import wide_dtype
 from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
 from kfac_jax.blocks._pi import check_pi, pi
@@ -90,9 +90,7 @@ class Kronecker(Block):
         check_weight_sharing(self.weight_sharing)
         check_pi(self.pi)
         for name in ("gradient_products", "exact_scalars"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise TypeError(f"{name} must be a bool; got {value!r}.")
+            _arguments.flag(name, getattr(self, name))
 
     @property
     def needs_examples(self) -> bool:
@@ -297,5 +295,4 @@ def _occurrences(x: Array, size: int, weight: Array, reduce: bool) -> Array:
 
 def check_weight_sharing(value: str) -> None:
     """Raises ValueError unless it is one of the settings."""
-    if value not in ("expand", "reduce"):
-        raise ValueError(f'weight_sharing must be "expand" or "reduce"; got {value!r}.')
+    _arguments.choice("weight_sharing", value, ("expand", "reduce"))

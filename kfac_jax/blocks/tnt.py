@@ -44,8 +44,8 @@ class TNT(Kronecker):
             )
         if self.gradient_products:
             raise ValueError(
-                "TNT multiplies gradients, not products; got gradient_products=True. "
-                "Leave it out."
+                "TNT multiplies gradients, not products: expected no "
+                "gradient_products, got True. Leave it out."
             )
 
     @property

@@ -10,16 +10,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _factors
+from kfac_jax import _arguments, _factors
+from kfac_jax._estimation import MODES
 from kfac_jax._factors import Factors
 from kfac_jax._preconditioner import init_inverses, precondition, refresh_inverses
 from kfac_jax.approximation import Approximation
 from kfac_jax.compat import _options
 from kfac_jax.compat._devices import in_pmap, pmean_if_pmap
+from kfac_jax.compat._plans import plan, without
 from kfac_jax.compat.curvature_blocks import native_blocks
-from kfac_jax.curvature import Curvature, make_curvature
+from kfac_jax.curvature import Curvature
 from kfac_jax.layers import Layer
-from kfac_jax.tags import register_generic
 
 Params = Any
 Powers = float | Sequence[float] | None
@@ -39,46 +40,6 @@ class BlockDiagonalState(NamedTuple):
     factors: Factors  # by layer name, weighted means of the batches' factors
     weight: Array  # [], the total weight of the batches so far
     cache: Cache | None  # None if `init` was asked for no powers
-
-
-def without(func_args: Sequence[Any], index: int) -> tuple[Any, list[Any]]:
-    """The parameters, and the other arguments."""
-    rest = list(func_args)
-    return rest.pop(index), rest
-
-
-def plan(
-    func: Callable[..., Any],
-    params_index: int,
-    func_args: Sequence[Any],
-    only_generic: bool = False,
-    **options: Any,
-) -> Curvature:
-    """Makes a plan of a function with its parameters at any place.
-
-    Args:
-      func: what it returns is the loss, or a tuple that begins with it. That is not
-        compared with the registered loss, which alone defines the curvature.
-      params_index: the place of the parameters.
-      func_args: its arguments.
-      only_generic: whether to take all parameters for generic ones.
-      **options: of `make_curvature`.
-
-    Returns:
-      The plan.
-    """
-    shapes = jax.eval_shape(lambda *args: args, *func_args)
-    params, rest = without(shapes, params_index)
-
-    def loss_fn(params: Params, *rest: Any) -> Any:
-        if only_generic:
-            params = jax.tree.map(register_generic, params)
-        loss = func(*rest[:params_index], params, *rest[params_index:])
-        while isinstance(loss, tuple | list):
-            loss = loss[0]
-        return loss
-
-    return make_curvature(loss_fn, params, *rest, **options)
 
 
 class BlockDiagonalCurvature:
@@ -136,18 +97,28 @@ class BlockDiagonalCurvature:
         batch_index: int = 1,
     ) -> None:
         """Keeps the options; `init` makes the plan."""
+        _arguments.callable_or_none("func", func)
+        _arguments.callable_or_none("func_and_grad", func_and_grad)
         given = [f for f in (func, func_and_grad) if f is not None]
         if len(given) != 1:
             raise ValueError(
                 "BlockDiagonalCurvature expects one of func, a loss function that "
                 f"registers its loss, and func_and_grad; got {given}."
             )
-        if index_to_block_ctor:
+        if index_to_block_ctor is not None and (
+            not isinstance(index_to_block_ctor, Mapping) or index_to_block_ctor
+        ):
             raise ValueError(
                 "index_to_block_ctor is expected to be empty; got "
-                f"{dict(index_to_block_ctor)}. Choose blocks by path: "
+                f"{_arguments.shown(index_to_block_ctor)}. Choose blocks by path: "
                 "make_curvature(..., blocks={path: block})."
             )
+        _arguments.whole("params_index", params_index)
+        _arguments.whole("num_samples", num_samples)
+        _arguments.within("num_samples", num_samples, 1, float("inf"))
+        if default_estimation_mode is not None:
+            name = "default_estimation_mode"
+            _arguments.choice(name, default_estimation_mode, MODES)
         self._generic = _options.generic_only(auto_register_kwargs, ())
         self._func = given[0]
         self._params_index = params_index
@@ -172,6 +143,7 @@ class BlockDiagonalCurvature:
 
     def approximation(self, state: BlockDiagonalState) -> Approximation:
         """The curvature so far as a linear operator."""
+        _check_state(state)
         return self.curvature.approximation(state.factors)
 
     def init(
@@ -205,7 +177,8 @@ class BlockDiagonalCurvature:
         )
         params, _ = without(func_args, self._params_index)
         factors = self.curvature.init_factors(params)
-        asked = _powers(exact_powers_to_cache) + _powers(approx_powers_to_cache)
+        asked = _powers("exact_powers_to_cache", exact_powers_to_cache)
+        asked += _powers("approx_powers_to_cache", approx_powers_to_cache)
         cache = None
         if asked or cache_eigenvalues:
             inverses = init_inverses(self.curvature.layers)
@@ -241,7 +214,12 @@ class BlockDiagonalCurvature:
         Returns:
           The state.
         """
+        _check_state(state)
         params, rest = without(func_args, self._params_index)
+        for name, value in (("ema_old", ema_old), ("ema_new", ema_new)):
+            _arguments.number(name, value, arrays=True)
+        if estimation_mode is not None:
+            _arguments.choice("estimation_mode", estimation_mode, MODES)
         mode = estimation_mode or self._mode
         curvature = dataclasses.replace(self.curvature, estimation_mode=mode)
         _, statistics = curvature.value_and_statistics(
@@ -271,6 +249,7 @@ class BlockDiagonalCurvature:
         Raises:
           ValueError: if a block's factors are in a basis of each device's own.
         """
+        _check_state(state)
         carried = [x.name for x in self.curvature.layers if x.carried_shapes]
         if carried and in_pmap(pmap_axis_name):
             raise ValueError(
@@ -310,7 +289,7 @@ class BlockDiagonalCurvature:
         cache = _cache(state)
         weight = _weight(identity_weight, norm_to_scale_identity_weight_per_block)
         inverses = cache.inverses
-        if -1 in _powers(approx_powers):
+        if -1 in _powers("approx_powers", approx_powers):
             inverses, _ = refresh_inverses(
                 self.curvature.layers, state.factors, inverses, weight
             )
@@ -348,13 +327,18 @@ class BlockDiagonalCurvature:
         """
         v, layers = parameter_structured_vector, self.curvature.layers
         weight = _weight(identity_weight, norm_to_scale_identity_weight_per_block)
+        _check_state(state)
+        _arguments.number("power", power, arrays=True)
+        _arguments.within("power", power, -float("inf"), float("inf"))
+        _arguments.flag("exact_power", exact_power)
+        _arguments.flag("use_cached", use_cached)
         factors = state.factors
         if use_cached:
             cache = _cache(state)
             factors = cache.factors
             weight = weight if exact_power else cache.identity_weight
             if power == -1 and not exact_power:
-                leaves = self.curvature.tree.leaves(v, "the vector")
+                leaves = self.curvature.tree.leaves(v, "the vector v")
                 solved, _ = precondition(layers, factors, cache.inverses, leaves, {})
                 return jax.tree.unflatten(self.curvature.tree.treedef, solved)
         operator = self.curvature.approximation(factors)
@@ -419,6 +403,7 @@ class BlockDiagonalCurvature:
         Within a block parameters are in their order in the tree, so that "b" comes
         before "w".
         """
+        _check_state(state)
         layers = self.curvature.layers
         return tuple(_dense(layer, state.factors[layer.name]) for layer in layers)
 
@@ -453,13 +438,23 @@ class BlockDiagonalCurvature:
         )
 
 
-def _powers(powers: Powers) -> tuple[float, ...]:
+def _powers(name: str, powers: Any) -> tuple[float, ...]:
     if powers is None:
         return ()
-    return tuple(powers) if isinstance(powers, Sequence) else (powers,)
+    found = tuple(powers) if isinstance(powers, list | tuple) else (powers,)
+    for power in found:
+        _arguments.number(f"each of {name}", power)
+    return found
+
+
+def _check_state(state: Any) -> None:
+    _arguments.instance(
+        "state", state, BlockDiagonalState, "what init of the estimator returned"
+    )
 
 
 def _cache(state: BlockDiagonalState) -> Cache:
+    _check_state(state)
     if state.cache is None:
         raise ValueError(
             "The state has no cache; expected init(..., exact_powers_to_cache=powers) "
@@ -473,8 +468,11 @@ def _weight(identity_weight: Any, norm: str | None) -> Array:
         raise ValueError(
             "identity_weight is expected as one number for all blocks, without "
             "norm_to_scale_identity_weight_per_block; got "
-            f"{identity_weight!r} and {norm!r}. kfac_jax adds the same λ I to each."
+            f"{_arguments.shown(identity_weight)} and {_arguments.shown(norm)}. "
+            "kfac_jax adds the same λ I to each."
         )
+    _arguments.number("identity_weight", identity_weight, arrays=True)
+    _arguments.within("identity_weight", identity_weight, 0.0, float("inf"))
     return jnp.asarray(identity_weight, float)
 
 

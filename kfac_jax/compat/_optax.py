@@ -8,6 +8,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from kfac_jax import _arguments
+from kfac_jax._estimation import MODES
+from kfac_jax.compat import _options
 from kfac_jax.compat._block_diagonal import BlockDiagonalCurvature, BlockDiagonalState
 from kfac_jax.compat.utils import (
     default_batch_size_extractor,
@@ -89,21 +92,43 @@ class OptaxPreconditioner:
         norm_to_scale_identity_weight_per_block: str | None = None,
     ) -> None:
         """Keeps the options; `init` makes the plan."""
+        _check_types(value_func, l2_reg, damping, damping_schedule, norm_constraint)
         if (damping is None) == (damping_schedule is None):
             raise ValueError(
                 "OptaxPreconditioner expects one of damping and damping_schedule; got "
                 f"{damping!r} and {damping_schedule!r}."
             )
+        if estimation_mode is not None:
+            _arguments.choice("estimation_mode", estimation_mode, MODES)
+        if norm_to_scale_identity_weight_per_block is not None:
+            raise ValueError(
+                "norm_to_scale_identity_weight_per_block is expected to be None; got "
+                f"{_arguments.shown(norm_to_scale_identity_weight_per_block)}. "
+                "kfac_jax adds the same λ I to each block."
+            )
+        _arguments.number("curvature_ema", curvature_ema, arrays=True)
+        _arguments.within("curvature_ema", curvature_ema, 0.0, 1.0, closed=True)
+        _arguments.whole("inverse_update_period", inverse_update_period, arrays=True)
+        _arguments.within(
+            "inverse_update_period", inverse_update_period, 1, float("inf")
+        )
+        for name, value in (
+            ("use_exact_inverses", use_exact_inverses),
+            ("use_sqrt_inv", use_sqrt_inv),
+            ("register_only_generic", register_only_generic),
+        ):
+            _arguments.flag(name, value)
+        _arguments.number("curvature_update_period", curvature_update_period)
         if curvature_update_period != 1:
             raise ValueError(
                 "curvature_update_period is expected to be 1; got "
-                f"{curvature_update_period!r}. Use scale_by_kfac, with "
+                f"{_arguments.shown(curvature_update_period)}. Use scale_by_kfac, with "
                 "curvature.zero_statistics(params) in steps that are to gather none."
             )
         options = {
             "register_only_generic": register_only_generic,
             "patterns_to_skip": patterns_to_skip,
-            **(auto_register_kwargs or {}),
+            **_options.as_mapping("auto_register_kwargs", auto_register_kwargs),
         }
         self._damping = damping if damping_schedule is None else damping_schedule
         self._l2_reg, self._decay = l2_reg, curvature_ema
@@ -135,6 +160,7 @@ class OptaxPreconditioner:
 
     def get_identity_weight(self, state: OptaxPreconditionState) -> Any:
         """λ, with the weight of the penalty."""
+        _check_state(state)
         damping = self._damping
         now = damping(state.count) if callable(damping) else damping
         return now + self._l2_reg
@@ -175,10 +201,12 @@ class OptaxPreconditioner:
 
     def increment_count(self, state: OptaxPreconditionState) -> OptaxPreconditionState:
         """Counts a step."""
+        _check_state(state)
         return state._replace(count=state.count + 1)
 
     def apply(self, updates: Any, state: OptaxPreconditionState) -> Any:
         """Multiplies by the cached inverse, and scales down to the norm constraint."""
+        _check_state(state)
         moved = self.estimator.multiply_matpower(
             state.estimator_state,
             updates,
@@ -195,6 +223,7 @@ class OptaxPreconditioner:
 
     def multiply_curvature(self, updates: Any, state: OptaxPreconditionState) -> Any:
         """Multiplies by the damped curvature itself."""
+        _check_state(state)
         weight = self.get_identity_weight(state)
         return self.estimator.multiply(
             state.estimator_state, updates, weight, self._exact, False
@@ -224,12 +253,38 @@ class OptaxPreconditioner:
             precond_state: OptaxPreconditionState | None = None,
             **extra_args: Any,
         ) -> tuple[Any, Any]:
-            if precond_state is None:
+            if not isinstance(precond_state, OptaxPreconditionState):
                 raise ValueError(
                     "The transformation of OptaxPreconditioner expects "
                     "update(..., precond_state=state), with what maybe_update "
-                    "returned; got none."
+                    f"returned; got {_arguments.shown(precond_state)}."
                 )
             return multiply(updates, precond_state), state
 
         return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_types(
+    value_func: Any,
+    l2_reg: Any,
+    damping: Any,
+    damping_schedule: Any,
+    norm_constraint: Any,
+) -> None:
+    _arguments.function("value_func", value_func)
+    _arguments.callable_or_none("damping_schedule", damping_schedule)
+    _arguments.number("l2_reg", l2_reg, arrays=True)
+    _arguments.within("l2_reg", l2_reg, 0.0, float("inf"))
+    for name, value in (("damping", damping), ("norm_constraint", norm_constraint)):
+        if value is not None:
+            _arguments.number(name, value, arrays=True)
+            _arguments.within(name, value, 0.0, float("inf"))
+
+
+def _check_state(state: Any) -> None:
+    _arguments.instance(
+        "state",
+        state,
+        OptaxPreconditionState,
+        "what init or maybe_update of the preconditioner returned",
+    )

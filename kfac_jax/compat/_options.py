@@ -4,6 +4,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
+from kfac_jax import _arguments
+from kfac_jax._estimation import MODES
 from kfac_jax.compat.tag_graph_matcher import check_graph_patterns
 
 _SEPARATE = "Use kfac_jax.kfac(..., factored_damping=kfac_jax.SeparateDamping(...))."
@@ -73,6 +77,38 @@ _COUNTS = {
 }
 """Options that are whole numbers, with the smallest of each."""
 
+_NUMBERS = (
+    "l2_reg",
+    "min_damping",
+    "max_damping",
+    "damping_adaptation_decay",
+    "damping_lower_threshold",
+    "damping_upper_threshold",
+    "curvature_ema",
+    "invalid_metric_value",
+    *_COUNTS,
+)
+_FLAGS = (
+    "value_func_has_aux",
+    "value_func_has_state",
+    "value_func_has_rng",
+    "use_adaptive_learning_rate",
+    "use_adaptive_momentum",
+    "use_adaptive_damping",
+    "include_damping_in_quad_change",
+    "always_use_exact_qmodel_for_damping_adjustment",
+    "register_only_generic",
+    "multi_device",
+    "debug",
+    "include_norms_in_stats",
+    "include_per_param_norms_in_stats",
+)
+_FUNCTIONS = (
+    "value_func_for_estimator",
+    "batch_process_func",
+    "batch_size_extractor",
+)
+
 _AUTO_REGISTER = frozenset(
     {
         "allow_multiple_registrations",
@@ -94,20 +130,22 @@ def refuse(options: Mapping[str, Any]) -> None:
       options: the constructor's arguments by name.
 
     Raises:
-      TypeError: if a schedule is not callable.
+      TypeError: if a schedule is not callable, or another option of the wrong type.
       ValueError: for an option that cannot be honoured, or options that exclude each
         other.
     """
     for name, (value, instead) in REFUSED.items():
         given = options[name]
-        empty = value == "" and given in ((), [], None)
-        if not (empty or given is value or given == value):
+        plain = isinstance(given, str | int | float | list | tuple | None)
+        empty = value == "" and plain and given in ((), [], None)
+        if not (empty or given is value or (plain and given == value)):
             raise ValueError(
                 f"kfac_jax.Optimizer does not offer {name}: expected {value!r}, got "
-                f"{given!r}. {instead}"
+                f"{_arguments.shown(given)}. {instead}"
             )
+    _check_types(options)
     for name, least in _COUNTS.items():
-        if not options[name] >= least or options[name] != int(options[name]):
+        if not least <= options[name] < float("inf") or options[name] % 1:
             raise ValueError(
                 f"{name} is expected to be an integer ≥ {least}; got {options[name]!r}."
             )
@@ -131,7 +169,7 @@ def refuse(options: Mapping[str, Any]) -> None:
         raise ValueError(
             "kfac_jax.Optimizer does not offer use_adaptive_momentum=True with a given "
             "learning rate: the quadratic model chooses either both or the learning "
-            "rate. Expected use_adaptive_learning_rate=True, too."
+            "rate. Expected use_adaptive_learning_rate=True, too; got False."
         )
     if options["use_adaptive_damping"] and options["initial_damping"] is None:
         raise ValueError(
@@ -143,6 +181,27 @@ def refuse(options: Mapping[str, Any]) -> None:
             "norm_constraint limits a given learning rate: expected None with "
             f"use_adaptive_learning_rate=True, got {options['norm_constraint']!r}."
         )
+
+
+def _check_types(options: Mapping[str, Any]) -> None:
+    _arguments.function("value_and_grad_func", options["value_and_grad_func"])
+    for name in _FUNCTIONS:
+        _arguments.callable_or_none(name, options[name])
+    for name in _NUMBERS:
+        _arguments.number(name, options[name], arrays=True)
+    _arguments.within("l2_reg (η)", options["l2_reg"], 0.0, float("inf"))
+    for name in ("initial_damping", "norm_constraint"):
+        if options[name] is not None:
+            _arguments.number(name, options[name], arrays=True)
+            _arguments.within(name, options[name], 0.0, float("inf"))
+    for name in _FLAGS:
+        value = options[name]
+        whole = isinstance(value, int | np.bool_)  # programs may have 0 and 1
+        _arguments.flag(name, bool(value) if whole and value in (0, 1) else value)
+    if options["estimation_mode"] is not None:
+        _arguments.choice("estimation_mode", options["estimation_mode"], MODES)
+    name = options["pmap_axis_name"]
+    _arguments.instance("pmap_axis_name", name, str, "the name of an axis")
 
 
 def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
@@ -159,15 +218,20 @@ def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
       TypeError: if `graph_patterns` are none.
       ValueError: for names that the published matcher does not have.
     """
-    given = dict(auto_register_kwargs or {})
+    given = as_mapping("auto_register_kwargs", auto_register_kwargs)
     unknown = sorted(given.keys() - _AUTO_REGISTER)
     if unknown:
         raise ValueError(
-            f"auto_register_kwargs has {unknown}, which are no options of it: expected "
-            f"some of {sorted(_AUTO_REGISTER)}."
+            "auto_register_kwargs must have options of the published matcher: expected "
+            f"some of {sorted(_AUTO_REGISTER)}, got {unknown}."
         )
     check_graph_patterns(given.get("graph_patterns", ()))
-    skipped = [*patterns_to_skip, *given.get("patterns_to_skip", ())]
+    skipped: list[str] = []
+    for names in (patterns_to_skip, given.get("patterns_to_skip", ())):
+        _arguments.sequence("patterns_to_skip", names, "names")
+        for name in names:
+            _arguments.instance("each of patterns_to_skip", name, str, "a name")
+        skipped += names
     if skipped:
         warnings.warn(
             f"kfac_jax finds layers by dataflow and has no patterns to skip: {skipped} "
@@ -176,3 +240,11 @@ def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
             stacklevel=5,
         )
     return bool(given.get("register_only_generic", False))
+
+
+def as_mapping(name: str, value: Any) -> dict[str, Any]:
+    """The value as a dictionary, empty for None."""
+    if value is None:
+        return {}
+    _arguments.instance(name, value, Mapping, "a mapping by name, or None")
+    return dict(value)

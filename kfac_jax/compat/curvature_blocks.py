@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
-from kfac_jax import blocks
+from kfac_jax import _arguments, blocks
 from kfac_jax.compat import _state_classes
 from kfac_jax.compat._state_classes import register_state_class
 from kfac_jax.compat.layers_and_loss_tags import LayerData
@@ -218,6 +218,7 @@ def get_default_tag_to_block_ctor(tag_name: str) -> Any:
 
 
 def _plain(tag_name: str) -> str:
+    _arguments.instance("tag_name", tag_name, str, "the name of a tag")
     return tag_name.removesuffix("_tag")
 
 
@@ -255,6 +256,13 @@ def native_blocks(
       ValueError: if a class has no native block, if its options or its tag have no
         counterpart, or if tags that are one kind of layer here have different blocks.
     """
+    if layer_tag_to_block_ctor is not None:
+        _arguments.instance(
+            "layer_tag_to_block_ctor",
+            layer_tag_to_block_ctor,
+            Mapping,
+            "blocks by tag, or None",
+        )
     given = {_plain(tag): x for tag, x in (layer_tag_to_block_ctor or {}).items()}
     given = _registered | given
     if "repeated_dense" in given:  # which are layers like others here
@@ -319,8 +327,8 @@ def _native(tag: str, ctor: Any, replaced: list[str]) -> blocks.Block:
     if not (isinstance(ctor, type) and issubclass(ctor, CurvatureBlock)):
         raise TypeError(
             f"Blocks for a tag are expected as a class of kfac_jax.curvature_blocks, "
-            f"one derived from it, or a block of kfac_jax.blocks; got {ctor!r} for "
-            f"{tag!r}."
+            "one derived from it, or a block of kfac_jax.blocks; got "
+            f"{_arguments.shown(ctor)} for {tag!r}."
         )
     if ctor.native is None:
         raise ValueError(

@@ -7,12 +7,13 @@ that returns.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kfac_jax._arguments import function, whole
 from kfac_jax.compat._block_diagonal import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
 )
-from kfac_jax.compat._block_diagonal import plan, without
 from kfac_jax.compat._optax import OptaxPreconditioner as OptaxPreconditioner
 from kfac_jax.compat._optax import OptaxPreconditionState as OptaxPreconditionState
+from kfac_jax.compat._plans import plan, without
 from kfac_jax.compat.curvature_blocks import (
     get_default_tag_to_block_ctor as get_default_tag_to_block_ctor,
 )
@@ -45,6 +46,8 @@ class ImplicitExactCurvature:
         batch_size_extractor: Callable[[Any], int] = default_batch_size_extractor,
     ) -> None:
         """Keeps the options."""
+        function("func", func)
+        whole("params_index", params_index)
         self._func = func
         self._params_index = params_index
 

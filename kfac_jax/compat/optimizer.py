@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kfac_jax import _arguments
 from kfac_jax.compat import _options, _steps
 from kfac_jax.compat._devices import as_mapped, get_first
 from kfac_jax.curvature import Curvature
@@ -237,8 +238,21 @@ class Optimizer:
 
         Returns:
           The state.
+
+        Raises:
+          TypeError: if one is no tree of arrays.
         """
+        self._check(params=params, rng=rng, batch=batch, func_state=func_state)
         return self._staged[0](params, rng, batch, func_state)
+
+    def _check(self, rng: Any, **trees: Any) -> None:
+        """Says which argument holds something else than arrays, before staging."""
+        if self.multi_device:
+            trees["rng"] = rng
+        else:
+            _arguments.key("rng", rng)
+        for name, tree in trees.items():
+            _arguments.trees(name, tree)
 
     def step(
         self,
@@ -291,9 +305,17 @@ class Optimizer:
         if not isinstance(state, _steps.State):
             raise TypeError(
                 "step expects the state from init, or the step before, an "
-                f"Optimizer.State; got {type(state).__name__}."
+                f"Optimizer.State; got {_arguments.shown(state)}."
             )
+        self._check(params=params, rng=rng, batch=batch, func_state=func_state)
+        if global_step_int is not None:
+            _arguments.whole("global_step_int", global_step_int, arrays=True)
         if data_iterator is not None:
+            if not hasattr(data_iterator, "__next__"):
+                raise TypeError(
+                    "data_iterator must be an iterator of batches; got "
+                    f"{_arguments.shown(data_iterator)}. Pass iter(batches)."
+                )
             if self.num_burnin_steps > 0 and self._is_first(state, global_step_int):
                 for _ in range(self.num_burnin_steps):
                     state, rng = self._staged[2](
@@ -323,7 +345,8 @@ class Optimizer:
             if value is None:
                 raise ValueError(
                     f"Nothing chooses the {argument}: expected step(..., {argument}=), "
-                    f"or {schedule} or {flag}=True in the constructor."
+                    f"or {schedule} or {flag}=True in the constructor; got none of "
+                    "them."
                 )
         elif value is not None:
             raise ValueError(
@@ -332,6 +355,7 @@ class Optimizer:
             )
         else:
             return None
+        _arguments.real(argument, value)
         # of the same kind each time, so that nothing is compiled anew or waited for
         spread = jnp.broadcast_to if isinstance(value, Array) else np.broadcast_to
         if not isinstance(value, Array):

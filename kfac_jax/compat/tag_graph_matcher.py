@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from kfac_jax._arguments import shown
 from kfac_jax.compat.layers_and_loss_tags import LayerMetaData, LayerTag, layer_tag
 
 
@@ -47,12 +48,13 @@ class GraphPattern:
         if not isinstance(self.tag_primitive, LayerTag):
             raise TypeError(
                 "GraphPattern expects kfac_jax.layers_and_loss_tags.layer_tag as its "
-                f"tag_primitive; got {self.tag_primitive!r}."
+                f"tag_primitive; got {shown(self.tag_primitive)}."
             )
         if not all(map(callable, functions)):
             raise TypeError(
                 f"GraphPattern {self.name!r} expects functions as compute_func, "
-                f"parameters_extractor_func and in_values_preprocessor; got {functions}"
+                f"parameters_extractor_func and in_values_preprocessor; got "
+                f"{shown(functions)}."
             )
 
 
@@ -71,7 +73,7 @@ def check_graph_patterns(patterns: Any) -> None:
     if others:
         raise TypeError(
             "graph_patterns expects a sequence of tag_graph_matcher.GraphPattern; got "
-            f"{others[0]!r}. Layers are found without any, so they can be left out."
+            f"{shown(others[0])}. Layers are found without any, so leave them out."
         )
 
 

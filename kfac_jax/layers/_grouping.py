@@ -4,7 +4,9 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from kfac_jax._arguments import shown
 from kfac_jax._dtypes import wide_dtype
 from kfac_jax._jaxpr.examples import Examples
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
@@ -309,8 +311,8 @@ def _choose(
         block = rule(layer)
         if block is not None and not isinstance(block, Block):
             raise TypeError(
-                f"blocks gives {block!r} for layer '{layer.name}'; expected a Block "
-                "(kfac_jax.blocks) or None."
+                "blocks must give a Block (kfac_jax.blocks) or None for each layer; "
+                f"got {shown(block)} for layer '{layer.name}'."
             )
         if not layer.tagged and not isinstance(block, Diagonal | Identity | None):
             raise ValueError(
@@ -363,11 +365,12 @@ def _as_rule(
         return lambda layer: blocks if layer.tagged else layer.block
     if isinstance(blocks, Mapping):
         for key in blocks:
-            if not any(_fits(key, layer) for layer in layers):
+            if not _is_pattern(key) or not any(_fits(key, layer) for layer in layers):
                 names = ", ".join(layer.name for layer in layers)
                 raise ValueError(
-                    f"blocks has the key {key!r}, which is no layer kind in use and "
-                    f"matches no parameter path. Layers: {names}. Kinds: "
+                    f"blocks expects layer kinds and path regexes as keys; got the key "
+                    f"{shown(key)}, which is no layer kind in use and matches no "
+                    f"parameter path. Layers: {names}. Kinds: "
                     f"{', '.join(sorted({layer.kind for layer in layers}))}."
                 )
         return lambda layer: next(
@@ -375,15 +378,23 @@ def _as_rule(
         )
     if isinstance(blocks, type):
         raise TypeError(
-            f"blocks must hold blocks, not classes: write {blocks.__name__}() for "
-            f"{blocks.__name__}."
+            f"blocks must hold blocks, not classes; got the class {blocks.__name__}: "
+            f"write {blocks.__name__}()."
         )
     if callable(blocks):
         return blocks
     raise TypeError(
         "blocks must be a Block, a mapping from layer kind or path regex to Block or "
-        f"None, or a function of a layer; got {type(blocks).__name__}."
+        f"None, or a function of a layer; got {shown(blocks)}."
     )
+
+
+def _is_pattern(key: Any) -> bool:
+    try:
+        re.compile(key)
+    except (re.error, TypeError):  # the caller says what a key must be
+        return False
+    return isinstance(key, str)
 
 
 def _fits(key: str, layer: Layer) -> bool:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._arguments import callable_or_none, floating, matrices, sequence
 from kfac_jax._ordering import known_false_after
 from kfac_jax.linalg._psd import eigh
 
@@ -55,9 +56,30 @@ def conditionals(
       Martens & Grosse 2015, appendix B, with the singular value decomposition in place
       of eigenvalues.
     """
+    sequence("parts", parts, "triples (R_A, X, R_Z)")
+    for i, part in enumerate(parts):
+        _check(f"parts[{i}]", part)
+    callable_or_none("each", each)
     costs = [float(max(x.shape) ** 3) for _, x, _ in parts]
     found = (each or _in_turn)(costs, [_conditional] * len(parts), parts)
     return [Conditional(*pair) for pair in found]
+
+
+def _check(name: str, part: Any) -> None:
+    """Checks one triple.
+
+    Raises:
+      ValueError: if the shapes do not fit together.
+    """
+    sequence(name, part, "R_A, X and R_Z", 3)
+    first, last = matrices(f"{name}[0]", part[0]), matrices(f"{name}[2]", part[2])
+    across = floating(f"{name}[1]", part[1])
+    fits = first.ndim == last.ndim == 2
+    if not fits or across.shape != (len(first), len(last)):
+        raise ValueError(
+            f"{name} must have X of shape {(first.shape[-1], last.shape[-1])} between "
+            f"matrices R_A and R_Z; got {first.shape}, {across.shape} and {last.shape}."
+        )
 
 
 def _in_turn(
@@ -103,7 +125,7 @@ def pseudo_inverse(x: Array) -> Array:
     Array([[0.25, 0.  ],
            [0.  , 0.  ]], dtype=float32...)
     """
-    w, u = eigh(x)
+    w, u = eigh(matrices("x", x))
     cutoff = w.max() * x.shape[-1] * jnp.finfo(x.dtype).eps
     kept = w > cutoff
     inverse = jnp.where(kept, 1 / jnp.where(kept, w, 1), 0)

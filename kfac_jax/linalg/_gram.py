@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._arguments import floating_type, real
+
 _SMALLEST = 192
 """A smaller side gains nothing."""
 
@@ -20,11 +22,24 @@ def gram(rows: Array, dtype: jnp.dtype) -> Array:
     have less arithmetic, but more to compile and more memory to touch, and were not
     faster within a step.)
 
+    Args:
+      rows: real numbers.
+      dtype: the type to accumulate in.
+
+    Returns:
+      `[..., d, d]`.
+
+    Raises:
+      ValueError: if the rows have less than two axes.
+
     >>> import jax.numpy as jnp
     >>> gram(jnp.asarray([[1.0, 2.0], [0.0, 1.0]]), jnp.float32)
     Array([[1., 2.],
            [2., 5.]], dtype=float32)
     """
+    rows, dtype = real("rows", rows), floating_type("dtype", dtype)
+    if rows.ndim < 2:
+        raise ValueError(f"rows must be an array [..., r, d]; got shape {rows.shape}.")
     r, d = rows.shape[-2:]
     if d < _SMALLEST or not _SQUAREST * d <= r <= _TALLEST * d:
         return _product(rows, rows, dtype)

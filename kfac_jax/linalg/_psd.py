@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
 
+from kfac_jax._arguments import callable_or_none, floating, matrices, sequence
 from kfac_jax._ordering import known_false_after
 
 
 def symmetrize(x: Array) -> Array:
     """Returns `(x + xᵀ) / 2` over the last two axes."""
+    x = matrices("x", x)
     return (x + jnp.swapaxes(x, -1, -2)) / 2
 
 
@@ -27,6 +29,7 @@ def inverse(x: Array) -> Array:
     Array([[0.25, 0.  ],
            [0.  , 0.25]], dtype=float32)
     """
+    x = matrices("x", x)
     return inverse_many([(x, jnp.zeros(x.shape[:-2], x.dtype))])[0].inverse
 
 
@@ -59,7 +62,7 @@ def inverse_many(
     Returns:
       The inverses in the same order and shapes.
     """
-    return _many(shifted, inverse_stack, apply or _in_turn)
+    return _many(shifted, inverse_stack, apply)
 
 
 def inverse_root_many(
@@ -74,7 +77,7 @@ def inverse_root_many(
     Returns:
       The roots in the same order and shapes; NaN where not positive definite.
     """
-    roots = _many(shifted, inverse_root, apply or _in_turn)
+    roots = _many(shifted, inverse_root, apply)
     return [root.inverse for root in roots]
 
 
@@ -94,8 +97,10 @@ def _in_turn(
 def _many(
     shifted: Sequence[tuple[Array, Array]],
     function: Callable[[Array], Array],
-    apply: Apply,
+    apply: Apply | None,
 ) -> list[Inverted]:
+    shifted = _checked(shifted)
+    callable_or_none("apply", apply)
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for i, (x, _) in enumerate(shifted):
         groups.setdefault((padded(x.shape[-1]), x.dtype), []).append(i)
@@ -104,7 +109,8 @@ def _many(
         _stack([shifted[i] for i in members], size)
         for (size, _), members in groups.items()
     ]
-    for members, inverses in zip(groups.values(), apply(stacks, function), strict=True):
+    found = (apply or _in_turn)(stacks, function)
+    for members, inverses in zip(groups.values(), found, strict=True):
         finite = jnp.isfinite(diagonal(inverses)).all(-1)  # as in finite_diagonals
         start = 0
         for i in members:
@@ -116,6 +122,28 @@ def _many(
             results[i] = Inverted(inverse, flags[0] if len(flags) == 1 else flags.all())
             start = stop
     return [results[i] for i in range(len(shifted))]
+
+
+def _checked(shifted: Any) -> list[tuple[Array, Array]]:
+    """Pairs of matrices and shifts.
+
+    Raises:
+      TypeError: if they are none.
+      ValueError: if the shapes of a pair do not fit.
+    """
+    sequence("shifted", shifted, "pairs (x, s)")
+    pairs: list[tuple[Array, Array]] = []
+    for i, pair in enumerate(shifted):
+        sequence(f"shifted[{i}]", pair, "a matrix and its shift", 2)
+        x = matrices(f"shifted[{i}][0]", pair[0])
+        s = floating(f"shifted[{i}][1]", pair[1])
+        if s.shape != x.shape[:-2]:
+            raise ValueError(
+                f"shifted[{i}] must have a shift of shape {x.shape[:-2]} for matrices "
+                f"{x.shape}; got {s.shape}."
+            )
+        pairs.append((x, s))
+    return pairs
 
 
 def padded(d: int) -> int:
@@ -257,6 +285,7 @@ def join_quarters(a: Array, b: Array, c: Array, d: Array) -> Array:
 
 def diagonal(x: Array) -> Array:
     """The diagonals `[..., d]` of matrices `[..., d, d]`, as one strided slice."""
+    x = matrices("x", x)
     d = x.shape[-1]
     return x.reshape(*x.shape[:-2], d * d)[..., :: d + 1]
 
@@ -277,6 +306,11 @@ def finite_diagonals(groups: Sequence[Sequence[Array]]) -> Array:
     >>> finite_diagonals([[jnp.eye(2), jnp.eye(3)], [jnp.nan * jnp.eye(3)]])
     Array([ True, False], dtype=bool)
     """
+    sequence("groups", groups, "lists of matrices")
+    for group in groups:
+        sequence("each of groups", group, "matrices")
+        for x in group:
+            matrices("a matrix of groups", x)
     if not groups:
         return jnp.zeros((0,), bool)
     rows = [[jnp.isfinite(diagonal(x)).reshape(-1) for x in xs] for xs in groups]
@@ -339,7 +373,15 @@ def turned_basis(x: Array, basis: Array) -> Array:
 
     Returns:
       Q, of the same shape.
+
+    Raises:
+      ValueError: if the shapes differ, or are not those of matrices.
     """
+    x, basis = matrices("x", x), matrices("basis", basis)
+    if x.shape != basis.shape:
+        raise ValueError(
+            f"x and basis must have one shape; got {x.shape} and {basis.shape}."
+        )
     # the iteration has the largest eigenvalue first, `eigh` last
     moved = (symmetrize(x) @ basis[..., ::-1]).reshape(-1, *x.shape[-2:])
     q = jax.lax.platform_dependent(moved, cpu=_qr_in_turn, default=_qr_at_once)
@@ -366,10 +408,20 @@ def mean_rows(rows: Sequence[Array]) -> Array:
     Returns:
       `[n, ...]`.
 
+    Raises:
+      ValueError: if other axes differ, too, or there is no array.
+
     >>> import jax.numpy as jnp
     >>> mean_rows([jnp.arange(3.0), 4 * jnp.ones(2)])
     Array([1., 4.], dtype=float32...)
     """
+    sequence("rows", rows, "arrays")
+    rows = [floating(f"rows[{i}]", x) for i, x in enumerate(rows)]
+    if not rows or not all(x.ndim and x.shape[:-1] == rows[0].shape[:-1] for x in rows):
+        raise ValueError(
+            "rows must be arrays that differ in their last axis only, at least one; "
+            f"got shapes {[x.shape for x in rows]}."
+        )
     sizes = [x.shape[-1] for x in rows]
     longest = max(sizes)
     padded = [
@@ -392,6 +444,9 @@ def trace_pi(mean_a: Array, mean_g: Array) -> Array:
     Returns:
       π, of the same shape.
 
+    Raises:
+      ValueError: if the shapes differ.
+
     References:
       Martens & Grosse 2015, section 6.3 (trace norm).
 
@@ -399,6 +454,12 @@ def trace_pi(mean_a: Array, mean_g: Array) -> Array:
     >>> trace_pi(jnp.asarray(4.0), jnp.asarray(1.0))
     Array(2., dtype=float32...)
     """
+    mean_a, mean_g = floating("mean_a", mean_a), floating("mean_g", mean_g)
+    if mean_a.shape != mean_g.shape:
+        raise ValueError(
+            f"mean_a and mean_g must have one shape; got {mean_a.shape} and "
+            f"{mean_g.shape}."
+        )
     good = (mean_a > 0) & (mean_g > 0) & jnp.isfinite(mean_a) & jnp.isfinite(mean_g)
     ratio = jnp.where(good, mean_a, 1.0) / jnp.where(good, mean_g, 1.0)
     info = jnp.finfo(ratio.dtype)

@@ -5,6 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax import _arguments
+from kfac_jax.rules._adaptation import check_adaptation
+
 
 @dataclasses.dataclass(frozen=True)
 class LevenbergMarquardt:
@@ -43,19 +46,15 @@ class LevenbergMarquardt:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
+        _arguments.number("initial (λ0)", self.initial)
         if not 0.0 < self.initial < float("inf"):
             raise ValueError(
-                "LevenbergMarquardt needs a finite positive damping λ0; got "
+                "LevenbergMarquardt needs as initial a finite positive damping λ0; got "
                 f"{self.initial}."
             )
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every (T1) must be an integer ≥ 1; got {self.every!r}.")
-        if self.factor is not None and not 0.0 < self.factor < 1.0:
-            raise ValueError(f"factor (ω1) must be in (0, 1); got {self.factor}.")
-        if not 0.0 <= self.minimum <= self.maximum:
-            raise ValueError(
-                f"Need 0 ≤ minimum ≤ maximum; got {self.minimum} and {self.maximum}."
-            )
+        check_adaptation(self, "T1", "ω1")
+        for name in ("lower", "upper"):
+            _arguments.number(name, getattr(self, name))
         if not 0.0 < self.lower < self.upper < float("inf"):
             raise ValueError(
                 f"Need 0 < lower < upper (thresholds of ρ); got {self.lower} and "
@@ -69,7 +68,8 @@ class LevenbergMarquardt:
 
     def update(self, damping: Array | float, rho: Array | float) -> Array:
         """Returns the next λ from this one and a measured ρ."""
-        damping, rho = jnp.asarray(damping, float), jnp.asarray(rho, float)
+        damping = _arguments.real("damping (λ)", damping).astype(float)
+        rho = _arguments.real("rho (ρ)", rho).astype(float)
         lower, raise_ = damping * self.omega, damping / self.omega
         good = (rho > self.upper) & (rho < jnp.inf)
         bad = ~((rho >= self.lower) & (rho < jnp.inf))  # also where ρ is NaN

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax import _arguments
+
 
 class Solution(NamedTuple):
     """The minimiser of the quadratic model over `δ = α Δ + μ δ0`."""
@@ -39,6 +41,7 @@ class QuadraticModel:
 
     def __post_init__(self) -> None:
         """Checks the range."""
+        _arguments.number("fraction (τ2)", self.fraction)
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction (τ2) must be in (0, 1]; got {self.fraction}.")
 
@@ -53,7 +56,20 @@ class QuadraticModel:
 
         Returns:
           α, μ and the change of the model.
+
+        Raises:
+          ValueError: if the matrix or the slope is of another shape.
         """
+        matrix = _arguments.floating("matrix", matrix)
+        slope = _arguments.floating("slope", slope)
+        if matrix.shape != (2, 2) or slope.shape != (2,):
+            raise ValueError(
+                "matrix and slope must have shapes (2, 2) and (2,); got "
+                f"{matrix.shape} and {slope.shape}."
+            )
+        if momentum is not None:
+            _arguments.number("momentum (μ)", momentum, arrays=True)
+            momentum = jnp.asarray(momentum)
         q00, q01, q11 = matrix[0, 0], matrix[0, 1], matrix[1, 1]
         zero = jnp.zeros_like(q00)
         safe00 = jnp.where(q00 > 0, q00, 1.0)

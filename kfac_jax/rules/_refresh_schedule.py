@@ -6,6 +6,8 @@ import numbers
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax import _arguments
+
 
 @dataclasses.dataclass(frozen=True)
 class RefreshSchedule:
@@ -49,12 +51,12 @@ class RefreshSchedule:
         whole = isinstance(self.shares, int) and not isinstance(self.shares, bool)
         if not whole or self.shares < 1:
             raise ValueError(f"shares must be an integer ≥ 1; got {self.shares!r}.")
-        if not isinstance(self.stale, bool):
-            raise TypeError(f"stale must be a bool; got {self.stale!r}.")
+        _arguments.flag("stale", self.stale)
         for name in ("phase", "warm_up"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise ValueError(f"{name} must be an integer ≥ 0; got {value!r}.")
+        _arguments.number("every (T3)", self.every, arrays=True)
         number = isinstance(self.every, numbers.Real)
         if number and not float(self.every) >= self.shares:
             raise ValueError(
@@ -62,9 +64,11 @@ class RefreshSchedule:
                 f"at least shares; got {self.every} and {self.shares}. Raise T3, or "
                 "lower shares."
             )
+        _arguments.whole("every (T3)", self.every, arrays=True)
 
     def turns(self, step: Array | int) -> Array:
         """Whose turn it is at a step, counted from 1: `[shares]`."""
+        _arguments.whole("step", step, arrays=True)
         every = jnp.asarray(self.every, jnp.int32)
         starts = jnp.arange(self.shares, dtype=jnp.int32) * every // self.shares
         return (step - self.phase) % every == starts

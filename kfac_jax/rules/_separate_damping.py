@@ -5,6 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax import _arguments
+from kfac_jax.rules._adaptation import check_adaptation
+
 
 @dataclasses.dataclass(frozen=True)
 class SeparateDamping:
@@ -40,19 +43,14 @@ class SeparateDamping:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        if self.initial is not None and not 0.0 < self.initial < float("inf"):
-            raise ValueError(
-                "SeparateDamping needs a finite positive γ0, or None for √(λ0 + η); "
-                f"got {self.initial}."
-            )
-        if not isinstance(self.every, int) or self.every < 1:
-            raise ValueError(f"every (T2) must be an integer ≥ 1; got {self.every!r}.")
-        if self.factor is not None and not 0.0 < self.factor < 1.0:
-            raise ValueError(f"factor (ω2) must be in (0, 1); got {self.factor}.")
-        if not 0.0 <= self.minimum <= self.maximum:
-            raise ValueError(
-                f"Need 0 ≤ minimum ≤ maximum; got {self.minimum} and {self.maximum}."
-            )
+        if self.initial is not None:
+            _arguments.number("initial (γ0)", self.initial)
+            if not 0.0 < self.initial < float("inf"):
+                raise ValueError(
+                    "SeparateDamping needs as initial a finite positive γ0, or None "
+                    f"for √(λ0 + η); got {self.initial}."
+                )
+        check_adaptation(self, "T2", "ω2")
 
     @property
     def omega(self) -> float:
@@ -61,7 +59,7 @@ class SeparateDamping:
 
     def candidates(self, gamma: Array | float) -> Array:
         """Returns γ, ω2 γ and γ/ω2 within the limits, `[3]`."""
-        gamma = jnp.asarray(gamma, float)
+        gamma = _arguments.real("gamma (γ)", gamma).astype(float)
         lower = jnp.maximum(gamma * self.omega, self.minimum)
         upper = jnp.minimum(gamma / self.omega, self.maximum)
         return jnp.stack([gamma, lower, upper])
@@ -75,6 +73,16 @@ class SeparateDamping:
 
         Returns:
           The best of them; γ as it was if none is better.
+
+        Raises:
+          ValueError: if they are not three each.
         """
+        gammas = _arguments.real("gammas", gammas)
+        changes = _arguments.real("changes", changes)
+        if not gammas.shape == changes.shape == (3,):
+            raise ValueError(
+                "gammas and changes must have shape (3,), from candidates; got "
+                f"{gammas.shape} and {changes.shape}."
+            )
         changes = jnp.where(jnp.isfinite(changes), changes, jnp.inf)
         return gammas[jnp.argmin(changes)]  # the first of equals

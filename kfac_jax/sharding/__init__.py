@@ -6,6 +6,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import jax
 
+from kfac_jax._arguments import shown
 from kfac_jax.linalg._psd import Apply
 from kfac_jax.linalg._shared import shared_inverse
 
@@ -54,5 +55,5 @@ def check(distribution: Any) -> None:
     if distribution is not None and not isinstance(distribution, Distribution):
         raise TypeError(
             "distribution must be None, kfac_jax.OverAxis(axis name) or "
-            f"kfac_jax.OverMesh(mesh); got {distribution!r}."
+            f"kfac_jax.OverMesh(mesh); got {shown(distribution)}."
         )

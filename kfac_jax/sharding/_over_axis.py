@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._arguments import shown
 from kfac_jax._collectives import together
 from kfac_jax._jaxpr import _compat
 from kfac_jax._ordering import known_false_after
@@ -70,9 +71,10 @@ class OverAxis:
         names = as_names(self.axis)
         if not names or not all(isinstance(name, str) and name for name in names):
             raise TypeError(
-                "OverAxis needs the name of an axis, or a tuple of names; got "
-                f"{self.axis!r}."
+                "OverAxis needs the name of an axis, or a tuple of names; got as axis "
+                f"{shown(self.axis)}."
             )
+        check_names("state_axes", self.state_axes)
         object.__setattr__(self, "state_axes", as_names(self.state_axes))
         missing = [name for name in self.state_axes if name not in names]
         if missing:
@@ -330,6 +332,15 @@ class OverAxis:
 def as_names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
     """Names of axes, of which there may be one alone."""
     return tuple(axes) if isinstance(axes, tuple | list) else (axes,)
+
+
+def check_names(argument: str, axes: Any) -> None:
+    """Raises TypeError unless they are names of axes, or none."""
+    if not all(isinstance(name, str) for name in as_names(axes)):
+        raise TypeError(
+            f"{argument} must be the name of an axis, or a tuple of names; got "
+            f"{shown(axes)}."
+        )
 
 
 def _piece(everyone: Array, size: int, owner: Array, start: Array) -> Array:

@@ -11,7 +11,8 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from kfac_jax.sharding._over_axis import OverAxis, Shared, as_names
+from kfac_jax._arguments import shown
+from kfac_jax.sharding._over_axis import OverAxis, Shared, as_names, check_names
 from kfac_jax.sharding._rows import Shape, rows_shape
 
 T = TypeVar("T")
@@ -51,22 +52,25 @@ class OverMesh:
         """Checks that the mesh has the axes."""
         if not isinstance(self.mesh, Mesh):
             raise TypeError(
-                f"OverMesh needs a jax.sharding.Mesh; got {type(self.mesh).__name__}."
+                f"OverMesh needs a jax.sharding.Mesh as mesh; got {shown(self.mesh)}."
             )
+        check_names("axes", self.axes)
+        check_names("state_axes", self.state_axes)
         names = as_names(self.axes) or self.mesh.axis_names
         missing = [name for name in names if name not in self.mesh.axis_names]
         if missing:
             raise ValueError(
-                f"OverMesh shares over axes of its mesh, {self.mesh.axis_names}; got "
-                f"{missing}. Name axes that the mesh has."
+                f"OverMesh shares over axes of its mesh, {self.mesh.axis_names}: "
+                f"expected some of them, got {missing}. Name axes that the mesh has."
             )
         object.__setattr__(self, "axes", names)
         object.__setattr__(self, "state_axes", as_names(self.state_axes))
         missing = [name for name in self.state_axes if name not in names]
         if missing:
             raise ValueError(
-                f"OverMesh cuts the state along axes that it shares over, {names}; got "
-                f"{missing}. Add them to axes, or leave them out of state_axes."
+                f"OverMesh cuts the state along axes that it shares over, {names}: "
+                f"expected some of them, got {missing}. Add them to axes, or leave "
+                "them out of state_axes."
             )
 
     @property

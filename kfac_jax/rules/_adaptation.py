@@ -1,0 +1,34 @@
+"""What rules that adapt a damping have in common."""
+
+from typing import Any
+
+from kfac_jax import _arguments
+
+
+def check_adaptation(rule: Any, interval: str, omega: str) -> None:
+    """Checks how often and by what factor a rule adapts, and its limits.
+
+    Args:
+      rule: it has `every`, `factor`, `minimum` and `maximum`.
+      interval: the paper's symbol for `every`.
+      omega: the paper's symbol for `factor`.
+
+    Raises:
+      TypeError: if one is no number.
+      ValueError: if one is out of its range.
+    """
+    every, factor = rule.every, rule.factor
+    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+        got = _arguments.shown(every)
+        raise ValueError(f"every ({interval}) must be an integer ≥ 1; got {got}.")
+    if factor is not None:
+        _arguments.number(f"factor ({omega})", factor)
+        if not 0.0 < factor < 1.0:
+            raise ValueError(f"factor ({omega}) must be in (0, 1); got {factor}.")
+    for name in ("minimum", "maximum"):
+        _arguments.number(name, getattr(rule, name))
+    if not 0.0 <= rule.minimum <= rule.maximum:
+        raise ValueError(
+            "minimum and maximum must be numbers with 0 ≤ minimum ≤ maximum; got "
+            f"{rule.minimum} and {rule.maximum}."
+        )
