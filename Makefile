@@ -27,9 +27,9 @@ test: $(VENV)/test.stamp
 
 # Some of these train the examples.
 test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
-	$(PYTEST) -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow --ignore=tests/fuzz $(PYTEST_ARGS)
 
-# Random programs beyond the 200 of seed 0 that are among the slow tests.
+# Random programs. CI runs 200, of seed 0.
 fuzz: $(VENV)/test.stamp
 	FUZZ_COUNT=$(FUZZ_COUNT) FUZZ_SEED=$(FUZZ_SEED) \
 	  $(PYTEST) tests/fuzz $(PYTEST_ARGS)

@@ -461,10 +461,9 @@ def check_error(case: Case) -> None:
 
 def check_steps(case: Case) -> None:
     """Two steps of the optimizer: finite, of one structure, compiled once."""
-    shapes = jax.eval_shape(lambda: (case.params, *case.data))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        plan = kfac_jax.make_curvature(case.loss_fn, *shapes)
+        plan = kfac_jax.make_curvature(case.loss_fn, case.params, *case.data)
     tx = kfac_jax.kfac(plan, learning_rate=0.1, momentum=0.9, damping=DAMPING)
 
     @jax.jit

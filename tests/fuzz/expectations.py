@@ -71,13 +71,19 @@ def kronecker_is_exact(program: p.Program) -> set[int]:
             pooled = True
         if not isinstance(op, p.Dense | p.Heads | p.Embed) or not pooled:
             continue
-        if any(isinstance(x, p.Nest) and x.kind in REPEATING for x in inside):
-            continue
+        nests = [x for x in inside if isinstance(x, p.Nest)]
         if any(isinstance(x, p.Cond) for x in inside):
             continue
+        if any(x.kind in REPEATING for x in nests):
+            continue
+        stacks = {x.id for x in nests if x.kind == "stacked"}
         linear = program.loss.kind in GAUSSIAN and _after(program.body, path)
         if program.batch == 1 or linear:
-            found |= {i for i in op.weight.params if counts[i] == 1}
+            found |= {
+                i
+                for i in op.weight.params
+                if counts[i] == 1 and stacks <= {*program.params[i].nests}
+            }
     return found
 
 
