@@ -224,6 +224,7 @@ class _Finder:
             or other is None
             or self.counts.get(other) != 1
             or node.name == "sub"
+            or linear.site.y_places  # whose outputs are only some of those
         ):
             return shift
         plain = consumers.is_one(view.scale) and consumers.is_one(linear.view.scale)

@@ -110,9 +110,10 @@ def check_coverage(program: p.Program, plan: Any) -> None:
                 f"{p.name(index)}, a function of a parameter alone, is called {kind}"
             )
         if _must_be_covered(own):
-            assert kind in ("dense", "embedding", "unused"), (
-                f"{p.name(index)} is called {kind}"
-            )
+            op, weight, _ = own[0]
+            names = {"dense", "embedding", "unused"}
+            names |= {"shift"} if weight is getattr(op, "bias", None) else set()
+            assert kind in names, f"{p.name(index)} is called {kind}"
 
 
 def _must_be_covered(own: Sequence[tuple[p.Op, p.Weight, list[p.Op]]]) -> bool:

@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -221,7 +222,7 @@ def _conv(entries: np.ndarray, x: Any, shape: Any, op: p.Conv) -> Layout:
 
 
 def _embed(entries: np.ndarray, x: Any, shape: Any, op: Any) -> Layout:
-    one_hot = (x[..., None] == np.arange(len(entries))).astype(float)
+    one_hot = jax.nn.one_hot(x, len(entries), dtype=float)
     return _dense(entries, one_hot, shape, op)
 
 

@@ -98,8 +98,8 @@ class Interpreter:
 
     def weight(self, params: Params, weight: p.Weight, shape: Any, h: Any) -> Any:
         """The weight of some shape, in the type of the value."""
-        arrays = [params[p.name(index)] for index in weight.params]
-        return VIEWS[weight.view].make(*arrays, tuple(shape)).astype(h.dtype)
+        arrays = [params[p.name(index)].astype(h.dtype) for index in weight.params]
+        return VIEWS[weight.view].make(*arrays, tuple(shape))
 
     def _biased(self, op: Any, params: Params, y: Any, size: int) -> Any:
         if op.bias is None:

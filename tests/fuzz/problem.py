@@ -167,7 +167,7 @@ def case_fisher(kind: str, z: Any, data: Data) -> Any:
     if kind == "squared":
         return 2.0 * jnp.eye(len(z))
     if kind == "half squared":
-        return jnp.eye(len(z)) / 2
+        return jnp.eye(len(z))
     if kind == "normal":
         return jnp.eye(len(z)) / 2
     if kind in ("softmax", "soft labels"):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 import kfac_jax
 
@@ -86,9 +87,7 @@ VIEWS: dict[str, ViewKind] = {
     "scaled": _scaled(lambda w, s: w * 0.5, 0.5),
     "divided": _scaled(lambda w, s: w / 2, 0.5),
     "negative": _scaled(lambda w, s: -w, -1.0),
-    "checkpointed": _scaled(
-        lambda w, s: jax.ad_checkpoint.checkpoint_name(w, "w"), 1.0
-    ),
+    "named": _scaled(lambda w, s: checkpoint_name(w, "w"), 1.0),
     "cut out": _moved(
         lambda s: (*s[:-1], s[-1] + 1),
         lambda w, s: w[..., :-1],
