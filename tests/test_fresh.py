@@ -3,13 +3,13 @@
 import jax
 import jax.monitoring
 import jax.numpy as jnp
+import models
 import numpy as np
 import optax
 import pytest
 
 import kfac_jax
 from kfac_jax import _fresh
-import models
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 

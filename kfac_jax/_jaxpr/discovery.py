@@ -197,6 +197,9 @@ class _Finder:
         if isinstance(outcome, outcomes.Linear):
             self.uses.append(outcome.site)
             self.linear[node.outputs[0]] = outcome
+            if outcome.shift is not None:
+                rows = outcome.site.rows
+                self.uses.append(dataclasses.replace(outcome.shift, rows=rows))
         elif isinstance(outcome, outcomes.Generic):
             self.uses.append(OtherUse(outcome.leaf, "generic", "", node.source))
         else:
