@@ -117,12 +117,18 @@ def check_coverage(program: p.Program, plan: Any) -> None:
 
 
 def _must_be_covered(own: Sequence[tuple[p.Op, p.Weight, list[p.Op]]]) -> bool:
-    """All uses are the same plain product, none in a loop over a stack's slices."""
+    """All uses are the same plain product, and none is in a place with limits.
+
+    These are loops over a stack's slices, and conditionals of which a `vmap` makes a
+    choice for each example: that chooses between parameters, too.
+    """
     first, weight, _ = own[0]
     if not isinstance(first, p.Dense) or first.tag or len(weight.params) > 1:
         return False
     same = {(type(op), w.view, getattr(op, "out", 0)) for op, w, _ in own}
     sliced = any(
-        isinstance(x, p.Nest) and x.kind == "unrolled" for _, _, ins in own for x in ins
+        isinstance(x, p.Cond) or (isinstance(x, p.Nest) and x.kind == "unrolled")
+        for _, _, inside in own
+        for x in inside
     )
     return len(same) == 1 and VIEWS[weight.view].covered is True and not sliced
