@@ -3,9 +3,12 @@
 #   make test PYTHON=python3.12             another interpreter (remove .venv first)
 #   make test PYTEST_ARGS="-n 2 -k dense"   options for pytest
 #   make bench BENCH_ARGS=--quick           options for benchmarks/bench.py
+#   make fuzz FUZZ_COUNT=100 FUZZ_SEED=7    how many random programs, and which
 PYTHON ?= python3
 PYTEST_ARGS ?= -n 2
 BENCH_ARGS ?=
+FUZZ_COUNT ?= 5000
+FUZZ_SEED ?= 1
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,8 +18,8 @@ PYTEST := $(BIN)/python -m pytest
 export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
-.PHONY: test test-slow kills compiled-check doctest lint format types docs clean
-.PHONY: bench opponents
+.PHONY: test test-slow fuzz kills compiled-check doctest lint format types
+.PHONY: docs clean bench opponents
 .PHONY: demo classifier language-model wavefunction paper data-parallel multi-process
 
 test: $(VENV)/test.stamp
@@ -24,7 +27,12 @@ test: $(VENV)/test.stamp
 
 # Some of these train the examples.
 test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
-	$(PYTEST) -m slow $(PYTEST_ARGS)
+	$(PYTEST) -m slow --ignore=tests/fuzz $(PYTEST_ARGS)
+
+# Random programs. CI runs 200, of seed 0.
+fuzz: $(VENV)/test.stamp
+	FUZZ_COUNT=$(FUZZ_COUNT) FUZZ_SEED=$(FUZZ_SEED) \
+	  $(PYTEST) tests/fuzz $(PYTEST_ARGS)
 
 # After a change that is meant to cost more: benchmarks/compiled.py --record.
 compiled-check: $(VENV)/examples.stamp

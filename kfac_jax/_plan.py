@@ -354,9 +354,9 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
         if not known[-1]:  # nothing is compared, so that nothing need be computed
             return jnp.zeros(()), jnp.zeros(()), tolerance, concavity
         n = len(jax.tree.leaves(params))
-        penalty = sum(jnp.vdot(x, x) for x in leaves[:n]) * (l2 / 2)
-        total = functools.reduce(jnp.add, [loss.value() for loss in losses])
-        total = total.astype(float) + jnp.asarray(penalty, float)
+        penalty = sum(jnp.vdot(x, x).astype(float) for x in leaves[:n]) * (l2 / 2)
+        values = [loss.value().astype(float) for loss in losses]
+        total = functools.reduce(jnp.add, values) + penalty
         return outputs[0], total, tolerance, concavity
 
     @jax.jit

@@ -1,6 +1,8 @@
 """The approximate curvature as a structured linear operator over the parameters."""
 
 import dataclasses
+import itertools
+import math
 import numbers
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.flatten_util import ravel_pytree
 
 from kfac_jax import _arguments, _tridiagonal, linalg
 from kfac_jax._factors import Factors
@@ -275,16 +276,23 @@ class Approximation:
 
     def to_dense(self) -> Array:
         """Returns F, `[P, P]`, in the order of `jax.flatten_util.ravel_pytree`."""
-        zeros = [
-            jnp.zeros(s, d)
-            for s, d in zip(self.tree.shapes, self.tree.dtypes, strict=True)
-        ]
-        flat, unravel = ravel_pytree(jax.tree.unflatten(self.tree.treedef, zeros))
+        shapes, dtypes = self.tree.shapes, self.tree.dtypes
+        with jax.numpy_dtype_promotion("standard"):  # parameters may be of any types
+            dtype = jnp.result_type(*dtypes)
+        sizes = [math.prod(shape) for shape in shapes]
+        ends = list(itertools.accumulate(sizes))
 
         def column(v: Array) -> Array:
-            return ravel_pytree(self.matvec(unravel(v)))[0]
+            parts = jnp.split(v, ends[:-1])
+            leaves = [
+                x.reshape(s).astype(d)
+                for x, s, d in zip(parts, shapes, dtypes, strict=True)
+            ]
+            product = self.matvec(jax.tree.unflatten(self.tree.treedef, leaves))
+            flat = [x.reshape(-1).astype(dtype) for x in jax.tree.leaves(product)]
+            return jnp.concatenate(flat)
 
-        return jax.vmap(column, out_axes=1)(jnp.eye(len(flat), dtype=flat.dtype))
+        return jax.vmap(column, out_axes=1)(jnp.eye(ends[-1], dtype=dtype))
 
     def diagonal(self) -> Vector:
         """Returns the diagonal of F, like the parameters."""

@@ -6,6 +6,7 @@ A consumer gets the node, the views of its operands (None for data), the paramet
 shapes and where the examples are in the result. It returns a linear site, or why not.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -289,13 +290,52 @@ def _tagged_dense(
         y_axes=axes,
         examples=row_examples(state, axes[1]),
         weight=(w.source, weight),
-        bias=(b.source, bias) if b is not None and bias is not None else None,
+        bias=(b.source, bias) if b and bias and _fits(w, b) else None,
         scale=w.scale,
         scans=w.scans,
         repeated=w.repeated,
         source=node.source,
     )
-    return plain_linear(node, site)
+    linear = plain_linear(node, site)
+    if b is None:
+        return linear
+    places = (*range(n), rank - 1)
+    return dataclasses.replace(
+        linear, shift=_tagged_shift(node, b, b.axes, places, shapes, state)
+    )
+
+
+def _fits(weight: View, bias: View) -> bool:
+    """Whether a bias can be the weight of the weight's homogeneous coordinate."""
+    return weight.scans == bias.scans and is_one(bias.scale)
+
+
+def _tagged_shift(
+    node: Node,
+    view: View,
+    axes: Sequence[Axis],
+    features: tuple[int, ...],
+    shapes: Shapes,
+    state: State,
+) -> Site:
+    """The use of a tagged bias by itself, which detection notes beside the weight's."""
+    found = layout(view, shapes[view.source], [*([a] for a in view.stacked), axes])
+    assert found is not None  # as it has been laid out beside the weight
+    rows = tuple(i for i in range(len(node.out_shape())) if i not in features)
+    return Site(
+        kind="shift",
+        output=node.outputs[0],
+        x=None,
+        x_axes=((), (), ()),
+        y_axes=((), rows, features),
+        examples=row_examples(state, rows),
+        weight=None,
+        bias=(view.source, found),
+        scale=view.scale,
+        scans=view.scans,
+        repeated=view.repeated,
+        source=node.source,
+    )
 
 
 def _tagged_scale_and_shift(
@@ -308,49 +348,46 @@ def _tagged_scale_and_shift(
         name: view.broadcast(shape, range(len(shape) - len(view.axes), len(shape)))
         for name, view in given.items()
     }
-    first = next(iter(wide.values()))
-    features = _feature_axes(first, shape)
+    features = _feature_axes(next(iter(wide.values())), shape)
     if features is None or any(
         _feature_axes(v, shape) != features for v in wide.values()
     ):
         return Refused("tagged as scale_and_shift with shapes that do not match")
     rows = tuple(i for i in range(len(shape)) if i not in features)
-    groups = [[first.axes[a]] for a in features]
-    scale_view, shift_view = wide.get("scale"), wide.get("shift")
-    axes = (features, rows, ())
-    weight = bias = None
-    if scale_view is not None:
-        groups = [[scale_view.axes[a]] for a in features]
-        stacked = [[a] for a in scale_view.stacked]
-        weight = layout(
-            scale_view, shapes[scale_view.source], [*stacked, *groups, [], []]
+    laid_out: dict[str, Layout] = {}
+    for name, view in wide.items():
+        groups = [*([a] for a in view.stacked), *([view.axes[a]] for a in features), []]
+        found = layout(
+            view, shapes[view.source], [*groups, []] if name == "scale" else groups
         )
-    if shift_view is not None:
-        groups = [[shift_view.axes[a]] for a in features]
-        stacked = [[a] for a in shift_view.stacked]
-        if scale_view is None:
-            axes = ((), rows, features)
-            tail = [*stacked, [shift_view.axes[a] for a in features]]
-        else:
-            tail = [*stacked, *groups, []]
-        bias = layout(shift_view, shapes[shift_view.source], tail)
-    if (scale_view is not None and weight is None) or (shift_view and bias is None):
-        return Refused("tagged as scale_and_shift, but a parameter is partly used")
+        if found is None:
+            return Refused("tagged as scale_and_shift, but a parameter is partly used")
+        laid_out[name] = found
+    scale, shift = wide.get("scale"), wide.get("shift")
+    alone = shift and _tagged_shift(
+        node, shift, [shift.axes[a] for a in features], features, shapes, state
+    )
+    if scale is None:
+        assert alone is not None  # the tag has one of them
+        return plain_linear(node, alone)
+    axes = (features, rows, ())
     site = Site(
-        kind="scale" if scale_view is not None else "shift",
+        kind="scale",
         output=node.outputs[0],
-        x=node.inputs[1] if scale_view is not None else None,
-        x_axes=axes if scale_view is not None else ((), (), ()),
+        x=node.inputs[1],
+        x_axes=axes,
         y_axes=axes,
         examples=row_examples(state, rows),
-        weight=(scale_view.source, weight) if scale_view and weight else None,
-        bias=(shift_view.source, bias) if shift_view and bias else None,
-        scale=first.scale,
-        scans=first.scans,
-        repeated=first.repeated,
+        weight=(scale.source, laid_out["scale"]),
+        bias=(shift.source, laid_out["shift"])
+        if shift and _fits(scale, shift)
+        else None,
+        scale=scale.scale,
+        scans=scale.scans,
+        repeated=scale.repeated,
         source=node.source,
     )
-    return plain_linear(node, site)
+    return dataclasses.replace(plain_linear(node, site), shift=alone)
 
 
 TAGGED = {"dense": _tagged_dense, "scale_and_shift": _tagged_scale_and_shift}

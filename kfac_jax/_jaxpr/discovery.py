@@ -197,6 +197,9 @@ class _Finder:
         if isinstance(outcome, outcomes.Linear):
             self.uses.append(outcome.site)
             self.linear[node.outputs[0]] = outcome
+            if outcome.shift is not None:
+                rows = outcome.site.rows
+                self.uses.append(dataclasses.replace(outcome.shift, rows=rows))
         elif isinstance(outcome, outcomes.Generic):
             self.uses.append(OtherUse(outcome.leaf, "generic", "", node.source))
         else:
@@ -224,6 +227,7 @@ class _Finder:
             or other is None
             or self.counts.get(other) != 1
             or node.name == "sub"
+            or linear.site.y_places  # whose outputs are only some of those
         ):
             return shift
         plain = consumers.is_one(view.scale) and consumers.is_one(linear.view.scale)

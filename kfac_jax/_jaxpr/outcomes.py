@@ -20,12 +20,14 @@ class Linear:
       view: the output, as a view of itself.
       shape: the shape of what the site puts out.
       y_axes: its axes that are independent, rows, outputs.
+      shift: the use of a bias that a tag names beside the weight.
     """
 
     site: Site
     view: View
     shape: tuple[int, ...]
     y_axes: tuple[tuple[int, ...], ...]
+    shift: Site | None = None
 
 
 @dataclasses.dataclass(frozen=True)

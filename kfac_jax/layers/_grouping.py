@@ -158,12 +158,11 @@ def _joins(
         and _bias(u) == leaf.index
         and not any(u is site for site in sites)
     ]
-    # a tag holds weight and bias in one use; detection adds a shift for each bias
+    # there is a shift for each bias, beside the use of the weight
     return (
         all(site.bias == bias for site in sites)
         and not elsewhere
-        and len(shifts) == len(own)
-        and len(own) in (0, len(sites))
+        and len(shifts) == len(own) == len(sites)
     )
 
 

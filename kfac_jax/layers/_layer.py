@@ -242,6 +242,8 @@ class Layer:
             part[..., None, :] if role == "bias" else part
             for part, role in zip(parts, self.roles, strict=True)
         ]
+        if len({part.dtype for part in parts}) > 1:  # a bias in another type
+            parts = [part.astype(self.dtype) for part in parts]
         return jnp.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
 
     def from_matrix(self, matrix: Array) -> list[Array]:

@@ -1,0 +1,1 @@
+"""The model fuzzer: random JAX programs, and an oracle for each."""

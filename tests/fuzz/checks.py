@@ -1,0 +1,537 @@
+"""Compiles a program with its plans and its oracle, and compares them."""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import kfac_jax
+from fuzz import expectations, problem
+from fuzz import programs as p
+from fuzz.flat import Flat, Use, numbered
+from kfac_jax.blocks import Diagonal, Full, Identity, Kronecker
+
+TOLERANCE = {"float64": 1e-8, "float32": 2e-3, "bfloat16": 0.1}
+"""Of the largest entry, by the narrowest type in a program."""
+DAMPING = 1e-2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Case:
+    """A description with all that is made of it.
+
+    Attributes:
+      program: the description.
+      params: its parameters.
+      data: its data.
+      loss_fn: the loss function of both.
+      plans: by name, with `Kronecker` (the defaults) and with `Full` blocks.
+      warned: by name, what making the plan warned of.
+    """
+
+    program: p.Program
+    params: Any
+    data: problem.Data
+    loss_fn: Callable[..., Any]
+    plans: dict[str, kfac_jax.Curvature]
+    warned: dict[str, list[str]]
+
+    @property
+    def tolerance(self) -> float:
+        """Of the largest entry."""
+        types = {param.dtype for param in self.program.params}
+        types |= {
+            op.dtype for op, _ in p.walk(self.program.body) if isinstance(op, p.Cast)
+        }
+        return max(TOLERANCE[name] for name in types | {"float64"})
+
+
+BLOCKS = {"kronecker": None, "full": Full()}
+
+
+def make(program: p.Program) -> Case:
+    """Makes parameters, data and plans."""
+    params = problem.parameters(program)
+    lead = (program.batch, program.positions) if program.positions else (program.batch,)
+    x = jax.ShapeDtypeStruct((*lead, program.width), float)
+    ids = jax.ShapeDtypeStruct(lead, int)
+    flags = jax.ShapeDtypeStruct((program.batch,), bool)
+    z = jax.eval_shape(problem.traced_output(program), params, x, ids, flags)
+    data = problem.data(program, z.shape[-1], z.ndim == 3)
+    loss_fn = problem.loss_function(program)
+    shapes = jax.eval_shape(lambda: (params, *data))
+    plans, warned = {}, {}
+    for name, blocks in BLOCKS.items():
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plans[name] = kfac_jax.make_curvature(
+                loss_fn, *shapes, estimation_mode="ggn_exact", blocks=blocks
+            )
+        warned[name] = [str(each.message) for each in caught]
+    return Case(program, params, data, loss_fn, plans, warned)
+
+
+# ------------------------------------------------------------------------ the numbers
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Numbers:
+    """What the library and the oracle computed.
+
+    Attributes:
+      plain: value and gradient, by JAX.
+      flat: value of the output without control flow, and its gradient by the oracle.
+      outputs: the output with control flow.
+      found: for each plan value, gradient, factors, dense matrix.
+      exact: the generalised Gauss-Newton matrix, `[P, P]`.
+      roots: for each use `[k, e, rows, o]` whose squares add up to output factors.
+      inputs: for each use `[e, rows, i]`.
+      uses: the uses.
+    """
+
+    plain: Any
+    found: dict[str, Any]
+    exact: np.ndarray
+    roots: list[np.ndarray]
+    inputs: list[np.ndarray]
+    uses: list[Use]
+    outputs: Any
+    flat: Any
+
+
+def _jacobians(case: Case, params: Any, data: problem.Data) -> Any:
+    """The output's rows, their Jacobians over parameters and taps, inputs of uses."""
+    program = case.program
+    theta = jnp.concatenate([w.astype(float).reshape(-1) for w in params.values()])
+    ends = np.cumsum([w.size for w in params.values()])[:-1]
+
+    def unravel(theta: Any) -> Any:
+        parts = zip(params.items(), jnp.split(theta, ends), strict=True)
+        return {k: x.reshape(w.shape).astype(w.dtype) for (k, w), x in parts}
+
+    def flat(theta: Any, zeros: Any) -> Any:
+        interpreter = Flat(program, zeros)
+        named = {**unravel(theta), **numbered(program)}
+        z = problem.output_of(interpreter, program)(named, *data[:3])
+        return z.reshape(-1, z.shape[-1]), interpreter
+
+    shapes = jax.eval_shape(lambda: _shapes(flat, theta))
+    zeros = [jnp.zeros(s.shape) for s in shapes]
+    uses: list[Use] = []
+
+    def outputs(theta: Any, zeros: Any) -> Any:
+        z, interpreter = flat(theta, zeros)
+        uses.extend(interpreter.uses)
+        return z, [use.x for use in interpreter.uses]
+
+    z, pull, inputs = jax.vjp(outputs, theta, zeros, has_aux=True)
+    units = jnp.eye(z.size).reshape(z.size, *z.shape)
+    over_theta, over_taps = jax.vmap(pull)(units)
+    return z, over_theta, over_taps, inputs, uses
+
+
+def _shapes(flat: Any, theta: Any) -> list[Any]:
+    _, interpreter = flat(theta, None)
+    return interpreter.shapes
+
+
+def compute(case: Case) -> Numbers:
+    """Runs both in one compiled function."""
+    program, uses = case.program, []
+
+    def oracle(params: Any, data: problem.Data) -> Any:
+        z, over_theta, over_taps, inputs, found = _jacobians(case, params, data)
+        uses.extend(found)
+        n, d = z.shape
+        rows = data._replace(
+            x=jnp.zeros(n),
+            ids=jnp.zeros(n),
+            flags=jnp.zeros(n),
+            y=data.y.reshape(n, -1),
+            labels=data.labels.reshape(n),
+            mask=data.mask.reshape(n),
+        )
+        fisher = jax.vmap(
+            lambda z, row: problem.case_fisher(program.loss.kind, z, row)
+        )(z, rows)
+        w, u = jnp.linalg.eigh(fisher)
+        roots = u * jnp.sqrt(jnp.maximum(w, 0))[:, None, :]  # [n, d, k]
+        cases = n if program.loss.cases == "rows" else program.batch
+        if program.loss.place == "vmap":
+            cases = program.batch
+        roots = roots / jnp.sqrt(cases)
+
+        def rooted(j: Any) -> Any:
+            j = jnp.asarray(j, float).reshape(n, d, *j.shape[1:])
+            return jnp.einsum("ndk,nd...->nk...", roots, j).reshape(n * d, *j.shape[2:])
+
+        theta = rooted(over_theta)
+        taps = [rooted(j) for j in over_taps]
+        return z, theta.T @ theta, [use.rows(taps[use.tap]) for use in found], inputs
+
+    def everything(params: Any, data: problem.Data) -> Any:
+        plain = jax.value_and_grad(case.loss_fn)(params, *data)
+        z = problem.traced_output(program)(params, *data[:3])
+        found = {}
+        for name, plan in case.plans.items():
+            value, grads, statistics = plan.value_grad_and_statistics(params, *data)
+            start = plan.init_factors(params)
+            factors = plan.update_factors(start, statistics, 1)
+            matrix = plan.approximation(factors).to_dense()
+            found[name] = value, grads, factors, matrix
+        return plain, found, z, oracle(params, data)
+
+    results = jax.jit(everything)(case.params, case.data)
+    plain, found, z, (flat, exact, roots, inputs) = jax.tree.map(np.asarray, results)
+    return Numbers(plain, found, exact, roots, inputs, uses, z, flat)
+
+
+# ----------------------------------------------------------------------- the checks
+
+
+def close(found: Any, expected: Any, tolerance: float, what: str, scale: float = 0.0):
+    """Compares arrays, to a fraction of the largest entry."""
+    found, expected = np.asarray(found, float), np.asarray(expected, float)
+    assert np.isfinite(found).all(), f"{what}: not finite"
+    size = max(np.abs(expected).max(initial=0.0), scale)
+    error = np.abs(found - expected).max(initial=0.0)
+    assert error <= tolerance * size + 1e-13, (
+        f"{what}: differs by {error:.3g} of {size:.3g}\n{_corner(found)}\n"
+        f"{_corner(expected)}"
+    )
+
+
+def _corner(x: np.ndarray) -> np.ndarray:
+    return x[tuple(slice(4) for _ in x.shape)]
+
+
+def check_values(case: Case, numbers: Numbers) -> None:
+    """Value and gradient are JAX's own, and the harness agrees with itself."""
+    flat = numbers.flat.reshape(numbers.outputs.shape)
+    close(flat, numbers.outputs, case.tolerance, "harness: flat output")
+    value, grads = numbers.plain
+    for name, (own, own_grads, _, _) in numbers.found.items():
+        tolerance = min(case.tolerance, 1e-2)
+        close(own, value, tolerance, f"{name}: value")
+        assert jax.tree.structure(own_grads) == jax.tree.structure(grads)
+        scale = max(np.abs(np.asarray(g, float)).max() for g in grads.values())
+        for path, gradient in grads.items():
+            assert own_grads[path].dtype == gradient.dtype
+            what = f"{name}: gradient of {path}"
+            close(own_grads[path], gradient, case.tolerance, what, scale)
+
+
+def check_factors(case: Case, numbers: Numbers) -> None:
+    """Factors have the report's shapes, and are symmetric and positive semidefinite."""
+    for name, plan in case.plans.items():
+        factors = numbers.found[name][2]
+        assert set(factors) == {layer.name for layer in plan.layers}
+        for layer in plan.layers:
+            own = factors[layer.name]
+            assert {k: v.shape for k, v in own.items()} == layer.factor_shapes
+            for key, x in own.items():
+                assert np.isfinite(x).all(), (layer.name, key)
+                if key.endswith("diagonal"):
+                    assert (x >= 0).all(), (layer.name, key)
+                    continue
+                limit = 1e-12 if case.tolerance == TOLERANCE["float64"] else 1e-5
+                limit *= np.abs(x).max(initial=0.0) * x.shape[-1]
+                assert np.abs(x - x.swapaxes(-1, -2)).max() <= limit, (layer.name, key)
+                assert np.linalg.eigvalsh(x).min() >= -limit, (layer.name, key)
+
+
+def _positions(case: Case) -> dict[str, np.ndarray]:
+    """Where each parameter's entries are among all."""
+    result, start = {}, 0
+    for path in sorted(case.params):
+        size = case.params[path].size
+        result[path] = np.arange(start, start + size)
+        start += size
+    return result
+
+
+def _slices(case: Case, index: int, kind: str = "stacked") -> np.ndarray:
+    """For each entry of a parameter the number of its slice in nests of a kind."""
+    param = case.program.params[index]
+    kinds = {
+        op.id: op.kind for op, _ in p.walk(case.program.body) if isinstance(op, p.Nest)
+    }
+    found = np.zeros(param.shape, int)
+    for axis, nest in enumerate(param.nests):
+        if kinds[nest] == kind:
+            at = np.arange(param.shape[axis])
+            at = at.reshape([-1 if a == axis else 1 for a in range(len(param.shape))])
+            found = found * param.shape[axis] + at
+    return found.reshape(-1)
+
+
+def _own(case: Case, layer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """A layer's entries among all, and the slice that each belongs to."""
+    places = _positions(case)
+    at = np.concatenate([places[path] for path in layer.params])
+    slices = [_slices(case, int(path[1:])) for path in layer.params]
+    return at, np.concatenate(slices)
+
+
+def _same_member(case: Case, layer: Any) -> np.ndarray:
+    """Which pairs of a layer's entries are of the same member of ensembles.
+
+    Where members share their inputs, or have none (a shift), they are outputs of one
+    layer, which has curvature between them.
+    """
+    indices = (int(path[1:]) for path in layer.params)
+    own = np.concatenate([_slices(case, i, "ensemble") for i in indices])
+    return own[:, None] == own[None, :]
+
+
+def check_blocks(case: Case, numbers: Numbers) -> dict[str, int]:
+    """Every block is what it says; returns how many of which were compared."""
+    counts: dict[str, int] = {}
+    scale = np.abs(numbers.exact).max(initial=0.0)
+    for name, plan in case.plans.items():
+        matrix = np.asarray(numbers.found[name][3], float)
+        outside = np.ones_like(matrix, bool)
+        for layer in plan.layers:
+            at, slices = _own(case, layer)
+            grid = np.ix_(at, at)
+            outside[grid] = False
+            found, exact = matrix[grid], numbers.exact[grid]
+            what = f"{name}: {layer.name} ({layer.kind}, {layer.block!r})"
+            kind = type(layer.block).__name__ if layer.tagged else layer.kind
+            counts[kind] = counts.get(kind, 0) + 1
+            if not layer.tagged:
+                _check_untagged(layer, found, exact, what)
+            elif isinstance(layer.block, Full):
+                exact = exact * (slices[:, None] == slices[None, :])
+                close(found, exact, case.tolerance, what, scale)
+            elif isinstance(layer.block, Diagonal):
+                expected = np.diag(np.diag(exact))
+                close(found, expected, case.tolerance, what, scale)
+            else:
+                assert isinstance(layer.block, Kronecker)
+                expected = kronecker(case, numbers, layer)
+                found = found * _same_member(case, layer)
+                size = np.abs(expected).max(initial=0.0)
+                close(found, expected, case.tolerance, what, max(size, 1e-4 * scale))
+        assert not matrix[outside].any(), f"{name}: between layers"
+    return counts
+
+
+def _check_untagged(layer: Any, found: Any, exact: Any, what: str) -> None:
+    """A diagonal of random squares: its mean is exact, and where it is not zero."""
+    if layer.kind == "unused":
+        assert not exact.any(), f"{what}: said to be unused"
+        assert isinstance(layer.block, Identity)
+        return
+    diagonal, own = np.diag(found), np.diag(exact)
+    assert (found == np.diag(diagonal)).all() and (diagonal >= 0).all(), what
+    tiny = 1e-10 * own.max(initial=0.0)
+    assert (diagonal[own > tiny] > 0).all(), f"{what}: zero though used"
+    assert (diagonal[own == 0] <= tiny + 1e-13).all(), f"{what}: not zero"
+
+
+# ------------------------------------------------------------------ Kronecker products
+
+
+def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any, Any]]:
+    """For each linear map of a layer's parameters: entries, input and output rows.
+
+    Uses of one map go together: `[e, rows, i]` and `[k, e, rows, o]`.
+    """
+    weight, *rest = layer.params
+    bias = int(rest[0][1:]) if rest else None
+    groups: dict[Any, list[Any]] = {}
+    at = _positions(case)
+    for use, x, root in zip(numbers.uses, numbers.inputs, numbers.roots, strict=True):
+        if use.param != int(weight[1:]):
+            continue
+        entries = at[weight][use.entries]
+        x = np.asarray(x, float)
+        if bias is not None:
+            assert use.bias is not None and use.bias[0] == bias, (
+                f"{layer.name}: {rest[0]} is not added to all outputs of {weight}"
+            )
+            last = at[rest[0]][use.bias[1]][:, None]
+            entries = np.concatenate([entries, last], 1)
+            x = np.concatenate([x, np.ones_like(x[..., :1])], -1)
+        key = entries.shape, tuple(entries.reshape(-1))
+        groups.setdefault(key, []).append((entries, x, root))
+    for parts in groups.values():
+        entries = parts[0][0]
+        inputs = np.concatenate([x for _, x, _ in parts], 1)
+        yield entries, inputs, np.concatenate([root for _, _, root in parts], 2)
+
+
+def factors_of(x: np.ndarray, root: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`A [e, i, i]`, the mean over rows that have a gradient, and `G [e, o, o]`."""
+    active = (root != 0).any((0, 3))  # [e, rows]
+    x = x * active[..., None]
+    count = np.maximum(active.sum(1), 1)[:, None, None]
+    return (
+        np.einsum("eri,erj->eij", x, x) / count,
+        np.einsum("kero,kerp->eop", root, root),
+    )
+
+
+def kronecker(case: Case, numbers: Numbers, layer: Any) -> np.ndarray:
+    """The layer's block by the definition, over its parameters."""
+    own, _ = _own(case, layer)
+    total = np.zeros_like(numbers.exact)
+    terms = list(_terms(case, numbers, layer))
+    for entries, x, root in terms:
+        a, g = factors_of(x, root)
+        for e, (left, right) in enumerate(zip(a, g, strict=True)):
+            at = entries[e].reshape(-1)
+            total[np.ix_(at, at)] += np.kron(left, right)
+    found = total[np.ix_(own, own)]
+    if layer.kind != "tied":
+        return found
+    return _nearest(layer, found)
+
+
+def _nearest(layer: Any, matrix: np.ndarray) -> np.ndarray:
+    """The Kronecker product nearest to a sum of two, slice by slice."""
+    shape = layer.shape
+    order = layer.to_matrix([np.arange(len(matrix)).reshape(layer.shapes[0])])
+    result = np.zeros_like(matrix)
+    for entries in np.asarray(order).reshape(-1, shape.inputs, shape.outputs):
+        at = np.ix_(entries.reshape(-1), entries.reshape(-1))
+        i, o = entries.shape
+        moved = matrix[at].reshape(i, o, i, o).transpose(0, 2, 1, 3)
+        u, s, v = np.linalg.svd(moved.reshape(i * i, o * o))
+        left, right = u[:, 0].reshape(i, i), s[0] * v[0].reshape(o, o)
+        result[at] = np.kron(left, right)
+    return result
+
+
+def check_theory(case: Case, numbers: Numbers) -> int:
+    """Kronecker blocks are the exact ones where theory says so; returns how many."""
+    exact_for = expectations.kronecker_is_exact(case.program)
+    plan, scale = case.plans["kronecker"], np.abs(numbers.exact).max(initial=0.0)
+    matrix, count = np.asarray(numbers.found["kronecker"][3], float), 0
+    for layer in plan.layers:
+        index = int(layer.params[0][1:])
+        if index not in exact_for or not isinstance(layer.block, Kronecker):
+            continue
+        if not layer.tagged or layer.kind == "tied":
+            continue
+        count += 1
+        for entries, _, _ in _terms(case, numbers, layer):
+            for one in entries:
+                grid = np.ix_(one.reshape(-1), one.reshape(-1))
+                what = f"theory: {layer.name}"
+                close(matrix[grid], numbers.exact[grid], case.tolerance, what, scale)
+    return count
+
+
+# ---------------------------------------------------------------------- the report
+
+
+def check_report(case: Case) -> None:
+    """Each parameter is in one row; nothing unmatched is silent."""
+    for name, plan in case.plans.items():
+        paths = [path for layer in plan.layers for path in layer.params]
+        assert sorted(paths) == sorted(case.params)
+        text = str(plan)
+        table, *rest = text.split("Not covered by a layer:")
+        rows = {line.split()[0]: line for line in table.splitlines()[2:] if line}
+        unmatched = [layer for layer in plan.layers if layer.kind == "unmatched"]
+        for layer in plan.layers:
+            assert bool(layer.reason) == (layer.kind in ("unmatched", "unused"))
+            first, *others = layer.params
+            words = rows[first].split()
+            assert words[2] == layer.kind and words[4] == type(layer.block).__name__
+            assert words[3] == str(layer.uses)
+            assert all(len(rows[path].split()) == 2 for path in others)
+            if layer.reason:
+                assert f"{layer.name}: {layer.reason}" in rest[0]
+        covered = sum(
+            case.params[path].size
+            for layer in plan.layers
+            if not layer.reason
+            for path in layer.params
+        )
+        assert plan.totals.covered == covered
+        assert len(case.warned[name]) == bool(unmatched), case.warned[name]
+        for layer in unmatched:
+            assert f"{layer.name}: {layer.reason}" in case.warned[name][0]
+    expectations.check_coverage(case.program, case.plans["kronecker"])
+
+
+def check_error(case: Case) -> None:
+    """`on_unmatched="error"` names what is not covered, or makes the same plan."""
+    plan = case.plans["kronecker"]
+    shapes = jax.eval_shape(lambda: (case.params, *case.data))
+    lost = [layer for layer in plan.layers if layer.kind == "unmatched"]
+    try:
+        strict = kfac_jax.make_curvature(
+            case.loss_fn, *shapes, estimation_mode="ggn_exact", on_unmatched="error"
+        )
+    except ValueError as error:
+        assert lost, f"refused without a reason: {error}"
+        for layer in lost:
+            assert f"{layer.name}: {layer.reason}" in str(error)
+        return
+    assert not lost, "error was not raised"
+    assert strict.layers == plan.layers
+
+
+def check_steps(case: Case) -> None:
+    """Two steps of the optimizer: finite, of one structure, compiled once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = kfac_jax.make_curvature(case.loss_fn, case.params, *case.data)
+    tx = kfac_jax.kfac(plan, learning_rate=0.1, momentum=0.9, damping=DAMPING)
+
+    @jax.jit
+    def step(params: Any, state: Any, key: Any, *data: Any) -> Any:
+        value, grads, statistics = plan.value_grad_and_statistics(
+            params, *data, rng=key
+        )
+        updates, state = tx.update(grads, state, params, statistics=statistics)
+        moved = jax.tree.map(jnp.add, params, updates)
+        return moved, state, value
+
+    params, state = case.params, jax.jit(tx.init)(case.params)
+    before = jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    for key in jax.random.split(jax.random.key(case.program.seed), 2):
+        params, state, value = step(params, state, key, *case.data)
+        assert np.isfinite(value)
+        for leaf in jax.tree.leaves((params, state.factors)):
+            assert np.isfinite(np.asarray(leaf, float)).all()
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == before
+        jax.tree.map(
+            lambda a, b: _same_type(a, b), jax.eval_shape(lambda: case.params), params
+        )
+    assert step._cache_size() == 1, "the second step recompiled"
+
+
+def _same_type(a: Any, b: Any) -> None:
+    assert a.shape == b.shape and a.dtype == b.dtype
+
+
+def check(program: p.Program, *, steps: bool) -> dict[str, int]:
+    """All checks of one program; returns how many blocks of which kind there were.
+
+    Args:
+      program: the program.
+      steps: whether to try the optimizer and the policy "error", too.
+
+    Returns:
+      Counts by kind of block.
+    """
+    case = make(program)
+    check_report(case)
+    numbers = compute(case)
+    check_values(case, numbers)
+    check_factors(case, numbers)
+    counts = check_blocks(case, numbers)
+    counts["exact Kronecker"] = check_theory(case, numbers)
+    if steps:
+        check_error(case)
+        check_steps(case)
+    return counts

@@ -1,0 +1,66 @@
+"""Random programs, with all that is promised of each.
+
+`make fuzz` runs many more, see there. What failed becomes the smallest plain program
+that does, in `tests/test_fuzz_findings.py`.
+"""
+
+import collections
+import dataclasses
+import os
+import time
+
+import hypothesis
+import jax
+import pytest
+
+from fuzz import checks, strategies
+from fuzz import programs as p
+
+COUNT = int(os.environ.get("FUZZ_COUNT", "200"))
+SEED = int(os.environ.get("FUZZ_SEED", "0"))
+CHUNK = 25  # programs in one case, after which JAX forgets what it compiled
+STEPS = (0,)  # the optimizer is tried on programs with these seeds, of ten
+
+SETTINGS = hypothesis.settings(
+    deadline=None,
+    database=None,
+    derandomize=True,
+    print_blob=False,
+    report_multiple_bugs=False,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+
+
+def chunks(count: int, size: int) -> list[int]:
+    """How many programs each case runs."""
+    return [size] * (count // size) + [count % size] * (count % size > 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("chunk", "count"), list(enumerate(chunks(COUNT, CHUNK))))
+def test_random_programs(chunk, count, record_property):
+    seen: collections.Counter[str] = collections.Counter()
+    start = time.perf_counter()
+
+    done: set[p.Program] = set()
+
+    @hypothesis.seed(1000 * SEED + chunk)
+    @hypothesis.settings(SETTINGS, max_examples=20 * count)
+    @hypothesis.given(strategies.programs())
+    def run(program):
+        # Hypothesis varies what it has drawn: a program is new if more than data are
+        known = dataclasses.replace(program, seed=0, flags=())
+        if known in done or len(done) == count:
+            return
+        blocks = checks.check(program, steps=program.seed in STEPS)
+        done.add(known)
+        seen["programs"] += 1
+        seen.update(p.features(program))
+        seen.update({f"{kind} blocks": n for kind, n in blocks.items()})
+
+    try:
+        run()
+    finally:
+        jax.clear_caches()
+        seen["seconds"] = round(time.perf_counter() - start)
+        record_property("fuzz", dict(seen))

@@ -1,0 +1,137 @@
+"""What `tests/fuzz` found: the smallest plain program that once went wrong, of each."""
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import oracles
+import pytest
+
+import kfac_jax
+from kfac_jax.losses import squared_error
+
+X = models.array(0, 4, 2)
+
+
+def blocks_of(apply, params, x=X, **options):
+    """The plan of a squared error, its dense matrix, and the exact one."""
+
+    def loss_fn(params, x):
+        return squared_error(jnp.sin(apply(params, x))).sum(-1).mean()
+
+    plan, factors = models.exact_factors(loss_fn, params, x, **options)
+    exact = oracles.ggn(
+        lambda p: jnp.sin(apply(p, x)),
+        lambda z: jnp.square(z).sum(),
+        jax.tree.map(lambda w: w.astype(float), params),
+    )
+    return plan, np.asarray(plan.approximation(factors).to_dense()), exact
+
+
+def assert_exact(plan, found, exact, params, *layers):
+    """Each of these layers, named by its parameters, has the exact block."""
+    assert {layer.params for layer in plan.layers} >= set(layers)
+    for names in layers:
+        np.testing.assert_allclose(
+            oracles.block(found, params, *names),
+            oracles.block(exact, params, *names),
+            rtol=1e-9,
+            atol=1e-13,
+        )
+
+
+def add(y, b):
+    return y + jnp.broadcast_to(b, y.shape)
+
+
+@pytest.mark.parametrize("width", [1, 2])
+def test_one_bias_of_joined_weights_is_a_layer_by_itself(width):
+    """It joined the last weight, which has only some of the outputs."""
+    params = {
+        "b": models.array(1, 2 * width),
+        "v": models.array(2, 2, width),
+        "w": models.array(3, 2, width),
+    }
+
+    def apply(p, x):
+        return add(x @ jnp.concatenate([p["v"], p["w"]], -1), p["b"])
+
+    full = {"v|w": kfac_jax.blocks.Full()}
+    plan, found, exact = blocks_of(apply, params, blocks=full)
+    assert_exact(plan, found, exact, params, ("v",), ("w",))
+    (bias,) = (layer for layer in plan.layers if layer.params == ("b",))
+    assert bias.kind == "shift" and bias.shape.outputs == 2 * width
+
+
+def test_parameters_of_several_types_under_strict_promotion():
+    """Three places added or joined them without saying in which type."""
+    params = {"b": jnp.ones(3, jnp.float32), "w": models.array(1, 2, 3)}
+
+    def apply(p, x):
+        return add(x @ p["w"], p["b"].astype(float))
+
+    plan, found, exact = blocks_of(apply, params, blocks=kfac_jax.blocks.Full())
+    assert found.dtype == np.float64
+    (layer,) = plan.layers
+    assert layer.params == ("w", "b")
+    np.testing.assert_allclose(found, exact, rtol=1e-5, atol=1e-6)
+
+
+TAGGED = {
+    "dense": lambda p, x: kfac_jax.register_dense(
+        add(x @ p["w"], p["b"]), x, p["w"], p["b"]
+    ),
+    "scale and shift": lambda p, x: kfac_jax.register_scale_and_shift(
+        add(x * add(jnp.zeros_like(x), p["s"]), p["b"]), x, p["s"], p["b"]
+    ),
+}
+SQUARE = {
+    "b": models.array(1, 2),
+    "s": models.array(2, 2),
+    "w": models.array(3, 2, 2),
+}
+
+
+def own(name):
+    """The parameters of one of these."""
+    return {k: x for k, x in SQUARE.items() if k in {"dense": "wb"}.get(name, "sb")}
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_the_bias_of_a_tagged_layer_may_be_used_elsewhere(name):
+    """The other use was lost: bias and weight had a block of the tagged use only."""
+    params = own(name)
+    apply = lambda p, x: add(jnp.tanh(TAGGED[name](p, x)), p["b"])  # noqa: E731
+    plan, found, exact = blocks_of(apply, params)
+    weight = "w" if name == "dense" else "s"
+    assert {layer.params: layer.uses for layer in plan.layers} == {
+        ("b",): 2,
+        (weight,): 1,
+    }
+    if name != "dense":
+        assert_exact(plan, found, exact, params, ("s",))
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_a_tagged_bias_with_a_factor_is_no_homogeneous_coordinate(name):
+    """The factor was lost."""
+    params = own(name)
+    apply = lambda p, x: TAGGED[name](p | {"b": 3.0 * p["b"]}, x)  # noqa: E731
+    plan, found, exact = blocks_of(apply, params, blocks=kfac_jax.blocks.Full())
+    weight = "w" if name == "dense" else "s"
+    assert_exact(plan, found, exact, params, ("b",), (weight,))
+
+
+def test_a_tagged_bias_that_joins_no_weight_is_not_called_unused():
+    """Two tags have the same weight and different biases."""
+    params = {"b": models.array(1, 2), "c": models.array(2, 2), "w": SQUARE["w"]}
+
+    def apply(p, x):
+        h = jnp.tanh(TAGGED["dense"]({"w": p["w"], "b": p["b"]}, x))
+        return TAGGED["dense"]({"w": p["w"], "b": p["c"]}, h)
+
+    plan, found, exact = blocks_of(
+        apply, params, blocks={"b|c": kfac_jax.blocks.Full()}
+    )
+    assert [layer.kind for layer in plan.layers] == ["shift", "shift", "dense"]
+    assert_exact(plan, found, exact, params, ("b",), ("c",))
