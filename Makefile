@@ -15,7 +15,7 @@ PYTEST := $(BIN)/python -m pytest
 export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
-.PHONY: test test-slow compiled-check doctest lint format types docs clean
+.PHONY: test test-slow faults compiled-check doctest lint format types docs clean
 .PHONY: bench opponents
 .PHONY: demo classifier language-model wavefunction paper data-parallel multi-process
 
@@ -25,6 +25,10 @@ test: $(VENV)/test.stamp
 # Some of these train the examples.
 test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
 	$(PYTEST) -m slow $(PYTEST_ARGS)
+
+# Every fault in every configuration, and the long runs: docs/reliability.md.
+faults: $(VENV)/test.stamp
+	$(PYTEST) tests/test_faults.py tests/test_long_runs.py $(PYTEST_ARGS)
 
 # After a change that is meant to cost more: benchmarks/compiled.py --record.
 compiled-check: $(VENV)/examples.stamp

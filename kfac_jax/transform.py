@@ -436,7 +436,10 @@ def _adapt(
     def measure() -> tuple[Array, Array, Array]:
         rho, change = step.reduction_ratio(moved, rates, modelled, value)
         rho = jnp.where(finite, rho, jnp.nan)
-        return rule.update(step.damping, rho), rho, change
+        # of a batch whose loss is not finite already at θ, ρ says nothing about λ
+        known = jnp.isfinite(loss_of(value))
+        damping = jnp.where(known, rule.update(step.damping, rho), step.damping)
+        return damping, rho, change
 
     def keep() -> tuple[Array, Array, Array]:
         return step.damping, state.info.rho, state.info.quadratic_change

@@ -95,7 +95,10 @@ class Adaptation:
             change = jnp.asarray(predict() if change is None else change, float)
             rho = (after - loss) / change
             assert self.rule is not None
-            return Measured(self.rule.update(damping, rho), after, change, rho)
+            # of a batch whose loss is not finite already at θ, ρ says nothing about λ
+            adapted = self.rule.update(damping, rho)
+            adapted = jnp.where(jnp.isfinite(loss), adapted, damping)
+            return Measured(adapted, after, change, rho)
 
         unknown = jnp.full((), self.unknown, loss.dtype)
         change = None
