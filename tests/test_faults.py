@@ -100,7 +100,7 @@ def check_step(name, before, after):
         assert is_same(after.params, params)
     informed = counted(after.statistics) and len(layers) < len(after.statistics)
     assert new.step == old.step + 1
-    assert new.batches == old.batches + informed
+    assert int(new.batches) == int(old.batches) + informed
     if not informed:
         for layer, part in new.factors.items():
             assert is_same(averages(part), averages(old.factors[layer]))
@@ -121,7 +121,7 @@ def check_damping(name, old, new, after):
         return
     omega = 0.95**2
     assert old.damping * omega * 0.999 <= new.damping <= old.damping / omega * 1.001
-    if not np.isfinite(after.loss):
+    if not np.isfinite(after.loss) or not is_finite(after.grads):
         assert new.damping == old.damping
     if name == "separate damping":
         assert np.isfinite(new.factored_damping)
@@ -155,7 +155,7 @@ def table():
             yield pytest.param(name, fault, marks=marks, id=f"{name}-{fault}")
 
 
-@pytest.mark.parametrize(("name", "fault"), table())
+@pytest.mark.parametrize(("name", "fault"), list(table()))
 def test_a_fault_is_refused_and_training_reaches_the_same_loss(name, fault):
     check(name, fault, place(name, fault))
 
@@ -212,23 +212,22 @@ def test_a_failed_cholesky_keeps_the_inverses_of_that_layer(name):
     (_, old), after, end = fault_problem.run(name, FAULTS["an indefinite factor"], 9)
     old, new = kfac_state(old), kfac_state(after.state)
     together = trees(fault_problem.plan(name))["second"]
-    failed = name != "full"  # which has no such factor
+    failed = int(name != "full")  # which has no such factor
     for layer, part in new.inverses.items():
         kept = is_same(part, old.inverses[layer])
-        assert kept == (failed and layer in together), layer
+        assert kept == (failed == 1 and layer in together), layer
     assert new.info.skipped_updates - old.info.skipped_updates == failed
     assert kfac_state(end[1]).info.skipped_updates >= failed
 
 
 # ------------------------------------------------------------- faults in every step
 
-NOTHING_LEFT = {
-    "nan in all inputs": True,
-    "inf in one example": True,
-    "nan in all labels": True,
-    "nan in a layer's gradient": False,
-}
-"""Whether the loss is not finite either, so that λ stays, too."""
+EVERY_STEP = (
+    "nan in all inputs",
+    "inf in one example",
+    "nan in all labels",
+    "nan in a layer's gradient",
+)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +239,7 @@ NOTHING_LEFT = {
             marks=[] if name in ("fixed rates", "adaptive") else [pytest.mark.slow],
         )
         for name in CONFIGURATIONS
-        for fault in NOTHING_LEFT
+        for fault in EVERY_STEP
         if name != "scale_by_kfac"  # its momentum is another transformation's
     ],
 )
@@ -260,8 +259,7 @@ def test_a_fault_in_every_step_leaves_parameters_and_momentum(name, fault):
         assert at[1].total_notfinite - state.total_notfinite == count
     else:
         assert new.info.skipped_updates - old.info.skipped_updates == count
-    if NOTHING_LEFT[fault]:
-        assert new.damping == old.damping
+    assert new.damping == old.damping
     for number in range(10, STEPS):
         at = step(*at, make_inputs(), number)[:2]
     found = fault_problem.final_loss(name, at[0])
@@ -282,6 +280,9 @@ def test_batches_that_a_mask_hides_are_no_batches(name):
         assert is_same(averages(part), averages(old.factors[layer]))
     assert new.batches == old.batches
     assert new.step == old.step + 30
+    assert new.damping == old.damping
+    assert is_same(new.velocity, old.velocity)
+    assert is_same(at[0], params)
     assert new.info.skipped_updates == old.info.skipped_updates
     for number in range(10, STEPS):
         at = step(*at, make_inputs(), number)[:2]

@@ -12,7 +12,7 @@ class LevenbergMarquardt:
 
     Every `every` steps `ρ = (h(θ + δ) - h(θ)) / (M(δ) - M(0))` is measured on the
     step's own batch. `λ *= ω1` if ρ > 3/4, `λ /= ω1` if ρ < 1/4 or not finite. Where
-    h(θ) itself is not finite the batch is to blame, not the step, and λ stays.
+    h(θ) or its gradient is not finite, the batch is to blame, not the step: λ stays.
 
     Start too large rather than too small. 150 suits the paper's autoencoders; for
     classifiers 1 is more usual. With small batches ρ is noisy: keep λ above `minimum`.
