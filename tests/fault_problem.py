@@ -90,7 +90,9 @@ def make_inputs(dtype=jnp.float32):
 
 
 def fixed(curvature, **options):
-    return kfac_jax.kfac(curvature, 0.1, 0.9, 1e-2, inverse_every=5, **options)
+    """Given rates, and a limit to how far a step goes where it finds no curvature."""
+    more = {"inverse_every": 5, "norm_constraint": 1e-2} | options
+    return kfac_jax.kfac(curvature, 0.1, 0.9, 1e-2, **more)
 
 
 def adaptive(curvature, **options):
@@ -136,26 +138,22 @@ CONFIGURATIONS = {
         adaptive, plan={"structure": kfac_jax.BlockTridiagonal()}
     ),
     "staggered": Configuration(
-        lambda c: fixed_every(c, kfac_jax.RefreshSchedule(4, shares=2))
+        lambda c: fixed(c, inverse_every=kfac_jax.RefreshSchedule(4, shares=2))
     ),
     "stale": Configuration(
-        lambda c: fixed_every(c, kfac_jax.RefreshSchedule(4, stale=True))
+        lambda c: fixed(c, inverse_every=kfac_jax.RefreshSchedule(4, stale=True))
     ),
     "fraction": Configuration(plan={"statistics_fraction": 0.5}),
     "exact": Configuration(plan={"estimation_mode": "fisher_exact"}),
     "full": Configuration(plan={"blocks": kfac_jax.blocks.Full()}),
     "diagonal": Configuration(plan={"blocks": kfac_jax.blocks.Diagonal()}),
     "TNT": Configuration(plan={"blocks": kfac_jax.blocks.TNT()}),
-    "norm constraint": Configuration(lambda c: fixed(c, norm_constraint=1e-2)),
+    "no norm constraint": Configuration(lambda c: fixed(c, norm_constraint=None)),
     "scale_by_kfac": Configuration(chained),
     "apply_if_finite": Configuration(lambda c: optax.apply_if_finite(fixed(c), 5)),
     "bfloat16": Configuration(dtype=jnp.bfloat16),
     "float16": Configuration(dtype=jnp.float16),
 }
-
-
-def fixed_every(curvature, schedule):
-    return kfac_jax.kfac(curvature, 0.1, 0.9, 1e-2, inverse_every=schedule)
 
 
 @functools.cache
@@ -261,6 +259,7 @@ class Fault:
     inputs: Callable[[Inputs, np.random.Generator], Inputs] | None = None
     before: Callable[[str, Any, Any], tuple[Any, Any]] | None = None
     refused: str | None = "update"
+    more: int = 0  # steps that the run is longer by
 
 
 def spoil(field, value, where):
@@ -341,6 +340,9 @@ def indefinite(name, params, state):
     return params, swap(state, is_leaf=lambda x: isinstance(x, kfac_jax.KFACState))
 
 
+UNGUARDED = ("defaults", "no norm constraint", "scale_by_kfac")
+"""Given rates, and steps that are as long as they come out."""
+
 FAULTS = {
     **{
         f"{value} in {place}": Fault(change, refused=None if harmless else "update")
@@ -360,7 +362,8 @@ FAULTS = {
     "an empty mask": Fault(lambda i, _: i._replace(mask=0 * i.mask), refused=""),
     "inputs that are zero": Fault(lambda i, _: i._replace(x=0 * i.x), refused=""),
     "one example repeated": Fault(constant, refused=""),
-    "a tenfold loss": Fault(before=tenfold, refused=""),
+    "a tenfold loss": Fault(lambda i, _: i._replace(y=10 * i.y), refused=""),
+    "parameters of a tenfold loss": Fault(before=tenfold, refused="", more=STEPS),
     "an indefinite factor": Fault(before=indefinite, refused=None),
 }
 
@@ -377,6 +380,6 @@ def run(name, fault, at_step):
         inputs = fault.inputs(inputs, rng)
     faulty = step(params, state, inputs, at_step)
     at = faulty[:2]
-    for number in range(at_step + 1, STEPS):
+    for number in range(at_step + 1, STEPS + fault.more):
         at = step(*at, make_inputs(), number)[:2]
     return (params, state), faulty, at
