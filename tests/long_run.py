@@ -53,5 +53,5 @@ class Run:
 if __name__ == "__main__":
     run = Run(sys.argv[1])
     run.go(int(sys.argv[2]))
-    wide = bool(jax.config.read("jax_enable_x64"))
+    wide = bool(jax.config.jax_enable_x64)
     print(json.dumps({"digest": run.digest(), "loss": float(run.loss), "x64": wide}))
