@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest
 export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
-.PHONY: test test-slow fuzz kills compiled-check doctest lint format types
+.PHONY: test test-slow fuzz faults kills compiled-check doctest lint format types
 .PHONY: docs clean bench opponents
 .PHONY: demo classifier language-model wavefunction paper data-parallel multi-process
 
@@ -33,6 +33,10 @@ test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
 fuzz: $(VENV)/test.stamp
 	FUZZ_COUNT=$(FUZZ_COUNT) FUZZ_SEED=$(FUZZ_SEED) \
 	  $(PYTEST) tests/fuzz $(PYTEST_ARGS)
+
+# Every fault in every configuration, and the long runs: docs/reliability.md.
+faults: $(VENV)/test.stamp
+	$(PYTEST) tests/test_faults.py tests/test_long_runs.py $(PYTEST_ARGS)
 
 # After a change that is meant to cost more: benchmarks/compiled.py --record.
 compiled-check: $(VENV)/examples.stamp

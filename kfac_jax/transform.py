@@ -39,6 +39,7 @@ from kfac_jax._step import (
     initial_info,
     loss_of,
 )
+from kfac_jax._vectors import inner_product
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import (
     LevenbergMarquardt,
@@ -306,10 +307,17 @@ def kfac(
         direction = [x for x in scaled if x is not None]
         step = Step(direction=direction, squared_length=square, **start)
         rates = step.rates(learning_rate, mu, count, norm_constraint)
-        delta, kept, finite = step.combine(rates.learning_rate, rates.momentum, value)
+        # neither statistics nor a gradient, as where a mask hides every case
+        nothing = (state.batches == before.batches) & (square == 0)
+        delta, kept, finite = step.combine(
+            rates.learning_rate, rates.momentum, value, nothing
+        )
         state = _record(state, rates, value, refused | ~finite)
         if isinstance(damping, LevenbergMarquardt):
-            state = _adapt(damping, state, step, delta, finite, rates, modelled, value)
+            useful = ~nothing & jnp.isfinite(loss_of(value))
+            state = _adapt(
+                damping, state, step, delta, finite, useful, rates, modelled, value
+            )
         else:
             state = state._replace(damping=at(damping, state.step))
         restore = curvature.tree.restore
@@ -426,6 +434,7 @@ def _adapt(
     step: Step,
     delta: list[Array],
     finite: Array,
+    useful: Array,
     rates: Solution,
     modelled: bool,
     value: Any,
@@ -437,7 +446,11 @@ def _adapt(
     def measure() -> tuple[Array, Array, Array]:
         rho, change = step.reduction_ratio(moved, rates, modelled, value)
         rho = jnp.where(finite, rho, jnp.nan)
-        return rule.update(step.damping, rho), rho, change
+        # where loss or gradient are not finite already at θ, ρ says nothing about λ
+        square = inner_product(step.gradient, step.gradient)
+        known = useful & jnp.isfinite(square)
+        damping = jnp.where(known, rule.update(step.damping, rho), step.damping)
+        return damping, rho, change
 
     def keep() -> tuple[Array, Array, Array]:
         return step.damping, state.info.rho, state.info.quadratic_change

@@ -238,3 +238,20 @@ def test_nothing_to_do_gives_zeros():
     np.testing.assert_array_equal(
         QuadraticModel().solve(*zero, jnp.asarray(0.9)), [0, 0.9, 0]
     )
+
+
+# ---------------------------------------------------------------------- in long runs
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_no_damping_reaches_zero_or_infinity(dtype):
+    """From where it would never come back, however often it is multiplied."""
+    limits = jnp.finfo(dtype)
+    with jax.enable_x64(dtype == jnp.float64):
+        for value, rho in ((limits.tiny, 1.0), (limits.max, 0.0)):
+            damping = LevenbergMarquardt(1.0).update(dtype(value), rho)
+            assert damping.dtype == dtype
+            assert damping == value
+            gammas = SeparateDamping(1.0).candidates(dtype(value))
+            assert np.isfinite(gammas).all()
+            assert (np.asarray(gammas) > 0).all()

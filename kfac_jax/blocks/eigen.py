@@ -205,8 +205,14 @@ class Eigen(Kronecker):
         return side("input")[..., :, None] * side("output")[..., None, :]
 
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
-        """Adds λ to the moments, in either mode."""
-        return {"moments": Damped(factors["moments"], jnp.asarray(damping))}
+        """Adds λ to the moments, in either mode.
+
+        Moments count as the rounding of the largest where they are less: along those
+        eigenvectors a gradient is rounding, too.
+        """
+        s = factors["moments"]
+        s = jnp.maximum(s, _eps(s) * s.max((-2, -1), keepdims=True))
+        return {"moments": Damped(s, jnp.asarray(damping))}
 
     def solve(self, inverses: Factors, v: Array) -> Array:
         """`U_A ((U_Aᵀ V U_G) / (s + λ)) U_Gᵀ`."""

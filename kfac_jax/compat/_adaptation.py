@@ -95,7 +95,10 @@ class Adaptation:
             change = jnp.asarray(predict() if change is None else change, float)
             rho = (after - loss) / change
             assert self.rule is not None
-            return Measured(self.rule.update(damping, rho), after, change, rho)
+            # where loss or gradient are not finite already at θ, ρ says nothing about λ
+            known = jnp.isfinite(loss) & jnp.isfinite(tree_product(grads, grads))
+            adapted = jnp.where(known, self.rule.update(damping, rho), damping)
+            return Measured(adapted, after, change, rho)
 
         unknown = jnp.full((), self.unknown, loss.dtype)
         change = None

@@ -14,7 +14,8 @@ class LevenbergMarquardt:
     """Adapts λ to how well the quadratic model predicts the loss (section 6.5).
 
     Every `every` steps `ρ = (h(θ + δ) - h(θ)) / (M(δ) - M(0))` is measured on the
-    step's own batch. `λ *= ω1` if ρ > 3/4, `λ /= ω1` if ρ < 1/4 or not finite.
+    step's own batch. `λ *= ω1` if ρ > 3/4, `λ /= ω1` if ρ < 1/4 or not finite. Where
+    h(θ) or its gradient is not finite, the batch is to blame, not the step: λ stays.
 
     Start too large rather than too small. 150 suits the paper's autoencoders; for
     classifiers 1 is more usual. With small batches ρ is noisy: keep λ above `minimum`.
@@ -23,8 +24,8 @@ class LevenbergMarquardt:
       initial: λ0.
       every: T1, in steps.
       factor: ω1 in (0, 1); None means `(19/20) ** every`.
-      minimum: λ never falls below it.
-      maximum: λ never rises above it.
+      minimum: λ never falls below it, nor to zero, which it could not leave.
+      maximum: λ never rises above it, nor to infinity.
       lower: λ rises where ρ is below.
       upper: λ falls where ρ is above.
 
@@ -74,4 +75,6 @@ class LevenbergMarquardt:
         good = (rho > self.upper) & (rho < jnp.inf)
         bad = ~((rho >= self.lower) & (rho < jnp.inf))  # also where ρ is NaN
         new = jnp.where(good, lower, jnp.where(bad, raise_, damping))
-        return jnp.clip(new, self.minimum, self.maximum)
+        limits = jnp.finfo(new.dtype)
+        lowest = max(self.minimum, float(limits.tiny))
+        return jnp.clip(new, lowest, min(self.maximum, float(limits.max)))

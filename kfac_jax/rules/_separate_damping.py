@@ -24,8 +24,8 @@ class SeparateDamping:
       initial: γ0; None means `√(λ0 + η)`.
       every: T2, in steps; a multiple of T3, `inverse_every`.
       factor: ω2 in (0, 1); None means `√(19/20) ** every`.
-      minimum: γ never falls below it.
-      maximum: γ never rises above it.
+      minimum: γ never falls below it, nor to zero, which it could not leave.
+      maximum: γ never rises above it, nor to infinity.
 
     References:
       Martens & Grosse 2015, section 6.6.
@@ -60,8 +60,11 @@ class SeparateDamping:
     def candidates(self, gamma: Array | float) -> Array:
         """Returns γ, ω2 γ and γ/ω2 within the limits, `[3]`."""
         gamma = _arguments.real("gamma (γ)", gamma).astype(float)
-        lower = jnp.maximum(gamma * self.omega, self.minimum)
-        upper = jnp.minimum(gamma / self.omega, self.maximum)
+        limits = jnp.finfo(gamma.dtype)
+        lowest = max(self.minimum, float(limits.tiny))
+        lower = jnp.maximum(gamma * self.omega, lowest)
+        highest = min(self.maximum, float(limits.max))
+        upper = jnp.minimum(gamma / self.omega, highest)
         return jnp.stack([gamma, lower, upper])
 
     def select(self, gammas: Array, changes: Array) -> Array:
