@@ -109,9 +109,10 @@ def broadcast_all_local_devices(obj: Any, axis_name: str | None = None) -> Any:
     for x in jax.tree.leaves(obj):
         if jnp.shape(x)[:1] != (count,):
             raise ValueError(
-                "broadcast_all_local_devices expects obj to have a leading axis "
-                f"with an entry for each of the {count} local devices; got shape "
-                f"{jnp.shape(x)}. Reshape it, or use replicate_all_local_devices for a copy on each."
+                "broadcast_all_local_devices expects obj to have a leading axis with "
+                f"an entry for each of the {count} local devices; got shape "
+                f"{jnp.shape(x)}. Reshape it, or use replicate_all_local_devices for a "
+                "copy on each."
             )
     return jax.device_put(obj, _sharding(axis_name))
 
