@@ -273,7 +273,7 @@ def sharing_report(
     """
     check_plan(curvature)
     check(distribution)
-    if distribution is None:
+    if not isinstance(distribution, OverAxis | OverMesh):
         raise TypeError(
             "distribution must be an OverAxis or OverMesh, for a report of what "
             "devices share; got None."
@@ -308,9 +308,10 @@ def _checked_sizes(axis_sizes: Any) -> dict[str, int]:
     """
     if axis_sizes is None:
         return {}
-    items = axis_sizes.items() if isinstance(axis_sizes, Mapping) else [(None, None)]
-    whole = (isinstance(n, int) and not isinstance(n, bool) for _, n in items)
-    if not all(whole) or min((n for _, n in items), default=1) < 1:
+    sizes: list[Any] = [None]
+    if isinstance(axis_sizes, Mapping):
+        sizes = [*axis_sizes.values()]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in sizes):
         raise TypeError(
             'axis_sizes must be numbers of devices by axis name, {"batch": 8}, say; '
             f"got {shown(axis_sizes)}."

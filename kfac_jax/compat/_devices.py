@@ -109,8 +109,8 @@ def broadcast_all_local_devices(obj: Any, axis_name: str | None = None) -> Any:
     for x in jax.tree.leaves(obj):
         if jnp.shape(x)[:1] != (count,):
             raise ValueError(
-                "broadcast_all_local_devices expects obj to have a leading axis "
-                f"with an entry for each of the {count} local devices; got shape "
+                "broadcast_all_local_devices expects obj to have a leading axis with "
+                f"an entry for each of the {count} local devices; got shape "
                 f"{jnp.shape(x)}. Reshape it, or use replicate_all_local_devices for a "
                 "copy on each."
             )

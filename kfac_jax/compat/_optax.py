@@ -73,7 +73,7 @@ class OptaxPreconditioner:
         damping: float | None = None,
         damping_schedule: Callable[..., Any] | None = None,
         norm_constraint: Any = None,
-        estimation_mode: str = "fisher_gradients",
+        estimation_mode: str | None = "fisher_gradients",
         curvature_ema: Any = 0.95,
         curvature_update_period: int = 1,
         inverse_update_period: int = 5,
