@@ -260,6 +260,7 @@ class Fault:
     before: Callable[[str, Any, Any], tuple[Any, Any]] | None = None
     refused: str | None = "update"
     more: int = 0  # steps that the run is longer by
+    close: float = 1.1  # the loss at the end, over the fault-free one, if not refused
 
 
 def spoil(field, value, where):
@@ -363,7 +364,10 @@ FAULTS = {
     "inputs that are zero": Fault(lambda i, _: i._replace(x=0 * i.x), refused=""),
     "one example repeated": Fault(constant, refused=""),
     "a tenfold loss": Fault(lambda i, _: i._replace(y=10 * i.y), refused=""),
-    "parameters of a tenfold loss": Fault(before=tenfold, refused="", more=STEPS),
+    # limited steps of given rates come back slowly, adaptive rules at once
+    "parameters of a tenfold loss": Fault(
+        before=tenfold, refused="", more=STEPS, close=1.15
+    ),
     "an indefinite factor": Fault(before=indefinite, refused=None),
 }
 
