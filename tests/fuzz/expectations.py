@@ -109,6 +109,9 @@ def check_coverage(program: p.Program, plan: Any) -> None:
             assert kind in ("unmatched", "unused"), (
                 f"{p.name(index)}, a function of a parameter alone, is called {kind}"
             )
+        if all(weight.view == "stopped" for _, weight, _ in own):
+            plain = not any(getattr(op, "tag", False) for op, _, _ in own)
+            assert kind == "unused" or not plain, f"{p.name(index)} is called {kind}"
         if _must_be_covered(own):
             op, weight, _ = own[0]
             names = {"dense", "embedding", "unused"}

@@ -102,7 +102,7 @@ VIEWS: dict[str, ViewKind] = {
     "stopped": ViewKind(
         lambda s: (s,), lambda w, s: jax.lax.stop_gradient(w), covered=None
     ),
-    "exp": ViewKind(lambda s: (s,), lambda w, s: jnp.exp(0.3 * w) - 1, covered=False),
+    "exp": ViewKind(lambda s: (s,), lambda w, s: 0.5 * jnp.exp(0.3 * w), covered=False),
     "normed": ViewKind(
         lambda s: (s,),
         lambda w, s: w / jnp.sqrt(jnp.square(w).sum() + 0.1),
