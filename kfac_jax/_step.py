@@ -258,8 +258,7 @@ class Step:
           alpha: α.
           mu: μ.
           value: h(θ), as passed to update, or None.
-          nothing: whether there was no case to learn from: momentum alone does
-            not move.
+          nothing: whether there was no case to learn from; then nothing moves.
 
         Returns:
           δ, zero where refused; the next δ0, which then stays; whether δ is finite.

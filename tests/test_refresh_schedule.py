@@ -145,7 +145,7 @@ def test_bases_take_turns_too():
         old, new = found[k - 1][1], found[k][1]
         for name in old.factors:
             if name in blocks:
-                key = "input_basis"
+                key = "output_basis"  # the inputs, and so their basis, are the same
                 pair = old.factors[name][key], new.factors[name][key]
             else:
                 pair = old.inverses[name], new.inverses[name]
