@@ -27,7 +27,7 @@ test: $(VENV)/test.stamp
 
 # Some of these train the examples.
 test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
-	$(PYTEST) -m slow --ignore=tests/fuzz $(PYTEST_ARGS)
+	$(PYTEST) -m "slow and not full" --ignore=tests/fuzz $(PYTEST_ARGS)
 
 # Random programs. CI runs 200, of seed 0.
 fuzz: $(VENV)/test.stamp

@@ -15,6 +15,8 @@ from fault_problem import CONFIGURATIONS, FAULTS, STEPS, kfac_state, make_inputs
 
 import kfac_jax
 
+pytestmark = pytest.mark.once
+
 CLOSE = 1.03
 """The loss at the end, over that of a run without the fault, if that was refused."""
 
@@ -157,7 +159,7 @@ FAST = ("fixed rates",)
 
 def table():
     for name in CONFIGURATIONS:
-        marks = [] if name in FAST else [pytest.mark.slow]
+        marks = [] if name in FAST else [pytest.mark.slow, pytest.mark.full]
         for fault in FAULTS:
             yield pytest.param(name, fault, marks=marks, id=f"{name}-{fault}")
 
@@ -172,6 +174,7 @@ MOST = [x for x in FAULTS if not x.startswith(("inf", "-inf", "1e+30", "-1e+38")
 
 
 @pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("at_step", [0, 4])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 @pytest.mark.parametrize("fault", MOST)

@@ -36,7 +36,17 @@ NAMES = (
 
 ADAPTIVE = ("adaptive", "separate damping", "tridiagonal")
 
+SHORT = ("defaults", "adaptive")
+
 pytestmark = pytest.mark.slow
+
+each = pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in SHORT else [pytest.mark.full])
+        for name in NAMES
+    ],
+)
 
 
 def resident_bytes():
@@ -67,7 +77,7 @@ def compilations():
     return Compilations()
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_two_thousand_steps_take_no_memory_and_compile_nothing(name):
     run = Run(name)
     run.go(STEPS // 2)
@@ -93,13 +103,13 @@ def test_two_thousand_steps_take_no_memory_and_compile_nothing(name):
     assert state.damping > 0
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_no_tracer_is_leaked(name):
     with jax.checking_leaks():
         Run(name).go(2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_nothing_is_nan_on_the_way(name):
     """`jax_debug_nans` stops a program at the first NaN that anything computes."""
     with jax.debug_nans(True):
@@ -108,7 +118,7 @@ def test_nothing_is_nan_on_the_way(name):
     assert np.isfinite(run.loss)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_steps_without_jit_are_the_same(name):
     expected, found = Run(name), Run(name)
     expected.go(2)
@@ -118,7 +128,7 @@ def test_steps_without_jit_are_the_same(name):
     jax.tree.map(close, found.params, expected.params)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each
 def test_types_are_promoted_by_no_rule(name):
     """Strictly, as in all tests, and as JAX does by default: the same bits."""
     assert jax.config.jax_numpy_dtype_promotion == "strict"
@@ -145,7 +155,14 @@ def in_a_process(name, steps, wide):
     return json.loads(result.stdout)
 
 
-@pytest.mark.parametrize("name", ["adaptive", "eigen", "tridiagonal"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "adaptive",
+        pytest.param("eigen", marks=pytest.mark.full),
+        pytest.param("tridiagonal", marks=pytest.mark.full),
+    ],
+)
 @pytest.mark.parametrize("wide", [False, True])
 def test_runs_and_processes_agree_bit_by_bit(name, wide):
     """And in single precision a run ends about where it does in double."""
