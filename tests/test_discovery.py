@@ -841,7 +841,7 @@ def test_choice_of_blocks(spec, expected):
         ({"layer7": None}, ValueError, r"key 'layer7'.*Layers: layer0, layer1"),
         ({"scale": None}, ValueError, "key 'scale'.*Kinds: dense"),
         ({"dense": "full"}, TypeError, "got 'full' for layer 'layer0'"),
-        (lambda layer: blocks.Full, TypeError, "expected a Block"),
+        (lambda layer: blocks.Full, TypeError, "blocks must give a Block"),
         ("full", TypeError, "blocks must be a Block, a mapping"),
     ],
 )

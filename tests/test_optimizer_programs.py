@@ -201,13 +201,15 @@ def test_a_state_of_something_else():
 
 def test_shapes_of_something_else():
     with pytest.raises(ValueError, match="step expects momentum as one number; got"):
-        one_step(VALUE_AND_GRAD, rates=RATES | {"momentum": [0.9] * 3})
+        one_step(VALUE_AND_GRAD, rates=RATES | {"momentum": np.full(3, 0.9)})
     many = kfac_jax.Optimizer(VALUE_AND_GRAD, multi_device=True, **EXACT)
     message = r"local devices; got shape \(5,\) at \[0\]\['layer0'\]\['b'\]"
     with pytest.raises(ValueError, match=message):
         many.init(PARAMS, KEY, BATCH)
     with pytest.raises(ValueError, match="or one for each device; got shape"):
-        many.step(PARAMS, None, KEY, batch=BATCH, **(RATES | {"momentum": [0.9] * 3}))
+        many.step(
+            PARAMS, None, KEY, batch=BATCH, **(RATES | {"momentum": np.full(3, 0.9)})
+        )
 
 
 def test_options_stay_as_they_are_and_other_attributes_may_be_set():

@@ -364,10 +364,10 @@ def cut(state):
 
 
 WRONG = {
-    "or a tree with it; got dict. Restore": lambda curvature, state, _: (
+    "or a tree with it; got a dict. Restore": lambda curvature, state, _: (
         kfac_jax.whole_state(curvature, state._asdict())
     ),
-    "or a tree with it; got tuple": lambda curvature, state, _: kfac_jax.spread_state(
+    "or a tree with it; got ()": lambda curvature, state, _: kfac_jax.spread_state(
         curvature, (), AXIS
     ),
     "of another plan: expected": lambda curvature, _, other: kfac_jax.whole_state(
@@ -446,7 +446,10 @@ def test_blocks_with_a_basis_have_no_rows(block):
 def test_parts_along_axes_that_do_not_share():
     with pytest.raises(ValueError, match="OverAxis cuts the state along some of its"):
         kfac_jax.OverAxis("data", state_axes="model")
-    with pytest.raises(ValueError, match=r"shares over, \('data',\); got \['model'\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"shares over, \('data',\): expected some of them, got \['model'\]",
+    ):
         kfac_jax.OverMesh(models.mesh(1, "data"), state_axes="model")
 
 
