@@ -43,6 +43,7 @@ def test_random_programs(chunk, count, record_property):
     start = time.perf_counter()
 
     done: set[p.Program] = set()
+    failed: list[p.Program] = []
 
     @hypothesis.seed(1000 * SEED + chunk)
     @hypothesis.settings(SETTINGS, max_examples=20 * count)
@@ -50,9 +51,12 @@ def test_random_programs(chunk, count, record_property):
     def run(program):
         # Hypothesis varies what it has drawn: a program is new if more than data are
         known = dataclasses.replace(program, seed=0, flags=())
-        if known in done or len(done) == count:
+        enough = known in done or len(done) == count
+        if enough and not failed:  # what has failed is shrunk, and run once more
             return
+        failed.append(program)
         blocks = checks.check(program, steps=program.seed in STEPS)
+        failed.pop()
         done.add(known)
         seen["programs"] += 1
         seen.update(p.features(program))
