@@ -158,7 +158,7 @@ def average(
 
     Returns:
       The averages, how many layers' statistics were refused as not finite, and how many
-      batches the statistics are of: none if no row of any layer counted.
+      batches the statistics are of.
 
     Raises:
       ValueError: if factors or statistics are of another plan.
@@ -166,7 +166,7 @@ def average(
     check(layers, "factor_shapes", factors, sharing)
     check(layers, "statistics_shapes", statistics.layers)
     check_products(layers, statistics.products)
-    weight, new = _means(layers, factors, statistics, sharing)
+    weight, new = _means(layers, statistics, sharing)
     informed = weight > 0
     epsilon = jnp.minimum(
         1.0 - 1.0 / jnp.asarray(step, float), jnp.asarray(decay, float)
@@ -190,17 +190,9 @@ def average(
 
 
 def _means(
-    layers: Sequence[Layer],
-    old: Factors,
-    statistics: Statistics,
-    sharing: Distribution | None,
+    layers: Sequence[Layer], statistics: Statistics, sharing: Distribution | None
 ) -> tuple[Array, Factors]:
-    """The weight, and the batch's own factors, as the devices keep factors.
-
-    A mean over no rows (of an expert that got none, say) is not zero but unknown: there
-    the averages so far stand in. Where no layer has rows, as where a mask hides every
-    case, the weight is zero: such a batch must not pull the averages to zero.
-    """
+    """The weight, and the batch's own factors, as the devices keep factors."""
     layers = [x for x in layers if statistics.layers[x.name]]
     counts = {
         layer.name: _counts(layer, statistics)
@@ -214,54 +206,15 @@ def _means(
     weight = statistics.weight
     if sharing is not None:
         weight, counts, sums = sharing.sums(weight, counts, sums)
-    weight = jnp.where(_any_rows(layers, counts, sums, sharing), weight, 0)
     roots = _cross_counts(layers, counts)
     means: Factors = {}
     for layer in layers:
         part = counts[layer.name] | roots.get(layer.name, {})
-        means[layer.name] = {}
-        for key, count in part.items():
-            count = _like(count, layer, key, sharing)
-            mean = divide(sums[layer.name][key], count)
-            if _is_of_rows(layer, key):
-                known = old[layer.name][key].astype(mean.dtype)
-                mean = jnp.where(count == 0, known, mean)
-            means[layer.name][key] = mean
+        means[layer.name] = {
+            key: divide(sums[layer.name][key], _like(count, layer, key, sharing))
+            for key, count in part.items()
+        }
     return weight, means
-
-
-def _is_of_rows(layer: Layer, key: str) -> bool:
-    """Whether a factor is a mean over rows that count, of which there may be none."""
-    assert layer.block is not None
-    return key in layer.block.row_statistics and key not in CROSS
-
-
-def _any_rows(
-    layers: Sequence[Layer],
-    counts: Factors,
-    sums: Factors,
-    sharing: Distribution | None,
-) -> Array:
-    """Whether any layer's statistics are of any row.
-
-    Layers that count their rows say so. Of others, everything is zero without rows.
-    """
-    found: list[Array] = []
-    kept: list[Array] = []  # of which devices may have a part
-    for layer in layers:
-        assert layer.block is not None
-        part = counts[layer.name]
-        rows = [count for key, count in part.items() if _is_of_rows(layer, key)]
-        if rows:
-            found.extend(jnp.ravel(count != 0) for count in rows)
-            continue
-        own = [sums[layer.name][key] for key in part if key not in layer.block.carried]
-        kept.append(jnp.stack([(x != 0).any() for x in own]).any())
-    if by_rows(sharing):
-        kept = [~x for x in sharing.everywhere([~x for x in kept])]
-    if found:  # all together, because a reduction for each would be much to compile
-        kept.append(jnp.concatenate(found).any())
-    return jnp.stack(kept).any() if kept else jnp.asarray(True)
 
 
 def _counts(layer: Layer, statistics: Statistics) -> dict[str, Array]:

@@ -247,8 +247,8 @@ class Step:
         return Solution(alpha, momentum, nan())
 
     @jax.named_scope("kfac_update")
-    def combine(self, alpha: Array, mu: Array, value: Any, nothing: Array) -> Combined:
-        """`δ = α Δ + μ δ0`, if it is certain to be finite and there is anything to do.
+    def combine(self, alpha: Array, mu: Array, value: Any) -> Combined:
+        """`δ = α Δ + μ δ0`, if it is certain to be finite.
 
         That is decided before δ is computed, from the lengths of Δ and δ0, which saves
         passes over δ. It is also made to wait for the loss, the last reader of the
@@ -258,7 +258,6 @@ class Step:
           alpha: α.
           mu: μ.
           value: h(θ), as passed to update, or None.
-          nothing: whether there was no case to learn from; then nothing moves.
 
         Returns:
           δ, zero where refused; the next δ0, which then stays; whether δ is finite.
@@ -270,17 +269,16 @@ class Step:
         limits = (float(jnp.finfo(x.dtype).max) for x in self.gradient)
         largest = min(limits, default=float("inf"))
         finite = (length <= largest) & ~known_false_after(loss_of(value))
-        taken = finite & ~nothing
         delta: list[Array] = []
         kept: list[Array] = []
         for d, d0, g in zip(u, v, self.gradient, strict=True):
             dtype = wide_dtype(d.dtype)
             moved = alpha.astype(dtype) * wide(d) + mu.astype(dtype) * wide(d0)
             moved = moved.astype(g.dtype)
-            kept.append(jnp.where(taken, moved.astype(d0.dtype), d0))
+            kept.append(jnp.where(finite, moved.astype(d0.dtype), d0))
             # the same array where it can be, for one pass less
             moved = kept[-1] if d0.dtype == g.dtype else moved
-            delta.append(jnp.where(taken, moved, jnp.zeros_like(moved)))
+            delta.append(jnp.where(finite, moved, jnp.zeros_like(moved)))
         return Combined(delta, kept, finite)
 
     def moved(self, delta: list[Array]) -> Params:

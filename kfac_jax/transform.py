@@ -307,14 +307,10 @@ def kfac(
         direction = [x for x in scaled if x is not None]
         step = Step(direction=direction, squared_length=square, **start)
         rates = step.rates(learning_rate, mu, count, norm_constraint)
-        # neither statistics nor a gradient, as where a mask hides every case
-        nothing = (state.batches == before.batches) & (square == 0)
-        delta, kept, finite = step.combine(
-            rates.learning_rate, rates.momentum, value, nothing
-        )
+        delta, kept, finite = step.combine(rates.learning_rate, rates.momentum, value)
         state = _record(state, rates, value, refused | ~finite)
         if isinstance(damping, LevenbergMarquardt):
-            useful = ~nothing & jnp.isfinite(loss_of(value))
+            useful = jnp.isfinite(loss_of(value))
             state = _adapt(
                 damping, state, step, delta, finite, useful, rates, modelled, value
             )

@@ -365,68 +365,6 @@ def test_statistics_of_a_mask_that_hides_every_case():
     assert_finite(curvature_state(state))
 
 
-BLOCKS = ("Kronecker", "Eigen", "TNT", "Full", "Diagonal")
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_statistics_of_no_rows_are_no_batch(block):
-    """An average with zeros would shrink the factors, and lengthen later steps."""
-    params, batch = make_params(), make_batch(0)
-    curvature = kfac_jax.make_curvature(
-        loss_fn, params, *batch, blocks=getattr(kfac_jax.blocks, block)()
-    )
-    tx = kfac_jax.kfac(curvature, 0.1, 0.9, 0.2)
-    step = make_step(tx, curvature)
-    old = tx.init(params)
-    for _ in range(3):
-        _, old = step(params, old, *batch)
-    compute = jax.jit(curvature.value_grad_and_statistics)
-    _, grads, statistics = compute(params, *batch, rng=jax.random.key(0))
-    zero = statistics._replace(layers=spoil(statistics.layers, 0.0))
-    _, state = jax.jit(tx.update)(grads, old, params, statistics=zero)
-    assert_trees_equal(state.factors, old.factors)
-    assert int(state.batches) == int(old.batches) == 3
-    assert int(state.step) == 4
-    assert int(state.info.skipped_updates) == 0
-    # nor in the first step of all
-    _, state = jax.jit(tx.update)(grads, tx.init(params), params, statistics=zero)
-    assert int(state.batches) == int(state.info.inverse_refreshes) == 0
-
-
-def test_an_expert_without_rows_keeps_its_input_factor():
-    """Its mean over no rows is not zero; that of its output gradients is."""
-
-    def loss(w, x, gates, y):
-        outputs = jnp.einsum("bei,eio->beo", x, w)
-        z = (outputs * gates[..., None]).sum(1)
-        return kfac_jax.losses.squared_error(z, y).sum(-1).mean()
-
-    x, y = make_batch(0)
-    x = jnp.broadcast_to(x[:, None], (8, 2, 3))
-    w, both, first = (
-        jnp.ones((2, 3, 2)),
-        jnp.ones((8, 2)),
-        jnp.eye(2)[jnp.zeros(8, int)],
-    )
-    curvature = kfac_jax.make_curvature(
-        loss, w, x, both, y, estimation_mode="fisher_exact"
-    )
-    (name,) = [layer.name for layer in curvature.layers]
-    factors = curvature.init_factors(w)
-    found = []
-    for step, gates in enumerate((both, first, both), 1):
-        statistics = curvature.value_grad_and_statistics(w, 2.0**step * x, gates, y)[2]
-        factors = curvature.update_factors(factors, statistics, step)
-        found.append(factors[name])
-    one, two, three = found
-    moment = x[:, 0].T @ x[:, 0] / 8
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-10)
-    close(one["input"], [4 * moment, 4 * moment])
-    close(two["input"], [(4 + 16) / 2 * moment, 4 * moment])
-    close(three["input"][1], (2 * 4 + 64) / 3 * moment)
-    close(two["output"][1], one["output"][1] / 2)
-
-
 # ----------------------------------------------------------------------- linear algebra
 
 
