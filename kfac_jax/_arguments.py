@@ -188,7 +188,9 @@ def floating(name: str, value: Any) -> Array:
 def floating_type(name: str, value: Any) -> Any:
     """The value as a type of arrays; TypeError unless it is real floating point."""
     try:
-        kind = None if value is None or _has_shape(value) else jnp.dtype(value)
+        known = value is not None and not _has_shape(value)
+        # float is what JAX makes of it, float32 by default
+        kind = jax.dtypes.canonicalize_dtype(value) if known else None
     except (TypeError, ValueError):  # numpy's, which do not say of what
         kind = None
     if kind is None or not jnp.issubdtype(kind, jnp.floating):
