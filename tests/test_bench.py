@@ -17,8 +17,6 @@ import history
 import pairs
 from bench_targets import TARGETS, verdicts
 
-pytestmark = pytest.mark.once
-
 MODEL = pairs.SMALL
 MACHINE = {
     "platform": "cpu",

@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.once
-
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 HERE = {"jax": "0.10.2", "jaxlib": "0.10.2", "platform": "cpu", "device_kind": "A"}
 FOUND = {

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-pytestmark = pytest.mark.once
-
 
 @pytest.fixture(scope="module")
 def text() -> ModuleType:

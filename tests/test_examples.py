@@ -11,8 +11,6 @@ import pytest
 
 import kfac_jax
 
-pytestmark = pytest.mark.once
-
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
 

@@ -12,8 +12,6 @@ import pytest
 
 import kfac_jax
 
-pytestmark = pytest.mark.once
-
 ROOT = pathlib.Path(__file__).parent.parent
 
 

@@ -18,8 +18,6 @@ import pytest
 import kfac_jax
 from kfac_jax.losses import squared_error
 
-pytestmark = pytest.mark.once
-
 X, IMAGES = models.array(0, 4, 3), models.array(1, 4, 4, 2, 2)
 conv = functools.partial(jax.lax.conv_general_dilated, window_strides=(1, 1))
 

@@ -15,8 +15,6 @@ from time_to_target_methods import METHODS, scheduled
 from time_to_target_report import MISSED, success
 from training import Point
 
-pytestmark = pytest.mark.once
-
 
 def curve(*rows):
     """Points at steps with errors; a step takes two seconds."""
