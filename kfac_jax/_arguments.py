@@ -102,6 +102,13 @@ def whole(name: str, value: Any, *, arrays: bool = False) -> None:
         raise TypeError(f"{name} must be an integer; got {shown(value)}.")
 
 
+def count(name: str, value: Any, least: int) -> None:
+    """Raises ValueError unless it is an integer of Python's, and large enough."""
+    fits = isinstance(value, int) and not isinstance(value, bool)
+    if not fits or value < least:
+        raise ValueError(f"{name} must be an integer ≥ {least}; got {shown(value)}.")
+
+
 def flag(name: str, value: Any) -> None:
     """Raises TypeError unless it is a bool."""
     if not isinstance(value, bool):

@@ -8,8 +8,7 @@ import jax.numpy as jnp
 
 from kfac_jax import _by_rows, sharding
 from kfac_jax._arguments import is_number, shown, whole, within
-from kfac_jax._factors import check_statistics, zeros
-from kfac_jax._preconditioner import init_inverses
+from kfac_jax._factors import check_statistics
 from kfac_jax._step import Info, KFACState
 from kfac_jax._trees import path_name
 from kfac_jax.curvature import Curvature, Params
@@ -111,18 +110,17 @@ def check_state(
     Raises:
       ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
-    layers = curvature.layers
-    arrays = jax.eval_shape(
-        lambda: {
-            "factors": zeros(layers, "factor_shapes"),
-            "inverses": init_inverses(layers),
+    kept = distribution.kept_shape if sharding.by_rows(distribution) else tuple
+    arrays = {
+        kind: {
+            layer.name: {
+                name: jax.ShapeDtypeStruct(kept(shape), layer.dtype)
+                for name, shape in getattr(layer, shapes).items()
+            }
+            for layer in curvature.layers
         }
-    )
-    if sharding.by_rows(distribution):
-        arrays = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(distribution.kept_shape(x.shape), x.dtype),
-            arrays,
-        )
+        for kind, shapes in _ARRAYS.items()
+    }
     expected = _described(arrays) | dict.fromkeys(_SCALARS, "a scalar")
     found = _described(state._replace(velocity=())._asdict())
     differing = [
@@ -143,6 +141,7 @@ def check_state(
         )
 
 
+_ARRAYS = {"factors": "factor_shapes", "inverses": "inverse_shapes"}
 _SCALARS = (
     "step",
     "batches",

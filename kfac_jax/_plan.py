@@ -61,9 +61,7 @@ def check_options(
     _arguments.flag("has_aux", has_aux)
     _arguments.choice("estimation_mode", estimation_mode, tuple(_estimation.MODES))
     _arguments.choice("on_unmatched", on_unmatched, ("warn", "error", "ignore"))
-    whole = isinstance(num_samples, int) and not isinstance(num_samples, bool)
-    if not whole or num_samples < 1:
-        raise ValueError(f"num_samples must be an integer ≥ 1; got {num_samples!r}.")
+    _arguments.count("num_samples", num_samples, 1)
     _arguments.number("statistics_fraction (τ1)", statistics_fraction)
     if not 0.0 < statistics_fraction <= 1.0:
         raise ValueError(

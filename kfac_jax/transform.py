@@ -310,10 +310,7 @@ def kfac(
         delta, kept, finite = step.combine(rates.learning_rate, rates.momentum, value)
         state = _record(state, rates, value, refused | ~finite)
         if isinstance(damping, LevenbergMarquardt):
-            useful = jnp.isfinite(loss_of(value))
-            state = _adapt(
-                damping, state, step, delta, finite, useful, rates, modelled, value
-            )
+            state = _adapt(damping, state, step, delta, finite, rates, modelled, value)
         else:
             state = state._replace(damping=at(damping, state.step))
         restore = curvature.tree.restore
@@ -430,7 +427,6 @@ def _adapt(
     step: Step,
     delta: list[Array],
     finite: Array,
-    useful: Array,
     rates: Solution,
     modelled: bool,
     value: Any,
@@ -444,7 +440,7 @@ def _adapt(
         rho = jnp.where(finite, rho, jnp.nan)
         # where loss or gradient are not finite already at θ, ρ says nothing about λ
         square = inner_product(step.gradient, step.gradient)
-        known = useful & jnp.isfinite(square)
+        known = jnp.isfinite(loss_of(value)) & jnp.isfinite(square)
         damping = jnp.where(known, rule.update(step.damping, rho), step.damping)
         return damping, rho, change
 

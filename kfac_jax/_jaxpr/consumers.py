@@ -223,9 +223,23 @@ def concatenated(
     if found is None:
         return Refused("repeated or only partly used by `concatenate`")
     rows = tuple(i for i in range(len(shape)) if i not in features)
-    site = Site(
+    site = _shift(node, node.inputs[at], rows, features, view, found, state)
+    return plain_linear(node, site)
+
+
+def _shift(
+    node: Node,
+    output: Any,
+    rows: tuple[int, ...],
+    features: tuple[int, ...],
+    view: View,
+    found: Layout,
+    state: State,
+) -> Site:
+    """A parameter that is added to an output, or stands there by itself."""
+    return Site(
         kind="shift",
-        output=node.inputs[at],
+        output=output,
         x=None,
         x_axes=((), (), ()),
         y_axes=((), rows, features),
@@ -237,7 +251,6 @@ def concatenated(
         repeated=view.repeated,
         source=node.source,
     )
-    return plain_linear(node, site)
 
 
 def generic(
@@ -322,20 +335,7 @@ def _tagged_shift(
     found = layout(view, shapes[view.source], [*([a] for a in view.stacked), axes])
     assert found is not None  # as it has been laid out beside the weight
     rows = tuple(i for i in range(len(node.out_shape())) if i not in features)
-    return Site(
-        kind="shift",
-        output=node.outputs[0],
-        x=None,
-        x_axes=((), (), ()),
-        y_axes=((), rows, features),
-        examples=row_examples(state, rows),
-        weight=None,
-        bias=(view.source, found),
-        scale=view.scale,
-        scans=view.scans,
-        repeated=view.repeated,
-        source=node.source,
-    )
+    return _shift(node, node.outputs[0], rows, features, view, found, state)
 
 
 def _tagged_scale_and_shift(

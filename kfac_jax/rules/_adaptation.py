@@ -17,10 +17,8 @@ def check_adaptation(rule: Any, interval: str, omega: str) -> None:
       TypeError: if one is no number.
       ValueError: if one is out of its range.
     """
-    every, factor = rule.every, rule.factor
-    if not isinstance(every, int) or isinstance(every, bool) or every < 1:
-        got = _arguments.shown(every)
-        raise ValueError(f"every ({interval}) must be an integer ≥ 1; got {got}.")
+    _arguments.count(f"every ({interval})", rule.every, 1)
+    factor = rule.factor
     if factor is not None:
         _arguments.number(f"factor ({omega})", factor)
         if not 0.0 < factor < 1.0:

@@ -48,14 +48,10 @@ class RefreshSchedule:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        whole = isinstance(self.shares, int) and not isinstance(self.shares, bool)
-        if not whole or self.shares < 1:
-            raise ValueError(f"shares must be an integer ≥ 1; got {self.shares!r}.")
+        _arguments.count("shares", self.shares, 1)
         _arguments.flag("stale", self.stale)
         for name in ("phase", "warm_up"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise ValueError(f"{name} must be an integer ≥ 0; got {value!r}.")
+            _arguments.count(name, getattr(self, name), 0)
         _arguments.number("every (T3)", self.every, arrays=True)
         number = isinstance(self.every, numbers.Real)
         if number and not float(self.every) >= self.shares:
