@@ -103,8 +103,12 @@ def test_a_module_that_reaches_for_the_network_is_noticed(tmp_path):
 
 
 def installed():
-    """The files of the distribution, without what pip and Python add."""
-    files = importlib.metadata.distribution("kfac_jax").files or []
+    """The files of what pip installed, without what pip and Python add.
+
+    A build leaves kfac_jax.egg-info in the repository, which is on the path as well.
+    """
+    found = importlib.metadata.distributions(name="kfac_jax")
+    (files,) = (x.files or [] for x in found if x.read_text("RECORD"))
     own = ("INSTALLER", "REQUESTED", "direct_url.json", "RECORD")
     return [x for x in files if x.name not in own and "__pycache__" not in x.parts]
 
