@@ -29,6 +29,7 @@ class Statistics(NamedTuple):
     """
 
     weight: Array  # []: how many batches the sums are over; 0 means no information
+    cases: Array  # []: how many cases no mask hides; 0 means no information either
     layers: Factors  # for each layer the sums its block asks for, float32 or wider
     # the sides of gradients that stay products (Kronecker(gradient_products=True)):
     # of this very batch only, so a sum of several says nothing here
@@ -135,6 +136,14 @@ def _shapes_of(part: Any) -> Any:
     return {name: jnp.shape(x) if is_array(x) else shown(x) for name, x in part.items()}
 
 
+class Averaged(NamedTuple):
+    """The averages after one batch."""
+
+    factors: Factors
+    informed: Array  # []: whether any layer took the statistics
+    refused: Array  # []: whether there were some that a layer did not take
+
+
 @jax.named_scope("kfac_factors")
 def average(
     layers: Sequence[Layer],
@@ -143,7 +152,8 @@ def average(
     step: Any,
     decay: Any,
     sharing: Distribution | None = None,
-) -> tuple[Factors, Array, Array]:
+    usable: Array | bool = True,
+) -> Averaged:
     """Moves the averages on by one batch; see `Curvature.update_factors`.
 
     Factors are sums over all devices divided by counts over all devices: both add up.
@@ -155,10 +165,10 @@ def average(
       step: k, counted from 1.
       decay: the largest ε.
       sharing: over which devices the batch, and possibly the factors, are spread.
+      usable: whether the batch may be used, for all that its gradient says.
 
     Returns:
-      The averages, how many layers' statistics were refused as not finite, and how many
-      batches the statistics are of.
+      The averages, and what was done with the statistics.
 
     Raises:
       ValueError: if factors or statistics are of another plan.
@@ -166,8 +176,9 @@ def average(
     check(layers, "factor_shapes", factors, sharing)
     check(layers, "statistics_shapes", statistics.layers)
     check_products(layers, statistics.products)
-    weight, new = _means(layers, statistics, sharing)
-    informed = weight > 0
+    weight, cases, new = _means(layers, statistics, sharing)
+    offered = weight > 0
+    taken = offered & (cases > 0) & usable
     epsilon = jnp.minimum(
         1.0 - 1.0 / jnp.asarray(step, float), jnp.asarray(decay, float)
     )
@@ -182,17 +193,17 @@ def average(
     for layer in new:
         averages = blocks[layer].average(factors[layer], new[layer], epsilon)
         result[layer] = {
-            name: jnp.where(informed & finite[layer], averages[name], old)
+            name: jnp.where(taken & finite[layer], averages[name], old)
             for name, old in factors[layer].items()
         }
-    refused = [(informed & ~flag).astype(jnp.int32) for flag in finite.values()]
-    return result, sum(refused, jnp.zeros((), jnp.int32)), weight
+    flags = jnp.stack([*finite.values()]) if finite else jnp.ones(1, bool)
+    return Averaged(result, taken & flags.any(), offered & ~(taken & flags.all()))
 
 
 def _means(
     layers: Sequence[Layer], statistics: Statistics, sharing: Distribution | None
-) -> tuple[Array, Factors]:
-    """The weight, and the batch's own factors, as the devices keep factors."""
+) -> tuple[Array, Array, Factors]:
+    """Weight and cases, and the batch's own factors, as the devices keep factors."""
     layers = [x for x in layers if statistics.layers[x.name]]
     counts = {
         layer.name: _counts(layer, statistics)
@@ -203,9 +214,9 @@ def _means(
         name: {key: statistics.layers[name][key] for key in part}
         for name, part in counts.items()
     }
-    weight = statistics.weight
+    weight, cases = statistics.weight, statistics.cases
     if sharing is not None:
-        weight, counts, sums = sharing.sums(weight, counts, sums)
+        weight, (cases, counts), sums = sharing.sums(weight, (cases, counts), sums)
     roots = _cross_counts(layers, counts)
     means: Factors = {}
     for layer in layers:
@@ -214,7 +225,7 @@ def _means(
             key: divide(sums[layer.name][key], _like(count, layer, key, sharing))
             for key, count in part.items()
         }
-    return weight, means
+    return weight, cases, means
 
 
 def _counts(layer: Layer, statistics: Statistics) -> dict[str, Array]:

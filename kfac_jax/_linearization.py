@@ -186,9 +186,10 @@ def _statistics(
             pull_outputs,
             rng,
         )
-        return _over_devices(layers, sums), count
+        (cases,) = _collectives.summed([_cases(losses)], [None])
+        return _over_devices(layers, sums), count, cases
 
-    sums, count = axis_types.auto(gathered)(losses, rng)
+    sums, count, cases = axis_types.auto(gathered)(losses, rng)
     count *= _compat.summed_devices([one.z for one in losses], sums)
     counted = {
         name: {key: x * count for key, x in part.items()}
@@ -196,12 +197,22 @@ def _statistics(
     }
     return Statistics(
         jnp.asarray(count, jnp.float32),
+        cases,
         {
             layer.name: {**sums.get(i, {}), **counted.get(layer.name, {})}
             for i, layer in enumerate(layers)
         },
         {},
     )
+
+
+def _cases(losses: Sequence[RegisteredLoss]) -> Array:
+    """How many cases count, by the losses' masks."""
+    total = jnp.zeros((), jnp.float32)
+    for x in losses:
+        hidden = x.mask is not None
+        total += jnp.sum(x.mask != 0, dtype=jnp.float32) if hidden else len(x.z)
+    return total
 
 
 def _over_devices(layers: Sequence[Layer], sums: Sums) -> Sums:

@@ -46,7 +46,7 @@ class Info(NamedTuple):
     rho: Array  # [], ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)), when it was last measured
     quadratic_change: Array  # [], M(δ) - M(0)
     inverse_refreshes: Array  # [] int32, steps that computed inverses so far
-    skipped_updates: Array  # [] int32, updates that refused something not finite so far
+    skipped_updates: Array  # [] int32, updates so far that refused something
 
 
 class KFACState(NamedTuple):
@@ -104,34 +104,36 @@ def advance(
     decay: Any,
     schedule: RefreshSchedule,
     distribution: Distribution | None,
+    usable: Array,
     candidates: Candidates | None = None,
 ) -> tuple[KFACState, Array]:
     """Updates factors and, if due, γ and inverses; also tells if it refused anything.
+
+    A batch that is not `usable` is not learnt from.
 
     Both ε and the refreshes at the first steps count batches that brought statistics: a
     step without any must not pass for the first.
     """
     step, layers = state.step + 1, curvature.layers
-    informative = sum(bool(layer.factor_shapes) for layer in layers)
-    factors, refused, weight = _factors.average(
+    averaged = _factors.average(
         layers,
         state.factors,
         statistics,
         state.batches + 1,
         axis_types.here(decay),
         distribution,
+        usable,
     )
-    informed = (weight > 0) & (refused < max(1, informative))
-    batches = state.batches + informed.astype(jnp.int32)
+    batches = state.batches + averaged.informed.astype(jnp.int32)
     every = axis_types.here(schedule.every)
     schedule = dataclasses.replace(schedule, every=every)
     turns = schedule.turns(step) & (batches > 0)
     if candidates is not None:  # a traced T3 may not divide T2
         turns |= candidates.due & (batches > 0)
-    due = turns | (informed & (batches <= schedule.warm_up))
+    due = turns | (averaged.informed & (batches <= schedule.warm_up))
     refreshed = refresh(
         layers,
-        factors,
+        averaged.factors,
         state.inverses,
         damping + curvature.l2,
         None if candidates is None else state.factored_damping,
@@ -153,7 +155,12 @@ def advance(
         inverses=refreshed.inverses,
         info=info,
     )
-    return state, (refused > 0) | (refreshed.failed > 0)
+    return state, averaged.refused | (refreshed.failed > 0)
+
+
+def is_usable(gradient: list[Array]) -> Array:
+    """Whether a batch may be learnt from: its gradient's squares do not overflow."""
+    return jnp.isfinite(inner_product(gradient, gradient))
 
 
 def averaged_loss(distribution: Distribution | None, value: Any) -> Any:
@@ -191,6 +198,7 @@ class Step:
       gradient: ∇h.
       direction: Δ, minus the preconditioned gradient.
       squared_length: ΔᵀΔ, or somewhat more.
+      usable: whether ∇h is finite.
       previous: δ0.
       damping: λ.
       distribution: over which devices the batch is spread.
@@ -202,6 +210,7 @@ class Step:
     gradient: list[Array]
     direction: list[Array]
     squared_length: Array
+    usable: Array
     previous: list[Array]
     damping: Array
     distribution: Distribution | None
@@ -268,7 +277,8 @@ class Step:
         length = (jnp.abs(rates) * jnp.sqrt(squares)).sum()
         limits = (float(jnp.finfo(x.dtype).max) for x in self.gradient)
         largest = min(limits, default=float("inf"))
-        finite = (length <= largest) & ~known_false_after(loss_of(value))
+        finite = self.usable & (length <= largest)
+        finite &= ~known_false_after(loss_of(value))
         delta: list[Array] = []
         kept: list[Array] = []
         for d, d0, g in zip(u, v, self.gradient, strict=True):

@@ -212,6 +212,7 @@ class Curvature:
         self.tree.leaves(params, "params")
         return Statistics(
             jnp.zeros((), jnp.float32),
+            jnp.zeros((), jnp.float32),
             _factors.zeros(self.layers, "statistics_shapes"),
             _products.zeros(self.layers),
         )
@@ -351,7 +352,8 @@ class Curvature:
         """Moves the factors' averages on by one batch.
 
         `new = ε · old + (1 - ε) · batch` with `ε = min(1 - 1/k, decay)`. A layer whose
-        statistics are not finite keeps its factors; with weight zero all do.
+        statistics are not finite keeps its factors; with weight zero, or where masks
+        hide all cases, all do.
 
         Args:
           factors: the averages so far.
@@ -375,7 +377,7 @@ class Curvature:
         _arguments.within("step (k)", step, 1, float("inf"))
         _arguments.number("decay (ε)", decay, arrays=True)
         _arguments.within("decay (ε)", decay, 0.0, 1.0)
-        return _factors.average(self.layers, factors, statistics, step, decay)[0]
+        return _factors.average(self.layers, factors, statistics, step, decay).factors
 
     def approximation(self, factors: Factors) -> Approximation:
         """The approximate curvature as a linear operator over the parameters.

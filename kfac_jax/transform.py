@@ -37,9 +37,9 @@ from kfac_jax._step import (
     initial_damping,
     initial_factored_damping,
     initial_info,
+    is_usable,
     loss_of,
 )
-from kfac_jax._vectors import inner_product
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import (
     LevenbergMarquardt,
@@ -128,9 +128,17 @@ def scale_by_kfac(
         grads = curvature.tree.masked_leaves(updates, "grads")
         now = at(damping, state.step)
         value = averaged_loss(distribution, value)
+        usable = is_usable([x for x in grads if x is not None])
         before = state
         state, refused = advance(
-            curvature, state, statistics, now, decay, schedule, distribution
+            curvature,
+            state,
+            statistics,
+            now,
+            decay,
+            schedule,
+            distribution,
+            usable,
         )
         scaled, square = _precondition(
             curvature,
@@ -141,7 +149,7 @@ def scale_by_kfac(
             statistics.products,
             distribution,
         )
-        finite = jnp.isfinite(square)
+        finite = jnp.isfinite(square) & usable
         scaled = [
             None if x is None else jnp.where(finite, x, jnp.zeros_like(x))
             for x in scaled
@@ -178,7 +186,8 @@ def kfac(
     parameters. They suit large batches; with small ones fixed rates are safer.
 
     A factor, inverse or update that is not finite never enters the state: the last good
-    one stays, the update is zero, and `state.info.skipped_updates` counts it.
+    one stays, the update is zero, and `state.info.skipped_updates` counts it. A batch
+    whose gradient is not finite is not used at all.
 
     Args:
       curvature: the plan.
@@ -271,6 +280,7 @@ def kfac(
             "damping": now,
             "distribution": distribution,
         }
+        usable = is_usable(start["gradient"])
         products = _products.negative(statistics.products)
         candidates = None
         if factored_damping is not None:
@@ -292,6 +302,7 @@ def kfac(
             decay,
             schedule,
             distribution,
+            usable,
             candidates,
         )
         down = [None if x is None else -x for x in grads]
@@ -305,7 +316,7 @@ def kfac(
             distribution,
         )
         direction = [x for x in scaled if x is not None]
-        step = Step(direction=direction, squared_length=square, **start)
+        step = Step(direction=direction, squared_length=square, usable=usable, **start)
         rates = step.rates(learning_rate, mu, count, norm_constraint)
         delta, kept, finite = step.combine(rates.learning_rate, rates.momentum, value)
         state = _record(state, rates, value, refused | ~finite)
@@ -439,8 +450,7 @@ def _adapt(
         rho, change = step.reduction_ratio(moved, rates, modelled, value)
         rho = jnp.where(finite, rho, jnp.nan)
         # where loss or gradient are not finite already at θ, ρ says nothing about λ
-        square = inner_product(step.gradient, step.gradient)
-        known = jnp.isfinite(loss_of(value)) & jnp.isfinite(square)
+        known = jnp.isfinite(loss_of(value)) & step.usable
         damping = jnp.where(known, rule.update(step.damping, rho), step.damping)
         return damping, rho, change
 

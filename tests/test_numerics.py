@@ -5,9 +5,11 @@ import itertools
 
 import jax
 import jax.numpy as jnp
+import models
 import numpy as np
 import optax
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import kfac_jax
 from kfac_jax import linalg
@@ -142,15 +144,13 @@ def test_a_nan_batch_changes_nothing_and_is_counted(kind):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("which", ["inputs", "targets"])
 def test_nothing_that_is_not_finite_enters_the_state(which, bad):
-    """Factors that stay finite (bad targets, or behind a saturated unit) may move."""
     tx, step = stepper("kfac")
     params, (x, y) = make_params(), make_batch(0)
     _, before = step(params, tx.init(params), x, y)
     x, y = (x.at[0, 0].set(bad), y) if which == "inputs" else (x, y.at[0, 0].set(bad))
     updates, state = step(params, before, x, y)
     assert_zero(updates)
-    assert_finite(curvature_state(state))
-    assert_trees_equal(state.velocity, before.velocity)
+    assert_trees_equal(curvature_state(state), curvature_state(before))
     assert int(state.info.skipped_updates) == 1
 
 
@@ -186,15 +186,16 @@ def test_bad_statistics_of_one_layer_keep_that_layers_factors():
     assert int(after.info.skipped_updates) == 1
 
 
-def test_bad_gradients_leave_the_velocity():
+def test_a_batch_with_a_bad_gradient_is_not_used_at_all():
     tx, move = update()
     grads, statistics = gathered()
     _, state = move(grads, tx.init(make_params()), statistics)
     bad = {**grads, "first": {**grads["first"], "b": spoil(grads["first"]["b"])}}
-    updates, after = move(bad, state, statistics)
+    twice = jax.tree.map(lambda x: 2 * x, statistics.layers)
+    updates, after = move(bad, state, statistics._replace(layers=twice))
     assert_zero(updates)
-    assert_trees_equal(after.velocity, state.velocity)
-    assert_finite(curvature_state(after))
+    assert_trees_equal(curvature_state(after), curvature_state(state))
+    assert after.batches == state.batches
     assert int(after.info.skipped_updates) == 1
 
 
@@ -349,20 +350,72 @@ def test_an_empty_parameter_is_no_obstacle():
     assert_finite((updates, curvature_state(state)))
 
 
-def test_statistics_of_a_mask_that_hides_every_case():
+def masked_plan():
     def masked_loss(params, x, y, mask):
         z = x @ params["w"]
         kfac_jax.register_softmax_cross_entropy_loss(z, y, mask)
         return (optax.softmax_cross_entropy_with_integer_labels(z, y) * mask).mean()
 
     params, x = {"w": jnp.ones((3, 2))}, make_batch(0)[0]
-    y = jnp.zeros(8, int)
-    curvature = kfac_jax.make_curvature(masked_loss, params, x, y, jnp.ones(8))
+    batch = x, jnp.zeros(8, int), jnp.ones(8)
+    curvature = kfac_jax.make_curvature(
+        masked_loss, params, *batch, estimation_mode="fisher_exact"
+    )
+    return curvature, params, batch
+
+
+def test_a_mask_that_hides_every_case_brings_no_statistics():
+    curvature, params, (x, y, mask) = masked_plan()
     tx = kfac_jax.kfac(curvature, 0.1, 0.9, 0.2)
     step = make_step(tx, curvature)
-    updates, state = step(params, tx.init(params), x, y, jnp.zeros(8))
-    assert_zero(updates)
-    assert_finite(curvature_state(state))
+    updates, state = step(params, tx.init(params), x, y, 0 * mask)
+    assert_zero((updates, state.factors))
+    assert (state.batches, state.info.skipped_updates) == (0, 1)
+    _, state = step(params, state, x, y, mask)
+    updates, after = step(params, state, x, y, 0 * mask)
+    assert_trees_equal(after.factors, state.factors)
+    assert (after.batches, after.info.skipped_updates) == (1, 2)
+    assert np.any(updates["w"])  # by momentum
+
+
+def test_micro_batches_of_which_a_mask_hides_one():
+    """They are the whole batch: a hidden case is a case."""
+    curvature, params, (x, y, mask) = masked_plan()
+    gather = jax.jit(lambda *batch: curvature.value_grad_and_statistics(params, *batch))
+    mask = mask.at[4:].set(0.0)
+    whole = gather(x, y, mask)[2]
+    parts = [gather(x[i], y[i], mask[i])[2] for i in (np.s_[:4], np.s_[4:])]
+    assert (parts[0].cases, parts[1].cases) == (4, 0)
+    both = jax.tree.map(jnp.add, *parts)
+    zero = curvature.init_factors(params)
+    models.assert_trees_close(
+        curvature.update_factors(zero, both, 1),
+        curvature.update_factors(zero, whole, 1),
+    )
+    assert_zero(curvature.update_factors(zero, parts[1], 1))
+
+
+@models.EIGHT_DEVICES
+def test_devices_of_which_a_mask_hides_one():
+    curvature, params, (x, y, mask) = masked_plan()
+    mask = mask.at[4:].set(0.0)
+
+    def gather(params, *batch):
+        return curvature.value_grad_and_statistics(params, *batch)[2]
+
+    shared = jax.shard_map(
+        gather,
+        mesh=models.mesh(2, "batch"),
+        in_specs=(P(), *[P("batch")] * 3),
+        out_specs=P(),
+    )
+    found, whole = jax.jit(shared)(params, x, y, mask), gather(params, x, y, mask)
+    assert found.cases == whole.cases == 4
+    zero = curvature.init_factors(params)
+    models.assert_trees_close(
+        curvature.update_factors(zero, found, 1),
+        curvature.update_factors(zero, whole, 1),
+    )
 
 
 # ----------------------------------------------------------------------- linear algebra

@@ -229,10 +229,11 @@ class BlockDiagonalCurvature:
         old = state.weight * ema_old
         weight = old + ema_new
         epsilon = jnp.where(weight > 0, old / jnp.where(weight > 0, weight, 1), 1)
-        factors, _, _ = _factors.average(
+        averaged = _factors.average(
             curvature.layers, state.factors, statistics, jnp.inf, epsilon
         )
-        return state._replace(factors=factors, weight=weight)
+        weight = jnp.where(averaged.informed, weight, state.weight)
+        return state._replace(factors=averaged.factors, weight=weight)
 
     def sync(
         self, state: BlockDiagonalState, pmap_axis_name: str | None

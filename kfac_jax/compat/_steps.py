@@ -188,7 +188,7 @@ class Steps:
         _, statistics = curvature.value_and_statistics(
             params, batch, rng=key, factors=old.factors
         )
-        factors, _, weight = _factors.average(
+        averaged = _factors.average(
             curvature.layers,
             old.factors,
             statistics,
@@ -196,9 +196,11 @@ class Steps:
             1.0,
             self._distribution,
         )
-        batches = old.batches + (weight > 0).astype(old.batches.dtype)
+        batches = old.batches + averaged.informed.astype(old.batches.dtype)
         new = old._replace(
-            weight=_weight(old, batches, 1.0), batches=batches, factors=factors
+            weight=_weight(old, batches, 1.0),
+            batches=batches,
+            factors=averaged.factors,
         )
         return state._replace(estimator_state=new), next_key
 

@@ -18,6 +18,7 @@ from kfac_jax.linalg._shared import Columns
 from kfac_jax.sharding._planner import Division, balance, divide, pack
 from kfac_jax.sharding._rows import Shape, fill, from_rows, rows_shape, to_rows
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 Shared = Callable[[Array, Columns], Array]
@@ -123,7 +124,7 @@ class OverAxis:
             leaves[i] = total / self.size()
         return jax.tree.unflatten(treedef, leaves)
 
-    def sums(self, weight: Array, counts: T, sums: T) -> tuple[Array, T, T]:
+    def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
         """Sums statistics over the devices, unless they are without information.
 
         Args:

@@ -15,6 +15,7 @@ from kfac_jax._arguments import shown
 from kfac_jax.sharding._over_axis import OverAxis, Shared, as_names, check_names
 from kfac_jax.sharding._rows import Shape, rows_shape
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -97,7 +98,7 @@ class OverMesh:
         """The same: arrays under `jit` are of all devices together."""
         return tree
 
-    def sums(self, weight: Array, counts: T, sums: T) -> tuple[Array, T, T]:
+    def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
         """The same, of `sums` by rows where devices keep these."""
         if self.by_rows:
             leaves, treedef = jax.tree.flatten(sums)
