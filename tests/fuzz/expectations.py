@@ -1,7 +1,7 @@
 """What theory and the documentation say of a program, from its description alone."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fuzz import programs as p
@@ -98,18 +98,18 @@ def check_coverage(program: p.Program, plan: Any) -> None:
     kinds = {
         int(path[1:]): layer.kind for layer in plan.layers for path in layer.params
     }
+    for op in _lasting(program.body):
+        for weight in p.weights(op):
+            if VIEWS[weight.view].covered is False:
+                wrong = {kinds[i] for i in weight.params} - {"unmatched", "unused"}
+                assert not wrong, f"functions of parameters alone are called {wrong}"
     uses: dict[int, list[tuple[p.Op, p.Weight, list[p.Op]]]] = {}
     for op, _, inside in _paths(program.body):
         for weight in p.weights(op):
             for index in weight.params:
                 uses.setdefault(index, []).append((op, weight, inside))
     for index, own in uses.items():
-        views = {VIEWS[weight.view].covered for _, weight, _ in own}
         kind = kinds[index]
-        if False in views:
-            assert kind in ("unmatched", "unused"), (
-                f"{p.name(index)}, a function of a parameter alone, is called {kind}"
-            )
         if all(weight.view == "stopped" for _, weight, _ in own):
             # a tag, or a derivative of the user's own, may let a gradient pass
             plain = not any(
@@ -123,6 +123,16 @@ def check_coverage(program: p.Program, plan: Any) -> None:
             names = {"dense", "embedding", "unused"}
             names |= {"shift"} if weight is getattr(op, "bias", None) else set()
             assert kind in names, f"{p.name(index)} is called {kind}"
+
+
+def _lasting(body: Sequence[p.Op], replaced: bool = False) -> Iterator[p.Op]:
+    """The operations whose results no rows of a table can replace later."""
+    for op in reversed(body):
+        if not replaced:
+            yield op
+        for inner in p.bodies(op):
+            yield from _lasting(inner, replaced)
+        replaced |= any(isinstance(x, p.Embed) and not x.add for x, _ in p.walk((op,)))
 
 
 def _must_be_covered(own: Sequence[tuple[p.Op, p.Weight, list[p.Op]]]) -> bool:
