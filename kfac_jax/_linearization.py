@@ -187,7 +187,7 @@ def _statistics(
             rng,
         )
         (cases,) = _collectives.summed([_cases(losses)], [None])
-        return _over_devices(layers, sums), count, cases
+        return _over_devices(layers, sums), count, count * cases
 
     sums, count, cases = axis_types.auto(gathered)(losses, rng)
     count *= _compat.summed_devices([one.z for one in losses], sums)
