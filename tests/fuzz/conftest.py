@@ -1,6 +1,24 @@
-"""Prints what the fuzzer's programs held, over all processes."""
+"""Prints failures as they come, and at the end what the programs held."""
 
 import collections
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # what one process of xdist's several has
+        config.pluginmanager.register(FailuresAtOnce(config))
+
+
+class FailuresAtOnce:
+    """A run may take an hour, and the smallest program is worth looking at before."""
+
+    def __init__(self, config):
+        self.config = config
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            errors = [x for x in report.longreprtext.splitlines() if x.startswith("E ")]
+            terminal = self.config.get_terminal_writer()
+            terminal.line("\n".join(["", report.nodeid, *errors]))
 
 
 def pytest_terminal_summary(terminalreporter):
