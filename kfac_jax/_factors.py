@@ -165,7 +165,7 @@ def average(
       step: k, counted from 1.
       decay: the largest ε.
       sharing: over which devices the batch, and possibly the factors, are spread.
-      usable: whether the batch may be used, for all that its gradient says.
+      usable: whether the batch may be used, for all that its loss says.
 
     Returns:
       The averages, and what was done with the statistics.

@@ -1,6 +1,7 @@
 """The pieces of an update: state, checks, factors and inverses, rates, damping."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -158,11 +159,6 @@ def advance(
     return state, averaged.refused | (refreshed.failed > 0)
 
 
-def is_usable(gradient: list[Array]) -> Array:
-    """Whether a batch may be learnt from: its gradient's squares do not overflow."""
-    return jnp.isfinite(inner_product(gradient, gradient))
-
-
 def averaged_loss(distribution: Distribution | None, value: Any) -> Any:
     """The loss in `value`, over all devices' cases."""
     if distribution is None or value is None:
@@ -177,6 +173,19 @@ def loss_of(value: Any) -> Array:
     loss = value[0] if isinstance(value, tuple) and value else value
     number("value, the loss or (loss, aux),", loss, arrays=True)
     return jnp.asarray(loss, float)
+
+
+def is_usable(value: Any, gradient: list[Array]) -> Array:
+    """Whether a batch may be learnt from, for all that its loss says.
+
+    Where the loss's square overflows, in the gradient's precision, something in the
+    statistics does, or was hidden by it. That costs nothing to see; the gradient's
+    squares would cost a pass over it.
+    """
+    if value is None:
+        return jnp.asarray(True)
+    limits = (float(jnp.finfo(wide_dtype(x.dtype)).max) for x in gradient)
+    return jnp.abs(loss_of(value)) <= math.sqrt(min(limits, default=math.inf))
 
 
 class Combined(NamedTuple):
@@ -198,7 +207,7 @@ class Step:
       gradient: ∇h.
       direction: Δ, minus the preconditioned gradient.
       squared_length: ΔᵀΔ, or somewhat more.
-      usable: whether ∇h is finite.
+      usable: whether h(θ) is finite, as far as it is known.
       previous: δ0.
       damping: λ.
       distribution: over which devices the batch is spread.

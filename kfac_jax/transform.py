@@ -40,6 +40,7 @@ from kfac_jax._step import (
     is_usable,
     loss_of,
 )
+from kfac_jax._vectors import inner_product
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.rules import (
     LevenbergMarquardt,
@@ -128,7 +129,7 @@ def scale_by_kfac(
         grads = curvature.tree.masked_leaves(updates, "grads")
         now = at(damping, state.step)
         value = averaged_loss(distribution, value)
-        usable = is_usable([x for x in grads if x is not None])
+        usable = is_usable(value, [x for x in grads if x is not None])
         before = state
         state, refused = advance(
             curvature,
@@ -187,7 +188,7 @@ def kfac(
 
     A factor, inverse or update that is not finite never enters the state: the last good
     one stays, the update is zero, and `state.info.skipped_updates` counts it. A batch
-    whose gradient is not finite is not used at all.
+    whose loss, `value=`, is not finite is not used at all.
 
     Args:
       curvature: the plan.
@@ -280,7 +281,7 @@ def kfac(
             "damping": now,
             "distribution": distribution,
         }
-        usable = is_usable(start["gradient"])
+        usable = is_usable(value, start["gradient"])
         products = _products.negative(statistics.products)
         candidates = None
         if factored_damping is not None:
@@ -450,7 +451,8 @@ def _adapt(
         rho, change = step.reduction_ratio(moved, rates, modelled, value)
         rho = jnp.where(finite, rho, jnp.nan)
         # where loss or gradient are not finite already at θ, ρ says nothing about λ
-        known = jnp.isfinite(loss_of(value)) & step.usable
+        square = inner_product(step.gradient, step.gradient)
+        known = step.usable & jnp.isfinite(square)
         damping = jnp.where(known, rule.update(step.damping, rho), step.damping)
         return damping, rho, change
 

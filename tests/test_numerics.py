@@ -144,13 +144,18 @@ def test_a_nan_batch_changes_nothing_and_is_counted(kind):
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("which", ["inputs", "targets"])
 def test_nothing_that_is_not_finite_enters_the_state(which, bad):
+    """Factors behind a saturated unit, which hides ∞ from the loss, may move."""
     tx, step = stepper("kfac")
     params, (x, y) = make_params(), make_batch(0)
     _, before = step(params, tx.init(params), x, y)
     x, y = (x.at[0, 0].set(bad), y) if which == "inputs" else (x, y.at[0, 0].set(bad))
     updates, state = step(params, before, x, y)
     assert_zero(updates)
-    assert_trees_equal(curvature_state(state), curvature_state(before))
+    assert_finite(curvature_state(state))
+    assert_trees_equal(state.velocity, before.velocity)
+    if not np.isfinite(state.info.loss):
+        assert_trees_equal(curvature_state(state), curvature_state(before))
+        assert state.batches == before.batches
     assert int(state.info.skipped_updates) == 1
 
 
@@ -186,17 +191,38 @@ def test_bad_statistics_of_one_layer_keep_that_layers_factors():
     assert int(after.info.skipped_updates) == 1
 
 
-def test_a_batch_with_a_bad_gradient_is_not_used_at_all():
+def test_bad_gradients_leave_the_velocity():
     tx, move = update()
     grads, statistics = gathered()
     _, state = move(grads, tx.init(make_params()), statistics)
     bad = {**grads, "first": {**grads["first"], "b": spoil(grads["first"]["b"])}}
-    twice = jax.tree.map(lambda x: 2 * x, statistics.layers)
-    updates, after = move(bad, state, statistics._replace(layers=twice))
+    updates, after = move(bad, state, statistics)
+    assert_zero(updates)
+    assert_trees_equal(after.velocity, state.velocity)
+    assert_finite(curvature_state(after))
+    assert int(after.info.skipped_updates) == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e200])
+@pytest.mark.parametrize("kind", ["scale_by_kfac", "kfac"])
+def test_a_batch_with_a_bad_loss_is_not_used_at_all(kind, value):
+    """The square of 1e200 overflows, as do those of gradients and statistics."""
+    tx = make_transformation(kind)
+    move = jax.jit(
+        lambda grads, state, statistics, value: tx.update(
+            grads, state, statistics=statistics, value=value
+        )
+    )
+    grads, statistics = gathered()
+    _, state = move(grads, tx.init(make_params()), statistics, 1.0)
+    twice = statistics._replace(layers=jax.tree.map(lambda x: 2 * x, statistics.layers))
+    updates, after = move(grads, state, twice, value)
     assert_zero(updates)
     assert_trees_equal(curvature_state(after), curvature_state(state))
     assert after.batches == state.batches
-    assert int(after.info.skipped_updates) == 1
+    assert (after.step, after.info.skipped_updates) == (2, 1)
+    updates, _ = move(grads, after, twice, 1e100)
+    assert any(np.any(x) for x in jax.tree.leaves(updates))
 
 
 @pytest.mark.parametrize(("dtype", "rate"), [(jnp.float64, 1e308), (jnp.float16, 1e5)])
