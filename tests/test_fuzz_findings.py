@@ -135,3 +135,25 @@ def test_a_tagged_bias_that_joins_no_weight_is_not_called_unused():
     )
     assert [layer.kind for layer in plan.layers] == ["shift", "shift", "dense"]
     assert_exact(plan, found, exact, params, ("b",), ("c",))
+
+
+APPLIED = {
+    "after a dense layer": lambda p, x: add(add(x @ p["w"], p["b"]), p["c"]),
+    "by themselves": lambda p, x: add(add(x, p["b"]), p["c"]),
+    "the first cut": lambda p, x: add(add(x, p["d"][:2]), p["c"]),
+    "after a tag": lambda p, x: add(TAGGED["dense"](p, x), p["c"]),
+}
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_two_shifts_in_a_row_are_of_two_parameters(name):
+    """The first was called unused, and its statistics went to the second."""
+    made = {c: models.array(i, 3 if c == "d" else 2) for i, c in enumerate("bcd")}
+    made["w"] = SQUARE["w"]
+    names = {"by themselves": "bc", "the first cut": "cd"}.get(name, "bcw")
+    params = {c: made[c] for c in names}
+    plan, found, exact = blocks_of(APPLIED[name], params, blocks=kfac_jax.blocks.Full())
+    assert sorted(x for layer in plan.layers for x in layer.params) == sorted(names)
+    assert all((layer.uses, layer.kind) != (0, "unused") for layer in plan.layers)
+    joined = [("c",), ("w", "b")] if "w" in names else [(c,) for c in names]
+    assert_exact(plan, found, exact, params, *joined)

@@ -228,6 +228,8 @@ class _Finder:
             or self.counts.get(other) != 1
             or node.name == "sub"
             or linear.site.y_places  # whose outputs are only some of those
+            or linear.site.weight is None  # a shift by another parameter
+            or linear.site.bias is not None
         ):
             return shift
         plain = consumers.is_one(view.scale) and consumers.is_one(linear.view.scale)
