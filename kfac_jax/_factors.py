@@ -196,8 +196,10 @@ def average(
             name: jnp.where(taken & finite[layer], averages[name], old)
             for name, old in factors[layer].items()
         }
-    flags = jnp.stack([*finite.values()]) if finite else jnp.ones(1, bool)
-    return Averaged(result, taken & flags.any(), offered & ~(taken & flags.all()))
+    # one sum of all flags: XLA would repeat what they are made of for each reduction
+    wrong = sum((~flag).astype(jnp.int32) for flag in finite.values())
+    informed = taken & (wrong < max(1, len(finite)))
+    return Averaged(result, informed, offered & (~taken | (wrong > 0)))
 
 
 def _means(
