@@ -304,7 +304,7 @@ def check_blocks(case: Case, numbers: Numbers) -> dict[str, int]:
             kind = type(layer.block).__name__ if layer.tagged else layer.kind
             counts[kind] = counts.get(kind, 0) + 1
             if not layer.tagged:
-                _check_untagged(layer, found, exact, what)
+                _check_untagged(layer, found, exact, what, scale)
             elif isinstance(layer.block, Full):
                 exact = exact * (slices[:, None] == slices[None, :])
                 close(found, exact, case.tolerance, what, scale)
@@ -321,15 +321,20 @@ def check_blocks(case: Case, numbers: Numbers) -> dict[str, int]:
     return counts
 
 
-def _check_untagged(layer: Any, found: Any, exact: Any, what: str) -> None:
-    """A diagonal of random squares: its mean is exact, and where it is not zero."""
+def _check_untagged(
+    layer: Any, found: Any, exact: Any, what: str, scale: float
+) -> None:
+    """A diagonal of random squares: its mean is exact, and where it is not zero.
+
+    Of parameters that the loss does not depend on, both are squares of rounding.
+    """
     if layer.kind == "unused":
         assert not exact.any(), f"{what}: said to be unused"
         assert isinstance(layer.block, Identity)
         return
     diagonal, own = np.diag(found), np.diag(exact)
     assert (found == np.diag(diagonal)).all() and (diagonal >= 0).all(), what
-    tiny = 1e-10 * own.max(initial=0.0)
+    tiny = max(1e-10 * own.max(initial=0.0), 1e-24 * scale)
     assert (diagonal[own > tiny] > 0).all(), f"{what}: zero though used"
     assert (diagonal[own == 0] <= tiny + 1e-13).all(), f"{what}: not zero"
 
