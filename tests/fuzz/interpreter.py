@@ -335,8 +335,9 @@ def _unrolled(body: Body, params: Params, h: Any, context: Context, own: Any, n:
 def _ensemble(body: Body, params: Params, h: Any, context: Context, own: Any, n: int):
     """Each member has a copy of the batch; their outputs are added up."""
     axes = {name: 0 if name in own else None for name in params}
-    copies = jnp.broadcast_to(h, (n, *h.shape))
-    return jax.vmap(body, (axes, 0, None))(params, copies, context).sum(0)
+    h, ids = (jnp.broadcast_to(x, (n, *x.shape)) for x in (h, context.ids))
+    mapped = jax.vmap(body, (axes, 0, Context(0, None)))
+    return mapped(params, h, context._replace(ids=ids)).sum(0)
 
 
 NESTS: dict[str, Callable[..., Any]] = {
