@@ -352,7 +352,7 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
     groups: dict[Any, list[Any]] = {}
     at = _positions(case)
     for use, x, root in zip(numbers.uses, numbers.inputs, numbers.roots, strict=True):
-        if use.param != int(weight[1:]):
+        if use.param != int(weight[1:]) or not np.any(root):  # no gradient: no use
             continue
         entries = at[weight][use.entries]
         x = np.asarray(x, float)
