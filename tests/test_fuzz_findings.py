@@ -157,3 +157,33 @@ def test_two_shifts_in_a_row_are_of_two_parameters(name):
     assert all((layer.uses, layer.kind) != (0, "unused") for layer in plan.layers)
     joined = [("c",), ("w", "b")] if "w" in names else [(c,) for c in names]
     assert_exact(plan, found, exact, params, *joined)
+
+
+def test_a_tied_weight_of_which_one_use_has_no_gradient():
+    """The norm of its zero factors was 0 / 0 when compiled, and so was all else."""
+    params = {"t": models.array(2, 5, 3), "w": models.array(1, 2, 3)}
+
+    def loss_fn(params, x, ids):
+        def picked(h, t):
+            del h
+            return t[ids]
+
+        own = jax.custom_jvp(picked)
+        own.defjvp(lambda primals, tangents: jax.jvp(picked, primals, tangents))
+        h = own(jnp.tanh(x @ params["w"]), params["t"])
+        return squared_error(h @ params["w"].T).sum(-1).mean()
+
+    args = X, jnp.arange(4)
+    plan = kfac_jax.make_curvature(loss_fn, params, *args, estimation_mode="ggn_exact")
+
+    @jax.jit
+    def dense(params, *args):
+        statistics = plan.value_grad_and_statistics(params, *args)[2]
+        factors = plan.update_factors(plan.init_factors(params), statistics, 1)
+        return factors["w"], plan.approximation(factors).to_dense()
+
+    factors, found = dense(params, *args)
+    assert not np.any(factors["output"])
+    expected = np.kron(factors["transposed_output"], factors["transposed_input"])
+    own = oracles.block(np.asarray(found), params, "w")
+    np.testing.assert_allclose(own, expected, rtol=1e-9, atol=1e-12)

@@ -34,7 +34,8 @@ class Side(NamedTuple):
         """The Frobenius norm, `[*e]`; also of numbers whose squares underflow."""
         x = self.array
         largest = jnp.abs(x).max(self.axes, keepdims=True)
-        scaled = x / jnp.maximum(largest, jnp.finfo(x.dtype).tiny)
+        # not by the smallest number: XLA makes of (s / n) / tiny s / (n tiny), a 0 / 0
+        scaled = x / jnp.where(largest > 0, largest, 1.0)
         norm = jnp.sqrt(jnp.square(scaled).sum(self.axes))
         return norm * jnp.squeeze(largest, self.axes)
 

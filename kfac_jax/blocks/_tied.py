@@ -55,9 +55,9 @@ def nearest_product(factors: Factors) -> Factors:
     p, q = (a, other_g), (g, other_a)
     p_norms, q_norms = (jnp.stack([x.frobenius_norm for x in pair]) for pair in (p, q))
     tiny = jnp.finfo(p_norms.dtype).tiny
-    p_norms, q_norms = jnp.maximum(p_norms, tiny), jnp.maximum(q_norms, tiny)
     # of the products only ratios matter, and they may be tiny themselves
-    log_w = jnp.log(p_norms) + jnp.log(q_norms)
+    log_w = jnp.log(jnp.maximum(p_norms, tiny)) + jnp.log(jnp.maximum(q_norms, tiny))
+    p_norms, q_norms = (jnp.where(n > 0, n, 1.0) for n in (p_norms, q_norms))
     largest = log_w.max(0, keepdims=True)
     w = jnp.exp(log_w - largest)
     p_cosine, q_cosine = _inner(p, p_norms), _inner(q, q_norms)
