@@ -207,11 +207,11 @@ def _statistics(
 
 
 def _cases(losses: Sequence[RegisteredLoss]) -> Array:
-    """How many cases count, by the losses' masks."""
+    """`[]`: how many cases count, by the losses' masks."""
     total = jnp.zeros((), jnp.float32)
     for x in losses:
-        hidden = x.mask is not None
-        total += jnp.sum(x.mask != 0, dtype=jnp.float32) if hidden else len(x.z)
+        all_count = x.mask is None
+        total += len(x.z) if all_count else jnp.sum(x.mask != 0, dtype=jnp.float32)
     return total
 
 

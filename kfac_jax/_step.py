@@ -178,9 +178,16 @@ def loss_of(value: Any) -> Array:
 def is_usable(value: Any, gradient: list[Array]) -> Array:
     """Whether a batch may be learnt from, for all that its loss says.
 
-    Where the loss's square overflows, in the gradient's precision, something in the
-    statistics does, or was hidden by it. That costs nothing to see; the gradient's
-    squares would cost a pass over it.
+    A loss whose square overflows, in the gradient's precision, is taken for one that is
+    not finite: with a saturated output, which hides all curvature, there is no other
+    sign. To look at the gradient's squares would cost a pass over it.
+
+    Args:
+      value: h(θ), as passed to update, or None, of which nothing is said.
+      gradient: ∇h, by leaves, of which only the types matter.
+
+    Returns:
+      [] bool.
     """
     if value is None:
         return jnp.asarray(True)

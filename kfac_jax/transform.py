@@ -188,7 +188,8 @@ def kfac(
 
     A factor, inverse or update that is not finite never enters the state: the last good
     one stays, the update is zero, and `state.info.skipped_updates` counts it. A batch
-    whose loss, `value=`, is not finite is not used at all.
+    whose loss, `value=`, is not finite (nor its square, which in float32 overflows from
+    1.8e19) is not used at all.
 
     Args:
       curvature: the plan.

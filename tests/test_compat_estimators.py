@@ -103,6 +103,15 @@ def test_blocks_without_a_matrix_are_the_identity():
     models.assert_trees_close(found, (jnp.eye(16), jnp.eye(8)))
 
 
+def test_a_batch_that_is_not_finite_leaves_averages_and_their_weight():
+    """Its weight alone would have made later batches count for less."""
+    estimator, state = estimator_and_state()
+    after = estimator.update_curvature_matrix_estimate(
+        state, 0.5, 1.5, 0.0, 6, KEY, (PARAMS, (jnp.nan * X, Y)), "fisher_exact"
+    )
+    models.assert_trees_close(after, state)
+
+
 def test_batches_are_averaged_by_weight():
     """`(0.95 · old + 0.05 · new) / 1.0`, then with weights that do not add up to 1."""
     estimator, state = estimator_and_state()
