@@ -29,10 +29,10 @@ def _keep_tangent(primitive: Any) -> None:
     _compat.set_jvp(primitive, rule)
 
 
-def _to_front(x: Array, axis: int | None, size: int) -> Array:
+def _moved(x: Array, axis: int | None, size: int, place: int = 0) -> Array:
     if axis is None:
-        return jnp.broadcast_to(x, (size, *x.shape))
-    return jnp.moveaxis(x, axis, 0)
+        return jnp.moveaxis(jnp.broadcast_to(x, (size, *x.shape)), 0, place)
+    return jnp.moveaxis(x, axis, place)
 
 
 def _batch_size(operands: Sequence[Array], axes: Sequence[int | None]) -> int:
@@ -42,17 +42,22 @@ def _batch_size(operands: Sequence[Array], axes: Sequence[int | None]) -> int:
 
 
 def _batch_layer(operands: Sequence[Array], axes: Sequence[int | None], **params: Any):
-    """`y` and `x` get a new leading axis; so do the parameters if any is batched."""
+    """`y` and `x` get a new axis; so do the parameters if any is batched.
+
+    Then it is one more axis of independent layers, which lead; otherwise one of rows,
+    which come after those.
+    """
     size = _batch_size(operands, axes)
     count = params["num_inputs"] + 1
     independent = any(axis is not None for axis in axes[count:])
+    place = 0 if independent else params["independent"]
     moved = [
-        _to_front(x, axis, size) if i < count or independent else x
+        _moved(x, axis, size, place) if i < count or independent else x
         for i, (x, axis) in enumerate(zip(operands, axes, strict=True))
     ]
     if independent:
         params["independent"] += 1
-    return layer_tag.bind(*moved, **params), 0
+    return layer_tag.bind(*moved, **params), place
 
 
 def _batch_loss(operands: Sequence[Array], axes: Sequence[int | None], **params: Any):
@@ -60,9 +65,9 @@ def _batch_loss(operands: Sequence[Array], axes: Sequence[int | None], **params:
     size = _batch_size(operands, axes)
     *arrays, weight = operands
     *array_axes, weight_axis = axes
-    moved = [_to_front(x, a, size) for x, a in zip(arrays, array_axes, strict=True)]
+    moved = [_moved(x, a, size) for x, a in zip(arrays, array_axes, strict=True)]
     if weight_axis is not None or weight.ndim:
-        weight = _to_front(weight, weight_axis, size)
+        weight = _moved(weight, weight_axis, size)
     return loss_tag.bind(*moved, weight, **params), 0
 
 

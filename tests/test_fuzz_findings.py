@@ -187,3 +187,21 @@ def test_a_tied_weight_of_which_one_use_has_no_gradient():
     expected = np.kron(factors["transposed_output"], factors["transposed_input"])
     own = oracles.block(np.asarray(found), params, "w")
     np.testing.assert_allclose(own, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("examples", [2, 4])
+def test_tagged_members_of_an_ensemble_for_each_example(examples):
+    """Examples were taken for members: a crash, or wrong where there are as many."""
+    params = {"b": models.array(1, 2, 3), "w": models.array(2, 2, 2, 3)}
+
+    def apply(p, x):
+        def one(x):
+            copies = jnp.broadcast_to(x, (2, *x.shape))
+            return jax.vmap(TAGGED["dense"])(p, copies).sum(0)
+
+        return jax.vmap(one)(x)
+
+    full = kfac_jax.blocks.Full()
+    plan, found, exact = blocks_of(apply, params, X[:examples], blocks=full)
+    assert [layer.params for layer in plan.layers] == [("w", "b")]
+    assert_exact(plan, found, exact, params, ("w", "b"))
