@@ -21,6 +21,18 @@ def array(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     return jnp.asarray(scale * rng.standard_normal(shape))
 
 
+def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Fails where `jax.jit` of it would compile a second time."""
+    traces = []
+
+    def traced(*args, **kwargs):
+        traces.append(None)
+        assert len(traces) == 1, "traced again"
+        return function(*args, **kwargs)
+
+    return traced
+
+
 def classes(seed: int, count: int, *shape: int) -> jax.Array:
     """Seeded class indices."""
     return jnp.asarray(np.random.default_rng(seed).integers(0, count, shape))
