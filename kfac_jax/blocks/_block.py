@@ -118,8 +118,9 @@ class Block(abc.ABC):
 
     handles_one_hot: ClassVar[bool] = False
     """Whether an embedding's inputs may be given as the integers that they are: then
-    its shape is `one_hot`, and `statistics` gets `x [*e, b, s]`. Others get one-hot
-    rows `[*e, b, s, i]`."""
+    its shape is `one_hot`, and `statistics` gets `x [*e, b, s]`. A factor of the
+    table, as in `√d · table[ids]`, is in `dy` then. Others get one-hot rows
+    `[*e, b, s, i]`, multiplied by it."""
 
     carried: ClassVar[frozenset[str]] = frozenset()
     """Factors that `statistics` needs, as keywords, and `solve`, beside the inverses:

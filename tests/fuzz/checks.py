@@ -180,6 +180,10 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
             continue
         entries = at[weight][use.entries]
         x = np.asarray(x, float)
+        if layer.kind == "embedding":  # one-hot rows stay so
+            root = root * use.scale
+        else:
+            x = x * use.scale
         if bias is not None:
             assert use.bias is not None and use.bias[0] == bias, (
                 f"{layer.name}: {rest[0]} is not added to all outputs of {weight}"

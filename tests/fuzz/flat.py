@@ -30,6 +30,7 @@ class Use:
       param: which one.
       entries: `[e, i, o]`, which entries of the parameter.
       x: `[e, rows, i]`, its inputs.
+      scale: the factor between the parameter's entries and what multiplies `x`.
       rows: from arrays `[k, *output]` to `[k, e, rows, o]`.
       tap: which of the zeros was added to the output.
       bias: parameter and entries `[e, o]` of what is added next, or None.
@@ -38,6 +39,7 @@ class Use:
     param: int
     entries: np.ndarray
     x: Any
+    scale: float
     rows: Callable[[Any], Any]
     tap: int
     bias: tuple[int, np.ndarray] | None
@@ -93,7 +95,7 @@ class Flat(Interpreter):
             size = (out,) if kind in ("dense", "conv") else shape
             shift = self._entries(params, bias, size).reshape(entries.shape[::2])
         self.uses += _by_parameter(
-            entries, x * VIEWS[weight.view].scale, rows, number, shift
+            entries, x, VIEWS[weight.view].scale, rows, number, shift
         )
         return y
 
@@ -147,6 +149,7 @@ class Flat(Interpreter):
 def _by_parameter(
     entries: np.ndarray,
     x: Any,
+    scale: float,
     rows: Callable[[Any], Any],
     tap: int,
     bias: np.ndarray | None,
@@ -168,6 +171,7 @@ def _by_parameter(
                 int(param),
                 entries[np.ix_(e, i, o)] % NUMBERS,
                 x[e][:, :, i],
+                scale,
                 lambda j, e=e, o=o: rows(j)[:, e][..., o],
                 tap,
                 shift,
