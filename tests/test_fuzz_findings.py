@@ -205,3 +205,17 @@ def test_tagged_members_of_an_ensemble_for_each_example(examples):
     plan, found, exact = blocks_of(apply, params, X[:examples], blocks=full)
     assert [layer.params for layer in plan.layers] == [("w", "b")]
     assert_exact(plan, found, exact, params, ("w", "b"))
+
+
+def test_a_table_and_its_half_have_one_hot_inputs():
+    """The oracle had the half in the inputs; with two uses that is another A ⊗ G."""
+    params, ids, others = {"t": models.array(1, 4, 3)}, [0, 0, 1], [2, 3, 3]
+
+    def apply(p, x):
+        del x
+        return jnp.concatenate([p["t"][jnp.array(ids)] / 2, p["t"][jnp.array(others)]])
+
+    _, found, exact = blocks_of(apply, params)
+    a = np.diag(np.bincount(ids + others)) / 6
+    g = np.einsum("titj->ij", np.reshape(exact, (4, 3, 4, 3)))
+    np.testing.assert_allclose(found, np.kron(a, g), rtol=1e-9, atol=1e-13)
