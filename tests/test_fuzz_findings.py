@@ -219,3 +219,92 @@ def test_a_table_and_its_half_have_one_hot_inputs():
     a = np.diag(np.bincount(ids + others)) / 6
     g = np.einsum("titj->ij", np.reshape(exact, (4, 3, 4, 3)))
     np.testing.assert_allclose(found, np.kron(a, g), rtol=1e-9, atol=1e-13)
+
+
+def scanned(function):
+    """A function of a weight and a value, as the one step of a scan."""
+
+    def run(w, x):
+        return jax.lax.scan(lambda x, _: (function(w, x), None), x, length=1)[0]
+
+    return run
+
+
+def carried(function):
+    """The same, with the weight in the carry."""
+
+    def run(w, x):
+        step = lambda carry, _: ((carry[0], function(*carry)), None)  # noqa: E731
+        return jax.lax.scan(step, (w, x), length=2)[0][1]
+
+    return run
+
+
+def chosen(function):
+    """The same, as a branch."""
+    return lambda w, x: jax.lax.cond(x[0, 0] > -9, function, lambda w, x: x, w, x)
+
+
+HANDED = {
+    "checkpoint": jax.checkpoint,
+    "carry of a scan": carried,
+    "cond": chosen,
+    "scan of cond": lambda function: scanned(chosen(function)),
+}
+
+
+@pytest.mark.parametrize("name", HANDED)
+def test_a_slice_that_is_handed_over_and_not_used_is_no_use(name):
+    """All operands of what has a body counted as needed: the slice was one too much."""
+    params = {"u": models.array(1, 2, 2, 2), "w": models.array(2, 2, 2)}
+
+    def apply(p, x):
+        run = HANDED[name](lambda w, x: jnp.sin(x @ p["w"]))
+        return run(p["u"][1], x)
+
+    plan, _, exact = blocks_of(apply, params)
+    kinds = {layer.name: layer.kind for layer in plan.layers}
+    assert kinds == {"u": "unused", "w": "dense"}
+    assert not exact[:8].any()
+
+
+def test_a_slice_that_a_loop_hands_on_is_used_in_the_end():
+    """One step puts it into the carry, the next but one uses it."""
+    params = {"u": models.array(1, 2, 2, 2), "w": models.array(2, 2, 2)}
+
+    def apply(p, x):
+        def step(carry, _):
+            first, second, x = carry
+            return (second, p["u"][1], x @ first), None
+
+        return jax.lax.scan(step, (p["w"], p["w"], x), length=3)[0][2]
+
+    plan, _, exact = blocks_of(apply, params, on_unmatched="ignore")
+    assert {layer.name: layer.kind for layer in plan.layers} == dict.fromkeys(
+        params, "unmatched"
+    )
+    assert np.diag(exact)[4:8].all()
+
+
+def test_what_a_custom_rule_has_a_gradient_for_is_reported():
+    """Though the function itself does not use it."""
+    params = {"u": models.array(1, 2, 2, 2), "w": models.array(2, 2, 2)}
+
+    @jax.custom_vjp
+    def own(w, x):
+        del w
+        return x
+
+    own.defvjp(lambda w, x: (x, (w, x)), lambda saved, g: (saved[1].T @ g, g))
+
+    def apply(p, x):
+        return own(p["u"][1] * jnp.cos(p["u"][0]), jnp.sin(x @ p["w"]))
+
+    def loss_fn(params, x):
+        return squared_error(apply(params, x)).sum(-1).mean()
+
+    assert jax.grad(loss_fn)(params, X)["u"].any()
+    with pytest.warns(UserWarning, match="u: "):
+        plan = kfac_jax.make_curvature(loss_fn, params, X)
+    kinds = {layer.name: layer.kind for layer in plan.layers}
+    assert kinds == {"u": "unmatched", "w": "dense"}

@@ -6,7 +6,7 @@ one jitted function, so passes can keep what they learn in plain dictionaries.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr import _compat
@@ -188,32 +188,77 @@ def build(closed: Any) -> Graph:
     return _Builder().graph(closed)
 
 
+SEEN_THROUGH = {
+    "scan": 0,
+    "cond": 1,
+    "checkpoint": 0,
+    "remat2": 0,
+    "remat": 0,
+    "shard_map": 0,
+}
+"""Equations that read of their operands what their bodies do; where those begin."""
+
+
 def needed(
     graph: Graph,
     wanted: set[int],
     reads: Callable[[Node], tuple[Atom, ...]] | None = None,
+    *,
+    whole: bool = False,
 ) -> set[int]:
     """Slices back: the ids of all values that the values in `wanted` depend on.
 
-    A nested graph counts as a whole where any of its results is needed, except that its
-    own dead equations do not count. What an equation reads is up to `reads`.
+    Args:
+      graph: the program.
+      wanted: ids of values, also of nested graphs.
+      reads: what an equation without bodies reads; by default `read_inputs`.
+      whole: whether equations with bodies read all operands, as they must to be run.
+        Custom derivative rules always do: an operand may be for the rule alone.
+
+    Returns:
+      The ids, `wanted` among them.
     """
     found = set(wanted)
     reads = reads or read_inputs
 
     def visit(graph: Graph) -> None:
         for node in reversed(graph.nodes):
-            inside = any(
-                value in found for body in node.bodies for value in _defined(body)
-            )
-            if not (inside or any(out in found for out in node.outputs)):
-                continue
+            results = any(out in found for out in node.outputs)
+            if not node.bodies:
+                found.update(_values(reads(node) if results else ()))
+            elif results or any(value in found for value in _inner(node)):
+                enter(node)
+
+    def enter(node: Node) -> None:
+        offset = None if whole else SEEN_THROUGH.get(node.name)
+        if offset is None:
             if any(out in found for out in node.outputs):
                 for body in node.bodies:
-                    found.update(a for a in body.outputs if is_value(a))
-            found.update(a for a in reads(node) if is_value(a))
+                    found.update(_values(body.outputs))
             for body in node.bodies:
                 visit(body)
+            found.update(_values(node.inputs))
+            return
+        found.update(_values(node.inputs[:offset]))  # what chooses between branches
+        for body in node.bodies:
+            read(body, body.outputs, node.outputs)
+            if node.name == "scan":
+                carried(node, body)
+            read(body, node.inputs[offset:], body.inputs)
+
+    def read(body: Graph, sources: Sequence[Atom], targets: Sequence[int]) -> None:
+        pairs = zip(sources, targets, strict=True)
+        found.update(_values(source for source, target in pairs if target in found))
+        visit(body)
+
+    def carried(node: Node, body: Graph) -> None:
+        """What one step needs of the carry, the step before it has to put out."""
+        layout = _compat.scan_layout(node.params)
+        at = slice(layout.num_consts, layout.num_consts + layout.num_carry)
+        size = -1
+        while size != len(found):
+            size = len(found)
+            read(body, body.outputs[: layout.num_carry], body.inputs[at])
 
     visit(graph)
     return found
@@ -242,7 +287,7 @@ def _stops(graph: Graph) -> Iterator[Node]:
 
 def without_rest(graph: Graph, wanted: set[int]) -> Graph:
     """The graph with no more than what the values in `wanted` are computed from."""
-    found = needed(graph, wanted, lambda node: node.inputs)
+    found = needed(graph, wanted, lambda node: node.inputs, whole=True)
     nodes = tuple(
         node
         for node in graph.nodes
@@ -291,10 +336,16 @@ def read_inputs(node: Node) -> tuple[Atom, ...]:
     return node.inputs[:1] if node.params["kind"] == "conv2d" else node.inputs[1:]
 
 
-def _defined(graph: Graph) -> Iterator[int]:
-    yield from graph.inputs
-    for node in graph.walk():
-        yield from node.outputs
+def _values(atoms: Iterable[Atom]) -> Iterator[int]:
+    return (atom for atom in atoms if is_value(atom))
+
+
+def _inner(node: Node) -> Iterator[int]:
+    """The values that bodies define."""
+    for body in node.bodies:
+        yield from body.inputs
+        for inner in body.walk():
+            yield from inner.outputs
 
 
 def use_counts(graph: Graph) -> dict[int, int]:

@@ -103,11 +103,11 @@ def check_coverage(program: p.Program, plan: Any) -> None:
             if VIEWS[weight.view].covered is False:
                 wrong = {kinds[i] for i in weight.params} - {"unmatched", "unused"}
                 assert not wrong, f"functions of parameters alone are called {wrong}"
-    # functions under these get all parameters, those too that they do not use; that is
-    # seen through, but not behind a choice between parameters
+    # functions under these get all parameters, those too that they do not use, but for
+    # which their rules may give gradients
     hidden = any(
         isinstance(op, p.Nest)
-        and op.kind in (*CUSTOM, "remat")
+        and op.kind in CUSTOM
         and any(isinstance(x, p.Cond) for x in inside)
         for op, inside in p.walk(program.body)
     )
