@@ -83,7 +83,9 @@ def discover(
         states.get(n.inputs[0]) if is_value(n.inputs[0]) else None for n in losses
     )
     uses = finder.uses
-    if any(state is not None for state in loss_examples):
+    # the network's output may be the same for all examples: then targets tell of them
+    given = {atom for node in losses for atom in node.inputs if is_value(atom)}
+    if any(states.get(value) is not None for value in given):
         uses = with_cases(uses, graph, states)
     return Found(
         graph=graph,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fuzz import programs as p
-from fuzz.interpreter import Context, Interpreter, Params
+from fuzz.interpreter import Context, Interpreter, Params, conv_padding
 from fuzz.views import VIEWS
 
 NUMBERS = 10**6
@@ -208,14 +208,14 @@ def _heads_each(entries: np.ndarray, x: Any, shape: Any, op: Any) -> Layout:
 
 
 def _conv(entries: np.ndarray, x: Any, shape: Any, op: p.Conv) -> Layout:
-    g, length = op.groups, x.shape[1]
-    span = (op.size - 1) * op.dilation
-    padded = jnp.pad(x, [(0, 0), (span // 2, span - span // 2), (0, 0)])
-    taps = [padded[:, k * op.dilation :][:, :length] for k in range(op.size)]
-    patches = jnp.stack(taps, 2)  # [n, position, tap, channel]
-    split = patches.reshape(*patches.shape[:-1], g, -1)
-    patches = jnp.moveaxis(split, 3, 0).reshape(g, -1, op.size * split.shape[-1])
-    by_group = entries.reshape(*entries.shape[:-1], g, op.out // g)
+    g, space = op.groups, x.ndim - 2
+    for axis in range(1, 2 * space, 2):  # of [n, position, tap, ..., channel]
+        x = _taps(x, axis, op)
+    x = x.transpose(0, *range(1, 2 * space, 2), *range(2, 2 * space + 1, 2), x.ndim - 1)
+    kernel = op.size**space
+    split = x.reshape(len(x), -1, kernel, g, x.shape[-1] // g)
+    patches = jnp.moveaxis(split, 3, 0).reshape(g, -1, kernel * split.shape[-1])
+    by_group = entries.reshape(kernel, entries.shape[-2], g, op.out // g)
     by_group = np.moveaxis(by_group, 2, 0).reshape(g, -1, op.out // g)
 
     def rows(j: Any) -> Any:
@@ -223,6 +223,18 @@ def _conv(entries: np.ndarray, x: Any, shape: Any, op: p.Conv) -> Layout:
         return jnp.moveaxis(split, 2, 1)
 
     return by_group, patches, rows
+
+
+def _taps(x: Any, axis: int, op: p.Conv) -> Any:
+    """What each output position meets at each tap, a new axis: `y[t, k] = x[...]`."""
+    length = x.shape[axis]
+    t, k = np.ogrid[:length, : op.size]
+    place = t * op.stride + k * op.dilation - conv_padding(op, length)[0]
+    inside = (place >= 0) & (place <= (length - 1) * op.spread)
+    inside &= place % op.spread == 0
+    found = jnp.take(x, np.where(inside, place // op.spread, 0), axis)
+    mask = inside.reshape(*[1] * axis, *inside.shape, *[1] * (x.ndim - axis - 1))
+    return found * mask.astype(found.dtype)
 
 
 def _embed(entries: np.ndarray, x: Any, shape: Any, op: Any) -> Layout:

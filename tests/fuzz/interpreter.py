@@ -27,8 +27,23 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "reverse": lambda h: h[..., ::-1],
     "cumsum": lambda h: jnp.cumsum(h, -1),
     "split": lambda h: jnp.concatenate(jnp.split(h, [1], -1)[::-1], -1),
+    "sort": lambda h: jnp.sort(h, -1),
+    "top": lambda h: jnp.where(h < h.max(-1, keepdims=True), 0.5 * h, h),
+    "loop": lambda h: h * _halved(jax.lax.stop_gradient(h)),
+    "dropout": lambda h: h * wide(_dropped(h.shape[-1:]), h),
 }
-LINEAR = ("double", "reverse", "cumsum", "split")
+LINEAR = ("double", "reverse", "cumsum", "split", "dropout")
+
+
+def _halved(h: Any) -> Any:
+    """Each entry as often as it must be, by a loop."""
+    large = lambda h: jnp.abs(h) > 0.8  # noqa: E731
+    halve = lambda h: jnp.where(large(h), 0.5 * h, h)  # noqa: E731
+    return jax.lax.while_loop(lambda h: large(h).any(), halve, h)
+
+
+def _dropped(shape: Any) -> Any:
+    return 1.5 * jax.random.bernoulli(jax.random.key(5), 0.7, shape)
 
 
 def _centre(h: Any) -> Any:
@@ -57,6 +72,16 @@ POOLS: dict[str, Callable[[Any], Any]] = {
     "last": lambda h: h[..., -1, :],
     "flatten": lambda h: h.reshape(*h.shape[:-2], -1),
 }
+
+
+CONV_LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC")}
+
+
+def conv_padding(op: p.Conv, length: int) -> tuple[int, int]:
+    """What keeps the length: as "SAME" does without a stride; it may be negative."""
+    span = (op.size - 1) * op.dilation
+    total = (length - 1) * (op.stride - op.spread) + span
+    return total // 2, total - total // 2
 
 
 class Context(NamedTuple):
@@ -136,26 +161,29 @@ class Interpreter:
         return y.reshape(*lead, op.heads * op.out)
 
     def _conv(self, op: p.Conv, params: Params, h: Any, context: Context) -> Any:
-        over = op.over == "positions"
-        x = h.reshape(-1, *h.shape[-2:]) if over else h.reshape(-1, h.shape[-1], 1)
-        shape = op.size, x.shape[-1] // op.groups, op.out
+        own = {"positions": h.shape[-2:], "features": (*h.shape[-1:], 1)}
+        own["image"] = (*h.shape[-2:], 1)
+        x = h.reshape(-1, *own[op.over])
+        axes = x.ndim - 2
+        shape = *(op.size,) * axes, x.shape[-1] // op.groups, op.out
         w = self.weight(params, op.weight, shape, h)
         y = jax.lax.conv_general_dilated(
             x,
             w,
-            (1,),
-            "SAME",
-            rhs_dilation=(op.dilation,),
+            (op.stride,) * axes,
+            [conv_padding(op, n) for n in x.shape[1:-1]],
+            lhs_dilation=(op.spread,) * axes,
+            rhs_dilation=(op.dilation,) * axes,
             feature_group_count=op.groups,
-            dimension_numbers=("NWC", "WIO", "NWC"),
+            dimension_numbers=CONV_LAYOUTS[axes],
         )
         y = self.tap("conv", y, params, op.weight, shape, x=x, op=op, bias=op.bias)
         y = self._biased(op, params, y, op.out)
-        return (
-            y.reshape(*h.shape[:-1], op.out)
-            if over
-            else y.reshape(*h.shape[:-1], h.shape[-1] * op.out)
-        )
+        if op.tag:
+            b = None if op.bias is None else self.weight(params, op.bias, (op.out,), h)
+            y = kfac_jax.register_conv2d(y, x, w, b)
+        width = op.out if op.over == "positions" else h.shape[-1] * op.out
+        return y.reshape(*h.shape[:-1], width)
 
     def ids(self, h: Any, context: Context) -> Any:
         """The integers of the value's rows."""
@@ -165,7 +193,11 @@ class Interpreter:
     def _embed(self, op: p.Embed, params: Params, h: Any, context: Context) -> Any:
         shape, ids = (op.rows, op.out), self.ids(h, context)
         table = self.weight(params, op.weight, shape, h)
-        if op.how == "index":
+        if op.how == "places":
+            ids = jnp.arange(h.shape[-2])
+            y = jnp.broadcast_to(table[ids], (*h.shape[:-1], op.out))
+            ids = jnp.broadcast_to(ids, h.shape[:-1])
+        elif op.how == "index":
             y = table[ids]
         elif op.how == "take":
             y = jnp.take(table, ids, axis=0)
@@ -173,6 +205,12 @@ class Interpreter:
             y = jax.nn.one_hot(ids, op.rows, dtype=h.dtype) @ table
         y = self.tap("embed", y, params, op.weight, shape, x=ids)
         return h + y if op.add else y
+
+    def _token(self, op: p.Token, params: Params, h: Any, context: Context) -> Any:
+        first, shape = h[..., :1, :], h.shape[-1:]
+        token = wide(self.weight(params, op.weight, shape, h), first)
+        token = self.tap("shift", token, params, op.weight, shape)
+        return jnp.concatenate([token, h[..., :-1, :]], -2)
 
     def _vector(self, weight: p.Weight, params: Params, h: Any, over: str) -> Any:
         shape = {"features": h.shape[-1:], "positions": h.shape[-2:], "scalar": ()}

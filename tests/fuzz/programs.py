@@ -59,7 +59,11 @@ class Heads(Op):
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Op):
-    """A convolution over "positions", or over "features" with one channel."""
+    """A convolution over "positions", over "features", or over an "image" of both.
+
+    The last two have one channel. As many outputs as inputs are kept along each axis,
+    also with a `stride`, and where the inputs are spread by zeros in between.
+    """
 
     weight: Weight
     over: str
@@ -68,17 +72,30 @@ class Conv(Op):
     groups: int = 1
     dilation: int = 1
     bias: Weight | None = None
+    stride: int = 1
+    spread: int = 1
+    tag: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class Embed(Op):
-    """Rows of a table, picked by "index", "take" or "one_hot", added or instead."""
+    """Rows of a table, added or instead.
+
+    They are picked by "index", "take" or "one_hot", or are those of the "places".
+    """
 
     weight: Weight
     how: str
     rows: int
     out: int
     add: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Token(Op):
+    """A parameter in the place of the first position; the last one is dropped."""
+
+    weight: Weight
 
 
 @dataclasses.dataclass(frozen=True)

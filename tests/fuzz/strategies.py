@@ -108,7 +108,8 @@ class Builder:
         if scope.depth < 3:
             choices += ["nest"] * 6 + ["cond"]
         if scope.positions:
-            choices += ["mix", "conv positions"] * 2 + ["rnn"]
+            choices += ["mix", "conv positions"] * 2 + ["rnn", "token"]
+            choices += ["conv image"] * (scope.width <= 4)
         if scope.positions and scope.depth == 0:
             choices += ["pool"]
         choice = self.draw(st.sampled_from(choices))
@@ -151,7 +152,29 @@ class Builder:
         size, out = self.draw(st.integers(1, 2)), self.draw(st.integers(1, 2))
         weight = self.weight((size, 1, out), scope)
         op = p.Conv(weight, "features", size, out, bias=self.maybe((out,), scope))
+        op = dataclasses.replace(op, **self._moves())
         return op, dataclasses.replace(scope, width=scope.width * out)
+
+    def _moves(self) -> dict[str, int]:
+        """Strides of a convolution, or what is spread."""
+        return {
+            name: self.draw(st.sampled_from((1, 1, 1, 2)))
+            for name in ("stride", "spread")
+        }
+
+    def _conv_image(self, scope: Scope) -> tuple[p.Op, Scope]:
+        self.budget -= 1
+        size, out = self.draw(st.integers(1, 2)), self.draw(st.integers(1, 2))
+        dilation = self.draw(st.integers(1, 2))
+        weight = self.weight((size, size, 1, out), scope)
+        bias, tag = self.maybe((out,), scope), self.draw(st.integers(0, 3)) == 3
+        op = p.Conv(weight, "image", size, out, dilation=dilation, bias=bias, tag=tag)
+        op = dataclasses.replace(op, **self._moves())
+        return op, dataclasses.replace(scope, width=scope.width * out)
+
+    def _token(self, scope: Scope) -> tuple[p.Op, Scope]:
+        self.budget -= 1
+        return p.Token(self.weight((scope.width,), scope)), scope
 
     def _conv_positions(self, scope: Scope) -> tuple[p.Op, Scope]:
         self.budget -= 1
@@ -163,11 +186,13 @@ class Builder:
         weight = self.weight((size, scope.width // groups, out), scope)
         bias = self.maybe((out,), scope)
         op = p.Conv(weight, "positions", size, out, groups, dilation, bias)
+        op = dataclasses.replace(op, **self._moves())
         return op, dataclasses.replace(scope, width=out)
 
     def _embed(self, scope: Scope) -> tuple[p.Op, Scope]:
         self.budget -= 1
-        how = self.draw(st.sampled_from(("index", "take", "one_hot")))
+        hows = ["index", "take", "one_hot"] + ["places"] * bool(scope.positions)
+        how = self.draw(st.sampled_from(hows))
         add = self.draw(st.booleans())
         out = scope.width if add else self.draw(WIDTHS)
         rows = VOCABULARY + self.draw(st.integers(0, 1))
