@@ -23,6 +23,7 @@ from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
 from kfac_jax._jaxpr.embedding import OneHot, embedding
 from kfac_jax._jaxpr.examples import State
 from kfac_jax._jaxpr.graph import (
+    BODY_OFFSETS,
     Atom,
     Graph,
     Node,
@@ -395,18 +396,6 @@ CONSUMERS: dict[str, Callable[..., outcomes.Outcome]] = {
     "kfac_layer": consumers.tagged,
     "kfac_generic": consumers.generic,
 }
-
-BODY_OFFSETS = {
-    "scan": 0,
-    "cond": 1,
-    "checkpoint": 0,
-    "remat2": 0,
-    "remat": 0,
-    "custom_jvp_call": 0,
-    "custom_vjp_call": 0,
-    "shard_map": 0,
-}
-"""Equations discovery looks into, and where their bodies' operands begin."""
 
 NO_ENTRY = {"while": NO_REVERSE_MODE}
 """Why it does not look into others."""

@@ -32,6 +32,18 @@ _BODY_PARAMS: dict[str, tuple[str, ...]] = {
 Any other is a plain call.
 """
 
+BODY_OFFSETS = {
+    "scan": 0,
+    "cond": 1,
+    "checkpoint": 0,
+    "remat2": 0,
+    "remat": 0,
+    "custom_jvp_call": 0,
+    "custom_vjp_call": 0,
+    "shard_map": 0,
+}
+"""Equations whose bodies are looked into, and where the bodies' operands begin."""
+
 _CALL_PARAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -188,17 +200,6 @@ def build(closed: Any) -> Graph:
     return _Builder().graph(closed)
 
 
-SEEN_THROUGH = {
-    "scan": 0,
-    "cond": 1,
-    "checkpoint": 0,
-    "remat2": 0,
-    "remat": 0,
-    "shard_map": 0,
-}
-"""Equations that read of their operands what their bodies do; where those begin."""
-
-
 def needed(
     graph: Graph,
     wanted: set[int],
@@ -230,8 +231,8 @@ def needed(
                 enter(node)
 
     def enter(node: Node) -> None:
-        offset = None if whole else SEEN_THROUGH.get(node.name)
-        if offset is None:
+        offset = BODY_OFFSETS.get(node.name)
+        if whole or offset is None or _has_own_rule(node):
             if any(out in found for out in node.outputs):
                 for body in node.bodies:
                     found.update(_values(body.outputs))
@@ -239,29 +240,30 @@ def needed(
                 visit(body)
             found.update(_values(node.inputs))
             return
-        found.update(_values(node.inputs[:offset]))  # what chooses between branches
+        found.update(_values(node.inputs[:offset]))  # which branch
         for body in node.bodies:
-            read(body, body.outputs, node.outputs)
-            if node.name == "scan":
-                carried(node, body)
-            read(body, node.inputs[offset:], body.inputs)
+            follow(node.outputs, body.outputs)
+            visit(body)
+            while node.name == "scan" and follow(*_carry(node, body)):
+                visit(body)
+            follow(body.inputs, node.inputs[offset:])
 
-    def read(body: Graph, sources: Sequence[Atom], targets: Sequence[int]) -> None:
-        pairs = zip(sources, targets, strict=True)
-        found.update(_values(source for source, target in pairs if target in found))
-        visit(body)
-
-    def carried(node: Node, body: Graph) -> None:
-        """What one step needs of the carry, the step before it has to put out."""
-        layout = _compat.scan_layout(node.params)
-        at = slice(layout.num_consts, layout.num_consts + layout.num_carry)
-        size = -1
-        while size != len(found):
-            size = len(found)
-            read(body, body.outputs[: layout.num_carry], body.inputs[at])
+    def follow(known: Sequence[int], same: Sequence[Atom]) -> bool:
+        """Whether any is new of the values that are the same as what is needed."""
+        size = len(found)
+        pairs = zip(known, same, strict=True)
+        found.update(_values(atom for value, atom in pairs if value in found))
+        return len(found) > size
 
     visit(graph)
     return found
+
+
+def _carry(node: Node, body: Graph) -> tuple[Sequence[int], Sequence[Atom]]:
+    """What one step of a scan is given, and what the step before it puts out."""
+    layout = _compat.scan_layout(node.params)
+    start, size = layout.num_consts, layout.num_carry
+    return body.inputs[start : start + size], body.outputs[:size]
 
 
 def differentiated(graph: Graph, wanted: set[int]) -> set[int]:
@@ -280,9 +282,13 @@ def _stops(graph: Graph) -> Iterator[Node]:
     for node in graph.nodes:
         if node.name == "stop_gradient":
             yield node
-        elif not node.name.startswith(("custom_jvp", "custom_vjp")):
+        elif not _has_own_rule(node):
             for body in node.bodies:
                 yield from _stops(body)
+
+
+def _has_own_rule(node: Node) -> bool:
+    return node.name.startswith(("custom_jvp", "custom_vjp"))
 
 
 def without_rest(graph: Graph, wanted: set[int]) -> Graph:
