@@ -188,10 +188,11 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
         else:
             x = x * use.scale
         if bias is not None:
-            assert use.bias is not None and use.bias[0] == bias, (
+            last = _added(case, numbers, bias, root)
+            assert last is not None, (
                 f"{layer.name}: {rest[0]} is not added to all outputs of {weight}"
             )
-            last = at[rest[0]][use.bias[1]][:, None]
+            last = at[rest[0]][last][:, None]
             entries = np.concatenate([entries, last], 1)
             x = np.concatenate([x, np.ones_like(x[..., :1])], -1)
         key = entries.shape, tuple(entries.reshape(-1))
@@ -200,6 +201,24 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
         entries = parts[0][0]
         inputs = np.concatenate([x for _, x, _ in parts], 1)
         yield entries, inputs, np.concatenate([root for _, _, root in parts], 2)
+
+
+def _added(
+    case: Case, numbers: Numbers, bias: int, root: np.ndarray
+) -> np.ndarray | None:
+    """The entries `[e, o]` of a parameter that is added to what has this gradient.
+
+    It is if its own rows have the same.
+    """
+    k, e, rows, o = root.shape
+    for use, own in zip(numbers.uses, numbers.roots, strict=True):
+        shift = use.param == bias and use.scale == 1 and use.entries.shape[:2] == (1, 1)
+        if not shift or own.shape != (k, 1, rows, e * o):
+            continue
+        moved = np.moveaxis(own.reshape(k, rows, e, o), 2, 1)
+        if np.abs(moved - root).max() <= case.tolerance * np.abs(root).max():
+            return use.entries.reshape(e, o)
+    return None
 
 
 def _has_rounding(case: Case, numbers: Numbers, layer: Any) -> bool:

@@ -33,7 +33,6 @@ class Use:
       scale: the factor between the parameter's entries and what multiplies `x`.
       rows: from arrays `[k, *output]` to `[k, e, rows, o]`.
       tap: which of the zeros was added to the output.
-      bias: parameter and entries `[e, o]` of what is added next, or None.
     """
 
     param: int
@@ -42,7 +41,6 @@ class Use:
     scale: float
     rows: Callable[[Any], Any]
     tap: int
-    bias: tuple[int, np.ndarray] | None
 
 
 def numbered(program: p.Program) -> dict[str, np.ndarray]:
@@ -76,7 +74,6 @@ class Flat(Interpreter):
         shape: Sequence[int],
         *,
         x: Any = None,
-        bias: p.Weight | None = None,
         op: Any = None,
     ) -> Any:
         if VIEWS[weight.view].index is None:
@@ -89,14 +86,7 @@ class Flat(Interpreter):
         entries, x, rows = LAYOUTS[kind](entries, x, y.shape, op)
         if x is None:
             x = jnp.ones((len(entries), *np.shape(rows(y[None]))[2:3], 1))
-        shift = None
-        if bias is not None and VIEWS[bias.view].index is not None:
-            out = entries.shape[0] * entries.shape[2]
-            size = (out,) if kind in ("dense", "conv") else shape
-            shift = self._entries(params, bias, size).reshape(entries.shape[::2])
-        self.uses += _by_parameter(
-            entries, x, VIEWS[weight.view].scale, rows, number, shift
-        )
+        self.uses += _by_parameter(entries, x, VIEWS[weight.view].scale, rows, number)
         return y
 
     def _entries(self, params: Params, weight: p.Weight, shape: Any) -> np.ndarray:
@@ -152,7 +142,6 @@ def _by_parameter(
     scale: float,
     rows: Callable[[Any], Any],
     tap: int,
-    bias: np.ndarray | None,
 ) -> list[Use]:
     """Splits a use of several joined parameters into theirs."""
     owners = entries // NUMBERS
@@ -163,9 +152,6 @@ def _by_parameter(
             np.flatnonzero(mine.any(other)) for other in ((1, 2), (0, 2), (0, 1))
         )
         assert mine[np.ix_(e, i, o)].all()
-        shift = None
-        if bias is not None and len(np.unique(bias // NUMBERS)) == 1:
-            shift = int(bias.flat[0]) // NUMBERS, bias[np.ix_(e, o)] % NUMBERS
         found.append(
             Use(
                 int(param),
@@ -174,7 +160,6 @@ def _by_parameter(
                 scale,
                 lambda j, e=e, o=o: rows(j)[:, e][..., o],
                 tap,
-                shift,
             )
         )
     return found

@@ -43,7 +43,7 @@ def _halved(h: Any) -> Any:
 
 
 def _dropped(shape: Any) -> Any:
-    return 1.5 * jax.random.bernoulli(jax.random.key(5), 0.7, shape)
+    return 1.5 * jax.random.bernoulli(jax.random.key(5), 0.7, shape).astype(float)
 
 
 def _centre(h: Any) -> Any:
@@ -135,7 +135,7 @@ class Interpreter:
     def _dense(self, op: p.Dense, params: Params, h: Any, context: Context) -> Any:
         shape = h.shape[-1], op.out
         w = self.weight(params, op.weight, shape, h)
-        y = self.tap("dense", h @ w, params, op.weight, shape, x=h, bias=op.bias)
+        y = self.tap("dense", h @ w, params, op.weight, shape, x=h)
         out = self._biased(op, params, y, op.out)
         if not op.tag:
             return out
@@ -177,7 +177,7 @@ class Interpreter:
             feature_group_count=op.groups,
             dimension_numbers=CONV_LAYOUTS[axes],
         )
-        y = self.tap("conv", y, params, op.weight, shape, x=x, op=op, bias=op.bias)
+        y = self.tap("conv", y, params, op.weight, shape, x=x, op=op)
         y = self._biased(op, params, y, op.out)
         if op.tag:
             b = None if op.bias is None else self.weight(params, op.bias, (op.out,), h)
@@ -225,9 +225,7 @@ class Interpreter:
         x = h
         if op.scale is not None:
             scale, shape = self._vector(op.scale, params, h, op.over)
-            h = self.tap(
-                "scale", h * scale, params, op.scale, shape, x=h, bias=op.shift
-            )
+            h = self.tap("scale", h * scale, params, op.scale, shape, x=h)
         if op.shift is not None:
             shift, shape = self._vector(op.shift, params, h, op.over)
             h = self.tap("shift", h + shift, params, op.shift, shape)
@@ -242,9 +240,7 @@ class Interpreter:
     def _gate(self, op: p.Gate, params: Params, h: Any, context: Context) -> Any:
         out = 2 * op.out if op.kind == "glu" else op.out
         w = self.weight(params, op.weight, (h.shape[-1], out), h)
-        y = self.tap(
-            "dense", h @ w, params, op.weight, (h.shape[-1], out), x=h, bias=None
-        )
+        y = self.tap("dense", h @ w, params, op.weight, (h.shape[-1], out), x=h)
         u, v = jnp.split(y, 2, axis=-1) if op.kind == "glu" else (h, y)
         return u * jax.nn.sigmoid(v)
 
@@ -256,7 +252,7 @@ class Interpreter:
                 (op.inner, op.recurrent), shapes, (x, carry), strict=True
             ):
                 y = rows @ self.weight(params, weight, shape, x)
-                y = self.tap("dense", y, params, weight, shape, x=rows, bias=None)
+                y = self.tap("dense", y, params, weight, shape, x=rows)
                 total = y if total is None else total + y
             new = jnp.tanh(self._biased(op, params, total, op.out))
             return new, new
