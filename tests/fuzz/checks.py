@@ -178,7 +178,8 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
     bias = int(rest[0][1:]) if rest else None
     groups: dict[Any, list[Any]] = {}
     at = _positions(case)
-    for use, x, root in zip(numbers.uses, numbers.inputs, numbers.roots, strict=True):
+    all_uses = zip(numbers.uses, numbers.inputs, numbers.roots, strict=True)
+    for index, (use, x, root) in enumerate(all_uses):
         if use.param != int(weight[1:]) or not np.any(root):  # no gradient: no use
             continue
         entries = at[weight][use.entries]
@@ -188,7 +189,7 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
         else:
             x = x * use.scale
         if bias is not None:
-            last = _added(case, numbers, bias, root)
+            last = _added(case, numbers, bias, index)
             assert last is not None, (
                 f"{layer.name}: {rest[0]} is not added to all outputs of {weight}"
             )
@@ -203,15 +204,15 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
         yield entries, inputs, np.concatenate([root for _, _, root in parts], 2)
 
 
-def _added(
-    case: Case, numbers: Numbers, bias: int, root: np.ndarray
-) -> np.ndarray | None:
-    """The entries `[e, o]` of a parameter that is added to what has this gradient.
+def _added(case: Case, numbers: Numbers, bias: int, index: int) -> np.ndarray | None:
+    """The entries `[e, o]` of a parameter that is added to the output of a use.
 
-    It is if its own rows have the same.
+    It is if its own rows, of what comes after, have the same gradient.
     """
+    root = numbers.roots[index]
     k, e, rows, o = root.shape
-    for use, own in zip(numbers.uses, numbers.roots, strict=True):
+    after = slice(index + 1, None)
+    for use, own in zip(numbers.uses[after], numbers.roots[after], strict=True):
         shift = use.param == bias and use.scale == 1 and use.entries.shape[:2] == (1, 1)
         if not shift or own.shape != (k, 1, rows, e * o):
             continue
