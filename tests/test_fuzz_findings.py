@@ -336,3 +336,69 @@ def test_outputs_that_are_the_same_for_all_examples():
     found = dense(jax.random.split(jax.random.key(0), 2000)).mean(0)
     exact = np.kron(np.outer(x, x), 2 * np.eye(3))
     np.testing.assert_allclose(found, exact, atol=0.1 * exact.max())
+
+
+def with_jvp(function):
+    """The function with its derivative for a rule of its own."""
+    own = jax.custom_jvp(function)
+    own.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
+    return own
+
+
+def with_vjp(function):
+    """The same for reverse mode."""
+    own = jax.custom_vjp(function)
+    own.defvjp(lambda *args: jax.vjp(function, *args), lambda pull, g: pull(g))
+    return own
+
+
+RETURNED = {
+    "checkpoint": (jax.checkpoint, ""),
+    "cond": (
+        lambda f: lambda w, x: jax.lax.cond(x[0, 0] > -9, f, lambda w, x: w, w, x),
+        "returned by `cond`",
+    ),
+    "custom_jvp": (with_jvp, "returned by `custom_jvp_call`, whose rule may"),
+    "custom_vjp": (with_vjp, "returned by `custom_vjp_call`, whose rule may"),
+    "scan": (
+        lambda f: (
+            lambda w, x: jax.lax.scan(lambda k, _: (k, f(w, x)), 0.0, length=1)[1][0]
+        ),
+        "returned by `scan`",
+    ),
+    "map": (
+        lambda f: lambda w, x: jax.lax.map(lambda row: f(row, x), w),
+        "returned by `scan`",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_a_parameter_that_a_body_returns_is_not_called_unused(name):
+    """It was, without a warning, and followed its plain gradient."""
+    wrap, reason = RETURNED[name]
+    params = {"w": models.array(1, 2, 2)}
+
+    def apply(p, x):
+        return x @ wrap(lambda w, x: 2 * w)(p["w"], x)
+
+    options = {"blocks": kfac_jax.blocks.Full(), "on_unmatched": "ignore"}
+    plan, found, exact = blocks_of(apply, params, **options)
+    (layer,) = plan.layers
+    if reason:
+        assert layer.kind == "unmatched" and reason in layer.reason
+    else:
+        assert layer.kind == "dense"
+        assert_exact(plan, found, exact, params, ("w",))
+
+
+def test_a_parameter_that_all_branches_return_as_it_is():
+    params = {"w": models.array(1, 2, 2)}
+
+    def apply(p, x):
+        branches = lambda w, x: (w, jnp.sin(x)), lambda w, x: (w, x)
+        w, x = jax.lax.cond(x[0, 0] > -9, *branches, p["w"], x)
+        return x @ w
+
+    plan, found, exact = blocks_of(apply, params, blocks=kfac_jax.blocks.Full())
+    assert_exact(plan, found, exact, params, ("w",))

@@ -28,6 +28,7 @@ from kfac_jax._jaxpr.graph import (
     Graph,
     Node,
     differentiated,
+    has_own_rule,
     is_value,
     needed,
     read_inputs,
@@ -80,6 +81,11 @@ def discover(
     ):
         finder.views[value] = (source_view(leaf, shape),)
     finder.visit(graph, leaf_shapes)
+    finder.uses += _lost(
+        graph.inputs[: len(leaf_shapes)],
+        differentiated(graph, wanted, rules=False),
+        finder.uses,
+    )
     loss_examples = tuple(
         states.get(n.inputs[0]) if is_value(n.inputs[0]) else None for n in losses
     )
@@ -318,6 +324,20 @@ class _Finder:
                     self.known[value] = self.value(atom)
             self.visit(body, shapes)
         self.steps = steps
+        self._leave(node)
+
+    def _leave(self, node: Node) -> None:
+        """Follows views that bodies return, where they are those of all results."""
+        for i, out in enumerate(node.outputs):
+            members = [self.members(body.outputs[i]) for body in node.bodies]
+            if out not in self.reached or not any(members):
+                continue
+            if node.name in RETURNING and all(some is members[0] for some in members):
+                self.views[out] = members[0]
+                continue
+            why = ", whose rule may change its gradient" if has_own_rule(node) else ""
+            views = [view for some in members for view in some]
+            self._refuse(node, views, f"returned by `{node.name}`{why}")
 
     def _replicated(self, node: Node, i: int, view: View) -> View | None:
         """The view of an operand of which every device gets the whole."""
@@ -338,6 +358,22 @@ class _Finder:
             return None
         self.scanned.setdefault(node, set()).add(view.source)
         return view.unstacked(node.outputs[0])
+
+
+def _lost(leaves: Sequence[int], reached: set[int], uses: Sequence[Use]) -> list[Use]:
+    """What would be called unused though gradients reach it, whatever the cause."""
+    known: set[int] = set()
+    for use in uses:
+        if isinstance(use, OtherUse):
+            known.add(use.leaf)
+        else:
+            known.update(part[0] for part in (use.weight, use.bias) if part)
+    reason = "gradients reach it in a way that could not be followed"
+    return [
+        OtherUse(leaf, "unmatched", reason, "")
+        for leaf, value in enumerate(leaves)
+        if value in reached and leaf not in known
+    ]
 
 
 def _joined(node: Node, members: Sequence[tuple[View, ...]]) -> tuple[View, ...] | None:
@@ -396,6 +432,9 @@ CONSUMERS: dict[str, Callable[..., outcomes.Outcome]] = {
     "kfac_layer": consumers.tagged,
     "kfac_generic": consumers.generic,
 }
+
+RETURNING = ("checkpoint", "remat2", "remat", "cond")
+"""Equations whose results are what their bodies return."""
 
 NO_ENTRY = {"while": NO_REVERSE_MODE}
 """Why it does not look into others."""

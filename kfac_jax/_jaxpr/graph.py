@@ -206,6 +206,7 @@ def needed(
     reads: Callable[[Node], tuple[Atom, ...]] | None = None,
     *,
     whole: bool = False,
+    rules: bool = True,
 ) -> set[int]:
     """Slices back: the ids of all values that the values in `wanted` depend on.
 
@@ -214,7 +215,8 @@ def needed(
       wanted: ids of values, also of nested graphs.
       reads: what an equation without bodies reads; by default `read_inputs`.
       whole: whether equations with bodies read all operands, as they must to be run.
-        Custom derivative rules always do: an operand may be for the rule alone.
+      rules: whether functions with custom derivative rules do, where an operand may be
+        for the rule alone.
 
     Returns:
       The ids, `wanted` among them.
@@ -232,7 +234,7 @@ def needed(
 
     def enter(node: Node) -> None:
         offset = BODY_OFFSETS.get(node.name)
-        if whole or offset is None or _has_own_rule(node):
+        if whole or offset is None or (rules and has_own_rule(node)):
             if any(out in found for out in node.outputs):
                 for body in node.bodies:
                     found.update(_values(body.outputs))
@@ -266,7 +268,7 @@ def _carry(node: Node, body: Graph) -> tuple[Sequence[int], Sequence[Atom]]:
     return body.inputs[start : start + size], body.outputs[:size]
 
 
-def differentiated(graph: Graph, wanted: set[int]) -> set[int]:
+def differentiated(graph: Graph, wanted: set[int], *, rules: bool = True) -> set[int]:
     """Slices back as `needed` does, but only to values that gradients reach."""
     stops = {*_stops(graph)}
     stopped = {out for node in stops for out in node.outputs}
@@ -274,7 +276,7 @@ def differentiated(graph: Graph, wanted: set[int]) -> set[int]:
     def reads(node: Node) -> tuple[Atom, ...]:
         return () if node in stops else read_inputs(node)
 
-    return needed(graph, wanted, reads) - stopped
+    return needed(graph, wanted, reads, rules=rules) - stopped
 
 
 def _stops(graph: Graph) -> Iterator[Node]:
@@ -282,12 +284,13 @@ def _stops(graph: Graph) -> Iterator[Node]:
     for node in graph.nodes:
         if node.name == "stop_gradient":
             yield node
-        elif not _has_own_rule(node):
+        elif not has_own_rule(node):
             for body in node.bodies:
                 yield from _stops(body)
 
 
-def _has_own_rule(node: Node) -> bool:
+def has_own_rule(node: Node) -> bool:
+    """Whether it is a function with a custom derivative rule."""
     return node.name.startswith(("custom_jvp", "custom_vjp"))
 
 
