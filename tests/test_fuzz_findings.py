@@ -402,3 +402,49 @@ def test_a_parameter_that_all_branches_return_as_it_is():
 
     plan, found, exact = blocks_of(apply, params, blocks=kfac_jax.blocks.Full())
     assert_exact(plan, found, exact, params, ("w",))
+
+
+def test_exact_curvature_with_inputs_that_are_closed_over():
+    """Only targets tell of the batch; positions that mix were taken for cases alone."""
+    params = {"v": models.array(1, 2, 3), "w": models.array(2, 3, 2)}
+    x, y = models.array(3, 4, 2, 2), models.array(4, 4, 2, 2)
+
+    def loss_fn(params, x, y):
+        h = jax.nn.relu(x @ params["v"])
+        z = (h - 0.5 * h.mean(1, keepdims=True)) @ params["w"]
+        return squared_error(z.reshape(8, 2), y.reshape(8, 2)).sum(-1).mean()
+
+    def factors(loss_fn, *args):
+        plan = kfac_jax.make_curvature(
+            loss_fn, params, *args, estimation_mode="ggn_exact"
+        )
+        statistics = plan.value_grad_and_statistics(params, *args)[2]
+        return plan.update_factors(plan.init_factors(params), statistics, 1)
+
+    found = factors(lambda params, y: loss_fn(params, x, y), y)
+    models.assert_trees_close(found, factors(loss_fn, x, y))
+
+
+def test_exact_curvature_of_outputs_that_no_data_enter():
+    """The same for a table in place of inputs, repeated for all examples."""
+    params = {"t": models.array(1, 2, 2), "w": models.array(2, 2, 2)}
+    y = models.array(4, 4, 2, 2)
+
+    def apply(params):
+        h = jnp.tanh(jnp.broadcast_to(params["t"], y.shape)) @ params["w"]
+        return h - 0.5 * h.mean(1, keepdims=True)
+
+    def loss_fn(params, y):
+        z = apply(params).reshape(8, 2)
+        return squared_error(z, y.reshape(8, 2)).sum(-1).mean()
+
+    options = {"on_unmatched": "ignore", "estimation_mode": "ggn_exact"}
+    plan = kfac_jax.make_curvature(loss_fn, params, y, **options)
+    statistics = plan.value_grad_and_statistics(params, y)[2]
+    factors = plan.update_factors(plan.init_factors(params), statistics, 1)
+    h = np.tanh(params["t"])
+    mixed = np.eye(2) - 0.25  # over positions
+    np.testing.assert_allclose(factors["w"]["input"], h.T @ h / 2, rtol=1e-9)
+    # 2 for the square, a mean over 8 rows, of which 4 examples have 2 each
+    g = 2 * np.trace(mixed.T @ mixed) * 4 / 8 * np.eye(2)
+    np.testing.assert_allclose(factors["w"]["output"], g, rtol=1e-9)

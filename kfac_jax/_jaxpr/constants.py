@@ -8,12 +8,9 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-from kfac_jax._jaxpr.examples import LOST, Examples, State, propagate
+from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax._jaxpr.graph import Graph, Node, is_value
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
-
-MOVES = ("transpose", "rev", "dot_general")
-"""Equations after which the examples may be elsewhere, though shapes are the same."""
 
 
 def with_cases(
@@ -22,7 +19,7 @@ def with_cases(
     """Notes how many cases a constant input stands for.
 
     A constant may have an axis of examples too (the first state of a recurrent net);
-    that shows where its output, perhaps in another shape, meets data.
+    that shows where its output meets data of the same shape.
 
     Args:
       uses: what discovery found.
@@ -41,23 +38,14 @@ def with_cases(
     @functools.cache
     def examples(value: int) -> State:
         for node in readers.get(value, []):
-            if node.bodies:
+            at = node.inputs.index(value)
+            moves = node.name in ("transpose", "rev", "dot_general")
+            if node.bodies or moves or node.shape(at) != node.out_shape():
                 continue
-            out = node.outputs[0]
-            state = states.get(out)
-            state = examples(out) if state is None else state
-            if state is None:
-                continue
-            shape = node.shape(node.inputs.index(value))
-            if state == LOST and node.name not in MOVES and shape == node.out_shape():
-                return LOST
-            for guess in _guesses(state, shape):
-
-                def read(atom: int, guess: State = guess) -> State:
-                    return guess if atom == value else states.get(atom)
-
-                if propagate(node, read)[0] == state:
-                    return guess
+            state = states.get(node.outputs[0])
+            state = examples(node.outputs[0]) if state is None else state
+            if state is not None:
+                return state
         return None
 
     def cases(value: int) -> set[int]:
@@ -90,20 +78,6 @@ def with_cases(
             known = dataclasses.replace(use, cases=count)
             result.append(known if count else mixed(use))
     return result
-
-
-def _guesses(state: State, shape: Sequence[int]) -> list[State]:
-    """Where a value's examples may be, if those of what is made of it are there."""
-    if not isinstance(state, Examples):
-        return []
-    axes = range(len(shape))
-    guesses = (
-        dataclasses.replace(state, axis=axis, outer=outer, inner=inner)
-        for axis in axes
-        for outer in sorted({1, state.outer})
-        for inner in sorted({1, state.inner})
-    )
-    return [g for g in guesses if shape[g.axis] == g.outer * g.size * g.inner]
 
 
 def mixed(use: Site, where: str = "") -> OtherUse:

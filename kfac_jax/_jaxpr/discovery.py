@@ -21,7 +21,7 @@ from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.convolution import convolution
 from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
 from kfac_jax._jaxpr.embedding import OneHot, embedding
-from kfac_jax._jaxpr.examples import State
+from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax._jaxpr.graph import (
     BODY_OFFSETS,
     Atom,
@@ -86,13 +86,14 @@ def discover(
         differentiated(graph, wanted, rules=False),
         finder.uses,
     )
-    loss_examples = tuple(
-        states.get(n.inputs[0]) if is_value(n.inputs[0]) else None for n in losses
-    )
+    loss_examples = tuple(_examples(node, states) for node in losses)
     uses = finder.uses
-    # the network's output may be the same for all examples: then targets tell of them
-    given = {atom for node in losses for atom in node.inputs if is_value(atom)}
-    if any(states.get(value) is not None for value in given):
+    if any(
+        states.get(node.inputs[0]) is not None
+        or _is_repeated(state, finder.makers.get(node.inputs[0]))
+        for node, state in zip(losses, loss_examples, strict=True)
+        if is_value(node.inputs[0])
+    ):
         uses = with_cases(uses, graph, states)
     return Found(
         graph=graph,
@@ -100,6 +101,22 @@ def discover(
         scanned={node: frozenset(leaves) for node, leaves in finder.scanned.items()},
         losses=len(losses),
         loss_examples=loss_examples,
+    )
+
+
+def _examples(loss: Node, states: Mapping[int, State]) -> State:
+    """Those of the network's output or, if it does not depend on data, of targets."""
+    given = (states.get(atom) for atom in loss.inputs if is_value(atom))
+    return next((state for state in given if state is not None), None)
+
+
+def _is_repeated(examples: State, maker: Node | None) -> bool:
+    """Whether one output was repeated for all examples, as `vmap` does."""
+    return (
+        isinstance(examples, Examples)
+        and maker is not None
+        and maker.name == "broadcast_in_dim"
+        and examples.axis not in maker.params["broadcast_dimensions"]
     )
 
 

@@ -182,8 +182,9 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
     for index, (use, x, root) in enumerate(all_uses):
         if use.param != int(weight[1:]) or not np.any(root):  # no gradient: no use
             continue
-        entries = at[weight][use.entries]
-        x = np.asarray(x, float)
+        entries, x = at[weight][use.entries], np.asarray(x, float)
+        if layer.kind == "shift" and entries.shape[1] > 1:
+            entries, x, root = _by_place(entries, x, root)
         if layer.kind == "embedding":  # one-hot rows stay so
             root = root * use.scale
         else:
@@ -202,6 +203,14 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
         entries = parts[0][0]
         inputs = np.concatenate([x for _, x, _ in parts], 1)
         yield entries, inputs, np.concatenate([root for _, _, root in parts], 2)
+
+
+def _by_place(entries: np.ndarray, x: np.ndarray, root: np.ndarray) -> tuple[Any, ...]:
+    """Rows of a table that are added to positions in turn, as one shift of them all."""
+    places = int(x[0].argmax(-1).max()) + 1
+    entries = entries[:, :places].reshape(1, 1, -1)
+    root = root.reshape(len(root), 1, -1, entries.size)
+    return entries, np.ones((1, root.shape[2], 1)), root
 
 
 def _added(case: Case, numbers: Numbers, bias: int, index: int) -> np.ndarray | None:
