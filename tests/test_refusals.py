@@ -200,7 +200,7 @@ def loss_within(control):
 
         return control(inside)
 
-    return kfac_jax.make_curvature(loss_fn, W, X)
+    return kfac_jax.make_curvature(loss_fn, W, X, on_unmatched="ignore")
 
 
 def twice(inside):
