@@ -211,7 +211,7 @@ def problem(
 # ------------------------------------------------------------------------ control flow
 
 
-def _custom_jvp(f):
+def custom_jvp(f):
     """As `custom_jvp` functions are often written: derivative rule by hand."""
     wrapped = jax.custom_jvp(f)
     wrapped.defjvp(lambda primals, tangents: jax.jvp(f, primals, tangents))
@@ -270,7 +270,7 @@ WRAPPERS = {  # of functions of parameters and data `[b, i]`, to outputs `[b, 1]
     ),
     "vmap": lambda f: lambda p, x: jax.vmap(lambda x: f(p, x[None])[0])(x),
     "shard_map": _sharded,
-    "custom_jvp": _custom_jvp,
+    "custom_jvp": custom_jvp,
     "custom_vjp": custom_vjp,
     "named call": jax.named_call,
 }

@@ -144,6 +144,7 @@ def test_donated_vmapped_scanned_and_with_traced_settings():
     for gradient in GRADIENTS:
         params, state = step(params, state, jnp.asarray(gradient))
     np.testing.assert_allclose(averaged(state)["w"], expected[-1], rtol=1e-12)
+    assert step._cache_size() <= 1  # or 0, where JAX has forgotten it
 
 
 def test_within_inject_hyperparams_and_masked():

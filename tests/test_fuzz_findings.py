@@ -6,6 +6,7 @@ import models
 import numpy as np
 import oracles
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import kfac_jax
 from kfac_jax.losses import squared_error
@@ -338,18 +339,10 @@ def test_outputs_that_are_the_same_for_all_examples():
     np.testing.assert_allclose(found, exact, atol=0.1 * exact.max())
 
 
-def with_jvp(function):
-    """The function with its derivative for a rule of its own."""
-    own = jax.custom_jvp(function)
-    own.defjvp(lambda primals, tangents: jax.jvp(function, primals, tangents))
-    return own
-
-
-def with_vjp(function):
-    """The same for reverse mode."""
-    own = jax.custom_vjp(function)
-    own.defvjp(lambda *args: jax.vjp(function, *args), lambda pull, g: pull(g))
-    return own
+def sharded(function):
+    """On one device, which has all of everything."""
+    mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+    return jax.shard_map(function, mesh=mesh, in_specs=P(), out_specs=P())
 
 
 RETURNED = {
@@ -358,14 +351,15 @@ RETURNED = {
         lambda f: lambda w, x: jax.lax.cond(x[0, 0] > -9, f, lambda w, x: w, w, x),
         "returned by `cond`",
     ),
-    "custom_jvp": (with_jvp, "returned by `custom_jvp_call`, whose rule may"),
-    "custom_vjp": (with_vjp, "returned by `custom_vjp_call`, whose rule may"),
+    "custom_jvp": (models.custom_jvp, "returned by `custom_jvp_call`, whose rule may"),
+    "custom_vjp": (models.custom_vjp, "returned by `custom_vjp_call`, whose rule may"),
     "scan": (
         lambda f: (
             lambda w, x: jax.lax.scan(lambda k, _: (k, f(w, x)), 0.0, length=1)[1][0]
         ),
         "returned by `scan`",
     ),
+    "shard_map": (sharded, "returned by `shard_map`"),
     "map": (
         lambda f: lambda w, x: jax.lax.map(lambda row: f(row, x), w),
         "returned by `scan`",

@@ -259,6 +259,7 @@ def looped(initial=0.3):
     params, state = PARAMS, tx.init(PARAMS)
     for k in range(STEPS):
         params, state = step(params, state, *make_batch(k))
+    assert step._cache_size() <= 1  # or 0, where JAX has forgotten it
     return params, state
 
 

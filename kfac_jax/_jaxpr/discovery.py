@@ -344,7 +344,7 @@ class _Finder:
         self._leave(node)
 
     def _leave(self, node: Node) -> None:
-        """Follows views that bodies return, where they are those of all results."""
+        """Follows the views that bodies return as they are; reports the others."""
         for i, out in enumerate(node.outputs):
             members = [self.members(body.outputs[i]) for body in node.bodies]
             if out not in self.reached or not any(members):

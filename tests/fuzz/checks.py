@@ -232,7 +232,10 @@ def _added(case: Case, numbers: Numbers, bias: int, index: int) -> np.ndarray | 
 
 
 def _has_rounding(case: Case, numbers: Numbers, layer: Any) -> bool:
-    """Whether what would be zero without rounding makes a row count that should not."""
+    """Whether what would be zero without rounding makes a row count that should not.
+
+    Then the number of rows is chance. Such layers are counted as "not compared".
+    """
     limit = 1e-12 if case.tolerance == TOLERANCE["float64"] else 1e-5
     for _, _, root in _terms(case, numbers, layer):
         size = np.abs(root).max((0, 3))
