@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax._jaxpr import axis_types
-from kfac_jax._jaxpr.examples import Examples
+from kfac_jax._jaxpr.states import Examples
 
 
 def _is_key(leaf: Any) -> bool:

@@ -15,7 +15,7 @@ from jax import Array
 
 from kfac_jax._dtypes import wide_dtype
 from kfac_jax._jaxpr import _compat
-from kfac_jax._jaxpr.examples import Examples, State
+from kfac_jax._jaxpr.states import Examples, Lost, State
 from kfac_jax.distributions import RegisteredLoss
 
 MODES = (
@@ -106,12 +106,24 @@ def target_cotangents(losses: Sequence[RegisteredLoss]) -> list[Array]:
 
 
 def sum_over_outputs(
-    losses: Sequence[RegisteredLoss], states: Sequence[State], pull: Pull
+    losses: Sequence[RegisteredLoss],
+    states: Sequence[State],
+    pull: Pull,
+    independent_cases: bool,
 ) -> Any:
     """Sums `pull` over every column of `B`, one output of a case at a time.
 
     Cases of one example (the tokens of a sequence) share the network's inner values, so
     their columns are pulled back one by one; different examples go together.
+
+    Args:
+      losses: the registered losses.
+      states: for each loss, where the examples are in its output.
+      pull: pulls cotangents back.
+      independent_cases: whether to take cases for examples where that is not known.
+
+    Returns:
+      The sum.
     """
     total: Any = None
     zeros = [jnp.zeros_like(loss.z) for loss in losses]
@@ -119,7 +131,7 @@ def sum_over_outputs(
         cases, *event = loss.z.shape
         size = math.prod(event)
         within = (1, 1, cases)  # not known: every case by itself
-        if state is None:
+        if state is None or (independent_cases and isinstance(state, Lost)):
             within = (1, cases, 1)
         elif isinstance(state, Examples) and state.axis == 0:
             within = (state.outer, state.size, state.inner)

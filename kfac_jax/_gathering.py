@@ -10,8 +10,8 @@ from jax import Array
 from kfac_jax import _estimation
 from kfac_jax._dtypes import wide
 from kfac_jax._jaxpr import axis_types
-from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.states import LOST, Examples, State
 from kfac_jax._products import Products
 from kfac_jax.blocks import Block, BlockShape, Kronecker
 from kfac_jax.blocks._tied import join
@@ -43,6 +43,7 @@ def gather(
     states: Sequence[State],
     pull: Pull,
     rng: Array | None,
+    independent_cases: bool = False,
 ) -> tuple[Sums, int]:
     """Gathers the statistics of one batch.
 
@@ -58,13 +59,15 @@ def gather(
       states: for each loss, where the examples are in its output.
       pull: pulls cotangents back.
       rng: a key; without one the random numbers are always the same.
+      independent_cases: whether exact modes take cases for examples where it is not
+        known which are.
 
     Returns:
       The sums, and how many batches they count for.
     """
     key = jax.random.key(0) if rng is None else rng
     if _estimation.is_exact(mode):
-        return _exact(layers, mode, losses, states, pull, key), 1
+        return _exact(layers, mode, losses, states, pull, key, independent_cases), 1
     if mode == "fisher_empirical":
         targets = _estimation.target_cotangents(losses)
         sums = pull(targets)[1]
@@ -87,6 +90,7 @@ def _exact(
     states: Sequence[State],
     pull: Pull,
     key: Array,
+    independent_cases: bool,
 ) -> Sums:
     """Sums over all outputs; what depends on inputs only is gathered once."""
 
@@ -101,7 +105,7 @@ def _exact(
         }
 
     once = _both(layers, pull, _estimation.random_cotangents(losses, mode, key))
-    columns = _estimation.sum_over_outputs(losses, states, column)
+    columns = _estimation.sum_over_outputs(losses, states, column, independent_cases)
     return {index: {**part, **columns.get(index, {})} for index, part in once.items()}
 
 

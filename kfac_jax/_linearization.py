@@ -185,6 +185,7 @@ def _statistics(
             examples,
             pull_outputs,
             rng,
+            plan.independent_cases,
         )
         (cases,) = _collectives.summed([_cases(losses)], [None])
         return _over_devices(layers, sums), count, count * cases

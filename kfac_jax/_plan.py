@@ -28,6 +28,7 @@ from kfac_jax._jaxpr.interpreter import (
     run,
 )
 from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.states import Lost
 from kfac_jax._trees import TreeSpec
 from kfac_jax._trees import tree_spec as tree_spec
 from kfac_jax.blocks import Block, Identity
@@ -43,6 +44,7 @@ def check_options(
     num_samples: int,
     statistics_fraction: float,
     l2: float,
+    independent_cases: bool,
 ) -> None:
     """Checks the options of `make_curvature` that stand alone.
 
@@ -53,12 +55,14 @@ def check_options(
       num_samples: at least one.
       statistics_fraction: in (0, 1].
       l2: at least zero.
+      independent_cases: a bool.
 
     Raises:
       TypeError: if one is of the wrong type.
       ValueError: if one is out of its range.
     """
     _arguments.flag("has_aux", has_aux)
+    _arguments.flag("independent_cases", independent_cases)
     _arguments.choice("estimation_mode", estimation_mode, tuple(_estimation.MODES))
     _arguments.choice("on_unmatched", on_unmatched, ("warn", "error", "ignore"))
     _arguments.count("num_samples", num_samples, 1)
@@ -310,6 +314,43 @@ def apply_policy(
         else layer
         for layer in layers
     ]
+
+
+def check_cases(traced: Traced, estimation_mode: str, independent_cases: bool) -> str:
+    """Warns of what an exact mode costs where the axis of examples was lost.
+
+    Args:
+      traced: the traced loss function.
+      estimation_mode: the mode.
+      independent_cases: whether cases are then taken for examples.
+
+    Returns:
+      Where it was lost; empty if it was not.
+    """
+    where = lost_examples(traced, estimation_mode)
+    if where and not independent_cases:
+        warnings.warn(cost_of_lost_examples(where), stacklevel=3)
+    return where
+
+
+def lost_examples(traced: Traced, estimation_mode: str) -> str:
+    """Where the axis of examples was lost, if the mode has to know it."""
+    if not _estimation.is_exact(estimation_mode):
+        return ""
+    states = traced.found.loss_examples
+    return next((state.where for state in states if isinstance(state, Lost)), "")
+
+
+def cost_of_lost_examples(where: str) -> str:
+    """What it costs, and what to do instead."""
+    return (
+        "Which examples the registered outputs belong to could not be followed since "
+        f"{where}: this exact mode pulls back every case by itself, so that the time "
+        "of its statistics grows with the square of the batch. "
+        'estimation_mode="fisher_gradients" samples, and pulls back all cases at once; '
+        "so does independent_cases=True, which is right if no case's output depends on "
+        "another's input."
+    )
 
 
 def signature(layer: Layer) -> tuple[Any, ...]:

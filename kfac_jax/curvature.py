@@ -44,6 +44,10 @@ class Curvature:
     Made by `make_curvature`. Every method is a pure function of arrays; nothing is
     jitted or cached. `args` are the loss function's arguments after the parameters;
     their shapes may differ from those the plan was made with.
+
+    Where it is not known which cases of the registered output belong to one example,
+    `lost_examples` says since which equation (in exact modes), and with
+    `independent_cases` each case is taken for an example.
     """
 
     loss_fn: Callable[..., Any]
@@ -58,6 +62,8 @@ class Curvature:
     on_unmatched: str
     weight_sharing: str
     structure: Structure
+    lost_examples: str = dataclasses.field(default="", repr=False, compare=False)
+    independent_cases: bool = dataclasses.field(default=False, repr=False)
 
     def __str__(self) -> str:
         """The report."""
@@ -69,7 +75,10 @@ class Curvature:
         Below the table, each parameter that is not covered, with the reason and the
         line of the model that uses it.
         """
-        return _report.table(self.layers, self.statistics_fraction)
+        table = _report.table(self.layers, self.statistics_fraction)
+        if not self.lost_examples or self.independent_cases:
+            return table
+        return f"{table}\n{_plan.cost_of_lost_examples(self.lost_examples)}"
 
     @property
     def totals(self) -> _report.Totals:
@@ -409,6 +418,7 @@ def make_curvature(
     num_samples: int = 1,
     statistics_fraction: float = 1.0,
     l2: float = 0.0,
+    independent_cases: bool = False,
 ) -> Curvature:
     """Traces a loss function and plans its curvature approximation.
 
@@ -442,6 +452,10 @@ def make_curvature(
       num_samples: how many samples per batch the sampled modes average over.
       statistics_fraction: τ1, the fraction of the batch used for statistics, in (0, 1].
       l2: η, the weight of the quadratic penalty that the loss includes, at least 0.
+      independent_cases: that no case's registered output depends on another case's
+        input. Exact modes pull back the cases of one example (positions of a sequence)
+        one by one, and all cases where they could not follow which belong to one
+        example; there, but not where they could, they then pull back all at once.
 
     Returns:
       The plan.
@@ -464,7 +478,13 @@ def make_curvature(
     """
     _arguments.function("loss_fn", loss_fn)
     _plan.check_options(
-        has_aux, estimation_mode, on_unmatched, num_samples, statistics_fraction, l2
+        has_aux,
+        estimation_mode,
+        on_unmatched,
+        num_samples,
+        statistics_fraction,
+        l2,
+        independent_cases,
     )
     if not isinstance(structure, BlockDiagonal | BlockTridiagonal):
         raise ValueError(
@@ -482,6 +502,7 @@ def make_curvature(
     if statistics_fraction < 1.0:
         _batch.batch_size(args)
     _plan.check_loss(traced, params, args, l2)
+    lost = _plan.check_cases(traced, estimation_mode, independent_cases)
     return Curvature(
         loss_fn=loss_fn,
         has_aux=has_aux,
@@ -495,4 +516,6 @@ def make_curvature(
         on_unmatched=on_unmatched,
         weight_sharing=weight_sharing,
         structure=structure,
+        lost_examples=lost,
+        independent_cases=independent_cases,
     )

@@ -1,5 +1,7 @@
 """Where the axis of examples is followed to, and what happens where it is lost."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import models
@@ -9,13 +11,18 @@ import pytest
 
 import kfac_jax
 from kfac_jax import blocks
-from kfac_jax._jaxpr.examples import LOST, Examples
 from kfac_jax._jaxpr.graph import build
+from kfac_jax._jaxpr.states import LOST, Examples
 from kfac_jax._jaxpr.tracking import track
 from kfac_jax.losses import squared_error
 
 B, S, F = 4, 3, 6
 X = models.array(0, B, S, F)
+
+
+def _matrices(x):
+    """Square and symmetric, one of each example."""
+    return jnp.einsum("bsf,btf->bst", x, x) + jnp.eye(x.shape[1])[None]
 
 
 def _state(f, *args, axes=None):
@@ -92,6 +99,26 @@ AT = {
     ),
     "remat and jit": (jax.jit(jax.checkpoint(lambda x: jnp.sin(x))), Examples(0, B)),
     "does not depend on it": (lambda x: jnp.ones(3) + 1.0, None),
+    "while": (
+        lambda x: jax.lax.while_loop(
+            lambda c: c[1].sum() < 10, lambda c: (c[0] + x, c[1] + x**2), (x, x**2)
+        )[0],
+        Examples(0, B),
+    ),
+    "solved": (
+        lambda x: jnp.linalg.solve(_matrices(x), x),
+        Examples(0, B),
+    ),
+    "solved, not by vmap": (
+        lambda x: jnp.linalg.inv(_matrices(x)).transpose(1, 0, 2),
+        Examples(1, B),
+    ),
+    "one window of each": (lambda x: x.at[:, 1, 1:3].set(2.0), Examples(0, B)),
+    "window that moves": (
+        lambda x: jax.lax.dynamic_update_slice(x, x[:, :1] ** 2, (0, 1, 0)),
+        Examples(0, B),
+    ),
+    "transform": (lambda x: jnp.abs(jnp.fft.rfft2(x)), Examples(0, B)),
     # ------------------------------------------------------------------------- lost
     "sum over the batch": (lambda x: x.sum(0), LOST),
     "batch norm": (lambda x: x - jnp.broadcast_to(x.mean(0), x.shape), LOST),
@@ -105,6 +132,13 @@ AT = {
     "cumulative over the batch": (lambda x: jnp.cumsum(x, 0), LOST),
     "part of the batch": (lambda x: x[: B // 2], LOST),
     "shuffled": (lambda x: x[jnp.array([3, 1, 0, 2])], LOST),
+    "transform of the batch": (lambda x: jnp.abs(jnp.fft.fft(x, axis=0)), LOST),
+    "decomposed with the batch": (lambda x: jnp.linalg.qr(x[:, 0])[0], LOST),
+    "written in a part of the batch": (lambda x: x.at[1].set(0.0), LOST),
+    "added to others of the batch": (
+        lambda x: jnp.zeros((B, S, F)).at[jnp.array([1, 0, 3, 2])].add(x),
+        LOST,
+    ),
     "gram matrix": (lambda x: jnp.einsum("bsf,csf->bc", x, x), LOST),
     "scan over the batch": (
         lambda x: jax.lax.scan(lambda c, x: (c + x.sum(), x), 0.0, x)[0],
@@ -117,6 +151,89 @@ AT = {
 def test_the_axis_is_followed(name):
     f, expected = AT[name]
     assert _state(f, X) == expected
+
+
+def _square(h):
+    return h[:9].reshape(3, 3) + 3.0 * jnp.eye(3)
+
+
+def _positive(h):
+    return _square(h) @ _square(h).T
+
+
+def _own_rule(h):
+    """Where a custom rule's own operations are what is differentiated."""
+    return jnp.sinh(jnp.linalg.slogdet(_square(h))[1]) * h
+
+
+def _directional(h):
+    return jax.jvp(lambda h: jnp.linalg.slogdet(_square(h))[1], (h,), (h,))[1]
+
+
+def _keyed(h):
+    key = jax.random.fold_in(jax.random.key(0), jnp.int32(h[0]))
+    return h * jax.random.normal(key, h.shape)
+
+
+OF_ONE_EXAMPLE = {
+    "determinant": lambda h: jnp.linalg.det(_square(h)),
+    "slogdet": lambda h: jnp.linalg.slogdet(_square(h)),
+    "several": lambda h: jnp.linalg.slogdet(jnp.stack([_square(h), _positive(h)])),
+    "its derivative": _directional,
+    "its gradient": jax.grad(_directional),
+    "custom rule": _own_rule,
+    "inverse": lambda h: jnp.linalg.inv(_square(h)),
+    "solve": lambda h: jnp.linalg.solve(_square(h), h[:3]),
+    "cholesky": lambda h: jnp.linalg.cholesky(_positive(h)),
+    "its solve": lambda h: jax.scipy.linalg.cho_solve(
+        jax.scipy.linalg.cho_factor(_positive(h)), h[:3]
+    ),
+    "eigh": lambda h: jnp.linalg.eigh(_positive(h))[0],
+    "svd": lambda h: jnp.linalg.svd(_square(h), compute_uv=False),
+    "qr": lambda h: jnp.linalg.qr(_square(h)),
+    "triangular": lambda h: jax.scipy.linalg.solve_triangular(
+        _square(h), h[:3], trans=1
+    ),
+    "tridiagonal": lambda h: jax.lax.linalg.tridiagonal_solve(
+        h[:4], 3.0 + h[1:5], h[2:6], h[:4, None]
+    ),
+    "fft": lambda h: jnp.abs(jnp.fft.fft(h)),
+    "convolve": lambda h: jnp.convolve(h, h),
+    "set": lambda h: h.at[1].set(1.0),
+    "set where it says": lambda h: h.at[jnp.argmax(h)].set(0.0),
+    "min of some": lambda h: h.at[jnp.array([1, 1, 2])].min(h[3:6]),
+    "add to some": lambda h: jnp.zeros(4).at[jnp.arange(9) % 4].add(h[:9]),
+    "taken where it says": lambda h: h[jnp.argmax(h)],
+    "in order": lambda h: jnp.take_along_axis(h, jnp.argsort(h), 0),
+    "slice where it says": lambda h: jax.lax.dynamic_slice(h, (jnp.argmax(h),), (2,)),
+    "write where it says": lambda h: jax.lax.dynamic_update_slice(
+        h, h[:2] ** 2, (jnp.argmax(h),)
+    ),
+    "segments": lambda h: jax.ops.segment_sum(h[:9], jnp.arange(9) // 3, 3),
+    "loop": lambda h: jax.lax.fori_loop(0, 3, lambda i, c: c.at[i].add(h[i]), h),
+    "loop until": lambda h: jax.lax.while_loop(
+        lambda c: jnp.abs(c).max() > 0.1, lambda c: c / 2.0, h
+    ),
+    "own noise": _keyed,
+    "branches": lambda h: jax.lax.switch(
+        jnp.int32(h[0] > 0), [jnp.sin, lambda h: h[::-1]], h
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OF_ONE_EXAMPLE)
+def test_what_vmap_maps_keeps_the_axis(name):
+    """And each result depends on its own example only, as is claimed."""
+    x = models.array(2, B, 10)
+
+    def mapped(x):
+        parts = jax.vmap(OF_ONE_EXAMPLE[name])(x)
+        return jnp.concatenate([p.reshape(B, -1) for p in jax.tree.leaves(parts)], 1)
+
+    assert _state(mapped, x) == Examples(0, B)
+    jacobian = jax.jacfwd(mapped)(x)
+    others = jnp.where(jnp.eye(B, dtype=bool)[:, None, :, None], 0.0, jacobian)
+    np.testing.assert_array_equal(others, 0.0)
 
 
 def test_arguments_that_do_not_hold_examples_do_not_matter():
@@ -212,10 +329,11 @@ def test_exact_mode_where_the_axis_is_lost():
         z = z[order] if shuffle else z
         return squared_error(jnp.sin(z)).sum(-1).mean()
 
-    pair = [
-        models.exact_factors(lambda p, x, s=s: loss_fn(p, x, s), params, X)[1]
-        for s in (True, False)
-    ]
+    with pytest.warns(UserWarning, match=r"since gather at .*test_examples_axis"):
+        lost = models.exact_factors(lambda p, x: loss_fn(p, x, True), params, X)
+    assert "independent_cases=True" in lost[0].report()
+    kept = models.exact_factors(lambda p, x: loss_fn(p, x, False), params, X)
+    pair = [lost[1], kept[1]]
     for layer in ("layer0", "layer1"):
         np.testing.assert_allclose(
             pair[0][layer]["output"], pair[1][layer]["output"], rtol=1e-10
@@ -252,3 +370,98 @@ def test_a_plan_fits_other_batch_sizes(size):
         oracles.block(exact, params, "layer0/w"),
         atol=1e-12,
     )
+
+
+# ------------------------------------------------------------------- what it costs
+
+
+def _determinants(params, x):
+    """`[n, 1]`, the logarithm of a determinant of each example's features."""
+
+    def one(x):
+        h = models.dense(params["layer0"], x.reshape(3, 2))
+        return jnp.linalg.slogdet(models.dense(params["layer1"], jnp.tanh(h)))[1]
+
+    return jax.vmap(one)(x)[:, None]
+
+
+def _shuffled_twice(params, x):
+    """The same, where nothing follows the examples."""
+    return _determinants(params, x)[::-1][::-1]
+
+
+def _registered(output, params, x):
+    mean = output(params, x)
+    kfac_jax.register_normal_predictive_distribution(mean)
+    return mean.mean()
+
+
+def _loops(output, size, independent):
+    """How many loops over all examples the compiled statistics have, and operations.
+
+    The loops beyond the gradient's own, and the operations in multiples of its.
+    """
+    params, x = models.dense_params(0, 2, 4, 3), models.array(1, size, 6)
+    loss_fn = functools.partial(_registered, output)
+    curvature = kfac_jax.make_curvature(
+        loss_fn,
+        params,
+        x,
+        estimation_mode="fisher_exact",
+        independent_cases=independent,
+    )
+    assert bool(curvature.lost_examples) == (output is _shuffled_twice)
+    both = [
+        jax.jit(f).lower(params, x).compile()
+        for f in (curvature.value_grad_and_statistics, jax.value_and_grad(loss_fn))
+    ]
+    flops = [compiled.cost_analysis()["flops"] for compiled in both]
+    turns = f'"known_trip_count":{{"n":"{size}"'
+    loops = [compiled.as_text().count(turns) for compiled in both]
+    return loops[0] - loops[1], flops[0] / flops[1]
+
+
+@pytest.mark.parametrize("output", [_determinants, _shuffled_twice])
+def test_one_pull_back_for_all_examples(output):
+    """Of 32 and of 256 examples."""
+    for size in (32, 256):
+        loops, flops = _loops(output, size, independent=True)
+        assert loops <= 0
+        assert flops < 8
+
+
+@pytest.mark.filterwarnings("ignore:Which examples the registered")
+def test_all_pulled_back_one_by_one_where_they_are_lost():
+    loops, _ = _loops(_shuffled_twice, 32, independent=False)
+    assert loops == 1
+
+
+def test_cases_may_be_said_to_be_independent():
+    """With the factors that there are where the examples can be followed."""
+    params, x = models.dense_params(0, 2, 4, 3), models.array(1, 8, 6)
+    pair = [
+        models.exact_factors(
+            functools.partial(_registered, output),
+            params,
+            x,
+            independent_cases=True,
+        )[1]
+        for output in (_determinants, _shuffled_twice)
+    ]
+    jax.tree.map(np.testing.assert_allclose, *pair)
+
+
+def test_the_optimizer_takes_cases_for_independent_and_says_so_once():
+    params, x = models.dense_params(0, 2, 4, 3), models.array(1, 8, 6)
+    loss_fn = functools.partial(_registered, _shuffled_twice)
+    optimizer = kfac_jax.Optimizer(
+        jax.value_and_grad(loss_fn), l2_reg=0.0, estimation_mode="fisher_exact"
+    )
+    key = jax.random.key(0)
+    with pytest.warns(UserWarning, match="since rev at .* as in the published release"):
+        state = optimizer.init(params, key, x)
+    # not again, where warnings are errors
+    rates = {"learning_rate": 0.1, "momentum": 0.0, "damping": 1.0}
+    optimizer.step(params, state, key, batch=x, **rates)
+    optimizer.step(params, state, key, batch=x[:4], **rates)
+    assert optimizer.curvature.independent_cases

@@ -8,9 +8,9 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 
-from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax._jaxpr.graph import Graph, Node, is_value
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.states import Examples, State
 
 
 def with_cases(

@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.outcomes import (
     Generic,
@@ -22,6 +21,7 @@ from kfac_jax._jaxpr.outcomes import (
     row_examples,
 )
 from kfac_jax._jaxpr.sites import Site, Windows
+from kfac_jax._jaxpr.states import Examples, State
 from kfac_jax._jaxpr.view import Axis, Layout, Piece, View, axis_size, layout
 
 

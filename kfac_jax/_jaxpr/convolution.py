@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.outcomes import Linear, Outcome, Refused, Shapes
 from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.states import LOST, Examples, State
 from kfac_jax._jaxpr.view import View, layout, source_view
 
 

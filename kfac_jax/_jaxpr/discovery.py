@@ -21,7 +21,6 @@ from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.convolution import convolution
 from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
 from kfac_jax._jaxpr.embedding import OneHot, embedding
-from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax._jaxpr.graph import (
     BODY_OFFSETS,
     Atom,
@@ -35,6 +34,7 @@ from kfac_jax._jaxpr.graph import (
     use_counts,
 )
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.states import Examples, State
 from kfac_jax._jaxpr.tracking import track
 from kfac_jax._jaxpr.view import View, source_view
 

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_jax._jaxpr.examples import State
 from kfac_jax._jaxpr.graph import Atom, Node, is_value
 from kfac_jax._jaxpr.outcomes import (
     Outcome,
@@ -17,6 +16,7 @@ from kfac_jax._jaxpr.outcomes import (
     row_examples,
 )
 from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.states import State
 from kfac_jax._jaxpr.view import View, layout
 
 

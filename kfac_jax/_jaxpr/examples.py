@@ -10,32 +10,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kfac_jax._jaxpr import batched
 from kfac_jax._jaxpr.graph import Atom, Node, is_value
-
-LOST = "lost"
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """An axis of `outer × size × inner` entries, the examples in the middle."""
-
-    axis: int
-    size: int
-    outer: int = 1
-    inner: int = 1
-
-
-State = Examples | str | None
-"""None: does not depend on the batch."""
-
-Rule = Callable[[Node, Sequence[State]], list[State]]
-
-
-def _merge(states: Sequence[State]) -> State:
-    found = {state for state in states if state is not None}
-    if not found:
-        return None
-    return found.pop() if len(found) == 1 else LOST
+from kfac_jax._jaxpr.states import LOST, Examples, Lost, Rule, State, merge
 
 
 def _elementwise(node: Node, states: Sequence[State]) -> list[State]:
@@ -46,7 +23,7 @@ def _elementwise(node: Node, states: Sequence[State]) -> list[State]:
             operand = node.shape(i)
             if len(operand) != len(shape) or operand[state.axis] != shape[state.axis]:
                 return [LOST] * len(node.outputs)
-    return [_merge(states)] * len(node.outputs)
+    return [merge(states)] * len(node.outputs)
 
 
 def _transpose(node: Node, states: Sequence[State]) -> list[State]:
@@ -123,50 +100,33 @@ def _dot_general(node: Node, states: Sequence[State]) -> list[State]:
             axis = state.axis - sum(a < state.axis for a in used)
             axis += lhs_free if side else len(batch[0])
             results.append(dataclasses.replace(state, axis=axis))
-    return [_merge(results)]
+    return [merge(results)]
 
 
 def _convolution(node: Node, states: Sequence[State]) -> list[State]:
+    """Examples are images, or groups of features as where `vmap` maps kernels too."""
     numbers = node.params["dimension_numbers"]
-    state = states[0]
-    if states[1] is not None or node.params["batch_group_count"] != 1:
+    if node.params["batch_group_count"] != 1:
         return [LOST]
-    if isinstance(state, Examples):
-        if state.axis != numbers.lhs_spec[0]:
-            return [LOST]
-        return [dataclasses.replace(state, axis=numbers.out_spec[0])]
-    return [state]
-
-
-def _gather(node: Node, states: Sequence[State]) -> list[State]:
-    """Rows of a table: the examples are those of the indices, or whole in the table."""
-    numbers = node.params["dimension_numbers"]
-    table, indices = states
-    offset = list(numbers.offset_dims)
-    if numbers.operand_batching_dims:
-        return [LOST]
-    results: list[State] = []
-    if isinstance(indices, Examples):
-        batch = [a for a in range(len(node.out_shape())) if a not in offset]
-        if indices.axis >= len(batch):
-            return [LOST]
-        results.append(dataclasses.replace(indices, axis=batch[indices.axis]))
-    else:
-        results.append(indices)
-    if isinstance(table, Examples):
-        kept = [
-            a
-            for a in range(len(node.shape(0)))
-            if a not in numbers.collapsed_slice_dims
-        ]
-        whole = node.params["slice_sizes"][table.axis] == node.shape(0)[table.axis]
-        if table.axis not in kept or not whole:
-            return [LOST]
-        axis = offset[kept.index(table.axis)]
-        results.append(dataclasses.replace(table, axis=axis))
-    else:
-        results.append(table)
-    return [_merge(results)]
+    images, kernels = states
+    results: list[State] = [images, kernels]
+    groups, features = node.params["feature_group_count"], numbers.out_spec[1]
+    per_group = node.shape(1)[numbers.rhs_spec[0]] // groups
+    if isinstance(images, Examples):
+        own = images.inner // node.shape(1)[numbers.rhs_spec[1]]  # groups of an example
+        if images.axis == numbers.lhs_spec[0]:
+            results[0] = dataclasses.replace(images, axis=numbers.out_spec[0])
+        elif images.axis == numbers.lhs_spec[1] and (
+            images.outer * images.size * own == groups
+        ):
+            inner = own * per_group
+            results[0] = dataclasses.replace(images, axis=features, inner=inner)
+        else:
+            results[0] = LOST
+    if isinstance(kernels, Examples):
+        whole = kernels.axis == numbers.rhs_spec[0] and kernels.inner % per_group == 0
+        results[1] = dataclasses.replace(kernels, axis=features) if whole else LOST
+    return [merge(results)]
 
 
 def _along(param: str) -> Rule:
@@ -175,7 +135,7 @@ def _along(param: str) -> Rule:
     def rule(node: Node, states: Sequence[State]) -> list[State]:
         value = node.params[param]
         axes = value if isinstance(value, tuple | list) else (value,)
-        return [_keep(_merge(states), axes)] * len(node.outputs)
+        return [_keep(merge(states), axes)] * len(node.outputs)
 
     return rule
 
@@ -191,7 +151,7 @@ def _unstack(node: Node, states: Sequence[State]) -> list[State]:
 
 def _stack(node: Node, states: Sequence[State]) -> list[State]:
     """A new axis in front of `axis`."""
-    merged = _merge(states)
+    merged = merge(states)
     if isinstance(merged, Examples):
         moved = merged.axis + (merged.axis >= node.params["axis"])
         return [dataclasses.replace(merged, axis=moved)]
@@ -212,17 +172,17 @@ def _same_size(node: Node, states: Sequence[State]) -> list[State]:
             return [LOST]
         if any(other is not None for other in states[1:]):
             return [LOST]
-    return [state] if isinstance(state, Examples) else [_merge(states)]
+    return [state] if isinstance(state, Examples) else [merge(states)]
 
 
 RULES: dict[str, Rule] = {
+    **batched.RULES,
     "transpose": _transpose,
     "broadcast_in_dim": _broadcast,
     "squeeze": _squeeze,
     "reshape": _reshape,
     "dot_general": _dot_general,
     "conv_general_dilated": _convolution,
-    "gather": _gather,
     "concatenate": _along("dimension"),
     "rev": _along("dimensions"),
     "sort": _along("dimension"),
@@ -253,8 +213,9 @@ RULES.update(
     }
 )
 RULES.update({name: _reduce for name in ("argmax", "argmin")})
-
-_CONTROL = ("scan", "while", "cond", "shard_map", "scatter", "scatter-add")
+RULES["reduce"] = lambda node, states: (
+    [_drop(node, merge(states), node.params["dimensions"])] * len(node.outputs)
+)
 
 
 def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:
@@ -263,22 +224,33 @@ def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:
     if all(state is None for state in states):
         return [None] * len(node.outputs)
     rule = RULES.get(node.name)
-    if rule is not None:
-        return rule(node, states)
-    if node.bodies or node.name in _CONTROL or not _is_elementwise(node):
-        return [LOST] * len(node.outputs)
-    return _elementwise(node, states)
+    if rule is None:
+        rule = _elementwise if _is_elementwise(node) else _lost
+    return named(node, states, rule(node, states))
+
+
+def named(node: Node, before: Sequence[State], after: Sequence[State]) -> list[State]:
+    """Says where the axis was lost: at this equation, unless an operand had lost it."""
+    if not any(isinstance(state, Lost) for state in after):
+        return list(after)
+    known = next((s for s in before if isinstance(s, Lost) and s.where), None)
+    if known is None:
+        known = Lost(f"{node.name} at {node.source}" if node.source else node.name)
+    return [known if isinstance(state, Lost) else state for state in after]
+
+
+def _lost(node: Node, states: Sequence[State]) -> list[State]:
+    return [LOST] * len(node.outputs)
 
 
 def _is_elementwise(node: Node) -> bool:
     """Equal shapes throughout.
 
-    Primitives that mix entries have a rule or are listed.
+    Primitives that mix entries have a rule.
     """
+    if node.bodies:
+        return False
     shape: Any = node.out_shape()
     if any(node.out_shape(i) != shape for i in range(len(node.outputs))):
-        return False
-    mixing = ("fft", "cholesky", "eigh", "lu", "qr", "svd", "triangular_solve", "dot")
-    if node.name.startswith(mixing):
         return False
     return all(len(node.shape(i)) in (0, len(shape)) for i, _ in enumerate(node.inputs))

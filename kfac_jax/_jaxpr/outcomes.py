@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 
-from kfac_jax._jaxpr.examples import LOST, Examples, State
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.states import LOST, Examples, State
 from kfac_jax._jaxpr.view import View, source_view
 
 Shapes = Sequence[Sequence[int]]

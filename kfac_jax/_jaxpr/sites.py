@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._jaxpr.examples import Examples, State
 from kfac_jax._jaxpr.graph import Atom
+from kfac_jax._jaxpr.states import Examples, State
 from kfac_jax._jaxpr.view import Layout
 
 Windows = tuple[tuple[int, int, int], ...]

@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr import _compat
-from kfac_jax._jaxpr.examples import LOST, Examples, State, propagate
-from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value
+from kfac_jax._jaxpr.examples import named, propagate
+from kfac_jax._jaxpr.graph import Atom, Graph, Node, build, is_value
+from kfac_jax._jaxpr.states import LOST, Examples, State, merge
 
 
 def track(graph: Graph, inputs: Sequence[State]) -> Mapping[int, State]:
@@ -25,13 +26,9 @@ def _track(
 
     for node in graph.nodes:
         operands = [read(atom) for atom in node.inputs]
-        if node.name == "scan":
-            results = _scan(node, operands, states)
-        elif node.name == "cond":
-            branches = [_track(body, operands[1:], states) for body in node.bodies]
-            results = [_join(group) for group in zip(*branches, strict=True)]
-        elif node.name == "shard_map":
-            results = _shard_map(node, operands, states)
+        rule = _RULES.get(node.name)
+        if rule is not None:
+            results = named(node, operands, rule(node, operands, states))
         elif len(node.bodies) == 1 and len(node.bodies[0].inputs) == len(operands):
             results = _track(node.bodies[0], operands, states)
         else:
@@ -40,9 +37,35 @@ def _track(
     return [read(atom) for atom in graph.outputs]
 
 
-def _join(group: Sequence[State]) -> State:
-    found = {state for state in group if state is not None}
-    return found.pop() if len(found) == 1 else (LOST if found else None)
+def _cond(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
+    """What chooses the branch mixes no examples: derivatives do not go through it."""
+    branches = [_track(body, operands[1:], states) for body in node.bodies]
+    return [merge(group) for group in zip(*branches, strict=True)]
+
+
+def _while(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
+    """Carries are iterated until their state settles; so does what ends the loop."""
+    start = node.params["cond_nconsts"]
+    stop = start + node.params["body_nconsts"]
+    consts, carry = operands[start:stop], operands[stop:]
+    while True:
+        results = _track(node.bodies[1], [*consts, *carry], states)
+        merged = [merge(pair) for pair in zip(carry, results, strict=True)]
+        if merged == carry:
+            return merged
+        carry = merged
+
+
+def _linear_solve(
+    node: Node, operands: list[State], states: dict[int, State]
+) -> list[State]:
+    """Follows `solve`; that it is the inverse of a matrix says nothing of axes."""
+    del states  # the body is no part of the program
+    lengths, solve = node.params["const_lengths"], node.params["jaxprs"].solve
+    start = lengths.matvec + lengths.vecmat
+    consts = operands[start : start + lengths.solve]
+    given = operands[sum(lengths) :]
+    return _track(build(solve), [*consts, *given], {})
 
 
 def _scan(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
@@ -54,7 +77,7 @@ def _scan(node: Node, operands: list[State], states: dict[int, State]) -> list[S
     while True:
         results = _track(node.bodies[0], [*consts, *carry, *xs], states)
         out = results[: layout.num_carry]
-        merged = [_join(pair) for pair in zip(carry, out, strict=True)]
+        merged = [merge(pair) for pair in zip(carry, out, strict=True)]
         if merged == carry:
             break
         carry = merged
@@ -88,3 +111,12 @@ def _shift(state: State, by: int) -> State:
     if state.axis + by < 0:
         return LOST
     return Examples(state.axis + by, state.size, state.outer, state.inner)
+
+
+_RULES = {
+    "cond": _cond,
+    "custom_linear_solve": _linear_solve,
+    "scan": _scan,
+    "shard_map": _shard_map,
+    "while": _while,
+}

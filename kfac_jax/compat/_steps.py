@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,13 @@ Batch = Any
 FuncState = Any
 Rates = Sequence[Array | None]
 """Learning rate, momentum and damping, None where a rule chooses."""
+
+_INDEPENDENT = (
+    "Which examples the registered outputs belong to could not be followed since {}. "
+    "Each entry of their leading axis is taken for an example that no other depends "
+    "on, as in the published release. Where one does, as with batch norm, the "
+    "curvature is wrong; then use a sampled estimation_mode."
+)
 
 
 class EstimatorState(NamedTuple):
@@ -220,9 +228,12 @@ class Steps:
         if key not in self.plans:
             # of shapes: whether or not it is staged, losses are not compared
             shapes = jax.eval_shape(lambda *args: args, params, *arguments)
-            self.plans[key] = make_curvature(
+            plan = make_curvature(
                 self._loss, *shapes, has_aux=True, **self.plan_options
             )
+            if plan.lost_examples and not self.plans:
+                warnings.warn(_INDEPENDENT.format(plan.lost_examples), stacklevel=4)
+            self.plans[key] = plan
 
         def bound(params: Params, batch: Batch) -> Any:
             return self._loss(params, *self._arguments(rng, batch, func_state))
@@ -427,6 +438,7 @@ def from_options(options: Mapping[str, Any]) -> Steps:
             "blocks": native_blocks(options["layer_tag_to_block_ctor"]),
             "num_samples": options["num_estimator_samples"],
             "l2": float(options["l2_reg"]),
+            "independent_cases": True,
         },
         axis=options["pmap_axis_name"] if options["multi_device"] else None,
         norms=_norms.Norms(

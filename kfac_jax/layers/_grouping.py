@@ -8,8 +8,8 @@ from typing import Any
 
 from kfac_jax._arguments import shown
 from kfac_jax._dtypes import wide_dtype
-from kfac_jax._jaxpr.examples import Examples
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.states import Examples, Lost
 from kfac_jax._jaxpr.view import Layout
 from kfac_jax.blocks import Block, BlockShape, Diagonal, Identity, Kronecker
 from kfac_jax.layers._layer import KINDS, Layer
@@ -249,6 +249,13 @@ def _is_lost(sites: Sequence[Site]) -> bool:
     return not all(isinstance(site.examples, Examples) for site in sites)
 
 
+def _since(sites: Sequence[Site]) -> str:
+    """Where the axis of examples was lost, if that is known."""
+    states = [site.examples for site in sites]
+    where = next((s.where for s in states if isinstance(s, Lost) and s.where), "")
+    return f" since {where}" if where else ""
+
+
 def _wide(dtype: str) -> str:
     return str(wide_dtype(dtype))
 
@@ -347,11 +354,10 @@ def _misfit(layer: Layer, sites: Sequence[Site], block: Block | None) -> str:
         return f"{block!r} is not for inputs that all cases share"
     shared = _is_shared(sites)
     if block.needs_examples and (shared or _is_lost(sites)):
-        return f"{block!r} sums within an example, and " + (
-            "this layer is used several times for each example"
-            if shared
-            else "which rows belong to one example could not be followed"
-        )
+        why = "which rows belong to one example could not be followed" + _since(sites)
+        if shared:
+            why = "this layer is used several times for each example"
+        return f"{block!r} sums within an example, and {why}"
     return ""
 
 

@@ -3,10 +3,10 @@
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-from kfac_jax._jaxpr.examples import Examples
 from kfac_jax._jaxpr.flow import sources
 from kfac_jax._jaxpr.graph import Graph
 from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.states import Examples
 from kfac_jax.blocks import Kronecker
 from kfac_jax.layers._layer import Layer, Link
 from kfac_jax.layers._products import not_one_product

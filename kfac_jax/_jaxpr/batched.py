@@ -1,0 +1,173 @@
+"""Rules for what `vmap` makes of linear algebra, indexing and random numbers.
+
+These primitives do the same for each entry of leading, or of named, batch axes; an axis
+of examples among them stays one.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from kfac_jax._jaxpr.graph import Node
+from kfac_jax._jaxpr.states import LOST, Examples, Rule, State, merge
+
+_OWN_AXES: dict[str, tuple[int, ...]] = {
+    "cholesky": (2,),
+    "cholesky_update": (2, 1),
+    "eig": (2,),
+    "eigh": (2,),
+    "geqp3": (2, 1),
+    "geqrf": (2,),
+    "hessenberg": (2,),
+    "householder_product": (2, 1),
+    "lu": (2,),
+    "lu_pivots_to_permutation": (1,),
+    "ormqr": (2, 1, 2),
+    "qr": (2,),
+    "schur": (2,),
+    "svd": (2,),
+    "symmetric_product": (2, 2),
+    "triangular_solve": (2, 2),
+    "tridiagonal": (2,),
+    "tridiagonal_solve": (1, 1, 1, 2),
+    "random_bits": (0,),
+    "random_fold_in": (0, 0),
+    "random_seed": (0,),
+    "random_split": (0,),
+    "random_unwrap": (0,),
+    "random_wrap": (1,),
+}
+"""How many axes of each operand, the last, are the matrix or vector (or raw key) that
+the primitive works on. All before are batch axes, which lead in the results too."""
+
+
+def _leading(own: Sequence[int]) -> Rule:
+    def rule(node: Node, states: Sequence[State]) -> list[State]:
+        kept: list[State] = []
+        for i, (state, count) in enumerate(zip(states, own, strict=True)):
+            inside = isinstance(state, Examples) and (
+                state.axis >= len(node.shape(i)) - count
+            )
+            kept.append(LOST if inside else state)
+        return [merge(kept)] * len(node.outputs)
+
+    return rule
+
+
+def _fft(node: Node, states: Sequence[State]) -> list[State]:
+    return _leading((len(node.params["fft_lengths"]),))(node, states)
+
+
+def _dynamic_update_slice(node: Node, states: Sequence[State]) -> list[State]:
+    """A window of the operand is replaced; it must hold all examples."""
+    if any(state is not None for state in states[2:]):
+        return [LOST]
+    merged = merge(states[:2])
+    if isinstance(merged, Examples):
+        if node.shape(0)[merged.axis] != node.shape(1)[merged.axis]:
+            return [LOST]
+    return [merged]
+
+
+def _gather(node: Node, states: Sequence[State]) -> list[State]:
+    """Windows of an array: examples are in the indices, in whole windows, or in both.
+
+    The result's axes are those of the indices but the last, and, at `offset_dims`,
+    those of a window.
+    """
+    numbers = node.params["dimension_numbers"]
+    offset = list(numbers.offset_dims)
+    batch = [axis for axis in range(len(node.out_shape())) if axis not in offset]
+    pairs = dict(
+        zip(
+            numbers.operand_batching_dims,
+            numbers.start_indices_batching_dims,
+            strict=True,
+        )
+    )
+    gone = {*numbers.collapsed_slice_dims, *pairs}
+    window = [axis for axis in range(len(node.shape(0))) if axis not in gone]
+    table, indices = states
+
+    def of_table(axis: int) -> int | None:
+        if axis in pairs:
+            return batch[pairs[axis]]
+        whole = node.params["slice_sizes"][axis] == node.shape(0)[axis]
+        return offset[window.index(axis)] if whole and axis in window else None
+
+    def of_indices(axis: int) -> int | None:
+        return batch[axis] if axis < len(batch) else None
+
+    return [merge([_moved(table, of_table), _moved(indices, of_indices)])]
+
+
+def _scatter(node: Node, states: Sequence[State]) -> list[State]:
+    """Windows are written into an array, whose axes the result has.
+
+    The axes of the updates are those of the indices but the last, and, at
+    `update_window_dims`, those of a window.
+    """
+    numbers = node.params["dimension_numbers"]
+    pairs = dict(
+        zip(
+            numbers.scatter_indices_batching_dims,
+            numbers.operand_batching_dims,
+            strict=True,
+        )
+    )
+    gone = {*numbers.inserted_window_dims, *pairs.values()}
+    window = [axis for axis in range(len(node.shape(0))) if axis not in gone]
+    at = list(numbers.update_window_dims)
+    batch = [axis for axis in range(len(node.shape(2))) if axis not in at]
+    operand, indices, updates = states
+
+    def is_whole(axis: int) -> bool:
+        return node.shape(2)[at[window.index(axis)]] == node.shape(0)[axis]
+
+    def of_operand(axis: int) -> int | None:
+        inside = axis in window and is_whole(axis)
+        return axis if inside or axis in pairs.values() else None
+
+    def of_updates(axis: int) -> int | None:
+        if axis not in at:
+            return pairs.get(batch.index(axis))
+        target = window[at.index(axis)]
+        return target if is_whole(target) else None
+
+    return [
+        merge(
+            [
+                _moved(operand, of_operand),
+                _moved(indices, pairs.get),
+                _moved(updates, of_updates),
+            ]
+        )
+    ]
+
+
+def _moved(state: State, to: Callable[[int], int | None]) -> State:
+    """The state with its axis where `to` says; lost if that is None."""
+    if not isinstance(state, Examples):
+        return state
+    axis = to(state.axis)
+    return LOST if axis is None else dataclasses.replace(state, axis=axis)
+
+
+RULES: dict[str, Rule] = {name: _leading(own) for name, own in _OWN_AXES.items()}
+RULES |= {
+    "fft": _fft,
+    "gather": _gather,
+    "dynamic_update_slice": _dynamic_update_slice,
+}
+RULES |= {
+    name: _scatter
+    for name in (
+        "scatter",
+        "scatter-add",
+        "scatter_add",
+        "scatter-sub",
+        "scatter_sub",
+        "scatter_mul",
+        "scatter_min",
+        "scatter_max",
+    )
+}
