@@ -260,6 +260,49 @@ def test_blocks_and_modes_are_the_plans():
         precondition(damping=1.0, patterns_to_skip=["dense"])
 
 
+def test_blocks_by_index_go_before_those_by_tag():
+    """In any order of the indices; the rest have the default, or that of their tag."""
+    for others, rest in ((None, blocks.Kronecker), ({"dense": None}, blocks.Kronecker)):
+        estimator = kfac_jax.BlockDiagonalCurvature(
+            loss_fn,
+            layer_tag_to_block_ctor=others,
+            index_to_block_ctor={(0, 1): kfac_jax.NaiveFull},
+        )
+        estimator.init(KEY, ARGS)
+        by_index = estimator.indices_to_block_map
+        assert [*by_index] == [(1, 0), (2,)]
+        found = [type(layer.block) for layer in by_index.values()]
+        assert found == [blocks.Full, rest]
+        assert estimator.params_block_index == {
+            "layer0": {"b": 0, "w": 0},
+            "layer1": {"w": 1},
+        }
+
+
+def test_tags_without_a_block_have_their_default(monkeypatch):
+    set_before = {"dense": blocks.Diagonal()}
+    monkeypatch.setattr(kfac_jax.curvature_blocks, "_registered", set_before)
+    estimator = estimate(layer_tag_to_block_ctor={"dense": None, "generic": None})
+    estimator.init(KEY, ARGS)
+    found = {type(layer.block) for layer in estimator.curvature.layers}
+    assert found == {blocks.Kronecker}
+
+
+def test_eigenvalues_are_those_of_the_blocks_also_cached():
+    estimator, state = estimator_and_state()
+    matrices = estimator.to_diagonal_block_dense_matrix(state)
+    cached = estimator.update_cache(state, 0.1, None, -1, True)
+    later = estimator.update_curvature_matrix_estimate(
+        cached, 0.0, 1.0, 0.0, 6, KEY, (PARAMS, (2 * X, Y)), "fisher_exact"
+    )
+    found = estimator.block_eigenvalues(later, True)
+    for w, matrix in zip(found, matrices, strict=True):
+        np.testing.assert_allclose(w, np.linalg.eigvalsh(matrix), atol=1e-12)
+    every = estimator.eigenvalues(later, use_cached=True)
+    np.testing.assert_array_equal(every, np.concatenate(found))
+    assert not np.allclose(estimator.eigenvalues(later, False), every)
+
+
 def test_exact_products_are_the_plans():
     plan = kfac_jax.make_curvature(loss_fn, *ARGS)
     implicit = kfac_jax.ImplicitExactCurvature(loss_fn)
@@ -421,9 +464,27 @@ REFUSED = {
         ValueError,
         lambda: estimate(func_and_grad=jax.value_and_grad(loss_fn)),
     ),
-    "index_to_block_ctor is expected to be empty; got {(0,)": (
+    "block: expected some of [(1, 0), (2,)], got [[0], [0, 2]]. Print the plan": (
         ValueError,
-        lambda: estimate(index_to_block_ctor={(0,): blocks.Full()}),
+        lambda: estimate(
+            index_to_block_ctor={
+                (0,): blocks.Full(),
+                (1, 0): blocks.Full(),
+                (2, 0): blocks.Full(),
+            }
+        ).init(KEY, ARGS),
+    ),
+    "index_to_block_ctor must be blocks by tuples of indices, or None; got [Full()]": (
+        TypeError,
+        lambda: estimate(index_to_block_ctor=[blocks.Full()]),
+    ),
+    "each key of index_to_block_ctor must be a tuple of indices; got 2": (
+        TypeError,
+        lambda: estimate(index_to_block_ctor={2: blocks.Full()}),
+    ),
+    "or a block of kfac_jax.blocks; got None for '(2,)'": (
+        TypeError,
+        lambda: estimate(index_to_block_ctor={(2,): None}),
     ),
     "BlockDiagonalCurvature has its plan from init; call": (
         ValueError,

@@ -1,7 +1,6 @@
 """The block-diagonal estimator, over a plan."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -16,14 +15,16 @@ from kfac_jax._factors import Factors
 from kfac_jax._preconditioner import init_inverses, precondition, refresh_inverses
 from kfac_jax.approximation import Approximation
 from kfac_jax.compat import _options
+from kfac_jax.compat._block_views import dense_blocks
 from kfac_jax.compat._devices import in_pmap, pmean_if_pmap
+from kfac_jax.compat._estimator_arguments import Powers, powers
+from kfac_jax.compat._estimator_arguments import weight as one_weight
 from kfac_jax.compat._plans import plan, without
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.curvature import Curvature
 from kfac_jax.layers import Layer
 
 Params = Any
-Powers = float | Sequence[float] | None
 
 
 class Cache(NamedTuple):
@@ -57,12 +58,13 @@ class BlockDiagonalCurvature:
     * cached inverses have the damping of the cache, those of diagonal blocks too.
 
     Args:
-      func: `func(*func_args) -> loss` or `(loss, aux)`, which registers its loss.
-      func_and_grad: the same with its gradient, `(loss, gradient)` or `((loss, aux),
-        gradient)`; what is registered anywhere inside counts.
+      func: registers its loss; what it returns does not matter.
+      func_and_grad: the same with its gradient, `(loss, gradient)`; what is registered
+        anywhere inside counts.
       default_estimation_mode: as of `make_curvature`; None for "ggn_curvature_prop".
       layer_tag_to_block_ctor: blocks by tag, see `kfac_jax.curvature_blocks`.
-      index_to_block_ctor: not supported; use `make_curvature(..., blocks={path: ...})`.
+      index_to_block_ctor: blocks by the indices of a block's parameters in the tree,
+        which `indices_to_block_map` tells.
       auto_register_tags: accepted; layers are found whether or not they are tagged.
       distributed_multiplies: accepted, without effect.
       distributed_cache_updates: accepted, without effect.
@@ -105,14 +107,6 @@ class BlockDiagonalCurvature:
                 "BlockDiagonalCurvature expects one of func, a loss function that "
                 f"registers its loss, and func_and_grad; got {given}."
             )
-        if index_to_block_ctor is not None and (
-            not isinstance(index_to_block_ctor, Mapping) or index_to_block_ctor
-        ):
-            raise ValueError(
-                "index_to_block_ctor is expected to be empty; got "
-                f"{_arguments.shown(index_to_block_ctor)}. Choose blocks by path: "
-                "make_curvature(..., blocks={path: block})."
-            )
         _arguments.whole("params_index", params_index)
         _arguments.whole("num_samples", num_samples)
         _arguments.within("num_samples", num_samples, 1, float("inf"))
@@ -123,7 +117,7 @@ class BlockDiagonalCurvature:
         self._func = given[0]
         self._params_index = params_index
         self._mode = default_estimation_mode or "ggn_curvature_prop"
-        self._blocks = native_blocks(layer_tag_to_block_ctor)
+        self._blocks = native_blocks(layer_tag_to_block_ctor, index_to_block_ctor)
         self._num_samples = num_samples
         self._curvature: Curvature | None = None
 
@@ -165,6 +159,9 @@ class BlockDiagonalCurvature:
 
         Returns:
           The state.
+
+        Raises:
+          ValueError: if `index_to_block_ctor` has indices of no block.
         """
         self._curvature = plan(
             self._func,
@@ -175,15 +172,28 @@ class BlockDiagonalCurvature:
             estimation_mode=self._mode,
             num_samples=self._num_samples,
         )
+        self._check_indices()
         params, _ = without(func_args, self._params_index)
         factors = self.curvature.init_factors(params)
-        asked = _powers("exact_powers_to_cache", exact_powers_to_cache)
-        asked += _powers("approx_powers_to_cache", approx_powers_to_cache)
+        asked = powers("exact_powers_to_cache", exact_powers_to_cache)
+        asked += powers("approx_powers_to_cache", approx_powers_to_cache)
         cache = None
         if asked or cache_eigenvalues:
             inverses = init_inverses(self.curvature.layers)
             cache = Cache(factors, inverses, jnp.zeros((), float))
         return BlockDiagonalState(factors, jnp.zeros((), float), cache)
+
+    def _check_indices(self) -> None:
+        blocks = [*self.indices_to_block_map]
+        known = {frozenset(indices) for indices in blocks}
+        unknown = [sorted(x) for x, _ in self._blocks.of_leaves if x not in known]
+        if unknown:
+            raise ValueError(
+                "index_to_block_ctor must have the indices of all parameters of a "
+                f"block: expected some of {blocks}, got {unknown}. Print the plan, "
+                "estimator.curvature, or choose blocks by path: make_curvature(..., "
+                "blocks={path: block})."
+            )
 
     def update_curvature_matrix_estimate(
         self,
@@ -288,9 +298,9 @@ class BlockDiagonalCurvature:
           ValueError: if `init` was asked for no cache, or λ is not one number.
         """
         cache = _cache(state)
-        weight = _weight(identity_weight, norm_to_scale_identity_weight_per_block)
+        weight = one_weight(identity_weight, norm_to_scale_identity_weight_per_block)
         inverses = cache.inverses
-        if -1 in _powers("approx_powers", approx_powers):
+        if -1 in powers("approx_powers", approx_powers):
             inverses, _ = refresh_inverses(
                 self.curvature.layers, state.factors, inverses, weight
             )
@@ -327,7 +337,7 @@ class BlockDiagonalCurvature:
           ValueError: if there is no cache to use, or λ is not one number.
         """
         v, layers = parameter_structured_vector, self.curvature.layers
-        weight = _weight(identity_weight, norm_to_scale_identity_weight_per_block)
+        weight = one_weight(identity_weight, norm_to_scale_identity_weight_per_block)
         _check_state(state)
         _arguments.number("power", power, arrays=True)
         _arguments.within("power", power, -float("inf"), float("inf"))
@@ -405,12 +415,46 @@ class BlockDiagonalCurvature:
         before "w".
         """
         _check_state(state)
-        layers = self.curvature.layers
-        return tuple(_dense(layer, state.factors[layer.name]) for layer in layers)
+        return dense_blocks(self.curvature.layers, state.factors)
+
+    def block_eigenvalues(
+        self, state: BlockDiagonalState, use_cached: bool
+    ) -> tuple[Array, ...]:
+        """The eigenvalues of each block, `[p]`, in ascending order.
+
+        Args:
+          state: the state.
+          use_cached: whether to use F of the last `update_cache`.
+
+        Returns:
+          Those of each block.
+        """
+        _arguments.flag("use_cached", use_cached)
+        _check_state(state)
+        factors = _cache(state).factors if use_cached else state.factors
+        matrices = dense_blocks(self.curvature.layers, factors)
+        return tuple(jnp.linalg.eigvalsh(matrix) for matrix in matrices)
+
+    def eigenvalues(self, state: BlockDiagonalState, use_cached: bool) -> Array:
+        """Those of all blocks, one block after another; see `block_eigenvalues`."""
+        return jnp.concatenate(self.block_eigenvalues(state, use_cached))
 
     def undamped_diagonal(self, state: BlockDiagonalState) -> Params:
         """The diagonal of F, like the parameters."""
         return self.approximation(state).diagonal()
+
+    @property
+    def indices_to_block_map(self) -> dict[tuple[int, ...], Layer]:
+        """The plan's layers by the indices of their parameters, weights first."""
+        return {layer.leaves: layer for layer in self.curvature.layers}
+
+    @property
+    def params_block_index(self) -> Params:
+        """For each parameter, the index of its block."""
+        layers = enumerate(self.curvature.layers)
+        places = {leaf: index for index, layer in layers for leaf in layer.leaves}
+        in_order = [places[leaf] for leaf in sorted(places)]
+        return jax.tree.unflatten(self.curvature.tree.treedef, in_order)
 
     @property
     def num_blocks(self) -> int:
@@ -434,18 +478,9 @@ class BlockDiagonalCurvature:
             f"BlockDiagonalCurvature has no {name!r} in kfac_jax; expected one of "
             "init, update_curvature_matrix_estimate, sync, update_cache, multiply, "
             "multiply_inverse, multiply_matpower, to_dense_matrix, "
-            "to_diagonal_block_dense_matrix, undamped_diagonal. The plan is .curvature "
-            "and the operator .approximation(state)."
+            "to_diagonal_block_dense_matrix, block_eigenvalues, undamped_diagonal. The "
+            "plan is .curvature and the operator .approximation(state)."
         )
-
-
-def _powers(name: str, powers: Any) -> tuple[float, ...]:
-    if powers is None:
-        return ()
-    found = tuple(powers) if isinstance(powers, list | tuple) else (powers,)
-    for power in found:
-        _arguments.number(f"each of {name}", power)
-    return found
 
 
 def _check_state(state: Any) -> None:
@@ -462,34 +497,3 @@ def _cache(state: BlockDiagonalState) -> Cache:
             "or approx_powers_to_cache, with powers that are to be used cached."
         )
     return state.cache
-
-
-def _weight(identity_weight: Any, norm: str | None) -> Array:
-    if norm is not None or isinstance(identity_weight, Sequence):
-        raise ValueError(
-            "identity_weight is expected as one number for all blocks, without "
-            "norm_to_scale_identity_weight_per_block; got "
-            f"{_arguments.shown(identity_weight)} and {_arguments.shown(norm)}. "
-            "kfac_jax adds the same λ I to each."
-        )
-    _arguments.number("identity_weight", identity_weight, arrays=True)
-    _arguments.within("identity_weight", identity_weight, 0.0, float("inf"))
-    return jnp.asarray(identity_weight, float)
-
-
-def _dense(layer: Layer, factors: dict[str, Array]) -> Array:
-    """A block times unit vectors, with parameters in the order of the tree."""
-    order = sorted(range(len(layer.leaves)), key=lambda i: layer.leaves[i])
-    sizes = [math.prod(layer.shapes[i]) for i in order]
-    ends = list(itertools.accumulate(sizes))
-
-    def column(v: Array) -> Array:
-        parts = dict(zip(order, jnp.split(v, ends[:-1]), strict=True))
-        shaped = [parts[i].reshape(shape) for i, shape in enumerate(layer.shapes)]
-        moved = layer.to_matrix(shaped)
-        if layer.block is not None:
-            moved = layer.block.matvec(factors, moved)
-        results = layer.from_matrix(moved)
-        return jnp.concatenate([results[i].reshape(-1) for i in order])
-
-    return jax.vmap(column, out_axes=1)(jnp.eye(ends[-1], dtype=layer.dtype))

@@ -12,6 +12,7 @@ from kfac_jax import _arguments
 from kfac_jax._estimation import MODES
 from kfac_jax.compat import _options
 from kfac_jax.compat._block_diagonal import BlockDiagonalCurvature, BlockDiagonalState
+from kfac_jax.compat._devices import in_pmap
 from kfac_jax.compat.utils import (
     default_batch_size_extractor,
     inner_product,
@@ -38,8 +39,7 @@ class OptaxPreconditioner:
     `use_exact_inverses` or `use_sqrt_inv` factors are decomposed in each `apply`.
 
     Args:
-      value_func: `value_func(params, ...) -> loss` or `(loss, aux)`, which registers
-        its loss.
+      value_func: registers its loss; what it returns does not matter.
       l2_reg: added to the damping.
       damping: λ; or
       damping_schedule: λ as a function of the count.
@@ -178,25 +178,102 @@ class OptaxPreconditioner:
         Returns:
           The state.
         """
+        updated = self._updated(state, func_args, rng, self._decay, self.pmap_axis_name)
+        return self.maybe_update_inverse_cache(updated)
+
+    def maybe_update_estimator_curvature(
+        self,
+        state: OptaxPreconditionState,
+        func_args: Sequence[Any],
+        rng: Array,
+        decay_old_ema: Any = True,
+        sync: Any = True,
+    ) -> OptaxPreconditionState:
+        """Takes in a batch, and leaves the inverses alone.
+
+        For several batches a step: of those all but the first have
+        `decay_old_ema=False`, and all but the last may have `sync=False`.
+
+        Args:
+          state: the state.
+          func_args: arguments of `value_func`.
+          rng: a key, for sampled modes.
+          decay_old_ema: whether the weight of earlier batches decays; it may be traced.
+          sync: whether to average all that was gathered over the devices, where that
+            axis is mapped; it may be traced.
+
+        Returns:
+          The state.
+        """
+        decay = jnp.where(_condition("decay_old_ema", decay_old_ema), self._decay, 1.0)
+        due = _condition("sync", sync)
+        updated = self._updated(state, func_args, rng, decay, None)
+        if not in_pmap(self.pmap_axis_name):
+            return updated
+        return jax.lax.cond(due, self.sync_estimator_state, lambda x: x, updated)
+
+    def maybe_update_inverse_cache(
+        self, state: OptaxPreconditionState
+    ) -> OptaxPreconditionState:
+        """Renews the inverses if it is time."""
         weight = self.get_identity_weight(state)
-        updated = self.estimator.update_curvature_matrix_estimate(
-            state.estimator_state,
-            self._decay,
-            1.0,
-            weight,
-            None,
-            rng,
-            func_args,
-            pmap_axis_name=self.pmap_axis_name,
-        )
 
         def renew(estimator_state: BlockDiagonalState) -> BlockDiagonalState:
             return self.estimator.update_cache(
                 estimator_state, weight, None, self._power, False, None, self._norm
             )
 
-        due = state.count % self._period == 0
-        updated = jax.lax.cond(due, renew, lambda x: x, updated)
+        due = self.should_update_inverse_cache(state)
+        renewed = jax.lax.cond(due, renew, lambda x: x, state.estimator_state)
+        return state._replace(estimator_state=renewed)
+
+    def should_update_estimator_curvature(
+        self, state: OptaxPreconditionState
+    ) -> bool | Array:
+        """Whether statistics are gathered at this count: always."""
+        _check_state(state)
+        return True
+
+    def should_update_inverse_cache(
+        self, state: OptaxPreconditionState
+    ) -> bool | Array:
+        """Whether inverses are renewed at this count."""
+        _check_state(state)
+        return state.count % self._period == 0
+
+    def should_sync_estimate_curvature(
+        self, state: OptaxPreconditionState
+    ) -> bool | Array:
+        """Whether devices need the same curvature at this count, for its inverses."""
+        return self.should_update_inverse_cache(state)
+
+    def sync_estimator_state(
+        self, state: OptaxPreconditionState
+    ) -> OptaxPreconditionState:
+        """Averages the curvature over devices, where that axis is mapped."""
+        _check_state(state)
+        synced = self.estimator.sync(state.estimator_state, self.pmap_axis_name)
+        return state._replace(estimator_state=synced)
+
+    def _updated(
+        self,
+        state: OptaxPreconditionState,
+        func_args: Sequence[Any],
+        rng: Array,
+        decay: Any,
+        axis: str | None,
+    ) -> OptaxPreconditionState:
+        _check_state(state)
+        updated = self.estimator.update_curvature_matrix_estimate(
+            state.estimator_state,
+            decay,
+            1.0,
+            self.get_identity_weight(state),
+            None,
+            rng,
+            func_args,
+            pmap_axis_name=axis,
+        )
         return state._replace(estimator_state=updated)
 
     def increment_count(self, state: OptaxPreconditionState) -> OptaxPreconditionState:
@@ -262,6 +339,14 @@ class OptaxPreconditioner:
             return multiply(updates, precond_state), state
 
         return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _condition(name: str, value: Any) -> Array:
+    """A bool, or an array of one."""
+    _arguments.real(name, value)
+    if jnp.shape(value):
+        raise ValueError(f"{name} must be one bool; got {_arguments.shown(value)}.")
+    return jnp.asarray(value, bool)
 
 
 def _check_types(

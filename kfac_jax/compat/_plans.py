@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import Array
 
 from kfac_jax import _arguments
 from kfac_jax.curvature import Curvature, make_curvature
@@ -35,8 +37,8 @@ def plan(
     """Makes a plan of a function with its parameters at any place.
 
     Args:
-      func: what it returns is the loss, or a tuple that begins with it. That is not
-        compared with the registered loss, which alone defines the curvature.
+      func: registers its loss, which alone defines the curvature. What it returns does
+        not matter: a loss, losses of the cases, several outputs.
       params_index: the place of the parameters.
       func_args: its arguments.
       only_generic: whether to take all parameters for generic ones.
@@ -48,13 +50,37 @@ def plan(
     without(func_args, params_index)
     shapes = jax.eval_shape(lambda *args: args, *func_args)
     params, rest = without(shapes, params_index)
+    function = with_params_first(func, params_index, only_generic)
+    return make_curvature(function, params, *rest, **options)
 
-    def loss_fn(params: Params, *rest: Any) -> Any:
+
+def with_params_first(
+    func: Callable[..., Any], params_index: int, only_generic: bool = False
+) -> Callable[..., Any]:
+    """The function with its parameters in front, which returns a scalar.
+
+    Args:
+      func: see `plan`.
+      params_index: the place of the parameters.
+      only_generic: whether to take all parameters for generic ones.
+
+    Returns:
+      The function.
+    """
+
+    def loss_fn(params: Params, *rest: Any) -> Array:
         if only_generic:
             params = jax.tree.map(register_generic, params)
-        loss = func(*rest[:params_index], params, *rest[params_index:])
-        while isinstance(loss, tuple | list):
-            loss = loss[0]
-        return loss
+        place = params_index if params_index >= 0 else len(rest) + 1 + params_index
+        return _mean_of_first(func(*rest[:place], params, *rest[place:]))
 
-    return make_curvature(loss_fn, params, *rest, **options)
+    return loss_fn
+
+
+def _mean_of_first(result: Any) -> Array:
+    """What stands for the loss: the mean of the first output, if that is of numbers."""
+    first = next(iter(jax.tree.leaves(result)), None)
+    if _arguments.is_array(first):
+        if jnp.issubdtype(_arguments.dtype_of(first), jnp.floating):
+            return jnp.mean(jnp.asarray(first, float))
+    return jnp.zeros((), float)

@@ -228,25 +228,33 @@ class NativeBlocks:
 
     Other kinds keep their default. As there, Kronecker blocks of layers with one input
     or output are damped exactly.
+
+    Attributes:
+      kinds: blocks by the kind of layer.
+      of_leaves: blocks by the parameters of a layer, which go before.
     """
 
     kinds: tuple[tuple[str, blocks.Block], ...]
+    of_leaves: tuple[tuple[frozenset[int], blocks.Block], ...] = ()
 
     def __call__(self, layer: Layer) -> blocks.Block | None:
         """The block of a layer."""
         block = dict(self.kinds).get(layer.kind, layer.block)
+        block = dict(self.of_leaves).get(frozenset(layer.leaves), block)
         exact = type(block) is blocks.Kronecker
         return dataclasses.replace(block, exact_scalars=True) if exact else block
 
 
 def native_blocks(
     layer_tag_to_block_ctor: Mapping[str, Any] | None = None,
+    index_to_block_ctor: Mapping[Any, Any] | None = None,
 ) -> NativeBlocks:
     """Translates blocks by tag, those that are set by default included.
 
     Args:
       layer_tag_to_block_ctor: classes of this module, classes derived from them, or
-        native blocks, by tag.
+        native blocks, by tag; None leaves a tag at its default.
+      index_to_block_ctor: such by the indices of a block's parameters, a tuple.
 
     Returns:
       What `make_curvature(blocks=...)` takes.
@@ -264,7 +272,7 @@ def native_blocks(
             "blocks by tag, or None",
         )
     given = {_plain(tag): x for tag, x in (layer_tag_to_block_ctor or {}).items()}
-    given = _registered | given
+    given = {tag: x for tag, x in (_registered | given).items() if x is not None}
     if "repeated_dense" in given:  # which are layers like others here
         given = {"dense": DEFAULTS["dense"]} | given
     replaced: list[str] = []
@@ -280,11 +288,29 @@ def native_blocks(
                     f"here; expected one block for them, got {block!r} and {native!r}. "
                     "Choose blocks by path: make_curvature(..., blocks={path: block})."
                 )
+    of_leaves = _of_leaves(index_to_block_ctor, replaced)
     if replaced:
         _warn_of_replaced(replaced)
     defaults = {k: DEFAULTS[tag].native for tag, kinds in KINDS.items() for k in kinds}
     kinds = [(k, b) for k, (_, b) in chosen.items() if b != defaults[k]]
-    return NativeBlocks(tuple(kinds))
+    return NativeBlocks(tuple(kinds), of_leaves)
+
+
+def _of_leaves(
+    index_to_block_ctor: Mapping[Any, Any] | None, replaced: list[str]
+) -> tuple[tuple[frozenset[int], blocks.Block], ...]:
+    """The blocks of single layers, by the indices of their parameters."""
+    if index_to_block_ctor is None:
+        return ()
+    name = "index_to_block_ctor"
+    expected = "blocks by tuples of indices, or None"
+    _arguments.instance(name, index_to_block_ctor, Mapping, expected)
+    for indices in index_to_block_ctor:
+        _arguments.instance(f"each key of {name}", indices, tuple, "a tuple of indices")
+    return tuple(
+        (frozenset(indices), _native(str(indices), ctor, replaced))
+        for indices, ctor in index_to_block_ctor.items()
+    )
 
 
 def _check_tag(tag: str, native: blocks.Block) -> None:
@@ -326,8 +352,9 @@ def _native(tag: str, ctor: Any, replaced: list[str]) -> blocks.Block:
         ctor = ctor.func
     if not (isinstance(ctor, type) and issubclass(ctor, CurvatureBlock)):
         raise TypeError(
-            f"Blocks for a tag are expected as a class of kfac_jax.curvature_blocks, "
-            "one derived from it, or a block of kfac_jax.blocks; got "
+            "Blocks for a tag, or for indices, are expected as a class of "
+            "kfac_jax.curvature_blocks, one derived from it, or a block of "
+            "kfac_jax.blocks; got "
             f"{_arguments.shown(ctor)} for {tag!r}."
         )
     if ctor.native is None:
