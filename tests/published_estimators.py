@@ -116,12 +116,7 @@ def returned_values() -> Found:
         errors, z = _errors(params, batch)
         return [[errors, z], {"more": z.sum()}]
 
-    functions = {
-        "scalar": _loss,
-        "per case": lambda *args: _errors(*args)[0],
-        "matrix": lambda *args: _errors(*args)[1],
-        "several": several,
-    }
+    functions = {"per case": lambda *args: _errors(*args)[0], "several": several}
     found: Found = {}
     for name, function in functions.items():
         estimator, state = _updated(function)
@@ -213,9 +208,12 @@ def exact_products(name: str, size: int | None = None) -> Found:
 
     options = {} if size is None else {"batch_size_extractor": lambda batch: size}
     exact = kfac_jax.ImplicitExactCurvature(func, **options)
-    count = 2 if name == "two" else 1
-    inner = tuple(_array(20 + i, 6, 2) for i in range(count))
+    shapes, batch_size = exact.get_loss_inner_vector_shapes_and_batch_size(
+        ARGS, "fisher"
+    )
+    inner = tuple(_array(20 + i, *shape) for i, shape in enumerate(shapes))
     found = {"hessian": _digest(exact.multiply_hessian(ARGS, V))}
+    found["size"] = [float(batch_size)]
     for matrix in ("fisher", "ggn"):
         product = getattr(exact, f"multiply_{matrix}")(ARGS, V)
         factor = getattr(exact, f"multiply_{matrix}_factor")

@@ -79,6 +79,8 @@ def test_factors_are_adjoint_and_give_the_fisher():
     args, exact = (PARAMS, X), implicit(several)
     transposed = exact.multiply_fisher_factor_transpose(args, V)
     assert [x.shape for x in transposed] == [(6, 2), (6, 2), (6, 1, 2)]
+    shapes = exact.get_loss_inner_vector_shapes_and_batch_size(args, "ggn")
+    assert shapes == (tuple(x.shape for x in transposed), 6)
     r = tuple(models.array(i, *x.shape) for i, x in enumerate(transposed))
     forward = exact.multiply_fisher_factor(args, r)
     left = sum(map(jnp.vdot, jax.tree.leaves(forward), jax.tree.leaves(V)))
@@ -212,6 +214,10 @@ REFUSED = {
     "what batch_size_extractor returns must be a number or a scalar array; got": (
         TypeError,
         lambda: implicit(batch_size_extractor=lambda x: x[0]).multiply_ggn(ARGS, V),
+    ),
+    'mode must be "fisher" or "ggn"; got': (
+        ValueError,
+        lambda: implicit().get_loss_inner_vector_shapes_and_batch_size(ARGS, "gnn"),
     ),
     "ImplicitExactCurvature has no 'multiply_jacobian' in kfac_jax; expected": (
         AttributeError,

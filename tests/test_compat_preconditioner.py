@@ -113,6 +113,29 @@ def test_devices_agree_once_they_sync(traced):
     assert not np.allclose(different[0], different[1])
 
 
+@models.EIGHT_DEVICES
+def test_devices_agree_in_a_shard_map():
+    preconditioner = made(pmap_axis_name="i")
+    mesh = jax.make_mesh(
+        (3,),
+        ("i",),
+        axis_types=(jax.sharding.AxisType.Auto,),
+        devices=jax.devices()[:3],
+    )
+
+    def update(x, y):
+        arguments = PARAMS, (x, y)
+        state = preconditioner.init(arguments, KEY)
+        state = preconditioner.maybe_update_estimator_curvature(state, arguments, KEY)
+        return curvature_of(state)
+
+    split = jax.sharding.PartitionSpec("i")
+    over = jax.shard_map(
+        update, mesh=mesh, in_specs=split, out_specs=jax.sharding.PartitionSpec()
+    )
+    models.assert_trees_close(jax.jit(over)(X, Y), update(X, Y))
+
+
 # -------------------------------------------------------------- patterns and parameters
 
 

@@ -71,7 +71,7 @@ class ImplicitExactCurvature:
             return [loss.z for loss in scaled], scaled
 
         leaves = tree.leaves(params, "params")
-        return _Place(outputs, program.graph, tree, leaves)
+        return _Place(outputs, program.graph, tree, leaves, size)
 
     def multiply_fisher(
         self, func_args: Sequence[Any], parameter_structured_vector: Params
@@ -143,6 +143,23 @@ class ImplicitExactCurvature:
             return [x.multiply_root_transpose(dz) for x, dz in pairs]
 
         return tuple(axis_types.auto(roots, moved)(losses, moved))
+
+    def get_loss_inner_vector_shapes_and_batch_size(
+        self, func_args: Sequence[Any], mode: str
+    ) -> tuple[tuple[tuple[int, ...], ...], Any]:
+        """What `multiply_fisher_factor` takes.
+
+        Args:
+          func_args: arguments of the function, or their shapes.
+          mode: "fisher" or "ggn", which are equal.
+
+        Returns:
+          The shape of the array for each registered loss, and N.
+        """
+        _arguments.choice("mode", mode, ("fisher", "ggn"))
+        place = self._at(func_args)
+        shapes = [x.shape for x in jax.eval_shape(place.outputs, place.leaves)[0]]
+        return tuple(shapes), place.size or shapes[0][0]
 
     def multiply_ggn(
         self, func_args: Sequence[Any], parameter_structured_vector: Params
@@ -217,12 +234,14 @@ class _Place:
       graph: its program.
       tree: describes the parameters.
       leaves: the parameters.
+      size: N, or None for the leading axis of what is registered.
     """
 
     outputs: Callable[[list[Array]], Outputs]
     graph: Graph
     tree: TreeSpec
     leaves: list[Array]
+    size: Any
 
     def vector(self, v: Params) -> list[Array]:
         """The leaves of a vector like the parameters."""

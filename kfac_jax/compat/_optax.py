@@ -210,7 +210,9 @@ class OptaxPreconditioner:
         updated = self._updated(state, func_args, rng, decay, None)
         if not in_pmap(self.pmap_axis_name):
             return updated
-        return jax.lax.cond(due, self.sync_estimator_state, lambda x: x, updated)
+        if isinstance(sync, Array):
+            return jax.lax.cond(due, self.sync_estimator_state, lambda x: x, updated)
+        return self.sync_estimator_state(updated) if sync else updated
 
     def maybe_update_inverse_cache(
         self, state: OptaxPreconditionState
