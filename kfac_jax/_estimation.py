@@ -105,6 +105,30 @@ def target_cotangents(losses: Sequence[RegisteredLoss]) -> list[Array]:
     return [loss.target_gradient() for loss in losses]
 
 
+def only_column(
+    losses: Sequence[RegisteredLoss], states: Sequence[State], independent_cases: bool
+) -> list[Array] | None:
+    """The cotangent that says all, where each example has a single output."""
+    if len(losses) > 1:
+        return None
+    outer, _, inner = _within(losses[0], states[0], independent_cases)
+    if outer * inner * math.prod(losses[0].z.shape[1:]) > 1:
+        return None
+    return [losses[0].multiply_root(jnp.ones_like(losses[0].z))]
+
+
+def _within(
+    loss: RegisteredLoss, state: State, independent_cases: bool
+) -> tuple[int, int, int]:
+    """How the cases are divided, `outer × examples × inner`."""
+    cases = len(loss.z)
+    if state is None or (independent_cases and isinstance(state, Lost)):
+        return (1, cases, 1)
+    if isinstance(state, Examples) and state.axis == 0:
+        return (state.outer, state.size, state.inner)
+    return (1, 1, cases)  # not known: every case by itself
+
+
 def sum_over_outputs(
     losses: Sequence[RegisteredLoss],
     states: Sequence[State],
@@ -128,13 +152,8 @@ def sum_over_outputs(
     total: Any = None
     zeros = [jnp.zeros_like(loss.z) for loss in losses]
     for index, (loss, state) in enumerate(zip(losses, states, strict=True)):
-        cases, *event = loss.z.shape
-        size = math.prod(event)
-        within = (1, 1, cases)  # not known: every case by itself
-        if state is None or (independent_cases and isinstance(state, Lost)):
-            within = (1, cases, 1)
-        elif isinstance(state, Examples) and state.axis == 0:
-            within = (state.outer, state.size, state.inner)
+        size = math.prod(loss.z.shape[1:])
+        within = _within(loss, state, independent_cases)
         outer, _, inner = within
 
         def column(

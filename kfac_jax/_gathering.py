@@ -44,6 +44,7 @@ def gather(
     pull: Pull,
     rng: Array | None,
     independent_cases: bool = False,
+    diagonals: Sums | None = None,
 ) -> tuple[Sums, int]:
     """Gathers the statistics of one batch.
 
@@ -61,13 +62,26 @@ def gather(
       rng: a key; without one the random numbers are always the same.
       independent_cases: whether exact modes take cases for examples where it is not
         known which are.
+      diagonals: those of parameters without a layer that exact modes know.
 
     Returns:
       The sums, and how many batches they count for.
     """
     key = jax.random.key(0) if rng is None else rng
     if _estimation.is_exact(mode):
-        return _exact(layers, mode, losses, states, pull, key, independent_cases), 1
+        return (
+            _exact(
+                layers,
+                mode,
+                losses,
+                states,
+                pull,
+                key,
+                independent_cases,
+                diagonals or {},
+            ),
+            1,
+        )
     if mode == "fisher_empirical":
         targets = _estimation.target_cotangents(losses)
         sums = pull(targets)[1]
@@ -91,8 +105,13 @@ def _exact(
     pull: Pull,
     key: Array,
     independent_cases: bool,
+    diagonals: Sums,
 ) -> Sums:
     """Sums over all outputs; what depends on inputs only is gathered once."""
+    drawn = [i for i, x in enumerate(layers) if is_squared(x) and i not in diagonals]
+    only = _estimation.only_column(losses, states, independent_cases)
+    if only is not None and not drawn:
+        return {**pull(only)[1], **diagonals}
 
     def column(cotangents: list[Array]) -> Sums:
         return {
@@ -106,7 +125,8 @@ def _exact(
 
     once = _both(layers, pull, _estimation.random_cotangents(losses, mode, key))
     columns = _estimation.sum_over_outputs(losses, states, column, independent_cases)
-    return {index: {**part, **columns.get(index, {})} for index, part in once.items()}
+    sums = {index: part | columns.get(index, {}) for index, part in once.items()}
+    return {**sums, **diagonals}
 
 
 def _both(layers: Sequence[Layer], pull: Pull, cotangents: list[Array]) -> Sums:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import _collectives, _plan
+from kfac_jax._estimation import is_exact
+from kfac_jax._exact_diagonals import exact_diagonals
 from kfac_jax._factors import Factors, Statistics
 from kfac_jax._gathering import (
     Sums,
@@ -121,9 +123,17 @@ def linearize(
         sums, _ = split_products(plan.layers, sums)
         return grads, with_cross(plan.layers, sums)
 
+    def diagonals() -> Sums:
+        if not is_exact(plan.estimation_mode):
+            return {}
+        squared = [i for i, layer in enumerate(plan.layers) if is_squared(layer)]
+        return exact_diagonals(plan.layers, squared, program, leaves, data)
+
     def statistics(rng: Array | None) -> Statistics:
         examples = traced.found.loss_examples
-        return _statistics(plan, losses, examples, pull_outputs, carried, rng)
+        return _statistics(
+            plan, losses, examples, pull_outputs, diagonals, carried, rng
+        )
 
     value = (total, traced.unflatten_aux(aux)) if plan.has_aux else total
     return Linearized(value, None if replaces_rules(program) else gradient, statistics)
@@ -170,6 +180,7 @@ def _statistics(
     losses: Sequence[RegisteredLoss],
     examples: Any,
     pull_outputs: Callable[[list[Array]], Any],
+    diagonals: Callable[[], Sums],
     carried: Factors,
     rng: Array | None,
 ) -> Statistics:
@@ -177,6 +188,7 @@ def _statistics(
     layers = plan.layers
 
     def gathered(losses: Sequence[RegisteredLoss], rng: Array | None) -> Any:
+        known = diagonals()
         sums, count = gather(
             layers,
             plan.estimation_mode,
@@ -186,9 +198,10 @@ def _statistics(
             pull_outputs,
             rng,
             plan.independent_cases,
+            known,
         )
         (cases,) = _collectives.summed([_cases(losses)], [None])
-        return _over_devices(layers, sums), count, count * cases
+        return _over_devices(layers, sums, known), count, count * cases
 
     sums, count, cases = axis_types.auto(gathered)(losses, rng)
     count *= _compat.summed_devices([one.z for one in losses], sums)
@@ -216,10 +229,10 @@ def _cases(losses: Sequence[RegisteredLoss]) -> Array:
     return total
 
 
-def _over_devices(layers: Sequence[Layer], sums: Sums) -> Sums:
+def _over_devices(layers: Sequence[Layer], sums: Sums, known: Sums) -> Sums:
     """Sums what `shard_map` has on each device, without what blocks carry.
 
-    Squares are of gradients, which JAX has summed.
+    Squares that are not known exactly are of gradients, which JAX has summed.
     """
     own = {
         (i, name): x
@@ -227,7 +240,8 @@ def _over_devices(layers: Sequence[Layer], sums: Sums) -> Sums:
         for name, x in part.items()
         if name not in layers[i].carried_shapes
     }
-    like = [x if is_squared(layers[i]) else None for (i, _), x in own.items()]
+    squared = [is_squared(layers[i]) and i not in known for i, _ in own]
+    like = [x if s else None for s, x in zip(squared, own.values(), strict=True)]
     result: Sums = {i: {} for i in sums}
     summed = _collectives.summed(list(own.values()), like)
     for (i, name), x in zip(own, summed, strict=True):

@@ -446,9 +446,10 @@ def make_curvature(
         adds output gradients first, which suits losses of the positions' mean. Blocks
         given in `blocks` have their own.
       on_unmatched: what to do about parameters no layer covers: "warn" gives them the
-        diagonal `N · ḡ²` of the sampled batch gradient ḡ (with random signs of the
-        cases in the exact modes, which then are exact for layers only, and better with
-        a key), "error" raises, "ignore" gives them the identity.
+        diagonal `N · ḡ²` of the sampled batch gradient ḡ; in the exact modes their
+        exact diagonal if they have no more than 32 entries, by a forward pass for each
+        (else `N · ḡ²` with random signs of the cases, from `rng`). "error" raises,
+        "ignore" gives them the identity.
       num_samples: how many samples per batch the sampled modes average over.
       statistics_fraction: τ1, the fraction of the batch used for statistics, in (0, 1].
       l2: η, the weight of the quadratic penalty that the loss includes, at least 0.

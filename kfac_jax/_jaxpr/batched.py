@@ -152,22 +152,15 @@ def _moved(state: State, to: Callable[[int], int | None]) -> State:
     return LOST if axis is None else dataclasses.replace(state, axis=axis)
 
 
-RULES: dict[str, Rule] = {name: _leading(own) for name, own in _OWN_AXES.items()}
-RULES |= {
+_SCATTERS = tuple(
+    f"scatter{kind}"
+    for kind in ("", "-add", "-sub", "_add", "_sub", "_mul", "_min", "_max")
+)
+
+RULES: dict[str, Rule] = {
+    **{name: _leading(own) for name, own in _OWN_AXES.items()},
+    **dict.fromkeys(_SCATTERS, _scatter),
     "fft": _fft,
     "gather": _gather,
     "dynamic_update_slice": _dynamic_update_slice,
-}
-RULES |= {
-    name: _scatter
-    for name in (
-        "scatter",
-        "scatter-add",
-        "scatter_add",
-        "scatter-sub",
-        "scatter_sub",
-        "scatter_mul",
-        "scatter_min",
-        "scatter_max",
-    )
 }

@@ -28,7 +28,7 @@ def check_forward_mode(
     Raises:
       ValueError: if it does, with the lines.
     """
-    if all(node.name not in _CUSTOM_VJP for node in graph.walk()):
+    if has_forward_mode(graph):
         return
     met = build(jax.make_jaxpr(product)(*operands)).walk()
     lines = _lines(node for node in met if node.name == "custom_lin")
@@ -40,6 +40,11 @@ def check_forward_mode(
             "rate, a momentum and a damping instead of QuadraticModel and "
             "LevenbergMarquardt."
         )
+
+
+def has_forward_mode(graph: Graph) -> bool:
+    """Whether the program is without `custom_vjp` functions."""
+    return all(node.name not in _CUSTOM_VJP for node in graph.walk())
 
 
 @contextlib.contextmanager
