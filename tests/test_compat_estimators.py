@@ -303,6 +303,27 @@ def test_eigenvalues_are_those_of_the_blocks_also_cached():
     assert not np.allclose(estimator.eigenvalues(later, False), every)
 
 
+@pytest.mark.parametrize("which", ["estimator", "preconditioner"])
+def test_exact_modes_take_cases_for_independent_and_say_so(which):
+    """An array in the batch that has no axis of examples leaves doubts."""
+
+    def lost(params, batch):
+        x, y, at = batch
+        return loss_fn(params, (x + at[None], y))
+
+    args, mode = (PARAMS, (X, Y, jnp.zeros(3))), "fisher_exact"
+    if which == "estimator":
+        made = kfac_jax.BlockDiagonalCurvature(lost, default_estimation_mode=mode)
+    else:
+        made = kfac_jax.OptaxPreconditioner(lost, damping=1.0, estimation_mode=mode)
+        made = made.estimator
+    with pytest.warns(UserWarning, match="an example that no other depends on") as w:
+        state = made.init(KEY, args)
+    assert [x.filename for x in w] == [__file__]
+    state = made.update_curvature_matrix_estimate(state, 0.0, 1.0, 0.0, 6, KEY, args)
+    models.assert_trees_close(state.factors, estimator_and_state()[1].factors)
+
+
 def test_exact_products_are_the_plans():
     plan = kfac_jax.make_curvature(loss_fn, *ARGS)
     implicit = kfac_jax.ImplicitExactCurvature(loss_fn)

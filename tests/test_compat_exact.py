@@ -141,6 +141,20 @@ def test_the_matrix_is_the_fisher():
     np.testing.assert_allclose(state.matrix, matrix, atol=1e-12)
 
 
+def test_cases_that_depend_on_each_other_do_no_harm():
+    """Nothing is taken for independent: neither is there a doubt, nor a warning."""
+
+    def normed(params, x, at):
+        z = outputs(params, x + at[None])
+        z = z - z.mean(0, keepdims=True)
+        kfac_jax.register_squared_error_loss(z, Y)
+
+    args = PARAMS, X, jnp.zeros(3)
+    estimator, state = explicit(normed, args=args)
+    moved = estimator.multiply(state, V, 0.0)
+    models.assert_trees_close(implicit(normed).multiply_fisher(args, V), moved)
+
+
 def test_powers_are_those_of_the_damped_matrix():
     estimator, state = explicit()
     v, damped = ravel_pytree(V)[0], dense() + 0.1 * np.eye(8)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import _arguments, _factors
-from kfac_jax._estimation import MODES
+from kfac_jax._estimation import MODES, is_exact
 from kfac_jax._factors import Factors
 from kfac_jax._preconditioner import init_inverses, precondition, refresh_inverses
 from kfac_jax.approximation import Approximation
@@ -19,7 +19,7 @@ from kfac_jax.compat._block_views import dense_blocks
 from kfac_jax.compat._devices import in_pmap, pmean_if_pmap
 from kfac_jax.compat._estimator_arguments import Powers, powers
 from kfac_jax.compat._estimator_arguments import weight as one_weight
-from kfac_jax.compat._plans import plan, without
+from kfac_jax.compat._plans import plan, warn_of_lost_examples, without
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.curvature import Curvature
 from kfac_jax.layers import Layer
@@ -171,7 +171,9 @@ class BlockDiagonalCurvature:
             blocks=self._blocks,
             estimation_mode=self._mode,
             num_samples=self._num_samples,
+            independent_cases=is_exact(self._mode),
         )
+        warn_of_lost_examples(self._curvature)
         self._check_indices()
         params, _ = without(func_args, self._params_index)
         factors = self.curvature.init_factors(params)
@@ -355,8 +357,7 @@ class BlockDiagonalCurvature:
         operator = self.curvature.approximation(factors)
         if power == -1 and not exact_power:
             return operator.solve(v, weight, "factored")
-        mode = "exact" if exact_power else "factored"
-        return operator.power(v, power, weight, mode)
+        return operator.power(v, power, weight, "exact" if exact_power else "factored")
 
     def multiply_inverse(
         self,
@@ -464,8 +465,7 @@ class BlockDiagonalCurvature:
     @property
     def block_dims(self) -> tuple[int, ...]:
         """How many parameters each block has."""
-        sizes = [map(math.prod, layer.shapes) for layer in self.curvature.layers]
-        return tuple(map(sum, sizes))
+        return tuple(sum(map(math.prod, x.shapes)) for x in self.curvature.layers)
 
     @property
     def dim(self) -> int:

@@ -156,6 +156,7 @@ class ExplicitExactCurvature:
             func_args,
             on_unmatched="ignore",
             estimation_mode="ggn_exact",
+            independent_cases=True,  # which nothing here depends on
         )
         dtype = jnp.result_type(float, *self._curvature.tree.dtypes)
         zeros = jnp.zeros((self.dim, self.dim), dtype)

@@ -1,5 +1,6 @@
 """Plans of functions that have their parameters at any place."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import _arguments
+from kfac_jax.compat.curvature_blocks import callers_level
 from kfac_jax.curvature import Curvature, make_curvature
 from kfac_jax.tags import register_generic
 
@@ -52,6 +54,19 @@ def plan(
     params, rest = without(shapes, params_index)
     function = with_params_first(func, params_index, only_generic)
     return make_curvature(function, params, *rest, **options)
+
+
+def warn_of_lost_examples(curvature: Curvature) -> None:
+    """Warns where an exact mode takes cases for independent that may not be."""
+    if curvature.lost_examples:
+        warnings.warn(
+            "Which examples the registered outputs belong to could not be followed "
+            f"since {curvature.lost_examples}. Each entry of their leading axis is "
+            "taken for an example that no other depends on, as in the published "
+            "release. Where one does, as with batch norm, the curvature is wrong; then "
+            "use a sampled estimation_mode.",
+            stacklevel=callers_level() + 1,
+        )
 
 
 def with_params_first(

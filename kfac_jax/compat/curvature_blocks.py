@@ -330,11 +330,11 @@ def _warn_of_replaced(replaced: list[str]) -> None:
         "and silence this, pass it as it is: layer_tag_to_block_ctor="
         '{"repeated_dense": kfac_jax.blocks.Kronecker()}, or blocks= of '
         "make_curvature.",
-        stacklevel=_callers_level() + 1,
+        stacklevel=callers_level() + 1,
     )
 
 
-def _callers_level() -> int:
+def callers_level() -> int:
     """How far up the stack the program is that calls this library."""
     frames = (frame for frame, _ in traceback.walk_stack(None))
     names = (str(frame.f_globals.get("__name__", "")) for frame in frames)
