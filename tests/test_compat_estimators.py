@@ -4,6 +4,7 @@ Numbers called published are those of its release 0.0.8, run on its own.
 """
 
 import functools
+import importlib
 import re
 
 import jax
@@ -555,6 +556,12 @@ def test_what_is_not_supported_is_refused(text):
     error, function = REFUSED[text]
     with pytest.raises(error, match=re.escape(text)):
         function()
+
+
+def test_hooks_into_inner_modules_are_not_there():
+    """Programs that replace parts of the existing library's tracer find none."""
+    with pytest.raises(ImportError, match=r"kfac_jax\._src"):
+        importlib.import_module("kfac_jax._src.tracer")
 
 
 def test_names_are_those_of_the_package():

@@ -279,6 +279,8 @@ class ExplicitExactCurvature:
         """
         _check_state(state)
         _arguments.number("power", power)
+        _arguments.within("power", power, -float("inf"), float("inf"))
+        _arguments.flag("use_cached", use_cached)
         weight = one_weight(identity_weight, norm_to_scale_identity_weight_per_block)
         if use_cached and power != 1:
             w, u, weight = _cached(state)
@@ -328,6 +330,7 @@ class ExplicitExactCurvature:
     def eigenvalues(self, state: ExplicitExactState, use_cached: bool) -> Array:
         """The eigenvalues of F, of the last `update_cache` if cached, `[P]`."""
         _check_state(state)
+        _arguments.flag("use_cached", use_cached)
         return _cached(state).w if use_cached else _eigh(state.matrix)[0]
 
     def block_eigenvalues(

@@ -345,9 +345,13 @@ class OptaxPreconditioner:
 
 def _condition(name: str, value: Any) -> Array:
     """A bool, or an array of one."""
-    _arguments.real(name, value)
-    if jnp.shape(value):
-        raise ValueError(f"{name} must be one bool; got {_arguments.shown(value)}.")
+    if not isinstance(value, bool):
+        array = _arguments.real(name, value)
+        if array.shape or jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{name} must be one bool, or an array of one; got "
+                f"{_arguments.shown(value)}."
+            )
     return jnp.asarray(value, bool)
 
 
