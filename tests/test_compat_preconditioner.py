@@ -231,7 +231,7 @@ REFUSED = {
         TypeError,
         lambda: gathered(decay_old_ema=None),
     ),
-    "sync must be one bool, or an array of one; got bool[2].": (
+    "must be one bool, or an array of one; got": (
         ValueError,
         lambda: gathered(sync=jnp.array([True, False])),
     ),
