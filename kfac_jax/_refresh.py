@@ -57,6 +57,7 @@ def refresh(
     damping: Array,
     gamma: Array | None,
     due: Sequence[Array],
+    informed: Array,
     distribution: Distribution | None,
     candidates: Candidates | None,
 ) -> Refreshed:
@@ -69,14 +70,19 @@ def refresh(
       damping: λ + η.
       gamma: γ so far, None where it is √(λ+η).
       due: whether each share of the layers is due.
+      informed: whether there have been statistics.
       distribution: the devices.
       candidates: what γ is chosen by; then all layers are one share.
 
     Returns:
       What the refresh leaves.
     """
-    groups = shares(layers, len(due))
-    moving = {x.name: factors[x.name] for x in layers if x.carried_shapes}
+    every_step = [x for x in layers if x.inverted_in_every_step]
+    turned = list(layers)
+    if candidates is None:  # or γ is chosen by all
+        turned = [x for x in layers if x.carried_shapes or x not in every_step]
+    groups, inverses = shares(turned, len(due)), dict(inverses)
+    moving = {x.name: factors[x.name] for x in every_step if x.carried_shapes}
     failed = jnp.zeros((), jnp.int32)
     waits: Array | None = None
     for group, now in zip(groups, due, strict=True):
@@ -86,24 +92,27 @@ def refresh(
         if waits is not None:  # one after the other, see linalg.inverse_many
             now = now & ~known_false_after(waits)
         own = {n: x for n, x in inverses.items() if n in names}
-        turned = {n: x for n, x in moving.items() if n in names}
+        bases = {n: x for n, x in moving.items() if n in names}
         work = functools.partial(
             _refresh_group, group, factors, damping, distribution, candidates
         )
-        turned, own, gamma, bad = jax.lax.cond(
+        bases, own, gamma, bad = jax.lax.cond(
             now,
             work,
-            lambda turned, own, gamma: (turned, own, gamma, jnp.zeros((), jnp.int32)),
-            turned,
+            lambda bases, own, gamma: (bases, own, gamma, jnp.zeros((), jnp.int32)),
+            bases,
             own,
             gamma,
         )
-        moving, inverses, failed = moving | turned, inverses | own, failed + bad
+        moving, inverses, failed = moving | bases, inverses | own, failed + bad
         waits = jnp.ravel(jax.tree.leaves(own)[0])[0] if jax.tree.leaves(own) else None
-    # those in a basis are diagonal there and follow the factors in every step
-    inverses, unsafe = refresh_inverses(
-        layers, moving, inverses, _squared(damping, gamma)
+    following = {x.name: factors[x.name] for x in every_step} | moving
+    old = {name: inverses[name] for name in following}
+    found, unsafe = refresh_inverses(
+        every_step, following, old, _squared(damping, gamma)
     )
+    # before there are statistics, steps follow the gradient
+    inverses |= jax.tree.map(functools.partial(jnp.where, informed), found, old)
     return Refreshed(factors | moving, inverses, gamma, failed + unsafe)
 
 

@@ -139,6 +139,7 @@ def advance(
         damping + curvature.l2,
         None if candidates is None else state.factored_damping,
         list(due),
+        batches > 0,
         distribution,
         candidates,
     )

@@ -131,6 +131,14 @@ class Block(abc.ABC):
         """Whether rows must be summed within an example."""
         return False
 
+    @property
+    def inverted_in_every_step(self) -> bool:
+        """Whether the inverse follows the factors and λ in every step, not every T3.
+
+        All of `damp` must be elementwise then.
+        """
+        return bool(self.carried)
+
     @abc.abstractmethod
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """Shapes of the statistics, each with the `stacked` axes in front."""
@@ -194,8 +202,7 @@ class Block(abc.ABC):
     def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
         """Returns what is to be inverted for the block with damping λ.
 
-        With `carried` factors all of it must be elementwise: it is inverted in every
-        step then.
+        With `carried` factors all of it must be elementwise.
         """
 
     @abc.abstractmethod

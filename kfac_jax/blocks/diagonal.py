@@ -32,6 +32,11 @@ class Diagonal(Block):
         """Yes: gradients are summed within an example before they are squared."""
         return True
 
+    @property
+    def inverted_in_every_step(self) -> bool:
+        """Yes, as that costs less than to keep the inverse."""
+        return True
+
     def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
         """One number for each parameter."""
         return self.factor_shapes(shape)

@@ -122,6 +122,12 @@ class Layer:
         return {n: s for n, s in self.factor_shapes.items() if n in carried}
 
     @property
+    def inverted_in_every_step(self) -> bool:
+        """Whether the inverse follows the factors in every step, not every T3."""
+        block = None if self.link is not None else self.block
+        return block is not None and block.inverted_in_every_step
+
+    @property
     def factor_bytes(self) -> int:
         """How much the factors hold, in bytes."""
         sizes = (math.prod(shape) for shape in self.factor_shapes.values())
