@@ -267,8 +267,8 @@ def several_batches_a_step() -> Found:
 
 
 def _preconditioned(func: Any, params: Any, batch: Any, **options: Any) -> Found:
-    """Updates of two steps, by the optax transformation."""
-    preconditioner = _preconditioner(func, inverse_update_period=1, **options)
+    """Updates of two steps, the second with the inverses of the first."""
+    preconditioner = _preconditioner(func, inverse_update_period=2, **options)
     args = params, batch
     state = preconditioner.init(args, KEY)
     transform = preconditioner.as_gradient_transform()

@@ -15,7 +15,7 @@ from kfac_jax._factors import Factors
 from kfac_jax._preconditioner import init_inverses, precondition, refresh_inverses
 from kfac_jax.approximation import Approximation
 from kfac_jax.compat import _options
-from kfac_jax.compat._block_views import dense_blocks
+from kfac_jax.compat._block_views import dense_blocks, with_uncached
 from kfac_jax.compat._devices import in_pmap, pmean_if_pmap
 from kfac_jax.compat._estimator_arguments import Powers, powers
 from kfac_jax.compat._estimator_arguments import weight as one_weight
@@ -51,11 +51,11 @@ class BlockDiagonalCurvature:
 
     Numbers are those of the existing library in exact modes, but for these:
 
-    * a generic parameter's diagonal is an unbiased estimate, from random signs; there
-      it is N times the diagonal, with N cases;
+    * a generic parameter's diagonal is the plan's, exact or unbiased; there it is N
+      times the diagonal, with N cases;
     * a cache holds inverses for power -1 without `exact_power`. For other powers it
       holds the factors only, and saves no time;
-    * cached inverses have the damping of the cache, those of diagonal blocks too.
+    * cached inverses have the damping of the cache; diagonal blocks have none cached.
 
     Args:
       func: registers its loss; what it returns does not matter.
@@ -179,11 +179,10 @@ class BlockDiagonalCurvature:
         factors = self.curvature.init_factors(params)
         asked = powers("exact_powers_to_cache", exact_powers_to_cache)
         asked += powers("approx_powers_to_cache", approx_powers_to_cache)
-        cache = None
+        cache, zero = None, jnp.zeros((), float)
         if asked or cache_eigenvalues:
-            inverses = init_inverses(self.curvature.layers)
-            cache = Cache(factors, inverses, jnp.zeros((), float))
-        return BlockDiagonalState(factors, jnp.zeros((), float), cache)
+            cache = Cache(factors, init_inverses(self.curvature.layers), zero)
+        return BlockDiagonalState(factors, zero, cache)
 
     def _check_indices(self) -> None:
         blocks = [*self.indices_to_block_map]
@@ -328,7 +327,7 @@ class BlockDiagonalCurvature:
           power: p.
           exact_power: whether λ is added to the blocks, or to their factors with π.
           use_cached: whether to use F of the last `update_cache`, and its λ too unless
-            `exact_power`.
+            `exact_power`; but for diagonal blocks, which are not cached.
           pmap_axis_name: accepted, not used.
           norm_to_scale_identity_weight_per_block: only None.
 
@@ -348,11 +347,12 @@ class BlockDiagonalCurvature:
         factors = state.factors
         if use_cached:
             cache = _cache(state)
-            factors = cache.factors
+            kept = cache.factors, cache.inverses
+            factors, inverses = with_uncached(layers, *kept, factors, weight)
             weight = weight if exact_power else cache.identity_weight
             if power == -1 and not exact_power:
                 leaves = self.curvature.tree.leaves(v, "the vector v")
-                solved, _ = precondition(layers, factors, cache.inverses, leaves, {})
+                solved, _ = precondition(layers, factors, inverses, leaves, {})
                 return jax.tree.unflatten(self.curvature.tree.treedef, solved)
         operator = self.curvature.approximation(factors)
         if power == -1 and not exact_power:

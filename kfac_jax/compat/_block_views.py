@@ -1,4 +1,4 @@
-"""What blocks of a plan's layers are, as dense matrices and as parts of vectors.
+"""What blocks of a plan's layers are as dense matrices, and what caches lack.
 
 Within a block parameters are in their order in the tree, so that "b" comes before "w".
 """
@@ -12,12 +12,40 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._factors import Factors
+from kfac_jax._preconditioner import refresh_inverses
 from kfac_jax.layers import Layer
 
 
 def dense_blocks(layers: Sequence[Layer], factors: Factors) -> tuple[Array, ...]:
     """The blocks, `[p, p]` each."""
     return tuple(_dense(layer, factors[layer.name]) for layer in layers)
+
+
+def with_uncached(
+    layers: Sequence[Layer],
+    cached: Factors,
+    inverses: Factors,
+    present: Factors,
+    damping: Array,
+) -> tuple[Factors, Factors]:
+    """A cache, with what is never cached: diagonal blocks follow their factors.
+
+    Args:
+      layers: the plan's layers.
+      cached: the factors in the cache.
+      inverses: the inverses in the cache.
+      present: the factors.
+      damping: the present λ.
+
+    Returns:
+      The factors and the inverses.
+    """
+    following = [x for x in layers if x.inverted_in_every_step and not x.carried_shapes]
+    names = [layer.name for layer in following]
+    factors = {name: present[name] for name in names}
+    old = {name: inverses[name] for name in names}
+    found, _ = refresh_inverses(following, factors, old, damping)
+    return cached | factors, inverses | found
 
 
 def _dense(layer: Layer, factors: dict[str, Array]) -> Array:
