@@ -72,6 +72,16 @@ PROGRAMS = {
         {"scaling.png": "scaling.png"},
         600,
     ),
+    "Programs written for the published release": Program(
+        (
+            "walkers.py",
+            *("--output", "{output}/walkers", "--seconds", "15"),
+            *("--batches", "128", "2048"),
+        ),
+        "walkers/walkers.md",
+        {},
+        420,
+    ),
     "Time to a target": Program(
         ("time_to_target.py", "--output", "{output}/target"),
         "target/table.txt",

@@ -6,6 +6,9 @@ A model's programs are
   always be the refresh, so that these are compiled with no refresh due;
 * the refresh of all inverses, alone;
 * the whole step as users compile it, donated. It is also run.
+
+Of the wavefunction of the published kind it is the step of `Optimizer`, which donates
+nothing.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import jax
 import jax.monitoring
 import jax.numpy as jnp
 import optax
+import walkers_model
 from compiled_check import Row
 from compiled_text import instructions, library_calls
 from models import MODELS, Model, plan
@@ -34,7 +38,8 @@ COUNTED = 25  # steps of the small model, whose refreshes are counted
 COMPILATION_EVENT = "/jax/core/compile/backend_compile_duration"
 PARTS = ("flops", "bytes", "temporaries", "instructions")  # multiples of the gradient's
 SMALL = "small net, batch 64"
-NAMES = (*MODELS, SMALL)
+WALKERS = "published wavefunction, batch 128"
+NAMES = (*MODELS, SMALL, WALKERS)
 PROGRAMS = ("ordinary step", "refresh", "whole step")
 FIXED_RATES = {"learning_rate": 1e-3, "momentum": 0.9, "damping": 1.0}
 
@@ -94,6 +99,9 @@ def measure(name: str) -> dict[str, Row]:
     Returns:
         By program.
     """
+    if name == WALKERS:
+        unit, rows = _walkers()
+        return _multiples(rows, unit)
     model = small_net() if name == SMALL else MODELS[name]()
     gradient = jax.jit(jax.value_and_grad(model.loss_fn))
     unit = cost(gradient.lower(model.params, *model.args).compile())
@@ -107,6 +115,11 @@ def measure(name: str) -> dict[str, Row]:
             for label, optimizer in CONFIGURATIONS.items()
             for program, row in _programs(model, optimizer, COUNTED).items()
         }
+    return _multiples(rows, unit)
+
+
+def _multiples(rows: Mapping[str, Row], unit: Row) -> dict[str, Row]:
+    """`PARTS` in multiples of the gradient's."""
     return {
         program: {
             key: round(value / max(unit[key], 1.0) if key in PARTS else value, 4)
@@ -114,6 +127,38 @@ def measure(name: str) -> dict[str, Row]:
         }
         for program, row in rows.items()
     }
+
+
+def _walkers() -> tuple[Row, dict[str, Row]]:
+    """The cost of the energy's gradient, and of a step for each period of inverses."""
+    system, shape = walkers_model.ATOMS["Li"], walkers_model.Shape()
+    walkers = walkers_model.init_walkers(system, 128)
+    params, key = walkers_model.init_params(system, shape), jax.random.PRNGKey(0)
+    energy = walkers_model.total_energy(system, shape)
+    gradient = jax.jit(jax.value_and_grad(energy, has_aux=True))
+    unit = cost(gradient.lower(params, key, walkers).compile())
+    rows: dict[str, Row] = {}
+    for period in (1, 5):
+        optimizer = walkers_model.make_optimizer(
+            system, shape, period, multi_device=False
+        )
+        step = jax.jit(
+            functools.partial(
+                optimizer.step,
+                momentum=walkers_model.MOMENTUM,
+                damping=walkers_model.DAMPING,
+            )
+        )
+        state = optimizer.init(params, key, walkers)
+        given = params, state, key
+        row = cost(step.lower(*given, batch=walkers).compile())
+        with _compilations() as events:
+            for _ in range(RUN):
+                params, state, _ = step(*given, batch=walkers)
+                given = params, state, key
+        row["recompilations"] = float(len(events))
+        rows[f"step, T3 = {period}"] = row
+    return unit, rows
 
 
 class Case:

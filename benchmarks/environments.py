@@ -37,6 +37,10 @@ ENVIRONMENTS = {
     "published": Environment(
         ("jaxlib==0.9.1", "kfac-jax==0.0.8", *OF_EXAMPLES), "jax==0.9.1", "3.11"
     ),
+    # This package on that release of JAX.
+    "published-jax": Environment(
+        ("jaxlib==0.9.1", *THIS_PACKAGE), "jax==0.9.1", "3.11"
+    ),
     # The only Distributed Shampoo there is; of 2022, it names no versions of JAX.
     "shampoo": Environment(("optax-shampoo==0.0.6", *THIS_PACKAGE)),
     # Its import fails on later releases of optax.

@@ -36,6 +36,7 @@ OURS = "this library"
 ENVIRONMENTS = {
     "published": "published",
     "published-adaptive": "published",
+    "front-published-jax": "published-jax",
     "shampoo": "shampoo",
     "psgd": "psgd",
 }
@@ -125,8 +126,8 @@ def measure(pair: Pair, platform: str) -> Row:
 
 
 def _run(pair: Pair, command: list[str]) -> Row:
-    environment = _environment(pair.optimizer, os.environ)
-    status, printed = output_of(command, pair.limit, environment)
+    variables = environment(pair.optimizer, os.environ)
+    status, printed = output_of(command, pair.limit, variables)
     if status != "ok":
         return pair.row(status)
     return pair.row("ok", **json.loads(printed.splitlines()[-1]))
@@ -163,7 +164,7 @@ def output_of(
     return "ok", done.stdout
 
 
-def _environment(optimizer: str, environ: Mapping[str, str]) -> dict[str, str]:
+def environment(optimizer: str, environ: Mapping[str, str]) -> dict[str, str]:
     """Without PYTHONPATH where the published release must be the one that is found."""
     kept = dict(environ, OPENBLAS_NUM_THREADS="1")
     if ENVIRONMENTS.get(optimizer) == "published":

@@ -51,6 +51,9 @@ from kfac_jax.compat.curvature_estimator import (
     BlockDiagonalCurvature as BlockDiagonalCurvature,
 )
 from kfac_jax.compat.curvature_estimator import (
+    ExplicitExactCurvature as ExplicitExactCurvature,
+)
+from kfac_jax.compat.curvature_estimator import (
     ImplicitExactCurvature as ImplicitExactCurvature,
 )
 from kfac_jax.compat.curvature_estimator import (

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kfac_jax import _arguments
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.states import Examples
 
@@ -18,21 +19,82 @@ def _is_key(leaf: Any) -> bool:
     return dtype == jnp.uint32 and jnp.shape(leaf) in ((2,), (4,))
 
 
-def examples(args: Any) -> list[Examples | None]:
-    """For each array of the arguments, its leading axis as the axis of examples."""
-    return [
-        None
-        if jnp.ndim(leaf) == 0 or _is_key(leaf)
-        else Examples(0, jnp.shape(leaf)[0])
-        for leaf in jax.tree.leaves(args)
+Argnums = tuple[int, ...] | None
+"""Which of the loss function's arguments are the batch; None if that is not said."""
+
+
+def check_argnums(value: Any, args: Sequence[Any]) -> Argnums:
+    """Checks `batch_argnums`.
+
+    Args:
+      value: an integer, several, or None.
+      args: the loss function's arguments after the parameters.
+
+    Returns:
+      The integers as a tuple, or None.
+
+    Raises:
+      TypeError: if they are no integers.
+      ValueError: if there are no such arguments.
+    """
+    if value is None:
+        return None
+    several = (value,) if isinstance(value, int) else value
+    _arguments.sequence("batch_argnums", several, "places of arguments")
+    for place in several:
+        _arguments.count("each of batch_argnums", place, 0)
+        if place >= len(args):
+            raise ValueError(
+                "batch_argnums counts the loss function's arguments after the "
+                f"parameters from 0: expected less than {len(args)}, got {place}."
+            )
+    return tuple(several)
+
+
+def _is_batch(path: Any, leaf: Any, argnums: Argnums) -> bool:
+    if jnp.ndim(leaf) == 0 or _is_key(leaf):
+        return False
+    return argnums is None or path[0].idx in argnums
+
+
+def examples(
+    args: tuple[Any, ...], argnums: Argnums, cases: Sequence[int]
+) -> list[Examples | None]:
+    """For each array of the arguments, where it holds the examples.
+
+    That is its leading axis, if it belongs to the batch. Where that is not said and
+    leading axes differ, those do that are as long as there are cases of each loss, or
+    else those that alone divide their number (by positions); if none do, all.
+
+    Args:
+      args: the loss function's arguments.
+      argnums: which of them are the batch.
+      cases: how many cases each loss registers.
+
+    Returns:
+      Axes, None of what belongs to no batch.
+    """
+    leaves = jax.tree.leaves_with_path(args)
+    axes = [
+        Examples(0, jnp.shape(leaf)[0]) if _is_batch(path, leaf, argnums) else None
+        for path, leaf in leaves
     ]
+    sizes = {axis.size for axis in axes if axis is not None}
+    if len(sizes) < 2 or argnums is not None:
+        return axes
+    fitting = {n for n in sizes if n and all(count % n == 0 for count in cases)}
+    equal = {n for n in fitting if all(count == n for count in cases)}
+    chosen = equal or fitting
+    if len(chosen) != 1:
+        return axes
+    return [axis if axis is not None and axis.size in chosen else None for axis in axes]
 
 
-def leading_axes(args: Any) -> list[tuple[str, int]]:
-    """Names each array with a leading axis, and that axis's length."""
+def leading_axes(args: Any, argnums: Argnums = None) -> list[tuple[str, int]]:
+    """Names each array of the batch, and its leading axis's length."""
     found = []
     for path, leaf in jax.tree.leaves_with_path(args):
-        if jnp.ndim(leaf) and not _is_key(leaf):
+        if _is_batch(path, leaf, argnums):
             index, *rest = path
             name = f"args[{getattr(index, 'idx', index)}]" + jax.tree_util.keystr(
                 tuple(rest)
@@ -46,12 +108,13 @@ def describe(axes: Sequence[tuple[str, int]]) -> str:
     return ", ".join(f"{name}: {size}" for name, size in axes)
 
 
-def take(args: Any, fraction: float) -> Any:
+def take(args: Any, fraction: float, argnums: Argnums = None) -> Any:
     """Slices the first `fraction` of the batch off every array that has it.
 
     Args:
       args: the loss function's arguments.
       fraction: in (0, 1].
+      argnums: which of them are the batch.
 
     Returns:
       The arguments with `max(1, round(fraction · n))` examples.
@@ -61,21 +124,22 @@ def take(args: Any, fraction: float) -> Any:
     """
     if fraction == 1.0:
         return args
-    keep = max(1, round(fraction * batch_size(args)))
+    keep = max(1, round(fraction * batch_size(args, argnums)))
 
     def first(leaf: Any) -> Any:
         return axis_types.auto(lambda x: x[:keep], leaf)(leaf)
 
-    return jax.tree.map(
-        lambda leaf: leaf if jnp.ndim(leaf) == 0 or _is_key(leaf) else first(leaf), args
+    return jax.tree.map_with_path(
+        lambda path, x: first(x) if _is_batch(path, x, argnums) else x, args
     )
 
 
-def batch_size(args: Any) -> int:
+def batch_size(args: Any, argnums: Argnums = None) -> int:
     """Returns the length of the one leading axis that the arguments share.
 
     Args:
       args: the loss function's arguments, or their shapes.
+      argnums: which of them are the batch.
 
     Returns:
       The length.
@@ -83,12 +147,12 @@ def batch_size(args: Any) -> int:
     Raises:
       ValueError: if the leading axes disagree or there is none.
     """
-    axes = leading_axes(args)
+    axes = leading_axes(args, argnums)
     sizes = {size for _, size in axes}
     if len(sizes) != 1:
         raise ValueError(
             "Taking a fraction of the batch needs arguments that share one leading "
-            f"axis; got {describe(axes) or 'none'}. Pass other arrays through a "
-            "closure, or use a fraction of 1."
+            f"axis; got {describe(axes) or 'none'}. Say by batch_argnums which "
+            "arguments are the batch, or use a fraction of 1."
         )
     return sizes.pop()

@@ -108,7 +108,7 @@ class ExactProducts:
     def _outputs(self) -> tuple[Callable[[list[Array]], Any], Graph]:
         """The registered outputs as a function of the parameters, and its program."""
         traced = _plan.trace(
-            self.loss_fn, self.has_aux, self.tree, self.params, self.args
+            self.loss_fn, self.has_aux, self.tree, self.params, self.args, None
         )
         program = _plan.outputs_program(traced)
         data = jax.tree.leaves(self.args)

@@ -76,7 +76,9 @@ def linearize(
     Raises:
       ValueError: if the program's layers are not the plan's.
     """
-    traced = _plan.trace(plan.loss_fn, plan.has_aux, plan.tree, params, args)
+    traced = _plan.trace(
+        plan.loss_fn, plan.has_aux, plan.tree, params, args, plan.batch_argnums
+    )
     program, sites = _tapped_program(plan, traced)
     rest = None
     if own_gradient:

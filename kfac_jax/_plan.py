@@ -94,6 +94,7 @@ def trace(
     tree: TreeSpec,
     params: Any,
     args: Any,
+    batch_argnums: _batch.Argnums,
 ) -> Traced:
     """Traces the loss function abstractly and finds its layers.
 
@@ -103,6 +104,7 @@ def trace(
       tree: the parameters' description.
       params: the parameters, or their shapes.
       args: the further arguments, or their shapes.
+      batch_argnums: which of them are the batch.
 
     Returns:
       The program and its layers.
@@ -131,7 +133,7 @@ def trace(
     try:
         closed = jax.make_jaxpr(flat_loss)(params, *args)
     except (TypeError, ValueError) as error:
-        axes = _batch.leading_axes(args)
+        axes = _batch.leading_axes(args, batch_argnums)
         if len({size for _, size in axes}) > 1 and not isinstance(error, LossTypeError):
             raise ValueError(
                 "The loss function fails on arguments whose leading (batch) axes "
@@ -140,7 +142,9 @@ def trace(
             ) from error
         raise
     program = graph_lib.build(closed)
-    states = [*_batch.examples(args)]
+    losses = [node for node in program.walk() if node.name == "kfac_loss"]
+    cases = [n.shape()[0] for n in losses if n.shape()]
+    states = [*_batch.examples(args, batch_argnums, cases)]
     found = discover(program, tree.shapes, states)
     if not found.losses:
         raise ValueError(

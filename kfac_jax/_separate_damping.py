@@ -104,7 +104,7 @@ class Candidates:
             for d, d0 in zip(directions, self.previous, strict=True)
         ]
         tree = jax.tree.unflatten(self.curvature.tree.treedef, vectors)
-        part = _batch.take(self.args, self.model.fraction)
+        part = _batch.take(self.args, self.model.fraction, self.curvature.batch_argnums)
         fisher = self.curvature.quadratic_form(self.params, tree, *part)
         fisher = mean(self.distribution, fisher)
         count = len(fisher) - 1

@@ -242,7 +242,7 @@ class Step:
           The matrix and the slope.
         """
         basis = (self.direction, self.previous)
-        part = _batch.take(self.args, fraction)
+        part = _batch.take(self.args, fraction, self.curvature.batch_argnums)
         treedef = self.curvature.tree.treedef
         vectors = [jax.tree.unflatten(treedef, v) for v in basis]
         fisher = self.curvature.quadratic_form(self.params, vectors, *part)

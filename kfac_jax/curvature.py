@@ -62,6 +62,7 @@ class Curvature:
     on_unmatched: str
     weight_sharing: str
     structure: Structure
+    batch_argnums: _batch.Argnums = dataclasses.field(default=None, repr=False)
     lost_examples: str = dataclasses.field(default="", repr=False, compare=False)
     independent_cases: bool = dataclasses.field(default=False, repr=False)
 
@@ -238,7 +239,7 @@ class Curvature:
                 "value_grad_and_statistics(..., rng=key): expected rng, got None."
             )
         leaves = self.tree.leaves(params, "params")
-        part = _batch.take(args, self.statistics_fraction)
+        part = _batch.take(args, self.statistics_fraction, self.batch_argnums)
         if factors is not None:
             _factors.check(self.layers, "factor_shapes", factors)
         elif any(layer.carried_shapes for layer in self.layers):
@@ -418,6 +419,7 @@ def make_curvature(
     num_samples: int = 1,
     statistics_fraction: float = 1.0,
     l2: float = 0.0,
+    batch_argnums: int | Sequence[int] | None = None,
     independent_cases: bool = False,
 ) -> Curvature:
     """Traces a loss function and plans its curvature approximation.
@@ -431,7 +433,8 @@ def make_curvature(
         loss is a mean over cases plus, if `l2` is given, `(l2 / 2) · ‖params‖²`.
       params: a pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`.
       *args: further arguments, arrays or `jax.ShapeDtypeStruct`; leading axes are the
-        batch. If all are concrete, the returned loss is compared with the registered.
+        batch (see `batch_argnums`). If all are concrete, the returned loss is compared
+        with the registered.
       has_aux: whether the loss function also returns auxiliary data.
       estimation_mode: "fisher_gradients" (targets sampled from the model),
         "fisher_exact", "fisher_empirical" (the data's targets),
@@ -453,6 +456,9 @@ def make_curvature(
       num_samples: how many samples per batch the sampled modes average over.
       statistics_fraction: τ1, the fraction of the batch used for statistics, in (0, 1].
       l2: η, the weight of the quadratic penalty that the loss includes, at least 0.
+      batch_argnums: which of `args`, counted from 0, are the batch: their arrays have
+        the examples in front. None for all arrays whose leading axis fits the cases
+        of the registered losses.
       independent_cases: that no case's registered output depends on another case's
         input. Exact modes pull back the cases of one example (positions of a sequence)
         one by one, and all cases where they could not follow which belong to one
@@ -494,14 +500,15 @@ def make_curvature(
         )
     check_weight_sharing(weight_sharing)
     tree = _plan.tree_spec(params)
-    traced = _plan.trace(loss_fn, has_aux, tree, params, args)
+    batch = _batch.check_argnums(batch_argnums, args)
+    traced = _plan.trace(loss_fn, has_aux, tree, params, args, batch)
     layers, sites = _plan.group_layers(
         traced, tree, blocks, weight_sharing, estimation_mode, structure
     )
     layers = _plan.apply_policy(layers, on_unmatched, quiet=False)
     layers = _plan.keep_products(traced, layers, sites, l2)
     if statistics_fraction < 1.0:
-        _batch.batch_size(args)
+        _batch.batch_size(args, batch)
     _plan.check_loss(traced, params, args, l2)
     lost = _plan.check_cases(traced, estimation_mode, independent_cases)
     return Curvature(
@@ -518,5 +525,6 @@ def make_curvature(
         weight_sharing=weight_sharing,
         structure=structure,
         lost_examples=lost,
+        batch_argnums=batch,
         independent_cases=independent_cases,
     )

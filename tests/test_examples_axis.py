@@ -465,3 +465,69 @@ def test_the_optimizer_takes_cases_for_independent_and_says_so_once():
     optimizer.step(params, state, key, batch=x, **rates)
     optimizer.step(params, state, key, batch=x[:4], **rates)
     assert optimizer.curvature.independent_cases
+
+
+# ---------------------------------------------------------------- which arrays have it
+
+
+def _with_constants(params, x, table):
+    """`[n, 2]` of examples, and of an array that all examples share."""
+    h = models.dense(params["layer0"], x) + jnp.tanh(table).mean(0, keepdims=True)
+    return models.dense(params["layer1"], jnp.tanh(h))
+
+
+def _constants_loss(params, x, table):
+    return squared_error(jnp.sin(_with_constants(params, x, table))).sum(-1).mean()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 8, 16])
+def test_arrays_that_all_examples_share(rows):
+    """Their leading axes fit the cases not as well as those of the batch."""
+    params, x = models.dense_params(0, F, 5, 2), models.array(1, 8, F)
+    table = models.array(2, rows, 5)
+    if rows == len(x):  # then only the user can tell
+        options = {"batch_argnums": 0}
+    else:
+        options = {}
+    curvature, factors = models.exact_factors(
+        _constants_loss, params, x, table, blocks=blocks.Full(), **options
+    )
+    exact = oracles.ggn(
+        lambda p: jnp.sin(_with_constants(p, x, table)), lambda z: (z**2).sum(), params
+    )
+    found = np.asarray(curvature.approximation(factors).to_dense())
+    for layer in ("layer0/w", "layer1/w"):
+        pair = [oracles.block(m, params, layer) for m in (found, exact)]
+        np.testing.assert_allclose(*pair, atol=1e-12)
+
+
+def test_a_fraction_of_the_batch_leaves_other_arrays_whole():
+    params, x = models.dense_params(0, F, 5, 2), models.array(1, 8, F)
+    table = models.array(2, 3, 5)
+    make = functools.partial(
+        kfac_jax.make_curvature, _constants_loss, params, estimation_mode="fisher_exact"
+    )
+    part = make(x, table, statistics_fraction=0.5, batch_argnums=(0,))
+    whole = make(x[:4], table)
+    found = part.value_grad_and_statistics(params, x, table)[2].layers
+    expected = whole.value_grad_and_statistics(params, x[:4], table)[2].layers
+    models.assert_trees_close(found, expected)
+    with pytest.raises(ValueError, match="Say by batch_argnums"):
+        make(x, table, statistics_fraction=0.5)
+
+
+@pytest.mark.parametrize(
+    "value, error, message",
+    [
+        (2, ValueError, "expected less than 2, got 2"),
+        ((0, -1), ValueError, "each of batch_argnums"),
+        ("x", TypeError, "batch_argnums"),
+        ([0.5], ValueError, "each of batch_argnums"),
+    ],
+)
+def test_places_of_the_batch_that_do_not_exist(value, error, message):
+    params, x = models.dense_params(0, F, 5, 2), models.array(1, 8, F)
+    with pytest.raises(error, match=message):
+        kfac_jax.make_curvature(
+            _constants_loss, params, x, models.array(2, 3, 5), batch_argnums=value
+        )

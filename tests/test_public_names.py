@@ -25,7 +25,8 @@ whole_state
 COMPAT = """
 Conv2DDiagonal Conv2DFull Conv2DTNT Conv2DTwoKroneckerFactored DenseDiagonal DenseFull
 DenseTNT NaiveFull NaiveTNT ScaledIdentity
-BlockDiagonalCurvature CurvatureBlock DenseTwoKroneckerFactored ImplicitExactCurvature
+BlockDiagonalCurvature CurvatureBlock DenseTwoKroneckerFactored
+ExplicitExactCurvature ImplicitExactCurvature
 KroneckerFactored LayerVjpData NaiveDiagonal OptaxPreconditionState OptaxPreconditioner
 Optimizer RepeatedDenseKroneckerFactored ScaleAndShiftDiagonal ScaleAndShiftFull
 curvature_blocks curvature_estimator get_default_tag_to_block_ctor layers_and_loss_tags
@@ -61,7 +62,8 @@ OPERATOR = "diagonal logdet matvec power sample solve to_dense trace"
 SIGNATURES = {  # parameters, `*` before those by keyword only
     "make_curvature": (
         "loss_fn params *args has_aux estimation_mode blocks structure weight_sharing "
-        "on_unmatched num_samples statistics_fraction l2"
+        "on_unmatched num_samples statistics_fraction l2 batch_argnums "
+        "independent_cases"
     ),
     "kfac": (
         "curvature learning_rate momentum damping * norm_constraint decay "

@@ -58,7 +58,7 @@ class ImplicitExactCurvature:
         params, rest = without(func_args, self._params_index)
         tree = _plan.tree_spec(params)
         loss_fn = with_params_first(self._func, self._params_index)
-        traced = _plan.trace(loss_fn, False, tree, params, rest)
+        traced = _plan.trace(loss_fn, False, tree, params, rest, None)
         program = _plan.outputs_program(traced)
         data, size = jax.tree.leaves(rest), None
         if self._size is not default_batch_size_extractor:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from kfac_jax import _factors
 from kfac_jax._jaxpr.interpreter import without_tags
 from kfac_jax.compat import _norms, _options
 from kfac_jax.compat._adaptation import Adaptation
+from kfac_jax.compat._plans import warn_of_lost_examples
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.compat.utils import default_batch_size_extractor
 from kfac_jax.curvature import Curvature, make_curvature
@@ -28,13 +28,6 @@ Batch = Any
 FuncState = Any
 Rates = Sequence[Array | None]
 """Learning rate, momentum and damping, None where a rule chooses."""
-
-_INDEPENDENT = (
-    "Which examples the registered outputs belong to could not be followed since {}. "
-    "Each entry of their leading axis is taken for an example that no other depends "
-    "on, as in the published release. Where one does, as with batch norm, the "
-    "curvature is wrong; then use a sampled estimation_mode."
-)
 
 
 class EstimatorState(NamedTuple):
@@ -231,8 +224,8 @@ class Steps:
             plan = make_curvature(
                 self._loss, *shapes, has_aux=True, **self.plan_options
             )
-            if plan.lost_examples and not self.plans:
-                warnings.warn(_INDEPENDENT.format(plan.lost_examples), stacklevel=4)
+            if not self.plans:
+                warn_of_lost_examples(plan)
             self.plans[key] = plan
 
         def bound(params: Params, batch: Batch) -> Any:
