@@ -133,6 +133,8 @@ def plans() -> dict[str, Call]:
         num_samples=1,
         statistics_fraction=1.0,
         l2=0.0,
+        batch_argnums=(0,),
+        independent_cases=False,
     )
     operators = {
         "matvec": call(operator().matvec, v=W),
@@ -162,7 +164,12 @@ def plans() -> dict[str, Call]:
         "make_curvature": allowing(
             make,
             own={"params": OF_LOSS, "args": OF_LOSS},
-            legal={"args": INTEGERS, "blocks": OPTIONAL},
+            legal={
+                "args": INTEGERS,
+                "blocks": OPTIONAL,
+                "batch_argnums": OPTIONAL,
+                "independent_cases": FLAG,
+            },
             skipped={
                 "loss_fn": {"function": "what it must return: test_bad_input"},
                 "l2": {"fraction": "then the loss must include it: test_bad_input"},

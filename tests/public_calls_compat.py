@@ -37,7 +37,8 @@ def of_batch(params, batch):
 def defaults(function, **given):
     """The arguments of a valid call: those given, and the defaults of others."""
     parameters = inspect.signature(function).parameters.values()
-    return {p.name: given.get(p.name, p.default) for p in parameters}
+    named = [p for p in parameters if p.kind is not p.VAR_KEYWORD]
+    return {p.name: given.get(p.name, p.default) for p in named}
 
 
 @functools.cache
@@ -309,6 +310,19 @@ def estimators() -> dict[str, Call]:
         ),
         "BlockDiagonalCurvature.approximation": allowing(
             call(made.approximation, state=state), **of_state
+        ),
+        "ExplicitExactCurvature": allowing(
+            call(
+                kfac_jax.ExplicitExactCurvature,
+                **defaults(kfac_jax.ExplicitExactCurvature, func=of_batch),
+            ),
+            legal={
+                "func": {"function": "any function"},
+                "func_and_grad": OPTIONAL,
+                "default_estimation_mode": OPTIONAL,
+                "layer_tag_to_block_ctor": OPTIONAL,
+            },
+            skipped={"auto_register_tags": ANYTHING, "param_order": ANYTHING},
         ),
         "ImplicitExactCurvature": allowing(
             call(

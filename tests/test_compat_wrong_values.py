@@ -26,7 +26,6 @@ from public_calls_compat import (
 )
 
 import kfac_jax
-from kfac_jax.compat.curvature_estimator import ExplicitExactCurvature
 
 ARGUMENTS = {"func_args": (W, BATCH)}
 FUNC_ARGS = {"func_args": {"list": "it is too short for the function"}}
@@ -70,7 +69,7 @@ def _only(entry, options):
 
 
 def explicit():
-    made = ExplicitExactCurvature(of_batch)
+    made = kfac_jax.ExplicitExactCurvature(of_batch)
     state = made.init(KEY, (W, BATCH), -1)
     options = {
         "own": {"func_args": OF_LOSS},
@@ -79,14 +78,12 @@ def explicit():
         | {
             "state": STATES,
             **dict.fromkeys(
-                "rng batch_size pmap_axis_name param_order eigenvalues "
-                "auto_register_tags cache_eigenvalues exact_power exact_powers "
-                "approx_powers".split(),
+                "rng batch_size pmap_axis_name eigenvalues cache_eigenvalues "
+                "exact_power exact_powers approx_powers".split(),
                 ANYTHING,
             ),
         },
         "legal": {
-            "func": {"function": "any function"},
             "identity_weight": NUMBER,
             "ema_old": A_NUMBER,
             "ema_new": A_NUMBER,
@@ -95,14 +92,11 @@ def explicit():
             "power": SIGNED,
             "use_cached": FLAG,
             **dict.fromkeys(
-                "func_and_grad default_estimation_mode layer_tag_to_block_ctor "
-                "estimation_mode norm_to_scale_identity_weight_per_block".split(),
+                ("estimation_mode", "norm_to_scale_identity_weight_per_block"),
                 OPTIONAL,
             ),
         },
     }
-    constructor = defaults(ExplicitExactCurvature, func=of_batch)
-    del constructor["kwargs"]
     given = {
         "rng": KEY,
         **ARGUMENTS,
@@ -116,7 +110,6 @@ def explicit():
         "use_cached": False,
         "eigenvalues": False,
     }
-    yield _only(call(ExplicitExactCurvature, **constructor), options)
     for name in (
         "init sync update_cache update_curvature_matrix_estimate multiply_matpower "
         "to_dense_matrix to_diagonal_block_dense_matrix eigenvalues block_eigenvalues"
