@@ -95,7 +95,8 @@ opponents: $(VENV)/bench.stamp
 
 clean:
 	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist site
-	rm -rf $(VENV)-published $(VENV)-shampoo $(VENV)-psgd benchmarks/results
+	rm -rf $(VENV)-published $(VENV)-published-jax $(VENV)-shampoo $(VENV)-psgd
+	rm -rf benchmarks/results
 
 # .venv/EXTRA.stamp: the package is installed with that extra of setup.cfg.
 $(VENV)/%.stamp: setup.cfg pyproject.toml | $(BIN)/python
