@@ -1,6 +1,6 @@
 """The arguments of the loss function as a batch: which of them have a leading axis."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 import jax
@@ -63,8 +63,8 @@ def examples(
     """For each array of the arguments, where it holds the examples.
 
     That is its leading axis, if it belongs to the batch. Where that is not said and
-    leading axes differ, those do that are as long as there are cases of each loss, or
-    else those that alone divide their number (by positions); if none do, all.
+    leading axes differ, those do that fit the cases of a loss; if it is not plain which
+    fit a loss, all do.
 
     Args:
       args: the loss function's arguments.
@@ -82,12 +82,26 @@ def examples(
     sizes = {axis.size for axis in axes if axis is not None}
     if len(sizes) < 2 or argnums is not None:
         return axes
-    fitting = {n for n in sizes if n and all(count % n == 0 for count in cases)}
-    equal = {n for n in fitting if all(count == n for count in cases)}
-    chosen = equal or fitting
-    if len(chosen) != 1:
+    chosen = {_examples_of(count, sizes) for count in cases}
+    if None in chosen or not chosen:
         return axes
     return [axis if axis is not None and axis.size in chosen else None for axis in axes]
+
+
+def _examples_of(cases: int, sizes: Set[int]) -> int | None:
+    """Which of some lengths is the number of a loss's examples; None if not plain.
+
+    That is as many as there are cases, or else the only length that divides them, by
+    the positions of an example. Arrays that are joined along their leading axes look
+    like that too, if one of the lengths divides another.
+    """
+    if cases in sizes:
+        return cases
+    dividing = [n for n in sizes if n and cases % n == 0]
+    if len(dividing) != 1:
+        return None
+    (only,) = dividing
+    return None if any(n % only == 0 for n in sizes - {only}) else only
 
 
 def leading_axes(args: Any, argnums: Argnums = None) -> list[tuple[str, int]]:

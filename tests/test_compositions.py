@@ -122,6 +122,7 @@ def routed_net(name):
     return lambda p, x, choice: jnp.tanh(ROUTES[name](p, x, choice)) @ p["head"]
 
 
+@pytest.mark.filterwarnings("ignore:Which examples the registered")  # cumsum
 @pytest.mark.parametrize("name", ROUTES)
 def test_an_expert_counts_the_tokens_that_are_routed_to_it(name):
     plan, factors, _ = factors_and_dense(routed_net(name), ROUTED, X, CHOICE)

@@ -501,6 +501,30 @@ def test_arrays_that_all_examples_share(rows):
         np.testing.assert_allclose(*pair, atol=1e-12)
 
 
+def _two_losses(params, x, wall):
+    inner, outer = (_shared_net(params, points) for points in (x, wall))
+    return squared_error(inner).sum(-1).mean() + squared_error(outer).sum(-1).mean()
+
+
+def _joined_batches(params, x, wall):
+    points = jnp.concatenate([_shared_net(params, x), _shared_net(params, wall)])
+    return squared_error(points).sum(-1).mean()
+
+
+def _shared_net(params, x):
+    return models.dense(params["layer1"], jnp.tanh(models.dense(params["layer0"], x)))
+
+
+@pytest.mark.parametrize("rows", [3, 4, 6, 16])
+@pytest.mark.parametrize("loss_fn", [_two_losses, _joined_batches])
+def test_batches_of_two_lengths(loss_fn, rows):
+    """As of a differential equation, within a region and on its edge."""
+    params, x = models.dense_params(0, F, 5, 2), models.array(1, 8, F)
+    wall = models.array(2, rows, F)
+    curvature = kfac_jax.make_curvature(loss_fn, params, x, wall, on_unmatched="error")
+    assert [(x.kind, x.uses) for x in curvature.layers] == [("dense", 2)] * 2
+
+
 def test_a_fraction_of_the_batch_leaves_other_arrays_whole():
     params, x = models.dense_params(0, F, 5, 2), models.array(1, 8, F)
     table = models.array(2, 3, 5)

@@ -748,6 +748,7 @@ REFUSED = {  # by reason: the parameter's shape, its use, the data
 }
 
 
+@pytest.mark.filterwarnings("ignore:Which examples the registered")
 @pytest.mark.parametrize("reason", REFUSED)
 def test_what_is_no_layer_is_refused_by_name(reason):
     shape, apply, x = REFUSED[reason]
