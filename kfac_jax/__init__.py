@@ -6,6 +6,9 @@ from kfac_jax import initializers as initializers
 from kfac_jax import linalg as linalg
 from kfac_jax import losses as losses
 from kfac_jax._factors import Statistics as Statistics
+from kfac_jax._make_step import Health as Health
+from kfac_jax._make_step import health as health
+from kfac_jax._make_step import make_step as make_step
 from kfac_jax._report import Totals as Totals
 from kfac_jax.averaging import AverageIteratesState as AverageIteratesState
 from kfac_jax.averaging import average_iterates as average_iterates

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_jax import _by_rows, sharding
+from kfac_jax import _arguments, _by_rows, sharding
 from kfac_jax._arguments import is_number, shown, whole, within
 from kfac_jax._factors import check_statistics
 from kfac_jax._step import Info, KFACState
@@ -146,6 +146,8 @@ _SCALARS = (
     "step",
     "batches",
     "damping",
+    "length",
+    "curvature",
     "factored_damping",
     *(f"info/{name}" for name in Info._fields),
 )
@@ -166,12 +168,14 @@ def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None
         "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
     )
     within("learning_rate (α)", learning_rate, 0.0, float("inf"))
-    if norm_constraint is not None:
-        check_kind(
-            "norm_constraint", norm_constraint, (), "a number, a schedule or None"
-        )
-    within("norm_constraint", norm_constraint, 0.0, float("inf"))
     modelled = isinstance(learning_rate, QuadraticModel)
+    if isinstance(norm_constraint, str):
+        _arguments.choice("norm_constraint", norm_constraint, ("auto",))
+        norm_constraint = None
+    if norm_constraint is not None:
+        allowed = 'a number, a schedule, "auto" or None'
+        check_kind("norm_constraint", norm_constraint, (), allowed)
+    within("norm_constraint", norm_constraint, 0.0, float("inf"))
     if norm_constraint is not None and modelled:
         raise ValueError(
             "norm_constraint limits steps of a given learning rate: expected None "
@@ -180,12 +184,6 @@ def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None
     if momentum is not None:
         check_kind("momentum", momentum, (), "a number, a schedule or None")
         within("momentum (μ)", momentum, 0.0, 1.0, closed=True)
-    elif not modelled:
-        raise ValueError(
-            "momentum=None lets the quadratic model choose it: expected "
-            "learning_rate=QuadraticModel(), or a number as momentum; got "
-            f"learning_rate={shown(learning_rate)}."
-        )
 
 
 def check_separate(

@@ -44,6 +44,8 @@ class Info(NamedTuple):
     factored_damping: Array  # [], γ in its inverses; NaN where that is √(λ+η)
     learning_rate: Array  # [], α
     momentum: Array  # [], μ
+    step_scale: Array  # [], by what a limit multiplied α and μ: 1 where none did
+    lowest_loss: Array  # [], the lowest h(θ) so far
     rho: Array  # [], ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)), when it was last measured
     quadratic_change: Array  # [], M(δ) - M(0)
     inverse_refreshes: Array  # [] int32, steps that computed inverses so far
@@ -58,6 +60,8 @@ class KFACState(NamedTuple):
     factors: Factors  # by layer name, moving averages of the factors
     inverses: Factors  # by layer name, of the damped factors
     damping: Array  # [], λ for the next update
+    length: Array  # [], running mean of the lengths of steps, 0 where there is no limit
+    curvature: Array  # [], running mean of Δᵀ F Δ / Δᵀ Δ, 0 where it is not measured
     factored_damping: Array  # [], γ; NaN where that is √(λ+η)
     velocity: (
         Params  # δ0, the previous update, like the parameters; () in scale_by_kfac
@@ -73,7 +77,7 @@ def nan() -> Array:
 
 def initial_info() -> Info:
     unknown = [
-        nan() for _ in range(7)
+        nan() for _ in range(9)
     ]  # no two fields share a buffer: state is donated
     counts = [jnp.zeros((), jnp.int32) for _ in range(2)]
     return Info._make([*unknown, *counts])
@@ -196,6 +200,15 @@ def is_usable(value: Any, gradient: list[Array]) -> Array:
     return jnp.abs(loss_of(value)) <= math.sqrt(min(limits, default=math.inf))
 
 
+class Rates(NamedTuple):
+    """What was chosen for a step."""
+
+    solution: Solution  # α, μ and the model's change
+    scale: Array  # [], by what a limit multiplied them
+    length: Array  # [], the next running mean of lengths
+    curvature: Array  # [], Δᵀ F Δ / Δᵀ Δ; NaN where it was not computed
+
+
 class Combined(NamedTuple):
     """The update of one step, by leaves."""
 
@@ -252,6 +265,13 @@ class Step:
         matrix = fisher + total * gram.astype(fisher.dtype)
         return matrix, slope.astype(fisher.dtype)
 
+    def along(self, matrix: Array) -> Array:
+        """`Δᵀ F Δ / Δᵀ Δ` from the matrix of `plane`; 0 where Δ is."""
+        square = self.squared_length.astype(matrix.dtype)
+        total = (self.damping + self.curvature.l2).astype(matrix.dtype)
+        ratio = matrix[0, 0] / jnp.where(square > 0, square, 1.0)
+        return jnp.where(square > 0, ratio - total, 0.0)
+
     def constrain(self, alpha: Array, constraint: Array) -> Array:
         """Lowers α so that `-α² Δᵀ ∇h` is at most `constraint`."""
         slope = inner_product(self.gradient, self.direction).astype(alpha.dtype)
@@ -261,16 +281,37 @@ class Step:
 
     @jax.named_scope("kfac_rates")
     def rates(
-        self, rule: Any, momentum: Array | None, count: Array, constraint: Any
-    ) -> Solution:
-        """α and μ, from the quadratic model or as given, and the model's change."""
+        self,
+        rule: Any,
+        momentum: Array | None,
+        count: Array,
+        constraint: Array | None,
+        length: Array,
+    ) -> Rates:
+        """α and μ, from the quadratic model or as given, within their limits.
+
+        Args:
+          rule: a quadratic model, a number or a schedule.
+          momentum: μ; None lets the model choose it.
+          count: how many steps there were.
+          constraint: the largest `-α² Δᵀ ∇h` of a given α, or None.
+          length: the running mean of the lengths of steps.
+
+        Returns:
+          What was chosen.
+        """
         if isinstance(rule, QuadraticModel):
-            return rule.solve(*self.plane(rule.fraction), momentum)
+            matrix, slope = self.plane(rule.fraction)
+            free = rule.solve(matrix, slope, momentum)
+            step = jnp.stack([free.learning_rate, free.momentum]).astype(slope.dtype)
+            solution, scale, length = rule.limit(free, slope @ step, length, count)
+            return Rates(solution, scale, length, self.along(matrix))
         assert momentum is not None
-        alpha = at(rule, count)
+        alpha = given = at(rule, count)
         if constraint is not None:
-            alpha = self.constrain(alpha, at(constraint, count))
-        return Solution(alpha, momentum, nan())
+            alpha = self.constrain(alpha, constraint)
+        scale = jnp.where(given == 0, 1.0, alpha / jnp.where(given == 0, 1.0, given))
+        return Rates(Solution(alpha, momentum, nan()), scale, length, nan())
 
     @jax.named_scope("kfac_update")
     def combine(self, alpha: Array, mu: Array, value: Any) -> Combined:
@@ -317,7 +358,7 @@ class Step:
     @jax.named_scope("kfac_damping")
     def reduction_ratio(
         self, moved: Params, rates: Solution, modelled: bool, value: Any
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, Array, Array]:
         """Measures `ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0))` on this step's own batch.
 
         Where the loss rises ρ is -∞, whatever the model predicted.
@@ -329,11 +370,12 @@ class Step:
           value: h(θ), as passed to update.
 
         Returns:
-          ρ and the predicted change.
+          ρ, the predicted change, and `Δᵀ F Δ / Δᵀ Δ` unless `modelled`.
         """
-        predicted = rates.change
+        predicted, along = rates.change, nan()
         if not modelled:
             matrix, slope = self.plane(1.0)
+            along = self.along(matrix).astype(float)
             step = jnp.stack([rates.learning_rate, rates.momentum])
             step = step.astype(matrix.dtype)
             predicted = slope @ step + 0.5 * step @ matrix @ step
@@ -346,4 +388,14 @@ class Step:
         predicted = predicted.astype(after.dtype)
         before = loss_of(value)
         rho = (after - before) / predicted
-        return jnp.where(after > before, -jnp.inf, rho), predicted
+        return jnp.where(after > before, -jnp.inf, rho), predicted, along
+
+
+_KEPT_CURVATURE = 0.9
+"""What a measurement of the curvature along a step leaves of the mean before."""
+
+
+def averaged_curvature(old: Array, new: Array) -> Array:
+    """The running mean with a measurement; the first of them is taken as it is."""
+    mean = jnp.where(old > 0, _KEPT_CURVATURE * old + (1 - _KEPT_CURVATURE) * new, new)
+    return jnp.where(jnp.isfinite(new) & (new >= 0), mean, old).astype(old.dtype)

@@ -28,11 +28,13 @@ from kfac_jax._step import (
 )
 from kfac_jax._step import (
     KFACState,
+    Rates,
     Scalar,
     Schedule,
     Step,
     advance,
     at,
+    averaged_curvature,
     averaged_loss,
     initial_damping,
     initial_factored_damping,
@@ -52,10 +54,15 @@ from kfac_jax.rules import (
 )
 from kfac_jax.sharding import Distribution
 
+QUADRATIC_MODEL = QuadraticModel()
+MOMENTUM = 0.9
+DAMPING = LevenbergMarquardt(0.1, relative_minimum=1e-3)
+"""What `kfac` does where nothing is chosen; docs/tuning.md tells what that gains."""
+
 
 def scale_by_kfac(
     curvature: Curvature,
-    damping: Scalar | Schedule = 1e-3,
+    damping: Scalar | Schedule = 1e-1,
     decay: Scalar = 0.95,
     inverse_every: int | Array | RefreshSchedule = 20,
     *,
@@ -168,11 +175,11 @@ def scale_by_kfac(
 
 def kfac(
     curvature: Curvature,
-    learning_rate: Scalar | Schedule | QuadraticModel = 0.1,
-    momentum: Scalar | Schedule | None = 0.9,
-    damping: Scalar | Schedule | LevenbergMarquardt = 1e-3,
+    learning_rate: Scalar | Schedule | QuadraticModel = QUADRATIC_MODEL,
+    momentum: Scalar | Schedule | None = None,
+    damping: Scalar | Schedule | LevenbergMarquardt = DAMPING,
     *,
-    norm_constraint: Scalar | Schedule | None = None,
+    norm_constraint: Scalar | Schedule | str | None = "auto",
     decay: Scalar = 0.95,
     inverse_every: int | Array | RefreshSchedule = 20,
     factored_damping: SeparateDamping | None = None,
@@ -182,9 +189,12 @@ def kfac(
 
     δ0 is the previous update. Updates are ready for `optax.apply_updates`.
 
-    With the adaptive rules (`QuadraticModel`, `LevenbergMarquardt`) the update also
-    needs `params`, `value=` and `args=`, the loss function's arguments after the
-    parameters. They suit large batches; with small ones fixed rates are safer.
+    There is nothing to choose: by default the exact quadratic model of each batch
+    chooses α and μ, within limits that keep small batches from long steps, and λ adapts
+    to how well it predicts, down to a thousandth of the curvature that steps meet. With
+    these rules (`QuadraticModel`, `LevenbergMarquardt`) the update also needs `params`,
+    `value=` and `args=`, the loss function's arguments after the parameters;
+    `make_step` passes them.
 
     A factor, inverse or update that is not finite never enters the state: the last good
     one stays, the update is zero, and `state.info.skipped_updates` counts it. A batch
@@ -194,11 +204,13 @@ def kfac(
     Args:
       curvature: the plan.
       learning_rate: α, a number, a schedule of the step, or a `QuadraticModel`.
-      momentum: μ, a number or a schedule; None lets the quadratic model choose it.
+      momentum: μ, a number or a schedule; None lets the quadratic model choose it, and
+        is 0.9 with a given learning rate.
       damping: λ, a number, a schedule, or a `LevenbergMarquardt` rule.
       norm_constraint: the largest `-α² Δᵀ ∇h` of a step, a number or a schedule; larger
-        ones are scaled down. None for no limit. Only with a given learning rate. Where
-        it limits most steps, it is what decides their length: let it fall (as the
+        ones are scaled down. "auto" for a hundredth of |h| (of 1 without `value=`) with
+        a given learning rate, which alone it is for. None for no limit. Where it limits
+        most steps, it is what decides their length: let it fall (as the
         square) where the learning rate does.
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
@@ -240,6 +252,8 @@ def kfac(
     if factored_damping is not None:
         check_separate(factored_damping, learning_rate, damping, schedule, curvature.l2)
     modelled = isinstance(learning_rate, QuadraticModel)
+    if momentum is None and not modelled:
+        momentum = MOMENTUM
     adaptive = modelled or isinstance(damping, LevenbergMarquardt)
 
     def init(params: Params) -> KFACState:
@@ -319,9 +333,11 @@ def kfac(
         )
         direction = [x for x in scaled if x is not None]
         step = Step(direction=direction, squared_length=square, usable=usable, **start)
-        rates = step.rates(learning_rate, mu, count, norm_constraint)
+        constraint = None if modelled else _constraint(norm_constraint, count, value)
+        chosen = step.rates(learning_rate, mu, count, constraint, state.length)
+        rates = chosen.solution
         delta, kept, finite = step.combine(rates.learning_rate, rates.momentum, value)
-        state = _record(state, rates, value, refused | ~finite)
+        state = _record(state, chosen, value, refused | ~finite)
         if isinstance(damping, LevenbergMarquardt):
             state = _adapt(damping, state, step, delta, finite, rates, modelled, value)
         else:
@@ -414,6 +430,8 @@ def _initial(
         factors=factors,
         inverses=inverses,
         damping=strength,
+        length=jnp.zeros((), float),
+        curvature=jnp.zeros((), float),
         factored_damping=initial_factored_damping(
             factored_damping, strength + curvature.l2
         ),
@@ -422,10 +440,27 @@ def _initial(
     )
 
 
-def _record(state: KFACState, rates: Solution, value: Any, skipped: Array) -> KFACState:
+def _constraint(given: Any, count: Array, value: Any) -> Array | None:
+    """The norm constraint of a step, from what `kfac` was given."""
+    if given is None:
+        return None
+    if not isinstance(given, str):
+        return at(given, count)
+    size = jnp.ones((), float) if value is None else jnp.abs(loss_of(value))
+    return 0.01 * jnp.where(jnp.isfinite(size), size, 1.0)
+
+
+def _record(state: KFACState, chosen: Rates, value: Any, skipped: Array) -> KFACState:
     count = state.info.skipped_updates + skipped.astype(jnp.int32)
+    rates, loss, refused = chosen.solution, loss_of(value), skipped
+    state = state._replace(
+        length=jnp.where(refused, state.length, chosen.length).astype(float),
+        curvature=averaged_curvature(state.curvature, chosen.curvature),
+    )
     info = state.info._replace(
-        loss=loss_of(value),
+        loss=loss,
+        step_scale=jnp.asarray(chosen.scale, float),
+        lowest_loss=jnp.fmin(state.info.lowest_loss, loss),
         learning_rate=jnp.asarray(rates.learning_rate, float),
         momentum=jnp.asarray(rates.momentum, float),
         quadratic_change=jnp.asarray(rates.change, float),
@@ -448,22 +483,28 @@ def _adapt(
     # outside of the branch: most callers compute it too, and XLA does it once
     moved = step.moved(delta)
 
-    def measure() -> tuple[Array, Array, Array]:
-        rho, change = step.reduction_ratio(moved, rates, modelled, value)
+    def measure() -> tuple[Array, Array, Array, Array]:
+        rho, change, along = step.reduction_ratio(moved, rates, modelled, value)
         rho = jnp.where(finite, rho, jnp.nan)
-        # where loss or gradient are not finite already at θ, ρ says nothing about λ
+        # where loss or gradient are not finite already at θ, ρ says nothing about λ,
+        # nor where the change is lost in the rounding of the loss
         square = inner_product(step.gradient, step.gradient)
         known = step.usable & jnp.isfinite(square)
-        damping = jnp.where(known, rule.update(step.damping, rho), step.damping)
-        return damping, rho, change
+        loss = loss_of(value)
+        rounding = 16 * jnp.finfo(loss.dtype).eps * jnp.abs(loss)
+        known &= ~(jnp.abs(change.astype(loss.dtype)) < rounding)
+        curvature = averaged_curvature(state.curvature, along)
+        adapted = rule.update(step.damping, rho, curvature)
+        return jnp.where(known, adapted, step.damping), rho, change, curvature
 
-    def keep() -> tuple[Array, Array, Array]:
-        return step.damping, state.info.rho, state.info.quadratic_change
+    def keep() -> tuple[Array, Array, Array, Array]:
+        info = state.info
+        return step.damping, info.rho, info.quadratic_change, state.curvature
 
     due = state.step % rule.every == 0
-    damping, rho, change = jax.lax.cond(due, measure, keep)
+    damping, rho, change, curvature = jax.lax.cond(due, measure, keep)
     info = state.info._replace(rho=rho, quadratic_change=change)
-    return state._replace(damping=damping, info=info)
+    return state._replace(damping=damping, curvature=curvature, info=info)
 
 
 def _fill(parts: list[Array], like: list[Array | None]) -> list[Array | None]:

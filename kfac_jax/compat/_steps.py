@@ -338,7 +338,9 @@ class Steps:
     ) -> optax.GradientTransformationExtraArgs:
         """The transformation of one step."""
         learning_rate, momentum, damping = rates
-        rule = QuadraticModel() if self.modelled else learning_rate
+        rule = learning_rate
+        if self.modelled:
+            rule = QuadraticModel(largest_momentum=None, longest=None)
         assert rule is not None
         assert damping is not None
         return kfac(
@@ -375,6 +377,8 @@ def _joined(state: State) -> KFACState:
         factors=known.factors,
         inverses=known.inverses,
         damping=state.damping,
+        length=jnp.zeros((), float),
+        curvature=jnp.zeros((), float),
         factored_damping=known.info.factored_damping,
         velocity=state.velocities,
         info=known.info,

@@ -17,14 +17,18 @@ class LevenbergMarquardt:
     step's own batch. `λ *= ω1` if ρ > 3/4, `λ /= ω1` if ρ < 1/4 or not finite. Where
     h(θ) or its gradient is not finite, the batch is to blame, not the step: λ stays.
 
-    Start too large rather than too small. 150 suits the paper's autoencoders; for
-    classifiers 1 is more usual. With small batches ρ is noisy: keep λ above `minimum`.
+    150 suits the paper's autoencoders, with full batches; start low for short runs.
+    A batch that is fitted exactly says nothing of others, but has ρ near one: keep λ
+    above `relative_minimum` times the curvature that steps meet, `Δᵀ F Δ / Δᵀ Δ`
+    (its running mean), which has the problem's own scale. Where the change of the loss
+    is lost in its rounding, λ stays.
 
     Attributes:
       initial: λ0.
       every: T1, in steps.
       factor: ω1 in (0, 1); None means `(19/20) ** every`.
       minimum: λ never falls below it, nor to zero, which it could not leave.
+      relative_minimum: nor below this multiple of the curvature along the steps.
       maximum: λ never rises above it, nor to infinity.
       lower: λ rises where ρ is below.
       upper: λ falls where ρ is above.
@@ -41,6 +45,7 @@ class LevenbergMarquardt:
     every: int = 5
     factor: float | None = None
     minimum: float = 0.0
+    relative_minimum: float = 0.0
     maximum: float = float("inf")
     lower: float = 0.25
     upper: float = 0.75
@@ -54,6 +59,12 @@ class LevenbergMarquardt:
                 f"{self.initial}."
             )
         check_adaptation(self, "T1", "ω1")
+        _arguments.number("relative_minimum", self.relative_minimum)
+        if not 0.0 <= self.relative_minimum < float("inf"):
+            raise ValueError(
+                "relative_minimum must be finite and at least 0; got "
+                f"{self.relative_minimum}."
+            )
         for name in ("lower", "upper"):
             _arguments.number(name, getattr(self, name))
         if not 0.0 < self.lower < self.upper < float("inf"):
@@ -67,14 +78,35 @@ class LevenbergMarquardt:
         """ω1."""
         return (19.0 / 20.0) ** self.every if self.factor is None else self.factor
 
-    def update(self, damping: Array | float, rho: Array | float) -> Array:
-        """Returns the next λ from this one and a measured ρ."""
+    def update(
+        self,
+        damping: Array | float,
+        rho: Array | float,
+        curvature: Array | float = 0.0,
+    ) -> Array:
+        """Returns the next λ from this one, a measured ρ and `Δᵀ F Δ / Δᵀ Δ`."""
         damping = _arguments.real("damping (λ)", damping).astype(float)
         rho = _arguments.real("rho (ρ)", rho).astype(float)
         lower, raise_ = damping * self.omega, damping / self.omega
         good = (rho > self.upper) & (rho < jnp.inf)
         bad = ~((rho >= self.lower) & (rho < jnp.inf))  # also where ρ is NaN
         new = jnp.where(good, lower, jnp.where(bad, raise_, damping))
-        limits = jnp.finfo(new.dtype)
-        lowest = max(self.minimum, float(limits.tiny))
-        return jnp.clip(new, lowest, min(self.maximum, float(limits.max)))
+        return self.clip(new, curvature)
+
+    def clip(self, damping: Array, curvature: Array | float) -> Array:
+        """Keeps λ within its limits.
+
+        Args:
+          damping: λ, `[]`.
+          curvature: `Δᵀ F Δ / Δᵀ Δ`, `[]`; what is not finite counts as 0.
+
+        Returns:
+          λ.
+        """
+        limits = jnp.finfo(damping.dtype)
+        curvature = jnp.asarray(curvature, damping.dtype)
+        relative = self.relative_minimum * jnp.where(
+            jnp.isfinite(curvature), curvature, 0.0
+        )
+        lowest = jnp.maximum(relative, max(self.minimum, float(limits.tiny)))
+        return jnp.clip(damping, lowest, min(self.maximum, float(limits.max)))

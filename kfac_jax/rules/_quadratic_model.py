@@ -8,6 +8,12 @@ from jax import Array
 
 from kfac_jax import _arguments
 
+_FREE = 5
+"""The first steps are not limited: the first mean of lengths is made of them."""
+
+_KEPT = 0.95
+"""What a step leaves of the mean of lengths before."""
+
 
 class Solution(NamedTuple):
     """The minimiser of the quadratic model over `δ = α Δ + μ δ0`."""
@@ -25,25 +31,47 @@ class QuadraticModel:
     `learning_rate`; with `momentum=None` it chooses μ too, which on a quadratic makes
     the method preconditioned conjugate gradients.
 
+    The model is of one batch, and what it does not know are the others. Two limits keep
+    small batches from steps that only they call for. On noise μ comes out negative, or
+    above one, as often as not: it is kept between 0 and `largest_momentum`. And a case
+    that is wrong with confidence has a large gradient and next to no curvature, so that
+    α is 1/λ along it: no step is more than `longest` times as long as the running mean,
+    in the root of the model's decrease `M(0) - M(δ)`. With both limits None it is the
+    paper's.
+
     Attributes:
       fraction: τ2, the fraction of the batch the products are computed on; the paper
         uses 1/4 with large batches. Values below 1 need much data and some damping or
         L2.
+      largest_momentum: the largest μ that is chosen, the least being 0; None for any.
+      longest: how many times as long as the mean a step may be; None for any length.
 
     References:
-      Martens & Grosse 2015, sections 6.4, 7 and 8.
+      Martens & Grosse 2015, sections 6.4, 7 and 8, for the model.
 
     >>> QuadraticModel(fraction=0.25)
-    QuadraticModel(fraction=0.25)
+    QuadraticModel(fraction=0.25, largest_momentum=0.95, longest=2.0)
     """
 
     fraction: float = 1.0
+    largest_momentum: float | None = 0.95
+    longest: float | None = 2.0
 
     def __post_init__(self) -> None:
         """Checks the range."""
         _arguments.number("fraction (τ2)", self.fraction)
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction (τ2) must be in (0, 1]; got {self.fraction}.")
+        for name, least in (("largest_momentum", 0.0), ("longest", 1.0)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            _arguments.number(name, value)
+            if not least <= value < float("inf"):
+                raise ValueError(
+                    f"{name} must be finite and at least {least}, or None for no "
+                    f"limit; got {value}."
+                )
 
     def solve(self, matrix: Array, slope: Array, momentum: Array | None) -> Solution:
         """Minimises the model in the plane of Δ and δ0.
@@ -88,6 +116,43 @@ class QuadraticModel:
             determinant = jnp.where(usable, determinant, 1.0)
             alpha = jnp.where(usable, -(b0 - c * b1) / (determinant * s0), along)
             mu = jnp.where(usable, -(b1 - c * b0) / (determinant * s1), zero)
+            if self.largest_momentum is not None:
+                free, mu = mu, jnp.clip(mu, 0.0, self.largest_momentum)
+                best = jnp.where(q00 > 0, along - mu * q01 / safe00, zero)
+                alpha = jnp.where(mu == free, alpha, best)
         step = jnp.stack([alpha, mu])
         change = slope @ step + 0.5 * step @ matrix @ step
         return Solution(alpha, mu, change)
+
+    def limit(
+        self, solution: Solution, slope: Array, mean: Array, step: Array
+    ) -> tuple[Solution, Array, Array]:
+        """Shortens a step that is much longer than those before.
+
+        Args:
+          solution: the step, from `solve`.
+          slope: `∇hᵀ δ` of that step, `[]`.
+          mean: the running mean of lengths so far, `[]`.
+          step: how many steps there were before, `[]`.
+
+        Returns:
+          The step, by what it was multiplied, and the next mean.
+        """
+        length = jnp.sqrt(jnp.maximum(-solution.change, 0.0))
+        if self.longest is None:
+            return solution, jnp.ones_like(length), jnp.zeros_like(length)
+        mean = mean.astype(length.dtype)
+        most = self.longest * mean
+        late = step >= _FREE
+        scale = jnp.where(late & (length > most), most / length, 1.0)
+        scale = jnp.where(jnp.isfinite(length), scale, 0.0)
+        # the mean follows growth of what is asked for, by twice what is allowed at most
+        seen = jnp.where(late, jnp.minimum(length, 2.0 * most), length)
+        seen = jnp.where(jnp.isfinite(length), seen, mean)
+        mean = jnp.where(step == 0, seen, _KEPT * mean + (1.0 - _KEPT) * seen)
+        curved = solution.change - slope  # ½ δᵀ (F + (λ+η) I) δ
+        change = scale * slope + jnp.square(scale) * curved
+        limited = Solution(
+            scale * solution.learning_rate, scale * solution.momentum, change
+        )
+        return limited, scale, mean

@@ -1,0 +1,217 @@
+"""A training step as one function, and what to look at while it trains."""
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kfac_jax import _arguments, sharding
+from kfac_jax._checks import check_plan
+from kfac_jax._jaxpr import _compat
+from kfac_jax._step import KFACState, loss_of
+from kfac_jax.curvature import Curvature
+from kfac_jax.sharding import Distribution, OverAxis
+
+Params = Any
+
+
+def make_step(
+    curvature: Curvature,
+    tx: optax.GradientTransformation,
+    *,
+    statistics_every: int = 1,
+    devices: Distribution | None = None,
+) -> Callable[..., tuple[Params, Any, Any]]:
+    """A training step: value, gradient and statistics, update, new parameters.
+
+    It is pure: stage it by `jax.jit`, scan over it, map it over seeds. It makes three
+    calls, which a program of its own may make instead:
+
+        value, grads, statistics = curvature.value_grad_and_statistics(
+            params, *args, rng=key, factors=factors)
+        updates, state = tx.update(
+            grads, state, params, statistics=statistics, value=value, args=args)
+        params = optax.apply_updates(params, updates)
+
+    with the `factors` of the state (only `blocks.Eigen` uses them).
+
+    Args:
+      curvature: the plan.
+      tx: `kfac(curvature, ...)`, `scale_by_kfac(curvature, ...)`, or an `optax.chain`
+        or other wrapper with one of them in it.
+      statistics_every: k; the first step and every k-th after it gather statistics, and
+        the others cost no more than with a first-order optimizer.
+      devices: what `tx` got, if that is an `OverAxis`, for a step that every device
+        runs on its part of the batch: samples then differ between devices, and
+        gradients are their means.
+
+    Returns:
+      `step(params, state, key, *args) -> params, state, value`. The value is the loss
+      function's, `(loss, aux)` with `has_aux`; the first state is `tx.init(params)`.
+
+    Raises:
+      TypeError: if an argument is of the wrong type; by the step, if the state is not
+        one of K-FAC.
+      ValueError: if k is no whole number of at least 1.
+
+    >>> import jax, jax.numpy as jnp, kfac_jax
+    >>> def loss_fn(w, x, y):
+    ...     return kfac_jax.losses.squared_error(x @ w, y).sum(-1).mean()
+    >>> w, x, y = jnp.ones((3, 2)), jnp.eye(3), jnp.zeros((3, 2))
+    >>> curvature = kfac_jax.make_curvature(loss_fn, w, x, y)
+    >>> tx = kfac_jax.kfac(curvature)
+    >>> step = jax.jit(kfac_jax.make_step(curvature, tx))
+    >>> w, state, first = step(w, tx.init(w), jax.random.key(0), x, y)
+    >>> w, state, second = step(w, state, jax.random.key(1), x, y)
+    >>> bool(second < first)
+    True
+    """
+    check_plan(curvature)
+    if not hasattr(tx, "init") or not callable(getattr(tx, "update", None)):
+        raise TypeError(
+            "tx must be an optax transformation with kfac or scale_by_kfac in it; got "
+            f"{_arguments.shown(tx)}. Pass kfac_jax.kfac(curvature)."
+        )
+    _arguments.count("statistics_every", statistics_every, 1)
+    sharding.check(devices)
+    axis = devices.axis if isinstance(devices, OverAxis) else None
+    update = optax.with_extra_args_support(tx).update
+
+    def step(params: Params, state: Any, key: Array, *args: Any) -> Any:
+        own = kfac_state(state)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+
+        def gather() -> Any:
+            return curvature.value_grad_and_statistics(
+                params, *args, rng=key, factors=own.factors
+            )
+
+        def skip() -> Any:
+            value, grads = curvature.value_and_grad(params, *args)
+            return value, grads, curvature.zero_statistics(params)
+
+        if statistics_every == 1:
+            value, grads, statistics = gather()
+        else:
+            due = own.step % statistics_every == 0
+            value, grads, statistics = jax.lax.cond(due, gather, skip)
+        if axis is not None:
+            grads = _mean(grads, loss_of(value), axis)
+        updates, state = update(
+            grads, state, params, statistics=statistics, value=value, args=args
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
+def _mean(grads: Params, loss: Array, axis: Any) -> Params:
+    """Over devices; a division where `shard_map` has summed gradients already.
+
+    It has if it checks what varies: then the loss does, and gradients do not.
+    """
+    names = set(axis) if isinstance(axis, tuple) else {axis}
+    checked = bool(names & _compat.varying(loss))
+
+    def mean(x: Array) -> Array:
+        if checked and not names & _compat.varying(x):
+            return x / jax.lax.axis_size(axis)
+        return jax.lax.pmean(x, axis)
+
+    return jax.tree.map(mean, grads)
+
+
+def kfac_state(state: Any) -> KFACState:
+    """The state of K-FAC within that of an optax transformation.
+
+    Args:
+      state: of `kfac`, `scale_by_kfac`, or a chain or wrapper around one.
+
+    Returns:
+      The first that there is.
+
+    Raises:
+      TypeError: if there is none.
+    """
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, KFACState))
+    found = next((x for x in leaves if isinstance(x, KFACState)), None)
+    if found is None:
+        raise TypeError(
+            "Expected the state of kfac or scale_by_kfac, or of an optax chain with "
+            f"one of them in it; got {_arguments.shown(state)}. Call "
+            "state = tx.init(params) with tx = kfac_jax.kfac(curvature)."
+        )
+    return found
+
+
+class Health(NamedTuple):
+    """What `health` found."""
+
+    ok: bool  # whether nothing is amiss
+    message: str  # what is, and what to change; empty if nothing is
+
+
+_RISE = 100.0
+"""How many times its lowest value a loss may be."""
+
+
+def health(state: Any) -> Health:
+    """Tells a run that trains from one that does not, and warns once of the latter.
+
+    Call it outside of `jit`, every now and then: it fetches five numbers.
+
+    Args:
+      state: of `kfac` or `scale_by_kfac`, or of a chain with one of them in it. The
+        loss is known where `update` got `value=`, as by `make_step`.
+
+    Returns:
+      Whether the run is well, and if not, the likely cause and the argument to change.
+
+    Raises:
+      TypeError: if there is no state of K-FAC, or if it is traced.
+
+    >>> import jax.numpy as jnp, kfac_jax
+    >>> def loss_fn(w, x):
+    ...     return kfac_jax.losses.squared_error(x @ w).sum(-1).mean()
+    >>> w, x = jnp.ones((3, 2)), jnp.eye(3)
+    >>> tx = kfac_jax.kfac(kfac_jax.make_curvature(loss_fn, w, x))
+    >>> kfac_jax.health(tx.init(w)).ok
+    True
+    """
+    own = kfac_state(state)
+    scalars = (own.step, own.info.skipped_updates, own.info.loss, own.info.lowest_loss)
+    if any(isinstance(x, jax.core.Tracer) for x in scalars):
+        raise TypeError(
+            "health looks at numbers, and the state is traced: expected a call outside "
+            "of jit, with the state that a step returned."
+        )
+    steps, skipped, loss, lowest = (float(jnp.ravel(x)[0]) for x in scalars)
+    message = ""
+    if steps and math.isfinite(lowest) and not math.isfinite(loss):
+        message = (
+            f"The loss is {loss} after {steps:.0f} steps, and was {lowest:.3g}: it "
+            "diverged, or the batch has values that are not finite. If batches are "
+            "sound, raise the damping, or lower learning_rate or norm_constraint if "
+            "you chose them."
+        )
+    elif lowest > 0 and loss > _RISE * lowest and skipped < steps:
+        message = (
+            f"The loss is {loss:.3g} after {steps:.0f} steps, and was {lowest:.3g}: "
+            "steps are too long. Leave learning_rate, momentum and damping at their "
+            "defaults, or raise damping (λ), or lower norm_constraint."
+        )
+    if skipped > 0.5 * steps:
+        message += (
+            f" {skipped:.0f} of {steps:.0f} updates refused what was not finite: look "
+            "at the loss and the batches."
+        )
+    if message:
+        warnings.warn(message.strip(), stacklevel=2)
+    return Health(not message, message.strip())
