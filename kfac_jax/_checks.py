@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_jax import _arguments, _by_rows, sharding
+from kfac_jax import _by_rows, sharding
 from kfac_jax._arguments import is_number, shown, whole, within
 from kfac_jax._factors import check_statistics
 from kfac_jax._step import Info, KFACState
@@ -169,8 +169,7 @@ def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None
     )
     within("learning_rate (α)", learning_rate, 0.0, float("inf"))
     modelled = isinstance(learning_rate, QuadraticModel)
-    if isinstance(norm_constraint, str):
-        _arguments.choice("norm_constraint", norm_constraint, ("auto",))
+    if isinstance(norm_constraint, str) and norm_constraint == "auto":
         norm_constraint = None
     if norm_constraint is not None:
         allowed = 'a number, a schedule, "auto" or None'

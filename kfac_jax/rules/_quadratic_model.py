@@ -143,13 +143,14 @@ class QuadraticModel:
             return solution, jnp.ones_like(length), jnp.zeros_like(length)
         mean = mean.astype(length.dtype)
         most = self.longest * mean
-        late = step >= _FREE
+        known = mean > 0  # not before the first step that moved: zero is no length
+        late = known & (step >= _FREE)
         scale = jnp.where(late & (length > most), most / length, 1.0)
         scale = jnp.where(jnp.isfinite(length), scale, 0.0)
         # the mean follows growth of what is asked for, by twice what is allowed at most
         seen = jnp.where(late, jnp.minimum(length, 2.0 * most), length)
         seen = jnp.where(jnp.isfinite(length), seen, mean)
-        mean = jnp.where(step == 0, seen, _KEPT * mean + (1.0 - _KEPT) * seen)
+        mean = jnp.where(known, _KEPT * mean + (1.0 - _KEPT) * seen, seen)
         curved = solution.change - slope  # ½ δᵀ (F + (λ+η) I) δ
         change = scale * slope + jnp.square(scale) * curved
         limited = Solution(
