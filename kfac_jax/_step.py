@@ -397,5 +397,6 @@ _KEPT_CURVATURE = 0.9
 
 def averaged_curvature(old: Array, new: Array) -> Array:
     """The running mean with a measurement; the first of them is taken as it is."""
+    new = new.astype(old.dtype)
     mean = jnp.where(old > 0, _KEPT_CURVATURE * old + (1 - _KEPT_CURVATURE) * new, new)
-    return jnp.where(jnp.isfinite(new) & (new >= 0), mean, old).astype(old.dtype)
+    return jnp.where(jnp.isfinite(new) & (new >= 0), mean, old)
