@@ -128,7 +128,7 @@ WARM = {"blocks": kfac_jax.blocks.Eigen(warm_start=True)}
 SEPARATE = {"factored_damping": kfac_jax.SeparateDamping(every=5)}
 
 CONFIGURATIONS = {
-    "defaults": Configuration(lambda c: kfac_jax.kfac(c, 0.03)),
+    "defaults": Configuration(lambda c: kfac_jax.kfac(c)),
     "fixed rates": Configuration(),
     "adaptive": Configuration(adaptive),
     "separate damping": Configuration(lambda c: adaptive(c, **SEPARATE)),

@@ -14,6 +14,9 @@ import pytest
 import kfac_jax
 from kfac_jax import losses
 
+# as the paper has it: without limits of momentum and length
+PAPER_MODEL = kfac_jax.QuadraticModel(largest_momentum=None, longest=None)
+
 
 def array(seed: int, *shape: int, scale: float = 1.0) -> jax.Array:
     """A seeded normal array."""

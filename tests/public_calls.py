@@ -227,7 +227,7 @@ def transformations() -> dict[str, Call]:
                 learning_rate=0.1,
                 momentum=0.9,
                 damping=1e-3,
-                norm_constraint=None,
+                norm_constraint="auto",
                 decay=0.95,
                 inverse_every=20,
                 factored_damping=None,
@@ -235,7 +235,7 @@ def transformations() -> dict[str, Call]:
             ),
             legal={
                 "learning_rate": SCHEDULE,
-                "momentum": {"function": "a schedule of the step"},
+                "momentum": OPTIONAL | {"function": "a schedule of the step"},
                 "norm_constraint": OPTIONAL | SCHEDULE,
                 "factored_damping": OPTIONAL,
                 **common,
@@ -271,6 +271,17 @@ def transformations() -> dict[str, Call]:
             words={"updates": "grads"},
             typos=others | {"params": "it does not use them"},
         ),
+        "make_step": allowing(
+            call(
+                kfac_jax.make_step,
+                curvature=plan(),
+                tx=tx,
+                statistics_every=1,
+                devices=None,
+            ),
+            legal={"devices": OPTIONAL},
+        ),
+        "health": call(kfac_jax.health, state=tx.init(W)),
         "average_iterates": allowing(
             call(kfac_jax.average_iterates, decay=0.99, start=1),
             legal={"start": OPTIONAL},
@@ -552,6 +563,7 @@ def rules() -> dict[str, Call]:
                 every=5,
                 factor=0.5,
                 minimum=0.0,
+                relative_minimum=1e-3,
                 maximum=1e9,
                 lower=0.25,
                 upper=0.75,
@@ -560,15 +572,32 @@ def rules() -> dict[str, Call]:
                 "initial": NUMBER,
                 "factor": OPTIONAL,
                 "minimum": NUMBER,
+                "relative_minimum": NUMBER,
                 "maximum": NUMBER,
                 "upper": NUMBER,
             },
         ),
         "LevenbergMarquardt.update": allowing(
-            call(kfac_jax.LevenbergMarquardt().update, damping=1.0, rho=1.0),
-            legal={"damping": shapes, "rho": shapes},
+            call(
+                kfac_jax.LevenbergMarquardt().update,
+                damping=1.0,
+                rho=1.0,
+                curvature=1.0,
+            ),
+            legal={"damping": shapes, "rho": shapes, "curvature": shapes},
         ),
-        "QuadraticModel": call(kfac_jax.QuadraticModel, fraction=1.0),
+        "QuadraticModel": allowing(
+            call(
+                kfac_jax.QuadraticModel,
+                fraction=1.0,
+                largest_momentum=0.95,
+                longest=2.0,
+            ),
+            legal={
+                "largest_momentum": OPTIONAL | NUMBER,
+                "longest": OPTIONAL | NUMBER,
+            },
+        ),
         "QuadraticModel.solve": allowing(
             call(
                 kfac_jax.QuadraticModel().solve,
@@ -608,6 +637,7 @@ def rules() -> dict[str, Call]:
                 "initial": OPTIONAL | NUMBER,
                 "factor": OPTIONAL,
                 "minimum": NUMBER,
+                "relative_minimum": NUMBER,
                 "maximum": NUMBER,
             },
         ),

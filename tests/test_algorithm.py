@@ -213,7 +213,7 @@ def test_fifty_steps_of_the_whole_algorithm(momentum, initial, tau2):
     )
     tx = kfac_jax.kfac(
         plan(),
-        kfac_jax.QuadraticModel(fraction=tau2),
+        kfac_jax.QuadraticModel(fraction=tau2, largest_momentum=None, longest=None),
         momentum,
         kfac_jax.LevenbergMarquardt(initial, every=3),
         factored_damping=kfac_jax.SeparateDamping(every=4),

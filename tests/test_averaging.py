@@ -96,7 +96,7 @@ def test_behind_kfac_a_refused_update_leaves_the_average_finite():
     curvature = kfac_jax.make_curvature(
         loss_fn, w, x, y, estimation_mode="fisher_exact"
     )
-    tx = optax.chain(kfac_jax.kfac(curvature), average_iterates(0.5))
+    tx = optax.chain(kfac_jax.kfac(curvature, 0.1, 0.9, 1e-3), average_iterates(0.5))
 
     @jax.jit
     def step(w, state, x):

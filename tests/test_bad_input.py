@@ -41,7 +41,7 @@ def gathered(inputs=3, outputs=2):
 
 KINDS = {
     "scale_by_kfac": lambda: kfac_jax.scale_by_kfac(plan()),
-    "kfac": lambda: kfac_jax.kfac(plan()),
+    "kfac": lambda: kfac_jax.kfac(plan(), 0.1, 0.9, 1e-3),
 }
 
 
@@ -179,7 +179,7 @@ def call(method, params):
         return kfac_jax.kfac(curvature).init(params)
     if method == "update":
         _, grads, statistics = gathered()
-        tx = kfac_jax.kfac(curvature)
+        tx = kfac_jax.kfac(curvature, 0.1, 0.9, 1e-3)
         state = tx.init(make_params())
         return tx.update(grads, state, params, statistics=statistics)
     if method == "matvec":
@@ -314,7 +314,6 @@ def test_unknown_modes_of_the_operator():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"momentum": None}, ValueError, "momentum=None.*QuadraticModel"),
         ({"momentum": 1.5}, ValueError, r"momentum \(μ\)"),
         ({"momentum": -0.1}, ValueError, r"momentum \(μ\)"),
         ({"momentum": "nesterov"}, TypeError, "momentum must be"),
@@ -337,7 +336,7 @@ def test_unknown_modes_of_the_operator():
         ({"distribution": "pmap"}, (TypeError, ValueError), "distribution"),
         ({"factored_damping": 0.1}, TypeError, r"None.*or a SeparateDamping.*got 0\.1"),
         (
-            {"factored_damping": kfac_jax.SeparateDamping()},
+            {"factored_damping": kfac_jax.SeparateDamping(), "learning_rate": 0.1},
             ValueError,
             r"expected learning_rate=QuadraticModel\(\); got float",
         ),
@@ -471,8 +470,9 @@ def test_gradients_of_another_structure(tx, change, message):
 
 
 ADAPTIVE = [
-    {"learning_rate": kfac_jax.QuadraticModel()},
-    {"damping": kfac_jax.LevenbergMarquardt(1.0)},
+    {},
+    {"learning_rate": kfac_jax.QuadraticModel(), "damping": 1e-3},
+    {"learning_rate": 0.1, "damping": kfac_jax.LevenbergMarquardt(1.0)},
     {
         "learning_rate": kfac_jax.QuadraticModel(),
         "factored_damping": kfac_jax.SeparateDamping(),
@@ -497,7 +497,7 @@ def test_adaptive_rules_without_what_they_evaluate(options, missing):
 
 def test_adaptive_rules_with_parameters_of_another_shape():
     value, grads, statistics = gathered()
-    tx = kfac_jax.kfac(plan(), kfac_jax.QuadraticModel())
+    tx = kfac_jax.kfac(plan())
     with pytest.raises(ValueError, match=r"params .*shape \(3, 4\) at 'w'"):
         tx.update(
             grads,
@@ -628,7 +628,7 @@ def test_losses(function, arguments, message):
 def test_an_error_corrupts_nothing():
     """After every kind of error the plan and the transformation work as before."""
     curvature = make(loss_fn)
-    tx = kfac_jax.kfac(curvature)
+    tx = kfac_jax.kfac(curvature, 0.1, 0.9, 1e-3)
     params, batch, key = make_params(), make_batch(), jax.random.key(0)
 
     def step():

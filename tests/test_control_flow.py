@@ -111,7 +111,7 @@ def place(function, call):
 
 def step(plan, learning_rate):
     """The update of one step of the optimizer."""
-    tx = kfac_jax.kfac(plan, learning_rate)
+    tx = kfac_jax.kfac(plan, learning_rate, 0.9, 1e-3)
 
     @fast_jit
     def run(params, x):

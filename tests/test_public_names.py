@@ -11,10 +11,11 @@ import pytest
 import kfac_jax
 
 TOP = """
-AverageIteratesState BlockDiagonal BlockTridiagonal Curvature ExponentialBatchSize Info
-KFACState Layer LevenbergMarquardt OverAxis OverMesh QuadraticModel RefreshSchedule
-SeparateDamping SharingReport Statistics Totals
-average_iterates blocks distributions initializers kfac linalg losses make_curvature
+AverageIteratesState BlockDiagonal BlockTridiagonal Curvature ExponentialBatchSize
+Health Info KFACState Layer LevenbergMarquardt OverAxis OverMesh QuadraticModel
+RefreshSchedule SeparateDamping SharingReport Statistics Totals
+average_iterates blocks distributions health initializers kfac linalg losses
+make_curvature make_step
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution
 register_normal_predictive_distribution register_scale_and_shift
@@ -70,6 +71,8 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
         "inverse_every factored_damping distribution"
     ),
     "scale_by_kfac": "curvature damping decay inverse_every * distribution",
+    "make_step": "curvature tx * statistics_every devices",
+    "health": "state",
     "average_iterates": "decay * start",
     "sharing_report": "curvature distribution axis_sizes",
     "spread_state": "curvature state distribution",

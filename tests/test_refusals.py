@@ -328,9 +328,9 @@ ERRORS = {  # the type, and what raises it
         ValueError,
         lambda: kfac_jax.kfac(plan(), kfac_jax.QuadraticModel(), norm_constraint=1.0),
     ),
-    "momentum=None lets the quadratic model choose it": (
-        ValueError,
-        lambda: kfac_jax.kfac(plan(), momentum=None),
+    "norm_constraint must be a number, a schedule, \"auto\" or None; got '1'.": (
+        TypeError,
+        lambda: kfac_jax.kfac(plan(), 0.1, norm_constraint="1"),
     ),
     "every (T1) must be an integer ≥ 1": (
         ValueError,

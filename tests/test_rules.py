@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from models import PAPER_MODEL
 
 from kfac_jax import LevenbergMarquardt, QuadraticModel, SeparateDamping
 
@@ -173,9 +174,7 @@ def test_separate_damping_refuses(options, message):
 @pytest.mark.parametrize("seed", range(5))
 def test_both_coefficients_solve_the_two_by_two_system(seed):
     matrix, slope = plane(seed)
-    alpha, mu, change = QuadraticModel().solve(
-        jnp.asarray(matrix), jnp.asarray(slope), None
-    )
+    alpha, mu, change = PAPER_MODEL.solve(jnp.asarray(matrix), jnp.asarray(slope), None)
     expected = np.linalg.solve(matrix, -slope)
     np.testing.assert_allclose([alpha, mu], expected, rtol=1e-12)
     np.testing.assert_allclose(
@@ -188,7 +187,7 @@ def test_both_coefficients_solve_the_two_by_two_system(seed):
 @pytest.mark.parametrize("mu", [0.0, 0.9])
 def test_learning_rate_is_optimal_for_a_given_momentum(seed, mu):
     matrix, slope = plane(seed)
-    alpha, kept, change = QuadraticModel().solve(
+    alpha, kept, change = PAPER_MODEL.solve(
         jnp.asarray(matrix), jnp.asarray(slope), jnp.asarray(mu)
     )
     assert float(kept) == mu
@@ -205,7 +204,7 @@ def test_coefficients_do_not_depend_on_the_scale_of_the_directions():
     """`δ = α Δ + μ δ0` is the same vector however long Δ and δ0 are."""
     matrix, slope = plane(1)
     scale = np.array([1e-9, 1e7])
-    solution = QuadraticModel().solve(
+    solution = PAPER_MODEL.solve(
         jnp.asarray(matrix * np.outer(scale, scale)), jnp.asarray(slope * scale), None
     )
     expected = np.linalg.solve(matrix, -slope)
@@ -216,7 +215,7 @@ def test_coefficients_do_not_depend_on_the_scale_of_the_directions():
 
 def test_first_step_has_no_momentum():
     matrix, slope = np.diag([4.0, 0.0]), np.array([-2.0, 0.0])
-    solution = QuadraticModel().solve(jnp.asarray(matrix), jnp.asarray(slope), None)
+    solution = PAPER_MODEL.solve(jnp.asarray(matrix), jnp.asarray(slope), None)
     np.testing.assert_allclose(solution, [0.5, 0.0, -0.5], rtol=1e-12)
 
 
@@ -227,16 +226,16 @@ def test_parallel_directions_give_the_one_dimensional_optimum(dtype, ratio):
     direction = np.array([1.0, ratio])
     matrix = jnp.asarray(3.0 * np.outer(direction, direction), dtype)
     slope = jnp.asarray(-1.5 * direction, dtype)
-    alpha, mu, change = QuadraticModel().solve(matrix, slope, None)
+    alpha, mu, change = PAPER_MODEL.solve(matrix, slope, None)
     np.testing.assert_allclose(alpha + mu * ratio, 0.5, rtol=1e-3)
     np.testing.assert_allclose(change, -0.375, rtol=1e-3)
 
 
 def test_nothing_to_do_gives_zeros():
     zero = jnp.zeros((2, 2)), jnp.zeros(2)
-    np.testing.assert_array_equal(QuadraticModel().solve(*zero, None), [0, 0, 0])
+    np.testing.assert_array_equal(PAPER_MODEL.solve(*zero, None), [0, 0, 0])
     np.testing.assert_array_equal(
-        QuadraticModel().solve(*zero, jnp.asarray(0.9)), [0, 0.9, 0]
+        PAPER_MODEL.solve(*zero, jnp.asarray(0.9)), [0, 0.9, 0]
     )
 
 

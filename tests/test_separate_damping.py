@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from models import array, traced_once
+from models import PAPER_MODEL, array, traced_once
 
 import kfac_jax
 from kfac_jax import blocks
@@ -22,7 +22,6 @@ BLOCKS = {
     "Diagonal": blocks.Diagonal(),
     "Full": blocks.Full(),
 }
-MODEL = kfac_jax.QuadraticModel()
 NEVER = 10**6
 
 
@@ -72,7 +71,7 @@ def separate(initial=None, every=2, inverse_every=1, damping=0.1, **options):
     rule = kfac_jax.SeparateDamping(initial, every=every, **options)
     return kfac_jax.kfac(
         plan(),
-        MODEL,
+        PAPER_MODEL,
         None,
         damping,
         factored_damping=rule,
@@ -97,9 +96,9 @@ def test_gamma_squared_takes_the_place_of_the_damping_in_every_block(kind):
     curvature = plan(kind)
     rule = kfac_jax.SeparateDamping(gamma, every=NEVER)
     tx = kfac_jax.kfac(
-        curvature, MODEL, None, 0.1, factored_damping=rule, inverse_every=1
+        curvature, PAPER_MODEL, None, 0.1, factored_damping=rule, inverse_every=1
     )
-    tied = kfac_jax.kfac(curvature, MODEL, None, gamma**2, inverse_every=1)
+    tied = kfac_jax.kfac(curvature, PAPER_MODEL, None, gamma**2, inverse_every=1)
     _, state = make_step(curvature, tx)(params, tx.init(params), *make_batch(1))
     _, other = make_step(curvature, tied)(params, tied.init(params), *make_batch(1))
     assert_trees_close(state.inverses, other.inverses)
@@ -116,7 +115,7 @@ def test_the_candidate_that_would_lower_the_model_most_is_kept(kind):
     def kfac(initial, every):
         rule = kfac_jax.SeparateDamping(initial, every=every, factor=factor)
         return kfac_jax.kfac(
-            curvature, MODEL, None, 0.05, factored_damping=rule, inverse_every=1
+            curvature, PAPER_MODEL, None, 0.05, factored_damping=rule, inverse_every=1
         )
 
     tx, still = kfac(gamma, 2), kfac(gamma, NEVER)
@@ -142,7 +141,9 @@ def test_gamma_starts_at_the_root_of_the_whole_damping():
         return float(tx.init(PARAMS).factored_damping)
 
     def adapted(rule, damping, l2=0.0):
-        return kfac_jax.kfac(plan(l2=l2), MODEL, None, damping, factored_damping=rule)
+        return kfac_jax.kfac(
+            plan(l2=l2), PAPER_MODEL, None, damping, factored_damping=rule
+        )
 
     rule = kfac_jax.SeparateDamping()
     assert initial(adapted(rule, 0.25)) == 0.5
@@ -156,7 +157,10 @@ def test_gamma_starts_at_the_root_of_the_whole_damping():
 
 def test_tied_gamma_is_nan_and_costs_nothing():
     """The state's field goes through as it came: no equation makes or reads it."""
-    for tx in (kfac_jax.kfac(plan(), MODEL, None), kfac_jax.scale_by_kfac(plan())):
+    for tx in (
+        kfac_jax.kfac(plan(), PAPER_MODEL, None, 0.1),
+        kfac_jax.scale_by_kfac(plan()),
+    ):
         state = tx.init(PARAMS)
         statistics = plan().zero_statistics(PARAMS)
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from models import array, dense_params, exact_factors, mlp
+from models import PAPER_MODEL, array, dense_params, exact_factors, mlp
 from oracles import matrix_power, vector
 
 import kfac_jax
@@ -437,7 +437,7 @@ def test_momentum_on_a_quadratic_is_preconditioned_conjugate_gradients(structure
     minimum = np.linalg.solve(hessian, rhs)
 
     def iterates(momentum):
-        tx = kfac_jax.kfac(curvature, kfac_jax.QuadraticModel(), momentum, 0.0)
+        tx = kfac_jax.kfac(curvature, PAPER_MODEL, momentum, 0.0)
 
         @jax.jit
         def step(params, state):

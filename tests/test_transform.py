@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from jax.flatten_util import ravel_pytree
-from models import traced_once
+from models import PAPER_MODEL, traced_once
 
 import kfac_jax
 
@@ -238,7 +238,7 @@ def test_inactive_norm_constraint_changes_nothing():
     params, batch = make_params(), make_batch(1)
     updates = []
     for limit in (None, 1e9):
-        tx = kfac_jax.kfac(plan(), norm_constraint=limit)
+        tx = kfac_jax.kfac(plan(), 0.1, 0.9, 1e-3, norm_constraint=limit)
         step = make_step(plan(), tx)
         updates.append(step(params, tx.init(params), *batch)[2][2])
     assert_trees_close(*updates)
@@ -268,7 +268,7 @@ def test_schedules_are_evaluated_at_each_step():
     def damping(count):
         return 0.7 ** jnp.asarray(count, float)
 
-    tx = kfac_jax.kfac(plan(), rate, mu, damping)
+    tx = kfac_jax.kfac(plan(), rate, mu, damping, norm_constraint=None)
     params = make_params()
     naive = Naive(params)
     state, step = tx.init(params), make_step(plan(), tx)
@@ -335,7 +335,7 @@ def test_period_of_the_inverses_is_traced():
 def test_quadratic_model_minimises_over_the_plane(momentum):
     """α, or α and μ, solve the paper's system with the dense exact Fisher and λ + η."""
     damping = 0.3
-    tx = kfac_jax.kfac(plan(L2), kfac_jax.QuadraticModel(), momentum, damping)
+    tx = kfac_jax.kfac(plan(L2), PAPER_MODEL, momentum, damping)
     params = make_params()
     state, step = tx.init(params), make_step(plan(L2), tx)
     naive = Naive(params, l2=L2)
@@ -397,7 +397,7 @@ def test_on_a_quadratic_the_iterates_are_preconditioned_conjugate_gradients():
     curvature = kfac_jax.make_curvature(
         quadratic, w, x, y, estimation_mode="fisher_exact", l2=eta
     )
-    tx = kfac_jax.kfac(curvature, kfac_jax.QuadraticModel(), None, 0.0)
+    tx = kfac_jax.kfac(curvature, PAPER_MODEL, None, 0.0)
     state, step = tx.init(w), make_step(curvature, tx)
 
     a, g = x.T @ x / 20, 2 * np.eye(3)
@@ -466,7 +466,8 @@ def test_damping_is_adapted_every_fifth_step_from_rho_on_the_same_batch(learning
 def adapt_once(loss, w, rate, *args):
     """One update with T1 = 1 of a linear model; returns the state after it."""
     curvature = kfac_jax.make_curvature(loss, w, *args, estimation_mode="fisher_exact")
-    tx = kfac_jax.kfac(curvature, rate, 0.0, kfac_jax.LevenbergMarquardt(1.0, every=1))
+    rule = kfac_jax.LevenbergMarquardt(1.0, every=1)
+    tx = kfac_jax.kfac(curvature, rate, 0.0, rule, norm_constraint=None)
     return make_step(curvature, tx)(w, tx.init(w), *args)[1]
 
 
@@ -561,24 +562,37 @@ def test_info_has_fixed_fields_and_nan_where_nothing_was_computed():
         "factored_damping",
         "learning_rate",
         "momentum",
+        "step_scale",
+        "lowest_loss",
         "rho",
         "quadratic_change",
         "inverse_refreshes",
         "skipped_updates",
     )
-    assert kfac_jax.KFACState._fields[0] == "step"
-    tx = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)
+    assert kfac_jax.KFACState._fields == (
+        "step",
+        "batches",
+        "factors",
+        "inverses",
+        "damping",
+        "length",
+        "curvature",
+        "factored_damping",
+        "velocity",
+        "info",
+    )
+    tx = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None)
     params = make_params()
     state = tx.init(params)
-    assert np.isnan(state.info[:7]).all()
-    assert state.info[7:] == (0, 0)
+    assert np.isnan(state.info[:9]).all()
+    assert state.info[9:] == (0, 0)
     value, grads, statistics = compiled()(params, *make_batch(1))
     for given in (None, value, (value, "aux")):
         _, after = tx.update(grads, state, params, statistics=statistics, value=given)
         expected = np.nan if given is None else float(value)
         np.testing.assert_allclose(
             after.info,
-            [expected, 0.2, np.nan, 0.1, 0.9, np.nan, np.nan, 1, 0],
+            [expected, 0.2, np.nan, 0.1, 0.9, 1, expected, np.nan, np.nan, 1, 0],
             rtol=1e-12,
         )
 

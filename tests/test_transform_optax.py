@@ -100,7 +100,7 @@ def run(tx, steps=3):
 @functools.cache
 def reference():
     """Three updates of `kfac` with its defaults but damping."""
-    return run(kfac_jax.kfac(plan(), 0.1, 0.9, 0.2))
+    return run(kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None))
 
 
 # ------------------------------------------------------------------------- combinations
@@ -118,7 +118,7 @@ def test_kfac_is_a_chain_of_its_parts():
 
 def test_chain_after_weight_decay_and_clipping():
     params, grads, _ = gathered()
-    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)
+    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None)
     decayed = optax.chain(optax.add_decayed_weights(0.01), inner)
     by_hand = jax.tree.map(lambda g, p: g + 0.01 * p, grads, params)
     expected, _ = inner.update(
@@ -135,7 +135,7 @@ def test_masked_freezes_a_layer(prefix):
     mask = {"first": False, "second": True}
     if not prefix:
         mask = {name: {"w": keep, "b": keep} for name, keep in mask.items()}
-    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)
+    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None)
     frozen = jax.tree.map(lambda m: not m, mask)
     tx = optax.chain(
         optax.masked(inner, mask), optax.masked(optax.set_to_zero(), frozen)
@@ -149,7 +149,7 @@ def test_masked_within_a_layer_keeps_the_rest_of_it():
     """A hidden bias counts as zero in its layer's gradient and gets no update."""
     mask = {"first": {"w": True, "b": False}, "second": {"w": True, "b": True}}
     params, grads, statistics = gathered()
-    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)
+    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None)
     updates, _ = run(optax.masked(inner, mask), 1)
     without = {**grads, "first": {**grads["first"], "b": 0 * grads["first"]["b"]}}
     expected, _ = inner.update(
@@ -164,7 +164,10 @@ def test_partition_gives_each_layer_its_own_transformation(prefix):
     labels = {"first": "sgd", "second": "kfac"}
     if not prefix:
         labels = {name: {"w": label, "b": label} for name, label in labels.items()}
-    inner = {"sgd": optax.sgd(0.5), "kfac": kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)}
+    inner = {
+        "sgd": optax.sgd(0.5),
+        "kfac": kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None),
+    }
     updates, _ = run(optax.partition(inner, labels))
     grads = gathered()[1]
     assert_trees_close(updates["second"], reference()[0]["second"])
@@ -228,7 +231,7 @@ def test_multi_steps_averages_gradients_and_steps_once():
 
 
 def check_multi_steps():
-    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)
+    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None)
     tx = optax.MultiSteps(inner, 2)
     params, grads, statistics = gathered()
     none = plan().zero_statistics(params)
@@ -250,7 +253,7 @@ def check_multi_steps():
 
 
 def test_apply_if_finite_keeps_the_inner_state():
-    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)
+    inner = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None)
     tx = optax.apply_if_finite(inner, 3)
     params, grads, statistics = gathered()
     update = jax.jit(tx.update)
@@ -284,7 +287,7 @@ def test_flax_nnx_optimizer():
 
     batch = make_batch(0)
     curvature = kfac_jax.make_curvature(nnx_loss, start, *batch)
-    tx = kfac_jax.kfac(curvature, 0.1, 0.9, 0.2)
+    tx = kfac_jax.kfac(curvature, 0.1, 0.9, 0.2, norm_constraint=None)
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -401,7 +404,7 @@ def test_buffers_can_be_donated():
 
 def test_the_library_itself_never_donates():
     params, grads, statistics = gathered()
-    tx = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)
+    tx = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None)
     state = tx.init(params)
     tx.update(grads, state, params, statistics=statistics)
     given = jax.tree.leaves((params, grads, statistics, state))
@@ -417,7 +420,8 @@ def test_update_leaves_its_inputs_alone(kind):
     copies = jax.tree.map(np.array, given)
     ids = [id(leaf) for leaf in jax.tree.leaves(given)]
     factors, keys = state.factors, list(state.factors)
-    tx.update(grads, state, params, statistics=statistics)
+    more = {"value": jnp.ones(()), "args": make_batch(0)}
+    tx.update(grads, state, params, statistics=statistics, **more)
     assert [id(leaf) for leaf in jax.tree.leaves(given)] == ids
     assert state.factors is factors and list(factors) == keys
     assert_trees_equal(jax.tree.map(np.array, given), copies)
@@ -457,7 +461,7 @@ def test_no_tracer_leaks():
         @jax.jit
         def planned_inside(params, batch):
             curvature = kfac_jax.make_curvature(loss_fn, params, *batch)
-            inner = kfac_jax.kfac(curvature, 0.1, 0.9, 0.2)
+            inner = kfac_jax.kfac(curvature, 0.1, 0.9, 0.2, norm_constraint=None)
             return full_step(
                 inner, params, inner.init(params), batch, jax.random.key(0), curvature
             )
@@ -483,7 +487,7 @@ def signature(tree):
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("x64", [True, False])
 @pytest.mark.parametrize(
-    "kind", ["scale_by_kfac", "kfac", "constrained", "adaptive", "separate"]
+    "kind", ["scale_by_kfac", "kfac", "fixed", "constrained", "adaptive", "separate"]
 )
 def test_state_keeps_its_structure_and_types(dtype, x64, kind):
     if dtype == jnp.float64 and not x64:
@@ -493,8 +497,9 @@ def test_state_keeps_its_structure_and_types(dtype, x64, kind):
         curvature = kfac_jax.make_curvature(loss_fn, params, *batch)
         tx = {
             "scale_by_kfac": kfac_jax.scale_by_kfac(curvature),
-            "kfac": kfac_jax.kfac(curvature, optax.constant_schedule(0.1)),
-            "constrained": kfac_jax.kfac(curvature, norm_constraint=1e-3),
+            "kfac": kfac_jax.kfac(curvature),
+            "fixed": kfac_jax.kfac(curvature, optax.constant_schedule(0.1), 0.9, 1e-3),
+            "constrained": kfac_jax.kfac(curvature, 0.1, norm_constraint=1e-3),
             "adaptive": kfac_jax.kfac(curvature, *ADAPTIVE),
             "separate": kfac_jax.kfac(
                 curvature, *ADAPTIVE, factored_damping=kfac_jax.SeparateDamping()
