@@ -56,7 +56,7 @@ from kfac_jax.sharding import Distribution
 
 QUADRATIC_MODEL = QuadraticModel()
 MOMENTUM = 0.9
-DAMPING = LevenbergMarquardt(0.1, relative_minimum=1e-3)
+DAMPING = LevenbergMarquardt(0.1, relative_minimum=1e-3, relative_maximum=10.0)
 """What `kfac` does where nothing is chosen; docs/tuning.md tells what that gains."""
 
 
@@ -454,7 +454,7 @@ def _record(state: KFACState, chosen: Rates, value: Any, skipped: Array) -> KFAC
     count = state.info.skipped_updates + skipped.astype(jnp.int32)
     rates, loss, refused = chosen.solution, loss_of(value), skipped
     state = state._replace(
-        length=jnp.where(refused, state.length, chosen.length).astype(float),
+        length=jnp.where(refused, state.length, chosen.length.astype(float)),
         curvature=averaged_curvature(state.curvature, chosen.curvature),
     )
     info = state.info._replace(

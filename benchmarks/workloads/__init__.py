@@ -34,11 +34,13 @@ WORKLOADS: dict[str, Callable[[], Task]] = {
 }
 """By name. Those of text fetch their data once, from a Debian package."""
 
+OF_TEXT = ("transformer", "transformer, masked", "tied embedding")
+
 SHORT = (
     "MLP, batch 32",
     "MLP, batch 128",
     "convnet",
-    "GRU",
+    "PINN",
     "tabular regression",
 )
 """Of data that need no download, and quick: what CI runs."""

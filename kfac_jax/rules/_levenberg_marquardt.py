@@ -21,7 +21,8 @@ class LevenbergMarquardt:
     A batch that is fitted exactly says nothing of others, but has ρ near one: keep λ
     above `relative_minimum` times the curvature that steps meet, `Δᵀ F Δ / Δᵀ Δ`
     (its running mean), which has the problem's own scale. Where the change of the loss
-    is lost in its rounding, λ stays.
+    is lost in rounding ρ is noise, and λ climbs: keep it below `relative_maximum` times
+    that, too.
 
     Attributes:
       initial: λ0.
@@ -30,6 +31,7 @@ class LevenbergMarquardt:
       minimum: λ never falls below it, nor to zero, which it could not leave.
       relative_minimum: nor below this multiple of the curvature along the steps.
       maximum: λ never rises above it, nor to infinity.
+      relative_maximum: nor above this multiple of the curvature along the steps.
       lower: λ rises where ρ is below.
       upper: λ falls where ρ is above.
 
@@ -47,6 +49,7 @@ class LevenbergMarquardt:
     minimum: float = 0.0
     relative_minimum: float = 0.0
     maximum: float = float("inf")
+    relative_maximum: float = float("inf")
     lower: float = 0.25
     upper: float = 0.75
 
@@ -59,11 +62,12 @@ class LevenbergMarquardt:
                 f"{self.initial}."
             )
         check_adaptation(self, "T1", "ω1")
-        _arguments.number("relative_minimum", self.relative_minimum)
-        if not 0.0 <= self.relative_minimum < float("inf"):
+        for name in ("relative_minimum", "relative_maximum"):
+            _arguments.number(name, getattr(self, name))
+        if not 0.0 <= self.relative_minimum < self.relative_maximum:
             raise ValueError(
-                "relative_minimum must be finite and at least 0; got "
-                f"{self.relative_minimum}."
+                "Need 0 ≤ relative_minimum < relative_maximum, multiples of the "
+                f"curvature; got {self.relative_minimum} and {self.relative_maximum}."
             )
         for name in ("lower", "upper"):
             _arguments.number(name, getattr(self, name))
@@ -87,6 +91,7 @@ class LevenbergMarquardt:
         """Returns the next λ from this one, a measured ρ and `Δᵀ F Δ / Δᵀ Δ`."""
         damping = _arguments.real("damping (λ)", damping).astype(float)
         rho = _arguments.real("rho (ρ)", rho).astype(float)
+        curvature = _arguments.real("curvature", curvature).astype(float)
         lower, raise_ = damping * self.omega, damping / self.omega
         good = (rho > self.upper) & (rho < jnp.inf)
         bad = ~((rho >= self.lower) & (rho < jnp.inf))  # also where ρ is NaN
@@ -98,15 +103,18 @@ class LevenbergMarquardt:
 
         Args:
           damping: λ, `[]`.
-          curvature: `Δᵀ F Δ / Δᵀ Δ`, `[]`; what is not finite counts as 0.
+          curvature: `Δᵀ F Δ / Δᵀ Δ`, `[]`; 0, or what is not finite, where it is not
+            known.
 
         Returns:
           λ.
         """
         limits = jnp.finfo(damping.dtype)
         curvature = jnp.asarray(curvature, damping.dtype)
-        relative = self.relative_minimum * jnp.where(
-            jnp.isfinite(curvature), curvature, 0.0
-        )
-        lowest = jnp.maximum(relative, max(self.minimum, float(limits.tiny)))
-        return jnp.clip(damping, lowest, min(self.maximum, float(limits.max)))
+        known = jnp.isfinite(curvature) & (curvature > 0)
+        unit = jnp.where(known, curvature, 1.0)
+        lowest, highest = max(self.minimum, float(limits.tiny)), float(limits.max)
+        least = jnp.where(known, self.relative_minimum * unit, 0.0)
+        most = jnp.where(known, self.relative_maximum * unit, highest)
+        damping = jnp.clip(damping, least, jnp.minimum(most, highest))
+        return jnp.clip(damping, lowest, min(self.maximum, highest))
