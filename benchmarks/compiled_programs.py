@@ -41,7 +41,12 @@ SMALL = "small net, batch 64"
 WALKERS = "published wavefunction, batch 128"
 NAMES = (*MODELS, SMALL, WALKERS)
 PROGRAMS = ("ordinary step", "refresh", "whole step")
-FIXED_RATES = {"learning_rate": 1e-3, "momentum": 0.9, "damping": 1.0}
+FIXED_RATES = {
+    "learning_rate": 1e-3,
+    "momentum": 0.9,
+    "damping": 1.0,
+    "norm_constraint": None,
+}
 
 
 class Optimizer(NamedTuple):

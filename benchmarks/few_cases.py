@@ -38,7 +38,9 @@ def kfac(model: Model, *, products: bool) -> Program:
     curvature = kfac_jax.make_curvature(
         model.loss_fn, model.params, *model.args, blocks=block
     )
-    tx = kfac_jax.kfac(curvature, inverse_every=INVERSE_EVERY, **RATES)
+    tx = kfac_jax.kfac(
+        curvature, norm_constraint=None, inverse_every=INVERSE_EVERY, **RATES
+    )
 
     def step(carry: Any, key: Any, args: Any) -> Any:
         params, state = carry

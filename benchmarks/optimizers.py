@@ -108,7 +108,8 @@ def kfac(
     start = time.perf_counter()
     curvature = plan(model, **options)
     plan_seconds = time.perf_counter() - start
-    tx = kfac_jax.kfac(curvature, inverse_every=schedule, **(rules or RATES))
+    rates = rules or RATES | {"norm_constraint": None}
+    tx = kfac_jax.kfac(curvature, inverse_every=schedule, **rates)
 
     def step(carry: Any, key: Any, args: Any) -> Any:
         params, state = carry

@@ -139,7 +139,7 @@ class KFac:
         rates: dict[str, Any] = {"learning_rate": None, "momentum": None}
         if self.rate is None:
             rates["learning_rate"] = kfac_jax.QuadraticModel(
-                fraction=self.quadratic_fraction
+                fraction=self.quadratic_fraction, largest_momentum=None, longest=None
             )
         else:
             rates = {"learning_rate": self.rate * part, "momentum": self.momentum}

@@ -62,7 +62,9 @@ def _kfac(settings: Settings, problem: Problem, params: Params, seed: int) -> Me
     )
     tx = kfac_jax.kfac(
         curvature,
-        learning_rate=kfac_jax.QuadraticModel(fraction=settings.quadratic_fraction),
+        learning_rate=kfac_jax.QuadraticModel(
+            fraction=settings.quadratic_fraction, largest_momentum=None, longest=None
+        ),
         momentum=None,
         damping=kfac_jax.LevenbergMarquardt(settings.damping),
         inverse_every=settings.inverse_every,

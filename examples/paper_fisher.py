@@ -38,6 +38,7 @@ from tqdm import trange
 import kfac_jax
 
 SIZES = (256, 20, 20, 20, 20, 20, 10)
+PAPER_MODEL = kfac_jax.QuadraticModel(largest_momentum=None, longest=None)
 SIDE = 16  # of the images
 INCOMING = 4  # weights into each unit at the start; 15 would saturate such a small net
 DAMPING = 1e-3  # lambda_0; with 150, seven iterations would hardly change anything
@@ -191,9 +192,7 @@ def train(
         loss_fn, params, images, labels, estimation_mode="fisher_exact"
     )
     rule = kfac_jax.LevenbergMarquardt(DAMPING)
-    tx = kfac_jax.kfac(
-        curvature, kfac_jax.QuadraticModel(), None, rule, inverse_every=1
-    )
+    tx = kfac_jax.kfac(curvature, PAPER_MODEL, None, rule, inverse_every=1)
 
     @jax.jit
     def step(params: Params, state: Any) -> tuple[Any, Any]:

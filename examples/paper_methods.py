@@ -104,7 +104,9 @@ def kfac(
     )
     optimizer = kfac_jax.kfac(
         curvature,
-        learning_rate=kfac_jax.QuadraticModel(fraction=TAU2),
+        learning_rate=kfac_jax.QuadraticModel(
+            fraction=TAU2, largest_momentum=None, longest=None
+        ),
         momentum=None if variant.momentum else 0.0,
         damping=kfac_jax.LevenbergMarquardt(damping),
         factored_damping=kfac_jax.SeparateDamping(),

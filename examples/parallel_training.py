@@ -90,7 +90,9 @@ def local_step(
     )
     tx = kfac_jax.kfac(
         curvature,
-        learning_rate=kfac_jax.QuadraticModel(fraction=1.0),
+        learning_rate=kfac_jax.QuadraticModel(
+            fraction=1.0, largest_momentum=None, longest=None
+        ),
         momentum=None,
         damping=kfac_jax.LevenbergMarquardt(150.0),
         distribution=distribution,
