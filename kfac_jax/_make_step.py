@@ -79,7 +79,7 @@ def make_step(
             f"{_arguments.shown(tx)}. Pass kfac_jax.kfac(curvature)."
         )
     _arguments.count("statistics_every", statistics_every, 1)
-    sharding.check(devices)
+    sharding.check(devices, "devices")
     axis = devices.axis if isinstance(devices, OverAxis) else None
     update = optax.with_extra_args_support(tx).update
 

@@ -281,7 +281,9 @@ def transformations() -> dict[str, Call]:
             ),
             legal={"devices": OPTIONAL},
         ),
-        "health": call(kfac_jax.health, state=tx.init(W)),
+        "health": allowing(
+            call(kfac_jax.health, state=tx.init(W)), skipped={"state": STATES}
+        ),
         "average_iterates": allowing(
             call(kfac_jax.average_iterates, decay=0.99, start=1),
             legal={"start": OPTIONAL},
@@ -565,6 +567,7 @@ def rules() -> dict[str, Call]:
                 minimum=0.0,
                 relative_minimum=1e-3,
                 maximum=1e9,
+                relative_maximum=10.0,
                 lower=0.25,
                 upper=0.75,
             ),
@@ -574,6 +577,7 @@ def rules() -> dict[str, Call]:
                 "minimum": NUMBER,
                 "relative_minimum": NUMBER,
                 "maximum": NUMBER,
+                "relative_maximum": NUMBER,
                 "upper": NUMBER,
             },
         ),

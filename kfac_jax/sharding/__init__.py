@@ -50,10 +50,10 @@ def apply(distribution: Distribution | None) -> Apply | None:
     return functools.partial(distribution.map, shared=shared_inverse)
 
 
-def check(distribution: Any) -> None:
+def check(distribution: Any, name: str = "distribution") -> None:
     """Raises TypeError unless it is a distribution or None."""
     if distribution is not None and not isinstance(distribution, Distribution):
         raise TypeError(
-            "distribution must be None, kfac_jax.OverAxis(axis name) or "
+            f"{name} must be None, kfac_jax.OverAxis(axis name) or "
             f"kfac_jax.OverMesh(mesh); got {shown(distribution)}."
         )
