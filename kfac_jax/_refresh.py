@@ -111,6 +111,9 @@ def refresh(
     found, unsafe = refresh_inverses(
         every_step, following, old, _squared(damping, gamma)
     )
+    if every_step and sharding.by_rows(distribution):  # each has seen its own rows
+        (safe,) = distribution.everywhere([unsafe == 0])
+        unsafe = (~safe).astype(jnp.int32)
     # before there are statistics, steps follow the gradient
     inverses |= jax.tree.map(functools.partial(jnp.where, informed), found, old)
     return Refreshed(factors | moving, inverses, gamma, failed + unsafe)
