@@ -641,7 +641,6 @@ def rules() -> dict[str, Call]:
                 "initial": OPTIONAL | NUMBER,
                 "factor": OPTIONAL,
                 "minimum": NUMBER,
-                "relative_minimum": NUMBER,
                 "maximum": NUMBER,
             },
         ),
