@@ -49,7 +49,13 @@ def accumulated(curvature, params, *args):
 
 def micro_step(curvature, distribution, average=None, both=False):
     tx = kfac_jax.kfac(
-        curvature, 0.1, 0.9, 0.01, inverse_every=2, distribution=distribution
+        curvature,
+        0.1,
+        0.9,
+        0.01,
+        norm_constraint=None,  # "auto" needs the value
+        inverse_every=2,
+        distribution=distribution,
     )
 
     def step(params, state, *args):

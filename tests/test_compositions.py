@@ -195,7 +195,7 @@ def trained(outputs, *shape):
     params = slice_of(ENSEMBLE, 0) if outputs is models.mlp else ENSEMBLE
     x = jax.ShapeDtypeStruct(shape, float)
     plan = kfac_jax.make_curvature(loss_fn, params, x, estimation_mode="fisher_exact")
-    tx = kfac_jax.kfac(plan, 0.1, 0.9, 0.01)
+    tx = kfac_jax.kfac(plan, 0.1, 0.9, 0.01, norm_constraint=None)
 
     @fast_jit
     def run(params, x, v):

@@ -55,7 +55,9 @@ def make_transformation(kind, curvature=None, **options):
         return kfac_jax.kfac(
             curvature, kfac_jax.QuadraticModel(), None, rule, **options
         )
-    return getattr(kfac_jax, kind)(curvature, damping=0.2, **options)
+    if kind == "kfac":
+        return kfac_jax.kfac(curvature, 0.1, 0.9, 0.2, norm_constraint=None, **options)
+    return kfac_jax.scale_by_kfac(curvature, damping=0.2, **options)
 
 
 def make_step(tx, curvature=None):
@@ -229,7 +231,7 @@ def test_a_batch_with_a_bad_loss_is_not_used_at_all(kind, value):
 def test_an_update_that_overflows_is_refused(dtype, rate):
     """Δ is finite, `α Δ` is not in the type of the parameters."""
     params = make_params(dtype)
-    tx = kfac_jax.kfac(plan(), rate, 0.9, 1e-2)
+    tx = kfac_jax.kfac(plan(), rate, 0.9, 1e-2, norm_constraint=None)
     _, statistics = gathered()
     grads = jax.tree.map(lambda p: jnp.full_like(p, 10.0), params)
     state = tx.init(params)

@@ -38,7 +38,12 @@ STRUCTURES = {
     "tridiagonal": kfac_jax.BlockTridiagonal(),
 }
 RULES = {
-    "fixed": {"learning_rate": 0.1, "momentum": 0.9, "damping": 0.01},
+    "fixed": {
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "damping": 0.01,
+        "norm_constraint": None,
+    },
     "adaptive": {
         "learning_rate": kfac_jax.QuadraticModel(fraction=1.0),
         "momentum": None,
