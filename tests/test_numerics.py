@@ -84,7 +84,7 @@ def stepper(kind):
 @functools.cache
 def update():
     """The jitted update of `kfac`, for gradients and statistics made by hand."""
-    tx = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2)
+    tx = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None)
     return tx, jax.jit(
         lambda grads, state, statistics: tx.update(grads, state, statistics=statistics)
     )
@@ -308,7 +308,7 @@ def test_rank_one_factors(dtype, damping):
     params, (x, y) = make_params(dtype), make_batch(0, dtype)
     x, y = jnp.broadcast_to(x[:1], x.shape), jnp.broadcast_to(y[:1], y.shape)
     curvature = kfac_jax.make_curvature(loss_fn, params, x, y)
-    tx = kfac_jax.kfac(curvature, 1e-3, 0.0, damping)
+    tx = kfac_jax.kfac(curvature, 1e-3, 0.0, damping, norm_constraint=None)
     state, step = tx.init(params), make_step(tx, curvature)
     for _ in range(4):
         updates, state = step(params, state, x, y)
@@ -328,12 +328,12 @@ def test_one_by_one_factors(dtype):
     assert curvature.layers[0].factor_shapes == {"input": (1, 1), "output": (1, 1)}
     # A = 4 and G = 2, so undamped K-FAC is Newton's method: w falls from 3 to 0
     for damping, expected in ((0.0, -3.0), (0.5, -3.0 * 8 / 12.5)):
-        tx = kfac_jax.kfac(curvature, 1.0, 0.0, damping)
+        tx = kfac_jax.kfac(curvature, 1.0, 0.0, damping, norm_constraint=None)
         updates, state = make_step(tx, curvature)(w, tx.init(w), x, y)
         np.testing.assert_allclose(updates, [[expected]], rtol=1e-5)
     # and where all is zero, with and without damping
     for damping in (0.0, 0.5):
-        tx = kfac_jax.kfac(curvature, 1.0, 0.0, damping)
+        tx = kfac_jax.kfac(curvature, 1.0, 0.0, damping, norm_constraint=None)
         updates, state = make_step(tx, curvature)(w, tx.init(w), 0 * x, y)
         assert_zero(updates)
         assert_finite(curvature_state(state))
@@ -346,7 +346,7 @@ def test_very_large_condition_number(dtype, damping):
     params, (x, y) = make_params(dtype), make_batch(0, dtype)
     x = x * jnp.asarray([1e6, 1.0, 1e-6], dtype)[None]
     curvature = kfac_jax.make_curvature(loss_fn, params, x, y)
-    tx = kfac_jax.kfac(curvature, 1e-3, 0.9, damping)
+    tx = kfac_jax.kfac(curvature, 1e-3, 0.9, damping, norm_constraint=None)
     state, step = tx.init(params), make_step(tx, curvature)
     for _ in range(4):
         updates, state = step(params, state, x, y)
@@ -359,7 +359,7 @@ def test_extreme_scales_in_float32(scale):
     params, (x, y) = make_params(jnp.float32), make_batch(0, jnp.float32)
     x = x * jnp.asarray(scale, jnp.float32)
     curvature = kfac_jax.make_curvature(loss_fn, params, x, y)
-    tx = kfac_jax.kfac(curvature, 1e-3, 0.9, 1e-3)
+    tx = kfac_jax.kfac(curvature, 1e-3, 0.9, 1e-3, norm_constraint=None)
     updates, state = make_step(tx, curvature)(params, tx.init(params), x, y)
     assert_finite((updates, curvature_state(state)))
 
