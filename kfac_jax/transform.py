@@ -208,8 +208,9 @@ def kfac(
         is 0.9 with a given learning rate.
       damping: λ, a number, a schedule, or a `LevenbergMarquardt` rule.
       norm_constraint: the largest `-α² Δᵀ ∇h` of a step, a number or a schedule; larger
-        ones are scaled down. "auto" for a hundredth of |h| (of 1 without `value=`) with
-        a given learning rate, which alone it is for. None for no limit. Where it limits
+        ones are scaled down. "auto" for a hundredth of the lowest loss so far, |h|
+        (of 1 without `value=`), with a given learning rate, which alone it is for; give
+        a number where the loss may cross zero. None for no limit. Where it limits
         most steps, it is what decides their length: let it fall (as the
         square) where the learning rate does.
       decay: the largest ε of the factors' moving averages.
@@ -333,7 +334,10 @@ def kfac(
         )
         direction = [x for x in scaled if x is not None]
         step = Step(direction=direction, squared_length=square, usable=usable, **start)
-        constraint = None if modelled else _constraint(norm_constraint, count, value)
+        constraint = None
+        if not modelled:
+            lowest = state.info.lowest_loss
+            constraint = _constraint(norm_constraint, count, value, lowest)
         chosen = step.rates(learning_rate, mu, count, constraint, state.length)
         rates = chosen.solution
         delta, kept, finite = step.combine(rates.learning_rate, rates.momentum, value)
@@ -440,13 +444,19 @@ def _initial(
     )
 
 
-def _constraint(given: Any, count: Array, value: Any) -> Array | None:
-    """The norm constraint of a step, from what `kfac` was given."""
+def _constraint(given: Any, count: Array, value: Any, lowest: Array) -> Array | None:
+    """The norm constraint of a step, from what `kfac` was given.
+
+    With the lowest loss so far it does not grow with a loss that does.
+    """
     if given is None:
         return None
     if not isinstance(given, str):
         return at(given, count)
-    size = jnp.ones((), float) if value is None else jnp.abs(loss_of(value))
+    size = jnp.ones((), float)
+    if value is not None:
+        loss = loss_of(value)
+        size = jnp.abs(jnp.fmin(loss, lowest.astype(loss.dtype)))
     return 0.01 * jnp.where(jnp.isfinite(size), size, 1.0)
 
 
@@ -496,7 +506,8 @@ def _adapt(
         known &= ~(jnp.abs(change.astype(loss.dtype)) < rounding)
         curvature = averaged_curvature(state.curvature, along)
         adapted = rule.update(step.damping, rho, curvature)
-        return jnp.where(known, adapted, step.damping), rho, change, curvature
+        kept = rule.clip(step.damping, curvature)
+        return jnp.where(known, adapted, kept), rho, change, curvature
 
     def keep() -> tuple[Array, Array, Array, Array]:
         info = state.info
