@@ -35,7 +35,7 @@ def test_devices_are_like_one(momentum):
         return loss_fn(params, batch), {"mean": batch[0].mean()}
 
     function = jax.value_and_grad(function, has_aux=True)
-    options |= EXACT | {"value_func_has_aux": True}
+    options = options | EXACT | {"value_func_has_aux": True}
     one = kfac_jax.Optimizer(function, **options)
     params, _, expected = train(one, PARAMS, steps, **rates)
     many = kfac_jax.Optimizer(
