@@ -36,9 +36,8 @@ class QuadraticModel:
     above one, as often as not: it is kept between 0 and `largest_momentum`. And a case
     that is wrong with confidence has a large gradient and next to no curvature, so that
     α is 1/λ along it: no step is more than `longest` times as long as the running mean,
-    in the model's norm `√(½ δᵀ (F + (λ+η) I) δ)`, which for the best step is the root of
-    its decrease. With both limits None it is the
-    paper's.
+    in the model's norm `√(½ δᵀ (F + (λ+η) I) δ)`, which for the best step is the root
+    of its decrease. With both limits None it is the paper's.
 
     Attributes:
       fraction: τ2, the fraction of the batch the products are computed on; the paper
