@@ -6,6 +6,7 @@ for which each entry i is pushed forward once.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,8 +23,8 @@ from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.layers import Layer
 
 MOST_ENTRIES = 32
-"""Of a parameter. One push costs up to a forward pass, and most parameters of this kind
-are a few numbers; others get random signs."""
+"""Of all these parameters together, the smallest first. One push costs up to a forward
+pass, and most parameters of this kind are a few numbers; others get random signs."""
 
 
 def exact_diagonals(
@@ -45,7 +46,7 @@ def exact_diagonals(
     Returns:
       For those that are not too large the statistics, by their place among the layers.
     """
-    small = [i for i in chosen if sum(map(math.prod, layers[i].shapes)) <= MOST_ENTRIES]
+    small = _small(layers, chosen)
     if not small or not has_forward_mode(program.graph):
         return {}
     places = [leaf for i in small for leaf in layers[i].leaves]
@@ -57,25 +58,30 @@ def exact_diagonals(
         return [loss.z for loss in losses], losses
 
     own = [leaves[i] for i in places]
-    zs, push, losses = jax.linearize(outputs, own, has_aux=True)
-    explicit = axis_types.explicit(push, zs)
+    _, push, losses = jax.linearize(outputs, own, has_aux=True)
+    explicit = axis_types.explicit(push, own)
 
-    def square(tangents: list[Array]) -> Array:
-        roots = [
-            loss.multiply_root_transpose(dz)
-            for loss, dz in zip(losses, explicit(tangents), strict=True)
-        ]
-        return functools.reduce(jnp.add, [jnp.square(x).sum() for x in roots])
+    def diagonals(losses: Sequence[RegisteredLoss], own: Sequence[Array]) -> Any:
+        def square(tangents: list[Array]) -> Array:
+            roots = [
+                loss.multiply_root_transpose(dz)
+                for loss, dz in zip(losses, explicit(tangents), strict=True)
+            ]
+            return functools.reduce(jnp.add, [jnp.square(x).sum() for x in roots])
 
-    squares = dict(zip(places, _by_entries(square, own), strict=True))
-    return {
-        i: {
-            "diagonal": wide(
-                layers[i].to_matrix([squares[k] for k in layers[i].leaves])
-            )
-        }
-        for i in small
-    }
+        squares = dict(zip(places, _by_entries(square, own), strict=True))
+        leaves = {i: [squares[k] for k in layers[i].leaves] for i in small}
+        return {i: {"diagonal": wide(layers[i].to_matrix(leaves[i]))} for i in small}
+
+    return axis_types.auto(diagonals)(losses, own)
+
+
+def _small(layers: Sequence[Layer], chosen: Sequence[int]) -> list[int]:
+    """The smallest layers, no more than have `MOST_ENTRIES` together."""
+    sizes = {i: sum(map(math.prod, layers[i].shapes)) for i in chosen}
+    order = sorted(sizes, key=lambda i: sizes[i])
+    totals = itertools.accumulate(sizes[i] for i in order)
+    return [i for i, n in zip(order, totals, strict=True) if n <= MOST_ENTRIES]
 
 
 def _by_entries(

@@ -134,7 +134,7 @@ def linearize(
     def statistics(rng: Array | None) -> Statistics:
         examples = traced.found.loss_examples
         return _statistics(
-            plan, losses, examples, pull_outputs, diagonals, carried, rng
+            plan, losses, examples, pull_outputs, diagonals(), carried, rng
         )
 
     value = (total, traced.unflatten_aux(aux)) if plan.has_aux else total
@@ -182,15 +182,16 @@ def _statistics(
     losses: Sequence[RegisteredLoss],
     examples: Any,
     pull_outputs: Callable[[list[Array]], Any],
-    diagonals: Callable[[], Sums],
+    diagonals: Sums,
     carried: Factors,
     rng: Array | None,
 ) -> Statistics:
     """Sums over the cases of all devices, and what they were gathered in."""
     layers = plan.layers
 
-    def gathered(losses: Sequence[RegisteredLoss], rng: Array | None) -> Any:
-        known = diagonals()
+    def gathered(
+        losses: Sequence[RegisteredLoss], rng: Array | None, known: Sums
+    ) -> Any:
         sums, count = gather(
             layers,
             plan.estimation_mode,
@@ -205,7 +206,7 @@ def _statistics(
         (cases,) = _collectives.summed([_cases(losses)], [None])
         return _over_devices(layers, sums, known), count, count * cases
 
-    sums, count, cases = axis_types.auto(gathered)(losses, rng)
+    sums, count, cases = axis_types.auto(gathered)(losses, rng, diagonals)
     count *= _compat.summed_devices([one.z for one in losses], sums)
     counted = {
         name: {key: x * count for key, x in part.items()}

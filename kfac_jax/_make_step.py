@@ -1,13 +1,12 @@
 """A training step as one function, and what to look at while it trains."""
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.core
-import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array
 
@@ -161,15 +160,32 @@ class Health(NamedTuple):
 _RISE = 100.0
 """How many times its lowest value a loss may be."""
 
+_NOT_FINITE = (
+    "The loss was finite and is not: the run diverged, or the batch has values that "
+    "are not finite. If batches are sound, raise damping (λ), or lower learning_rate "
+    "or norm_constraint if you chose them."
+)
+_ROSE = (
+    "The loss is more than a hundred times its lowest value: steps are too long. Leave "
+    "learning_rate, momentum and damping at their defaults, or raise damping (λ), or "
+    "lower norm_constraint."
+)
+_REFUSED = (
+    "Most updates refused something that was not finite: look at the loss and the "
+    "batches."
+)
+
 
 def health(state: Any) -> Health:
-    """Tells a run that trains from one that does not, and warns once of the latter.
+    """Tells a run that trains from one that does not, and warns of the latter.
 
-    Call it outside of `jit`, every now and then: it fetches five numbers.
+    Call it outside of `jit`, every now and then: it fetches four numbers. Python shows
+    each of its warnings once for a line of the program, unless told otherwise.
 
     Args:
-      state: of `kfac` or `scale_by_kfac`, or of a chain with one of them in it. The
-        loss is known where `update` got `value=`, as by `make_step`.
+      state: of `kfac` or `scale_by_kfac`, or of a chain with one of them in it; of
+        several seeds or devices, if its arrays have leading axes for them, of which the
+        worst counts. The loss is known where `update` got `value=`, as by `make_step`.
 
     Returns:
       Whether the run is well, and if not, the likely cause and the argument to change.
@@ -192,26 +208,25 @@ def health(state: Any) -> Health:
             "health looks at numbers, and the state is traced: expected a call outside "
             "of jit, with the state that a step returned."
         )
-    steps, skipped, loss, lowest = (float(jnp.ravel(x)[0]) for x in scalars)
-    message = ""
-    if steps and math.isfinite(lowest) and not math.isfinite(loss):
-        message = (
-            f"The loss is {loss} after {steps:.0f} steps, and was {lowest:.3g}: it "
-            "diverged, or the batch has values that are not finite. If batches are "
-            "sound, raise the damping, or lower learning_rate or norm_constraint if "
-            "you chose them."
-        )
-    elif lowest > 0 and loss > _RISE * lowest and skipped < steps:
-        message = (
-            f"The loss is {loss:.3g} after {steps:.0f} steps, and was {lowest:.3g}: "
-            "steps are too long. Leave learning_rate, momentum and damping at their "
-            "defaults, or raise damping (λ), or lower norm_constraint."
-        )
-    if skipped > 0.5 * steps:
-        message += (
-            f" {skipped:.0f} of {steps:.0f} updates refused what was not finite: look "
-            "at the loss and the batches."
-        )
-    if message:
-        warnings.warn(message.strip(), stacklevel=2)
-    return Health(not message, message.strip())
+    steps, skipped, loss, lowest = (
+        np.asarray(x, np.float64).ravel() for x in jax.device_get(scalars)
+    )
+    diverged = np.isfinite(lowest) & ~np.isfinite(loss)
+    rose = (lowest > 0) & (loss > _RISE * lowest) & ~diverged
+    found = {
+        _NOT_FINITE: diverged,
+        _ROSE: rose,
+        _REFUSED: skipped > 0.5 * steps,
+    }
+    amiss = [cause for cause, where in found.items() if where.any()]
+    for cause in amiss:
+        warnings.warn(cause, stacklevel=2)
+    if not amiss:
+        return Health(True, "")
+    worst = int(np.argmax(sum(where.astype(int) for where in found.values())))
+    numbers = (
+        f"After {steps[worst]:.0f} steps, {skipped[worst]:.0f} of which refused "
+        f"something, the loss is {loss[worst]:.3g}; its lowest value was "
+        f"{lowest[worst]:.3g}."
+    )
+    return Health(False, " ".join([numbers, *amiss]))

@@ -450,7 +450,7 @@ def make_curvature(
         given in `blocks` have their own.
       on_unmatched: what to do about parameters no layer covers: "warn" gives them the
         diagonal `N · ḡ²` of the sampled batch gradient ḡ; in the exact modes their
-        exact diagonal if they have no more than 32 entries, by a forward pass for each
+        exact diagonal, by a forward pass for each entry of the smallest, up to 32
         (else `N · ḡ²` with random signs of the cases, from `rng`). "error" raises,
         "ignore" gives them the identity.
       num_samples: how many samples per batch the sampled modes average over.

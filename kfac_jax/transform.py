@@ -56,6 +56,7 @@ from kfac_jax.sharding import Distribution
 
 QUADRATIC_MODEL = QuadraticModel()
 MOMENTUM = 0.9
+SHARE_OF_LOSS = 0.01
 DAMPING = LevenbergMarquardt(0.1, relative_minimum=1e-3, relative_maximum=10.0)
 """What `kfac` does where nothing is chosen; docs/tuning.md tells what that gains."""
 
@@ -165,6 +166,7 @@ def scale_by_kfac(
         skipped = (refused | ~finite).astype(jnp.int32)
         info = state.info._replace(
             loss=loss_of(value),
+            lowest_loss=jnp.fmin(state.info.lowest_loss, loss_of(value)),
             skipped_updates=state.info.skipped_updates + skipped,
         )
         state = state._replace(info=info, damping=at(damping, state.step))
@@ -457,7 +459,7 @@ def _constraint(given: Any, count: Array, value: Any, lowest: Array) -> Array | 
     if value is not None:
         loss = loss_of(value)
         size = jnp.abs(jnp.fmin(loss, lowest.astype(loss.dtype)))
-    return 0.01 * jnp.where(jnp.isfinite(size), size, 1.0)
+    return SHARE_OF_LOSS * jnp.where(jnp.isfinite(size), size, 1.0)
 
 
 def _record(state: KFACState, chosen: Rates, value: Any, skipped: Array) -> KFACState:

@@ -131,6 +131,44 @@ def test_large_parameters_are_estimated(entries, same):
     assert bool((pair[0] == pair[1]).all()) == same
 
 
+def test_the_limit_is_of_all_of_them_together():
+    """So that a step's cost is bounded, whatever the number of parameters."""
+    params = models.dense_params(0, 3, 4)
+    names = [f"p{i}" for i in range(4)]
+    params |= {name: jnp.full(12, 0.5) for name in names}
+
+    def loss_fn(params, x, labels):
+        z = models.dense(params["layer0"], x)
+        for i, name in enumerate(names, 1):
+            z = jnp.sin(z * jnp.mean(jnp.exp(params[name])) ** i)
+        return softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    curvature = _plan(loss_fn, params, X, LABELS)
+    pair = [
+        models.statistics_to_factors(
+            curvature, params, X, LABELS, rng=jax.random.key(i)
+        )
+        for i in range(2)
+    ]
+    same = [
+        bool((pair[0][n]["diagonal"] == pair[1][n]["diagonal"]).all()) for n in names
+    ]
+    assert sum(same) == MOST_ENTRIES // 12
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_on_a_mesh_it_is_that_of_one_device(axis_type):
+    params, _, loss_fn = _problem("jastrow")
+    curvature = _plan(loss_fn, params, X, LABELS)
+    expected = _diagonal(curvature, params, X, LABELS)
+    kind = getattr(jax.sharding.AxisType, axis_type)
+    mesh = jax.make_mesh((4,), ("batch",), (kind,))
+    with jax.set_mesh(mesh):
+        x, labels = (jax.device_put(a, P("batch")) for a in (X, LABELS))
+        found = _diagonal(curvature, jax.device_put(params, P()), x, labels)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
 def test_without_a_forward_mode_it_is_estimated():
     @jax.custom_vjp
     def smooth(a):
