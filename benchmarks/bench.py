@@ -1,13 +1,13 @@
 """This library side by side with what would be used instead of it.
 
-    make bench                         at most 40 minutes on two cores
+    make bench                         about 40 minutes on two cores
     make bench BENCH_ARGS=--quick      a smoke test, 5 minutes
     make bench BENCH_ARGS=--keep       also renews docs/performance.md and history.json
 
 Runs `cost.py` for each model and optimizer, each in a process of its own, one after the
-other and in the optimizer's environment (see `environments.py`); then `scaling.py` and
-`time_to_target.py`. An optimizer without an environment is shown as skipped, one that
-crashes or takes too long as failed, each with the reason.
+other and in the optimizer's environment (see `environments.py`); then `scaling.py`,
+`walkers.py` and `time_to_target.py`. An optimizer without an environment is shown as
+skipped, one that crashes or takes too long as failed, each with the reason.
 
 It writes results.json (all numbers), table.md and figures to the output folder. With
 `--report` it writes these of the results.json that is there, and measures nothing.
@@ -75,8 +75,8 @@ PROGRAMS = {
     "Programs written for the published release": Program(
         (
             "walkers.py",
-            *("--output", "{output}/walkers", "--seconds", "15"),
-            *("--batches", "128", "2048"),
+            *("--output", "{output}/walkers", "--seconds", "5"),
+            *("--batches", "128", "2048", "--periods", "1"),
         ),
         "walkers/walkers.md",
         {},

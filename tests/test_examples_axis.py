@@ -25,6 +25,10 @@ def _matrices(x):
     return jnp.einsum("bsf,btf->bst", x, x) + jnp.eye(x.shape[1])[None]
 
 
+def _windows(x, size):
+    return jax.lax.reduce_window(x, 0.0, jax.lax.add, size, (1, 1, 1), "SAME")
+
+
 def _state(f, *args, axes=None):
     """Follows the leading axis of the arguments to the result."""
     graph = build(jax.make_jaxpr(f)(*args))
@@ -119,6 +123,12 @@ AT = {
         Examples(0, B),
     ),
     "transform": (lambda x: jnp.abs(jnp.fft.rfft2(x)), Examples(0, B)),
+    "sums of windows": (
+        lambda x: jax.lax.reduce_window(
+            x, 0.0, jax.lax.add, (1, 2, 1), (1, 1, 1), "SAME"
+        ),
+        Examples(0, B),
+    ),
     # ------------------------------------------------------------------------- lost
     "sum over the batch": (lambda x: x.sum(0), LOST),
     "batch norm": (lambda x: x - jnp.broadcast_to(x.mean(0), x.shape), LOST),
@@ -130,6 +140,26 @@ AT = {
     "split over the batch": (lambda x: jnp.split(x, 2)[0], LOST),
     "eigenvalues of all": (lambda x: jnp.linalg.eigh(x[:, 0, :B])[0], LOST),
     "cumulative over the batch": (lambda x: jnp.cumsum(x, 0), LOST),
+    "sums of windows of the batch": (
+        lambda x: jax.lax.reduce_window(
+            x, 0.0, jax.lax.add, (2, 1, 1), (1, 1, 1), "SAME"
+        ),
+        LOST,
+    ),
+    "log-sum-exp up to each of the batch": (
+        lambda x: jax.lax.cumlogsumexp(x, axis=0),
+        LOST,
+    ),
+    "called back": (
+        lambda x: jax.pure_callback(lambda x: x[::-1], jax.typeof(x), x),
+        LOST,
+    ),
+    "solved, with a matrix of all": (
+        lambda x: jax.lax.custom_linear_solve(
+            lambda v: (2.0 + x.sum()) * v, jnp.ones(B), lambda _, b: b / 2.0
+        ),
+        LOST,
+    ),
     "part of the batch": (lambda x: x[: B // 2], LOST),
     "shuffled": (lambda x: x[jnp.array([3, 1, 0, 2])], LOST),
     "transform of the batch": (lambda x: jnp.abs(jnp.fft.fft(x, axis=0)), LOST),

@@ -175,6 +175,18 @@ def _same_size(node: Node, states: Sequence[State]) -> list[State]:
     return [state] if isinstance(state, Examples) else [merge(states)]
 
 
+def _window(node: Node, states: Sequence[State]) -> list[State]:
+    """Sums of windows, which must hold one example each."""
+    state = states[0]
+    if isinstance(state, Examples):
+        if node.params["window_dimensions"][state.axis] != 1:
+            return [LOST]
+    return _same_size(node, states)
+
+
+_OPAQUE = ("pallas_call", "ffi_call", "pure_callback", "io_callback")
+"""What may mix entries, although operands and results are of one shape."""
+
 RULES: dict[str, Rule] = {
     **batched.RULES,
     "transpose": _transpose,
@@ -192,9 +204,8 @@ RULES: dict[str, Rule] = {
     "slice": _same_size,
     "pad": _same_size,
     "dynamic_slice": _same_size,
-    "reduce_window_max": _same_size,
-    "reduce_window_sum": _same_size,
-    "reduce_window_min": _same_size,
+    **dict.fromkeys(_OPAQUE, lambda node, _: [LOST] * len(node.outputs)),
+    **{f"reduce_window_{name}": _window for name in ("max", "sum", "min")},
     "tile": _same_size,
     "top_k": _top_k,
     "approx_top_k": _along("reduction_dimension"),
@@ -205,7 +216,12 @@ RULES.update(
         for name in ("kfac_layer", "kfac_loss", "kfac_generic")
     }
 )
-RULES.update({f"cum{name}": _along("axis") for name in ("sum", "prod", "max", "min")})
+RULES.update(
+    {
+        f"cum{name}": _along("axis")
+        for name in ("sum", "prod", "max", "min", "logsumexp")
+    }
+)
 RULES.update(
     {
         f"reduce_{name}": _reduce

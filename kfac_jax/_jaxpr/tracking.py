@@ -6,7 +6,7 @@ from typing import Any
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.examples import named, propagate
 from kfac_jax._jaxpr.graph import Atom, Graph, Node, build, is_value
-from kfac_jax._jaxpr.states import LOST, Examples, State, merge
+from kfac_jax._jaxpr.states import LOST, Examples, Lost, State, merge
 
 
 def track(graph: Graph, inputs: Sequence[State]) -> Mapping[int, State]:
@@ -59,13 +59,18 @@ def _while(node: Node, operands: list[State], states: dict[int, State]) -> list[
 def _linear_solve(
     node: Node, operands: list[State], states: dict[int, State]
 ) -> list[State]:
-    """Follows `solve`; that it is the inverse of a matrix says nothing of axes."""
+    """Follows `solve`, which gives the value; derivatives go through the matrix, too."""
     del states  # the body is no part of the program
     lengths, solve = node.params["const_lengths"], node.params["jaxprs"].solve
     start = lengths.matvec + lengths.vecmat
     consts = operands[start : start + lengths.solve]
     given = operands[sum(lengths) :]
-    return _track(build(solve), [*consts, *given], {})
+    results = _track(build(solve), [*consts, *given], {})
+    matrix = operands[: lengths.matvec]
+    if any(isinstance(state, Lost) for state in matrix):
+        return [LOST] * len(results)
+    dependent = any(state is not None for state in matrix)
+    return [LOST if dependent and state is None else state for state in results]
 
 
 def _scan(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
