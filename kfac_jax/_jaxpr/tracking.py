@@ -59,7 +59,7 @@ def _while(node: Node, operands: list[State], states: dict[int, State]) -> list[
 def _linear_solve(
     node: Node, operands: list[State], states: dict[int, State]
 ) -> list[State]:
-    """Follows `solve`, which gives the value; derivatives go through the matrix, too."""
+    """Follows `solve`, which gives the value; derivatives go through the matrix."""
     del states  # the body is no part of the program
     lengths, solve = node.params["const_lengths"], node.params["jaxprs"].solve
     start = lengths.matvec + lengths.vecmat
