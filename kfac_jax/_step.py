@@ -45,7 +45,8 @@ class Info(NamedTuple):
     learning_rate: Array  # [], α
     momentum: Array  # [], μ
     step_scale: Array  # [], by what a limit multiplied α and μ: 1 where none did
-    lowest_loss: Array  # [], the lowest h(θ) so far
+    mean_loss: Array  # [], running mean of h(θ), of some 20 steps
+    lowest_loss: Array  # [], the lowest value of that mean so far
     rho: Array  # [], ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)), when it was last measured
     quadratic_change: Array  # [], M(δ) - M(0)
     inverse_refreshes: Array  # [] int32, steps that computed inverses so far
@@ -77,7 +78,7 @@ def nan() -> Array:
 
 def initial_info() -> Info:
     unknown = [
-        nan() for _ in range(9)
+        nan() for _ in range(10)
     ]  # no two fields share a buffer: state is donated
     counts = [jnp.zeros((), jnp.int32) for _ in range(2)]
     return Info._make([*unknown, *counts])
@@ -178,6 +179,26 @@ def loss_of(value: Any) -> Array:
     loss = value[0] if isinstance(value, tuple) and value else value
     number("value, the loss or (loss, aux),", loss, arrays=True)
     return jnp.asarray(loss, float)
+
+
+def with_loss(state: KFACState, value: Any) -> KFACState:
+    """The state after a step at whose start the loss was `value`.
+
+    A loss of exactly 0, as of a batch that a mask hides, says nothing of the scale of
+    losses, and one that is not finite neither.
+    """
+    loss, mean = loss_of(value), state.info.mean_loss
+    weight = jnp.maximum(1 / state.step.astype(mean.dtype), 1 - _KEPT_LOSS)
+    new = jnp.where(jnp.isfinite(mean), mean + weight * (loss - mean), loss)
+    mean = jnp.where(jnp.isfinite(loss) & (loss != 0), new, mean)
+    lowest = jnp.fmin(state.info.lowest_loss, mean)
+    return state._replace(
+        info=state.info._replace(loss=loss, mean_loss=mean, lowest_loss=lowest)
+    )
+
+
+_KEPT_LOSS = 0.95
+"""What a batch's loss leaves of the running mean before."""
 
 
 def is_usable(value: Any, gradient: list[Array]) -> Array:

@@ -41,6 +41,7 @@ from kfac_jax._step import (
     initial_info,
     is_usable,
     loss_of,
+    with_loss,
 )
 from kfac_jax._vectors import inner_product
 from kfac_jax.curvature import Curvature, Params
@@ -56,8 +57,8 @@ from kfac_jax.sharding import Distribution
 
 QUADRATIC_MODEL = QuadraticModel()
 MOMENTUM = 0.9
-SHARE_OF_LOSS = 0.01
-DAMPING = LevenbergMarquardt(0.1, relative_minimum=1e-3, relative_maximum=10.0)
+SHARE_OF_LOSS = 0.003
+DAMPING = LevenbergMarquardt(0.1, relative_minimum=3e-4, relative_maximum=10.0)
 """What `kfac` does where nothing is chosen; docs/tuning.md tells what that gains."""
 
 
@@ -164,11 +165,8 @@ def scale_by_kfac(
             for x in scaled
         ]
         skipped = (refused | ~finite).astype(jnp.int32)
-        info = state.info._replace(
-            loss=loss_of(value),
-            lowest_loss=jnp.fmin(state.info.lowest_loss, loss_of(value)),
-            skipped_updates=state.info.skipped_updates + skipped,
-        )
+        state = with_loss(state, value)
+        info = state.info._replace(skipped_updates=state.info.skipped_updates + skipped)
         state = state._replace(info=info, damping=at(damping, state.step))
         return curvature.tree.restore(scaled, updates), state
 
@@ -193,8 +191,8 @@ def kfac(
 
     There is nothing to choose: by default the exact quadratic model of each batch
     chooses α and μ, within limits that keep small batches from long steps, and λ adapts
-    to how well it predicts, down to a thousandth of the curvature that steps meet. With
-    these rules (`QuadraticModel`, `LevenbergMarquardt`) the update also needs `params`,
+    to how well it predicts, down to 3e-4 of the curvature that steps meet. With these
+    rules (`QuadraticModel`, `LevenbergMarquardt`) the update also needs `params`,
     `value=` and `args=`, the loss function's arguments after the parameters;
     `make_step` passes them.
 
@@ -210,11 +208,11 @@ def kfac(
         is 0.9 with a given learning rate.
       damping: λ, a number, a schedule, or a `LevenbergMarquardt` rule.
       norm_constraint: the largest `-α² Δᵀ ∇h` of a step, a number or a schedule; larger
-        ones are scaled down. "auto" for a hundredth of the lowest loss so far, |h|
-        (of 1 without `value=`), with a given learning rate, which alone it is for; give
-        a number where the loss may cross zero. None for no limit. Where it limits
-        most steps, it is what decides their length: let it fall (as the
-        square) where the learning rate does.
+        ones are scaled down. "auto", with a given learning rate, which alone it is for,
+        is 0.003 |h|, of this batch or of the lowest running mean of h (of 1 without
+        `value=`); give a number where the loss may cross zero. None for no
+        limit. Where it limits most steps, it is what decides their length: let it fall
+        (as the square) where the learning rate does.
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
         first three steps. Or a `RefreshSchedule`.
@@ -449,7 +447,8 @@ def _initial(
 def _constraint(given: Any, count: Array, value: Any, lowest: Array) -> Array | None:
     """The norm constraint of a step, from what `kfac` was given.
 
-    With the lowest loss so far it does not grow with a loss that does.
+    With the lowest loss so far it does not grow with a loss that does. A loss of 0 is
+    none, see `with_loss`.
     """
     if given is None:
         return None
@@ -458,21 +457,21 @@ def _constraint(given: Any, count: Array, value: Any, lowest: Array) -> Array | 
     size = jnp.ones((), float)
     if value is not None:
         loss = loss_of(value)
+        loss = jnp.where(loss == 0, jnp.nan, loss)
         size = jnp.abs(jnp.fmin(loss, lowest.astype(loss.dtype)))
     return SHARE_OF_LOSS * jnp.where(jnp.isfinite(size), size, 1.0)
 
 
 def _record(state: KFACState, chosen: Rates, value: Any, skipped: Array) -> KFACState:
     count = state.info.skipped_updates + skipped.astype(jnp.int32)
-    rates, loss, refused = chosen.solution, loss_of(value), skipped
+    rates, refused = chosen.solution, skipped
+    state = with_loss(state, value)
     state = state._replace(
         length=jnp.where(refused, state.length, chosen.length.astype(float)),
         curvature=averaged_curvature(state.curvature, chosen.curvature),
     )
     info = state.info._replace(
-        loss=loss,
         step_scale=jnp.asarray(chosen.scale, float),
-        lowest_loss=jnp.fmin(state.info.lowest_loss, loss),
         learning_rate=jnp.asarray(rates.learning_rate, float),
         momentum=jnp.asarray(rates.momentum, float),
         quadratic_change=jnp.asarray(rates.change, float),

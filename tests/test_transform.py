@@ -563,6 +563,7 @@ def test_info_has_fixed_fields_and_nan_where_nothing_was_computed():
         "learning_rate",
         "momentum",
         "step_scale",
+        "mean_loss",
         "lowest_loss",
         "rho",
         "quadratic_change",
@@ -584,8 +585,8 @@ def test_info_has_fixed_fields_and_nan_where_nothing_was_computed():
     tx = kfac_jax.kfac(plan(), 0.1, 0.9, 0.2, norm_constraint=None)
     params = make_params()
     state = tx.init(params)
-    assert np.isnan(state.info[:9]).all()
-    assert state.info[9:] == (0, 0)
+    assert np.isnan(state.info[:10]).all()
+    assert state.info[10:] == (0, 0)
     value, grads, statistics = compiled()(params, *make_batch(1))
     for given in (None, value, (value, "aux")):
         _, after = tx.update(grads, state, params, statistics=statistics, value=given)
