@@ -111,7 +111,7 @@ ROUTES = {  # how devices run the step, the distribution, how gradients are aver
 }
 
 
-FAST = ("pmap, shared", "shard_map", "shard_map, unchecked, shared")
+FAST = ("pmap, shared", "shard_map")
 
 
 @models.EIGHT_DEVICES
@@ -132,7 +132,7 @@ def test_micro_batches_on_each_device(route, structure):
 
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("structure", MOSTLY_LINKED)
-@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("shared", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 def test_micro_batches_of_sharded_arrays(kind, shared, structure):
     p = problem()

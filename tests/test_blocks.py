@@ -294,7 +294,9 @@ def test_a_layer_without_a_block_is_the_identity_without_damping():
 # ------------------------------------------------------------------------- narrow types
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_operator_of_narrow_parameters(kind, dtype):
     """Factors are float32; vectors keep their type; nothing promotes by accident."""

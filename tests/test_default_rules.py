@@ -638,7 +638,7 @@ ROUTES = {
 
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize("rates", [(), (0.5, 0.9, 1e-2)])
 def test_steps_on_devices_are_those_of_one(route, every, rates):
     tx = kfac_jax.kfac(plan(), *rates, inverse_every=2)

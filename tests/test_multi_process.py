@@ -46,7 +46,14 @@ def trained_by(count, *kind):
     return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
 
 
-@pytest.mark.parametrize(("count", "kind"), [(2, ()), (4, ()), (2, ("parts",))])
+@pytest.mark.parametrize(
+    ("count", "kind"),
+    [
+        (2, ()),
+        pytest.param(4, (), marks=pytest.mark.slow),
+        (2, ("parts",)),
+    ],
+)
 def test_processes_train_as_one_does(count, kind):
     (alone,) = trained_by(1)
     for params in trained_by(count, *kind):

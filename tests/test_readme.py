@@ -32,6 +32,7 @@ def test_the_readme_runs_as_written(user_settings, capsys):
     assert table and _cells(printed[:-1]) == _cells(table[1].strip().splitlines())
 
 
+@pytest.mark.slow
 def test_a_block_and_a_loss_of_the_users_own(user_settings, capsys):
     text = (ROOT / "docs" / "extending.md").read_text()
     scope = _run(text)

@@ -250,7 +250,17 @@ ROWS_ROUTES = {
 @models.EIGHT_DEVICES
 @DEVICES
 @LINKED_FIRST
-@pytest.mark.parametrize("route", ROWS_ROUTES)
+@pytest.mark.parametrize(
+    "route",
+    [
+        "shard_map",
+        *(
+            pytest.param(x, marks=pytest.mark.slow)
+            for x in ROWS_ROUTES
+            if x != "shard_map"
+        ),
+    ],
+)
 def test_devices_that_keep_rows_step_as_one_device(route, structure, rules, devices):
     distribute, average = ROWS_ROUTES[route]
     tx, step = make_step(plan(structure), rules, ROWS, average)
@@ -326,6 +336,13 @@ LAYOUTS = {  # mesh, how parameters lie on it, axes that share the work and the 
 }
 
 
+# what all three do at once, and two axes
+FAST_LAYOUTS = (
+    "batch, parameters and state, shared",
+    "batch and outputs, shared over two axes, state over one",
+)
+
+
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(
     ("rules", "structure"),
@@ -339,8 +356,8 @@ LAYOUTS = {  # mesh, how parameters lie on it, axes that share the work and the 
 @pytest.mark.parametrize(
     "layout",
     [
-        name if axes[3] else pytest.param(name, marks=pytest.mark.slow)
-        for name, axes in LAYOUTS.items()
+        name if name in FAST_LAYOUTS else pytest.param(name, marks=pytest.mark.slow)
+        for name in LAYOUTS
     ],
 )
 def test_steps_on_sharded_arrays_are_those_on_one_device(layout, structure, rules):
