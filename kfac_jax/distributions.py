@@ -17,6 +17,7 @@ from jax import Array
 
 from kfac_jax._arguments import function, number
 from kfac_jax._dtypes import wide
+from kfac_jax.linalg._psd import symmetric_eigh
 
 Data = tuple[Array, ...]
 
@@ -193,14 +194,15 @@ class Convex(Distribution):
     def _eigh(self, z: Array, data: Data) -> tuple[Array, Array]:
         """Eigenvalues `[n, d]` and eigenvectors of each case's Hessian."""
 
-        def one(z: Array, *data: Array) -> tuple[Array, Array]:
+        def hessian(z: Array, *data: Array) -> Array:
             shape = z.shape
             flat = lambda u: self.per_case_loss(u.reshape(shape), *data)  # noqa: E731
-            hessian = jax.hessian(flat)(z.reshape(-1))
-            w, u = jnp.linalg.eigh((hessian + hessian.T) / 2)
-            return w, u
+            return jax.hessian(flat)(z.reshape(-1))
 
-        return jax.vmap(one)(z, *data)
+        hessians = jax.vmap(hessian)(z, *data)
+        if hessians.shape[-1] == 1:
+            return hessians[..., 0], jnp.ones_like(hessians)
+        return symmetric_eigh(hessians)
 
     def _root(self, z: Array, data: Data) -> Array:
         w, u = self._eigh(z, data)

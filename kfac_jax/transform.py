@@ -58,7 +58,7 @@ from kfac_jax.sharding import Distribution
 QUADRATIC_MODEL = QuadraticModel()
 MOMENTUM = 0.9
 SHARE_OF_LOSS = 0.003
-DAMPING = LevenbergMarquardt(0.1, relative_minimum=3e-4, relative_maximum=10.0)
+DAMPING = LevenbergMarquardt(0.03, relative_minimum=1e-4, relative_maximum=10.0)
 """What `kfac` does where nothing is chosen; docs/tuning.md tells what that gains."""
 
 
@@ -191,7 +191,7 @@ def kfac(
 
     There is nothing to choose: by default the exact quadratic model of each batch
     chooses α and μ, within limits that keep small batches from long steps, and λ adapts
-    to how well it predicts, down to 3e-4 of the curvature that steps meet. With these
+    to how well it predicts, down to 1e-4 of the curvature that steps meet. With these
     rules (`QuadraticModel`, `LevenbergMarquardt`) the update also needs `params`,
     `value=` and `args=`, the loss function's arguments after the parameters;
     `make_step` passes them.

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from models import PAPER_MODEL, array, traced_once
 
 import kfac_jax
-from kfac_jax import LevenbergMarquardt, QuadraticModel
+from kfac_jax import LevenbergMarquardt, QuadraticModel, transform
 from kfac_jax.rules import Solution
 
 KEY = jax.random.key(0)
@@ -350,10 +350,11 @@ def test_damping_stays_bounded_after_convergence_and_a_new_task_is_learnt():
 
 def test_the_defaults_are_those_that_are_written():
     tx = kfac_jax.kfac(plan())
-    damping = LevenbergMarquardt(0.1, relative_minimum=1e-3, relative_maximum=10.0)
-    written = kfac_jax.kfac(
-        plan(), QuadraticModel(largest_momentum=0.95, longest=2.0), None, damping
-    )
+    damping = LevenbergMarquardt(0.03, relative_minimum=1e-4, relative_maximum=10.0)
+    model = QuadraticModel(largest_momentum=0.95, longest=2.0)
+    # (no limit of λ is met in a few steps)
+    assert (transform.QUADRATIC_MODEL, transform.DAMPING) == (model, damping)
+    written = kfac_jax.kfac(plan(), model, None, damping)
     models.assert_trees_equal(
         *(run(jax.jit(kfac_jax.make_step(plan(), t)), t, 12) for t in (tx, written))
     )

@@ -1,5 +1,7 @@
 """Losses: optax's values, documented registered values, and factors of the Fisher."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import models
@@ -543,3 +545,19 @@ def test_without_targets_or_concrete_arrays_the_scale_is_not_checked():
     kfac_jax.make_curvature(loss_fn, w, x)
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (w, x, y))
     kfac_jax.make_curvature(_scaled(7.0), *shapes)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks at LAPACK's calls")
+def test_roots_of_a_convex_loss_take_one_case_at_a_time_on_cpus():
+    """Two batched LAPACK calls blocked a loop of adaptive steps for ever."""
+    loss = Convex(lambda z: jax.nn.logsumexp(z) + 0.5 * z @ z)
+    z, v = models.array(3, 6, 4), models.array(4, 6, 4)
+    root = jax.jit(lambda v: loss.multiply_root_transpose(z, (), v))
+    (call,) = re.findall(
+        r"custom_call @lapack_\w*syevd.* : \((.*?)\)", root.lower(v).as_text()
+    )
+    assert re.match(r"tensor<(1x)?4x4xf64>", call)
+    p = jax.nn.softmax(z)
+    product = p * v - p * (p * v).sum(-1, keepdims=True) + v
+    found = loss.multiply_root(z, (), root(v))
+    np.testing.assert_allclose(found, product, atol=1e-12)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kfac_jax import _arguments
+from kfac_jax import _arguments, linalg
 from kfac_jax._estimation import is_exact
 from kfac_jax.compat._devices import pmean_if_pmap
 from kfac_jax.compat._estimator_arguments import Powers, powers
@@ -248,7 +248,7 @@ class ExplicitExactCurvature:
         """
         _cached(state)
         weight = one_weight(identity_weight, norm_to_scale_identity_weight_per_block)
-        return state._replace(cache=Spectrum(*_eigh(state.matrix), weight))
+        return state._replace(cache=Spectrum(*linalg.eigh(state.matrix), weight))
 
     def multiply_matpower(
         self,
@@ -285,7 +285,7 @@ class ExplicitExactCurvature:
         if use_cached and power != 1:
             w, u, weight = _cached(state)
         else:
-            w, u = _eigh(state.matrix)
+            w, u = linalg.eigh(state.matrix)
         leaves = self.curvature.tree.leaves(parameter_structured_vector, "the vector v")
         flat = [jnp.ravel(x).astype(u.dtype) for x in leaves]
         scale = (w + weight.astype(w.dtype)) ** power
@@ -331,7 +331,7 @@ class ExplicitExactCurvature:
         """The eigenvalues of F, of the last `update_cache` if cached, `[P]`."""
         _check_state(state)
         _arguments.flag("use_cached", use_cached)
-        return _cached(state).w if use_cached else _eigh(state.matrix)[0]
+        return _cached(state).w if use_cached else linalg.eigh(state.matrix)[0]
 
     def block_eigenvalues(
         self, state: ExplicitExactState, use_cached: bool
@@ -399,9 +399,3 @@ def _cached(state: ExplicitExactState) -> Spectrum:
             "with powers that are to be used cached, got none."
         )
     return state.cache
-
-
-def _eigh(matrix: Array) -> tuple[Array, Array]:
-    """Eigenvalues, the negative ones, which are rounding, as zero; and vectors."""
-    w, u = jnp.linalg.eigh(matrix)
-    return jnp.maximum(w, 0.0), u

@@ -321,14 +321,20 @@ def finite_diagonals(groups: Sequence[Sequence[Array]]) -> Array:
 
 
 def eigh(x: Array) -> tuple[Array, Array]:
-    """Eigenvalues, at least zero, and eigenvectors of semidefinite matrices.
+    """Eigenvalues, at least zero, and eigenvectors of semidefinite matrices."""
+    w, u = symmetric_eigh(x)
+    return jnp.maximum(w, 0.0), u
+
+
+def symmetric_eigh(x: Array) -> tuple[Array, Array]:
+    """Eigenvalues and eigenvectors of symmetric matrices.
 
     On CPUs one matrix after the other, also under vmap: batched LAPACK calls that run
     at the same time wait for each other's threads and can block for ever (jaxlib 0.10).
     """
     x = symmetrize(x)
     w, u = _eigh(x.reshape(-1, *x.shape[-2:]))
-    return jnp.maximum(w, 0.0).reshape(x.shape[:-1]), u.reshape(x.shape)
+    return w.reshape(x.shape[:-1]), u.reshape(x.shape)
 
 
 @jax.custom_jvp

@@ -41,8 +41,8 @@ class QuadraticModel:
 
     Attributes:
       fraction: τ2, the fraction of the batch the products are computed on; the paper
-        uses 1/4 with large batches. Values below 1 need much data and some damping or
-        L2.
+        uses 1/4 with batches of thousands. With 128 cases even 1/2 lets runs diverge
+        (docs/tuning.md), and L2 or more damping is needed below 1.
       largest_momentum: the largest μ that is chosen, the least being 0; None for any.
       longest: how many times as long as the mean a step may be; None for any length.
 
