@@ -1,12 +1,13 @@
 """Trains the paper's MNIST autoencoder with K-FAC, Nesterov momentum and Adam.
 
 Each optimizer gets the same batches and the same number of seconds, in turns of a few
-seconds, so one run compares them both at equal seconds and at equal iterations. With
-the defaults it takes about five minutes on two CPU cores and needs no download:
+seconds, so one run compares them both at equal seconds and at equal iterations. On CPUs
+they are the process's own, of all cores: a busy machine takes longer, and shows the
+same. With the defaults it takes about five minutes on two cores and needs no download:
 
     python examples/autoencoder.py
     python examples/autoencoder.py --data mnist --seconds 1200 --batch-size 1000
-    python examples/autoencoder.py --resume --seconds 160
+    python examples/autoencoder.py --resume --seconds 240
 
 It writes curves.png, reconstructions.png, curves.json and checkpoints to the output
 folder. Ctrl-C saves what there is; `--resume` goes on exactly where a run stopped.
@@ -90,7 +91,7 @@ EXAMPLE = experiment.Example(
     settings=Settings(),
     measures=MEASURES,
     batch_size=500,
-    seconds=75.0,
+    seconds=120.0,
     evaluate_every=25,
     add_options=_add_options,
     identity=("data",),

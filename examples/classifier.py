@@ -1,8 +1,9 @@
 """Trains a convolutional network on Fashion-MNIST with K-FAC, EKFAC and AdamW.
 
 The network is written with flax's nnx. Each optimizer gets the same batches and the
-same number of seconds, in turns, and its rate falls to zero over that time. With the
-defaults it takes about six minutes on two CPU cores, after a download of 31 MB:
+same number of seconds (on CPUs the process's own, of all cores), in turns, and its rate
+falls to zero over that time. With the defaults it takes about six minutes on two CPU
+cores, after a download of 31 MB:
 
     python examples/classifier.py
     python examples/classifier.py --seconds 600 --optimizers kfac adamw
@@ -162,7 +163,7 @@ EXAMPLE = experiment.Example(
     settings=SETTINGS,
     measures=MEASURES,
     batch_size=256,
-    seconds=75.0,
+    seconds=130.0,
     evaluate_every=100,
     add_options=_add_options,
     load=_load,

@@ -191,7 +191,8 @@ def _add_run_options(example: Example, parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=positive,
         default=example.seconds,
-        help="time in steps, per optimizer",
+        help="in steps, per optimizer: of the process's own time on all cores, so that "
+        "a busy machine takes none of it; of the wall clock on accelerators",
     )
     add(
         "--iterations",

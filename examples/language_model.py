@@ -1,8 +1,9 @@
 """Trains a character transformer on Jane Austen's novels with K-FAC, EKFAC and AdamW.
 
 The transformer is plain JAX. Each optimizer gets the same batches and the same number
-of seconds, in turns, and its rate falls to zero over that time. With the defaults it
-takes about seven minutes on two CPU cores, after a download of 1.6 MB:
+of seconds (on CPUs the process's own, of all cores), in turns, and its rate falls to
+zero over that time. With the defaults it takes about seven minutes on two CPU cores,
+after a download of 1.6 MB:
 
     python examples/language_model.py
     python examples/language_model.py --seconds 1200 --optimizers kfac adamw
@@ -111,7 +112,7 @@ EXAMPLE = experiment.Example(
     settings=SETTINGS,
     measures=MEASURES,
     batch_size=16,
-    seconds=90.0,
+    seconds=150.0,
     evaluate_every=100,
     add_options=_add_options,
     load=_load,

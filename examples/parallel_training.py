@@ -95,7 +95,7 @@ def local_step(
         ),
         momentum=None,
         damping=kfac_jax.LevenbergMarquardt(150.0),
-        distribution=distribution,
+        devices=distribution,
     )
 
     def step(state: State, images: Array, key: Array) -> tuple[State, Array]:

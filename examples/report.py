@@ -76,7 +76,7 @@ def plot_curves(path: Path, runs: dict[str, Run], measures: Measures) -> None:
             _plot_panel(axis, runs, unit, errors)
         pair[0].set_ylabel(label)
     axes[-1, 0].set_xlabel("iterations")
-    axes[-1, 1].set_xlabel("seconds in the compiled step")
+    axes[-1, 1].set_xlabel("seconds in the compiled step (on CPUs, of all cores)")
     axes[0, 0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -118,7 +118,7 @@ def _lowest(runs: dict[str, Run], _: Measures) -> list[str]:
     lines = [
         f"Within {iterations} iterations each:",
         *_table(runs, "iteration", iterations),
-        f"Within {seconds:.3g} seconds each:",
+        f"Within {seconds:.3g} seconds each (on CPUs, of all cores):",
         *_table(runs, "seconds", seconds),
     ]
     for other in others:

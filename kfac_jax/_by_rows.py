@@ -131,24 +131,24 @@ def _multiply(kept: Array, v: Array, over: OverAxis) -> Array:
 
 
 def velocity(
-    tree: TreeSpec, kept: Any, distribution: Distribution | None
+    tree: TreeSpec, kept: Any, devices: Distribution | None
 ) -> list[Array | None]:
     """The leaves of δ0, None where a mask hides them.
 
     Args:
       tree: describes the parameters.
       kept: δ0 as it is in the state.
-      distribution: the devices, which may keep rows of it.
+      devices: the devices, which may keep rows of it.
 
     Returns:
       The leaves, whole.
     """
-    if not by_rows(distribution):
+    if not by_rows(devices):
         return tree.masked_leaves(kept, "the velocity")
-    shapes = tuple(map(distribution.kept_shape, tree.shapes))
+    shapes = tuple(map(devices.kept_shape, tree.shapes))
     rows = dataclasses.replace(tree, shapes=shapes).masked_leaves(kept, "the velocity")
     places = [i for i, x in enumerate(rows) if x is not None]
-    found = distribution.whole(
+    found = devices.whole(
         [x for x in rows if x is not None], [tree.shapes[i] for i in places]
     )
     result: list[Array | None] = [None] * len(rows)

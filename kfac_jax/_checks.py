@@ -45,7 +45,7 @@ def check_plan(curvature: Any) -> None:
 
 
 def check_common(
-    curvature: Any, damping: Any, decay: Any, inverse_every: Any, distribution: Any
+    curvature: Any, damping: Any, decay: Any, inverse_every: Any, devices: Any
 ) -> None:
     check_plan(curvature)
     check_kind("damping", damping, (LevenbergMarquardt,), "a number, schedule or rule")
@@ -57,15 +57,15 @@ def check_common(
         check_kind("inverse_every", inverse_every, (), allowed, schedule=False)
         within("inverse_every (T3)", inverse_every, 1, float("inf"))
         whole("inverse_every (T3)", inverse_every, arrays=True)
-    sharding.check(distribution)
-    if sharding.by_rows(distribution):
+    sharding.check(devices)
+    if sharding.by_rows(devices):
         _by_rows.check(curvature.layers)
     products = [x.name for x in curvature.layers if x.product_rows]
-    if distribution is not None and products:
+    if devices is not None and products:
         raise ValueError(
             "Gradients that are averages over devices are no products of one device's "
             f"inputs: expected no layers with gradient_products, got {products}. Leave "
-            "gradient_products or the distribution out."
+            "gradient_products or devices out."
         )
 
 
@@ -103,14 +103,14 @@ def check_update(
 
 
 def check_state(
-    curvature: Curvature, state: KFACState, distribution: Distribution | None
+    curvature: Curvature, state: KFACState, devices: Distribution | None
 ) -> None:
     """Compares a state with what `init` makes for this plan, without the velocity.
 
     Raises:
       ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
-    kept = distribution.kept_shape if sharding.by_rows(distribution) else tuple
+    kept = devices.kept_shape if sharding.by_rows(devices) else tuple
     arrays = {
         kind: {
             layer.name: {

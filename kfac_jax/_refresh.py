@@ -58,7 +58,7 @@ def refresh(
     gamma: Array | None,
     due: Sequence[Array],
     informed: Array,
-    distribution: Distribution | None,
+    devices: Distribution | None,
     candidates: Candidates | None,
 ) -> Refreshed:
     """Renews γ and the inverses where due.
@@ -71,7 +71,7 @@ def refresh(
       gamma: γ so far, None where it is √(λ+η).
       due: whether each share of the layers is due.
       informed: whether there have been statistics.
-      distribution: the devices.
+      devices: the devices.
       candidates: what γ is chosen by; then all layers are one share.
 
     Returns:
@@ -94,7 +94,7 @@ def refresh(
         own = {n: x for n, x in inverses.items() if n in names}
         bases = {n: x for n, x in moving.items() if n in names}
         work = functools.partial(
-            _refresh_group, group, factors, damping, distribution, candidates
+            _refresh_group, group, factors, damping, devices, candidates
         )
         bases, own, gamma, bad = jax.lax.cond(
             now,
@@ -111,8 +111,8 @@ def refresh(
     found, unsafe = refresh_inverses(
         every_step, following, old, _squared(damping, gamma)
     )
-    if every_step and sharding.by_rows(distribution):  # each has seen its own rows
-        (safe,) = distribution.everywhere([unsafe == 0])
+    if every_step and sharding.by_rows(devices):  # each has seen its own rows
+        (safe,) = devices.everywhere([unsafe == 0])
         unsafe = (~safe).astype(jnp.int32)
     # before there are statistics, steps follow the gradient
     inverses |= jax.tree.map(functools.partial(jnp.where, informed), found, old)
@@ -123,7 +123,7 @@ def _refresh_group(
     group: Sequence[Layer],
     factors: Factors,
     damping: Array,
-    distribution: Distribution | None,
+    devices: Distribution | None,
     candidates: Candidates | None,
     moving: Factors,
     old: Factors,
@@ -134,20 +134,20 @@ def _refresh_group(
     γ is chosen inside of the refresh, which is due whenever that is: from the very
     factors that are inverted then, and at no cost in other steps.
     """
-    moving = refresh_factors(group, moving, distribution)
+    moving = refresh_factors(group, moving, devices)
     fixed = {x.name: factors[x.name] for x in group if x.name not in moving}
-    if sharding.by_rows(distribution):
-        fixed = _by_rows.whole(group, fixed, "factor_shapes", distribution)
+    if sharding.by_rows(devices):
+        fixed = _by_rows.whole(group, fixed, "factor_shapes", devices)
     if candidates is not None:
         assert gamma is not None
-        before = init_inverses(group) if sharding.by_rows(distribution) else old
+        before = init_inverses(group) if sharding.by_rows(devices) else old
         gamma = candidates.update(fixed | moving, before, gamma)
     inverses, failed = refresh_inverses(
         group,
         fixed,
         old,
         _squared(damping, gamma),
-        distribution,
+        devices,
     )
     return moving, inverses, gamma, failed
 

@@ -35,7 +35,7 @@ class Candidates:
       damping: λ.
       momentum: a fixed μ, or None.
       products: what -∇h's matrices may be products of.
-      distribution: over which devices the batch is spread.
+      devices: over which devices the batch is spread.
     """
 
     rule: SeparateDamping
@@ -49,7 +49,7 @@ class Candidates:
     damping: Array
     momentum: Array | None
     products: Products
-    distribution: Distribution | None
+    devices: Distribution | None
 
     @jax.named_scope("kfac_separate_damping")
     def update(self, factors: Factors, inverses: Factors, gamma: Array) -> Array:
@@ -89,7 +89,7 @@ class Candidates:
         """Δ, what the plane of Δ and δ0 needs of it, and how many inverses failed."""
         layers = self.curvature.layers
         inverses, failed = refresh_inverses(
-            layers, factors, old, jnp.square(gamma), whole(self.distribution)
+            layers, factors, old, jnp.square(gamma), whole(self.devices)
         )
         down = [-x for x in self.gradient]
         scaled, _ = precondition(layers, factors, inverses, down, self.products)
@@ -106,7 +106,7 @@ class Candidates:
         tree = jax.tree.unflatten(self.curvature.tree.treedef, vectors)
         part = _batch.take(self.args, self.model.fraction, self.curvature.batch_argnums)
         fisher = self.curvature.quadratic_form(self.params, tree, *part)
-        fisher = mean(self.distribution, fisher)
+        fisher = mean(self.devices, fisher)
         count = len(fisher) - 1
         planes = np.stack([np.arange(count), np.full(count, count)], axis=1)
         return fisher[planes[:, :, None], planes[:, None, :]]

@@ -25,7 +25,7 @@ Arrays = Sequence[tuple[tuple[int, ...], str]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SharingReport:
-    """What a distribution makes of a plan's layers. Print it to see a table.
+    """What devices make of a plan's layers. Print it to see a table.
 
     Work counts d³ for a matrix `[d, d]`. Bytes moved are those that each device
     receives, with collectives that go around a ring.

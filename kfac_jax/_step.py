@@ -109,7 +109,7 @@ def advance(
     damping: Array,
     decay: Any,
     schedule: RefreshSchedule,
-    distribution: Distribution | None,
+    devices: Distribution | None,
     usable: Array,
     candidates: Candidates | None = None,
 ) -> tuple[KFACState, Array]:
@@ -127,7 +127,7 @@ def advance(
         statistics,
         state.batches + 1,
         axis_types.here(decay),
-        distribution,
+        devices,
         usable,
     )
     batches = state.batches + averaged.informed.astype(jnp.int32)
@@ -145,7 +145,7 @@ def advance(
         None if candidates is None else state.factored_damping,
         list(due),
         batches > 0,
-        distribution,
+        devices,
         candidates,
     )
     info = state.info._replace(
@@ -165,11 +165,11 @@ def advance(
     return state, averaged.refused | (refreshed.failed > 0)
 
 
-def averaged_loss(distribution: Distribution | None, value: Any) -> Any:
+def averaged_loss(devices: Distribution | None, value: Any) -> Any:
     """The loss in `value`, over all devices' cases."""
-    if distribution is None or value is None:
+    if devices is None or value is None:
         return value
-    return distribution.mean(loss_of(value))
+    return devices.mean(loss_of(value))
 
 
 def loss_of(value: Any) -> Array:
@@ -252,7 +252,7 @@ class Step:
       usable: whether h(θ) is finite, as far as it is known.
       previous: δ0.
       damping: λ.
-      distribution: over which devices the batch is spread.
+      devices: over which devices the batch is spread.
     """
 
     curvature: Curvature
@@ -264,7 +264,7 @@ class Step:
     usable: Array
     previous: list[Array]
     damping: Array
-    distribution: Distribution | None
+    devices: Distribution | None
 
     def plane(self, fraction: float) -> tuple[Array, Array]:
         """`F + (λ+η) I` in the plane of Δ and δ0, `[2, 2]`, and ∇h there, `[2]`.
@@ -280,7 +280,7 @@ class Step:
         treedef = self.curvature.tree.treedef
         vectors = [jax.tree.unflatten(treedef, v) for v in basis]
         fisher = self.curvature.quadratic_form(self.params, vectors, *part)
-        fisher = sharding.mean(self.distribution, fisher)
+        fisher = sharding.mean(self.devices, fisher)
         gram, slope = plane_products(self.gradient, *basis)
         total = (self.damping + self.curvature.l2).astype(fisher.dtype)
         matrix = fisher + total * gram.astype(fisher.dtype)
@@ -405,7 +405,7 @@ class Step:
             return loss_of(self.curvature.loss_fn(params, *self.args))
 
         after = axis_types.explicit(loss, self.params)(moved)
-        after = sharding.mean(self.distribution, after)
+        after = sharding.mean(self.devices, after)
         predicted = predicted.astype(after.dtype)
         before = loss_of(value)
         rho = (after - before) / predicted

@@ -29,25 +29,25 @@ _SPREAD = ("factors", "inverses", "velocity")
 """What devices keep rows of."""
 
 
-def state_specs(distribution: Distribution | None) -> KFACState:
+def state_specs(devices: Distribution | None) -> KFACState:
     """How the state lies on a mesh: a prefix of it, for `in_specs` and `out_specs`.
 
     Args:
-      distribution: what the transformation was made with.
+      devices: what the transformation was made with.
 
     Returns:
       A `KFACState` of partition specs: the first axis of factors, inverses and velocity
       over the `state_axes`, all else the same on all devices.
 
     Raises:
-      TypeError: if it is no distribution.
+      TypeError: if they are none of those.
 
     >>> import kfac_jax
     >>> tuple(state_specs(kfac_jax.OverAxis("data", state_axes="data")).factors)
     ('data',)
     """
-    check(distribution)
-    axes = () if distribution is None else as_names(distribution.state_axes)
+    check(devices)
+    axes = () if devices is None else as_names(devices.state_axes)
     rows = P(axes) if axes else P()
     specs: dict[str, Any] = {
         name: rows if name in _SPREAD else P() for name in KFACState._fields
@@ -56,18 +56,18 @@ def state_specs(distribution: Distribution | None) -> KFACState:
 
 
 def whole_state(
-    curvature: Curvature, state: T, distribution: Distribution | None = None
+    curvature: Curvature, state: T, devices: Distribution | None = None
 ) -> T:
     """The state as one device would have it, from one that devices keep rows of.
 
-    It fits `kfac` without a distribution, `curvature.approximation(state.factors)`,
+    It fits `kfac` without `devices=`, `curvature.approximation(state.factors)`,
     and, by `spread_state`, any other number of devices.
 
     Args:
       curvature: the plan.
       state: the `KFACState`, or a tree with it, such as the state of a chain. It was
-        made with `state_axes`; with a distribution that has none it is whole.
-      distribution: `OverMesh` to exchange rows in one collective, `OverAxis` in the
+        made with `state_axes`; with devices that keep none it is whole.
+      devices: `OverMesh` to exchange rows in one collective, `OverAxis` in the
         function that is mapped over its axis. None for arrays that hold the rows of
         all devices: what a `shard_map` or `jit` returned, or a checkpoint, whatever
         the number of devices was.
@@ -76,34 +76,34 @@ def whole_state(
       The state.
 
     Raises:
-      TypeError: if there is no `KFACState` in it, or no distribution.
+      TypeError: if there is no `KFACState` in it, or no devices.
       ValueError: if it is of another plan, or has arrays that are no rows.
     """
     check_plan(curvature)
-    check(distribution)
-    join = functools.partial(_whole, curvature, distribution=distribution)
+    check(devices)
+    join = functools.partial(_whole, curvature, devices=devices)
     return _mapped(join, state)
 
 
 def _whole(
-    curvature: Curvature, state: KFACState, distribution: Distribution | None
+    curvature: Curvature, state: KFACState, devices: Distribution | None
 ) -> KFACState:
-    is_whole = distribution is not None and not distribution.by_rows
-    leaves, shapes, treedef = _leaves(curvature, state, distribution, is_whole)
+    is_whole = devices is not None and not devices.by_rows
+    leaves, shapes, treedef = _leaves(curvature, state, devices, is_whole)
     if is_whole:
         return state
 
     def join(rows: list[Array]) -> list[Array]:
-        if distribution is None:
+        if devices is None:
             return [from_rows(x, s) for x, s in zip(rows, shapes, strict=True)]
-        return distribution.whole(rows, shapes)
+        return devices.whole(rows, shapes)
 
     # compiled at once: one by one, each shape would be compiled for itself
-    compiled = join if isinstance(distribution, OverAxis) else jax.jit(join)
+    compiled = join if isinstance(devices, OverAxis) else jax.jit(join)
     return state._replace(**jax.tree.unflatten(treedef, compiled(leaves)))
 
 
-def spread_state(curvature: Curvature, state: T, distribution: Distribution) -> T:
+def spread_state(curvature: Curvature, state: T, devices: Distribution) -> T:
     """Inverts `whole_state`: cuts a whole state into the rows that devices keep.
 
     Of `OverMesh`, all that is given is also laid on the mesh, wherever it was.
@@ -111,39 +111,37 @@ def spread_state(curvature: Curvature, state: T, distribution: Distribution) -> 
     Args:
       curvature: the plan.
       state: as one device would have it: the `KFACState`, or a tree with it.
-      distribution: of `OverAxis`, in the mapped function.
+      devices: of `OverAxis`, in the mapped function.
 
     Returns:
-      The state, for a transformation that was made with the same distribution.
+      The state, for a transformation that was made with the same devices.
 
     Raises:
-      TypeError: if there is no `KFACState` in it, or no distribution.
+      TypeError: if there is no `KFACState` in it, or no devices.
       ValueError: if it is of another plan, or not whole.
     """
     check_plan(curvature)
-    check(distribution)
-    cut = functools.partial(_spread, curvature, distribution=distribution)
-    if not isinstance(distribution, OverMesh):
+    check(devices)
+    cut = functools.partial(_spread, curvature, devices=devices)
+    if not isinstance(devices, OverMesh):
         return _mapped(cut, state)
-    everywhere = NamedSharding(distribution.mesh, P())
+    everywhere = NamedSharding(devices.mesh, P())
     return _mapped(cut, state, lambda x: _laid(x, everywhere))
 
 
-def _spread(
-    curvature: Curvature, state: KFACState, distribution: Distribution
-) -> KFACState:
+def _spread(curvature: Curvature, state: KFACState, devices: Distribution) -> KFACState:
     leaves, _, treedef = _leaves(curvature, state, None, whole=True)
-    if not isinstance(distribution, OverMesh):
-        found = kept(distribution, leaves)
+    if not isinstance(devices, OverMesh):
+        found = kept(devices, leaves)
         return state._replace(**jax.tree.unflatten(treedef, found))
-    if distribution.by_rows:  # not by `kept`: the arrays may lie on other devices
-        devices = distribution.keepers()
-        cut = jax.jit(lambda leaves: [to_rows(x, devices) for x in leaves])(leaves)
+    if devices.by_rows:  # not by `kept`: the arrays may lie on other devices
+        keepers = devices.keepers()
+        cut = jax.jit(lambda leaves: [to_rows(x, keepers) for x in leaves])(leaves)
         state = state._replace(**jax.tree.unflatten(treedef, cut))
-    specs = state_specs(distribution)
+    specs = state_specs(devices)
     laid: dict[str, Any] = {}
     for name, part in state._asdict().items():
-        lies = NamedSharding(distribution.mesh, getattr(specs, name))
+        lies = NamedSharding(devices.mesh, getattr(specs, name))
         laid[name] = jax.tree.map(functools.partial(_laid, lies=lies), part)
     return KFACState(**laid)
 
@@ -188,7 +186,7 @@ def _is_state(node: Any) -> TypeGuard[KFACState]:
 def _leaves(
     curvature: Curvature,
     state: KFACState,
-    distribution: Distribution | None,
+    devices: Distribution | None,
     whole: bool = False,
 ) -> tuple[list[Array], list[tuple[int, ...]], Any]:
     """What can be cut: the arrays, their whole shapes, and the tree they are leaves of.
@@ -213,7 +211,7 @@ def _leaves(
             "the plan that its transformation was made with."
         )
     for x, struct in zip(arrays, structs, strict=True):
-        fits = _fits(jnp.shape(x), struct.shape, distribution, whole)
+        fits = _fits(jnp.shape(x), struct.shape, devices, whole)
         if not fits:
             what = "whole arrays" if whole else "rows"
             raise ValueError(
@@ -227,13 +225,13 @@ def _leaves(
 def _fits(
     got: tuple[int, ...],
     shape: tuple[int, ...],
-    distribution: Distribution | None,
+    devices: Distribution | None,
     whole: bool,
 ) -> bool:
     if whole:
         return got == shape
-    if distribution is not None:
-        return got == distribution.kept_shape(shape)
+    if devices is not None:
+        return got == devices.kept_shape(shape)
     rows, *rest = rows_shape(shape, 1)
     return len(got) > 0 and got[0] >= rows and [*got[1:]] == rest
 
@@ -244,21 +242,21 @@ def _structs(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStru
 
 def sharing_report(
     curvature: Curvature,
-    distribution: Distribution,
+    devices: Distribution,
     axis_sizes: Mapping[str, int] | None = None,
 ) -> SharingReport:
     """What each device owns, keeps and receives, before anything is computed.
 
     Args:
       curvature: the plan.
-      distribution: as in `kfac`.
+      devices: as in `kfac`.
       axis_sizes: how many devices lie along each axis of an `OverAxis`.
 
     Returns:
       The report; print it.
 
     Raises:
-      TypeError: if it is no distribution.
+      TypeError: if they are none of those.
       ValueError: if the size of an axis is not known.
 
     >>> import jax.numpy as jnp, kfac_jax
@@ -272,18 +270,16 @@ def sharing_report(
     ({'params': {'input': (0,), 'output': (1,)}}, (64.0, 8.0))
     """
     check_plan(curvature)
-    check(distribution)
-    if not isinstance(distribution, OverAxis | OverMesh):
+    check(devices)
+    if not isinstance(devices, OverAxis | OverMesh):
         raise TypeError(
-            "distribution must be an OverAxis or OverMesh, for a report of what "
+            "devices must be an OverAxis or OverMesh, for a report of what "
             "devices share; got None."
         )
     sizes = _checked_sizes(axis_sizes)
-    if isinstance(distribution, OverMesh):
-        sizes = dict(distribution.mesh.shape)
-    axes = as_names(
-        distribution.axes if isinstance(distribution, OverMesh) else distribution.axis
-    )
+    if isinstance(devices, OverMesh):
+        sizes = dict(devices.mesh.shape)
+    axes = as_names(devices.axes if isinstance(devices, OverMesh) else devices.axis)
     missing = [axis for axis in axes if axis not in sizes]
     if missing:
         raise ValueError(
@@ -295,8 +291,8 @@ def sharing_report(
         curvature.layers,
         list(parameters),
         math.prod(sizes[axis] for axis in axes),
-        math.prod(sizes[axis] for axis in as_names(distribution.state_axes)),
-        distribution.by_rows and not isinstance(distribution, OverMesh),
+        math.prod(sizes[axis] for axis in as_names(devices.state_axes)),
+        devices.by_rows and not isinstance(devices, OverMesh),
     )
 
 

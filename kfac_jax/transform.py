@@ -68,7 +68,7 @@ def scale_by_kfac(
     decay: Scalar = 0.95,
     inverse_every: int | Array | RefreshSchedule = 20,
     *,
-    distribution: Distribution | None = None,
+    devices: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of the damped approximate curvature.
 
@@ -83,7 +83,7 @@ def scale_by_kfac(
       decay: the largest ε of the factors' moving averages.
       inverse_every: T3, how many steps inverses are kept; they are also computed at the
         first three steps. Or a `RefreshSchedule`.
-      distribution: how several devices share the inversions: `OverAxis` in a step that
+      devices: how several devices share the inversions: `OverAxis` in a step that
         each of them runs on its part of the batch, `OverMesh` in one under `jit`; None
         if each is to do all.
 
@@ -110,7 +110,7 @@ def scale_by_kfac(
     >>> updates.shape
     (3, 2)
     """
-    check_common(curvature, damping, decay, inverse_every, distribution)
+    check_common(curvature, damping, decay, inverse_every, devices)
     schedule = as_schedule(inverse_every)
     if isinstance(damping, LevenbergMarquardt):
         raise TypeError(
@@ -120,7 +120,7 @@ def scale_by_kfac(
         )
 
     def init(params: Params) -> KFACState:
-        return _initial(curvature, params, damping, None, distribution)
+        return _initial(curvature, params, damping, None, devices)
 
     def update(
         updates: Params,
@@ -133,11 +133,11 @@ def scale_by_kfac(
     ) -> tuple[Params, KFACState]:
         del params
         check_update(state, statistics, "scale_by_kfac", sorted(others))
-        check_state(curvature, state, distribution)
+        check_state(curvature, state, devices)
         assert statistics is not None
         grads = curvature.tree.masked_leaves(updates, "grads")
         now = at(damping, state.step)
-        value = averaged_loss(distribution, value)
+        value = averaged_loss(devices, value)
         usable = is_usable(value, [x for x in grads if x is not None])
         before = state
         state, refused = advance(
@@ -147,7 +147,7 @@ def scale_by_kfac(
             now,
             decay,
             schedule,
-            distribution,
+            devices,
             usable,
         )
         scaled, square = _precondition(
@@ -157,7 +157,7 @@ def scale_by_kfac(
             schedule.stale,
             grads,
             statistics.products,
-            distribution,
+            devices,
         )
         finite = jnp.isfinite(square) & usable
         scaled = [
@@ -183,7 +183,7 @@ def kfac(
     decay: Scalar = 0.95,
     inverse_every: int | Array | RefreshSchedule = 20,
     factored_damping: SeparateDamping | None = None,
-    distribution: Distribution | None = None,
+    devices: Distribution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The K-FAC optimizer: `δ = α Δ + μ δ0` with `Δ = -(F + (λ+η) I)⁻¹ ∇h`.
 
@@ -218,7 +218,7 @@ def kfac(
         first three steps. Or a `RefreshSchedule`.
       factored_damping: γ, the damping of the approximate Fisher: None for √(λ+η), or a
         `SeparateDamping` rule, which needs a `QuadraticModel` and a T2 that T3 divides.
-      distribution: how several devices share the inversions: `OverAxis` in a step that
+      devices: how several devices share the inversions: `OverAxis` in a step that
         each of them runs on its part of the batch, `OverMesh` in one under `jit`; None
         if each is to do all.
 
@@ -247,7 +247,7 @@ def kfac(
     >>> bool(loss_fn(optax.apply_updates(w, updates), x, y) < value)
     True
     """
-    check_common(curvature, damping, decay, inverse_every, distribution)
+    check_common(curvature, damping, decay, inverse_every, devices)
     schedule = as_schedule(inverse_every)
     check_rates(learning_rate, momentum, norm_constraint)
     if factored_damping is not None:
@@ -258,10 +258,10 @@ def kfac(
     adaptive = modelled or isinstance(damping, LevenbergMarquardt)
 
     def init(params: Params) -> KFACState:
-        state = _initial(curvature, params, damping, factored_damping, distribution)
+        state = _initial(curvature, params, damping, factored_damping, devices)
         velocity = jax.tree.map(_fresh.zeros_like, params)
-        if sharding.by_rows(distribution):
-            velocity = sharding.kept(distribution, axis_types.whole(velocity))
+        if sharding.by_rows(devices):
+            velocity = sharding.kept(devices, axis_types.whole(velocity))
         return state._replace(velocity=velocity)
 
     def update(
@@ -275,15 +275,15 @@ def kfac(
         **others: Any,
     ) -> tuple[Params, KFACState]:
         check_update(state, statistics, "kfac", sorted(others))
-        check_state(curvature, state, distribution)
+        check_state(curvature, state, devices)
         assert statistics is not None
         if adaptive:
             check_evaluation(curvature, params, value, args)
         elif params is not None:
             curvature.tree.masked_leaves(params, "params")
-        value = averaged_loss(distribution, value)
+        value = averaged_loss(devices, value)
         grads = curvature.tree.masked_leaves(updates, "grads")
-        velocity = _by_rows.velocity(curvature.tree, state.velocity, distribution)
+        velocity = _by_rows.velocity(curvature.tree, state.velocity, devices)
         count, now = state.step, state.damping
         if not isinstance(damping, LevenbergMarquardt):
             now = at(damping, count)
@@ -295,7 +295,7 @@ def kfac(
             "gradient": [x for x in grads if x is not None],
             "previous": [x for x in velocity if x is not None],
             "damping": now,
-            "distribution": distribution,
+            "devices": devices,
         }
         usable = is_usable(value, start["gradient"])
         products = _products.negative(statistics.products)
@@ -318,7 +318,7 @@ def kfac(
             now,
             decay,
             schedule,
-            distribution,
+            devices,
             usable,
             candidates,
         )
@@ -330,7 +330,7 @@ def kfac(
             schedule.stale,
             down,
             products,
-            distribution,
+            devices,
         )
         direction = [x for x in scaled if x is not None]
         step = Step(direction=direction, squared_length=square, usable=usable, **start)
@@ -347,7 +347,7 @@ def kfac(
         else:
             state = state._replace(damping=at(damping, state.step))
         restore = curvature.tree.restore
-        kept = sharding.kept(distribution, kept)
+        kept = sharding.kept(devices, kept)
         state = state._replace(velocity=restore(_fill(kept, velocity), state.velocity))
         return restore(_fill(delta, grads), updates), state
 
@@ -391,7 +391,7 @@ def _precondition(
     stale: bool,
     leaves: list[Array | None],
     products: Products,
-    distribution: Distribution | None,
+    devices: Distribution | None,
 ) -> tuple[list[Array | None], Array]:
     """Applies inverses; stale ones, and there zero while there are none."""
     state = before if stale else after
@@ -401,7 +401,7 @@ def _precondition(
         state.inverses,
         leaves,
         products,
-        distribution,
+        devices,
     )
     if not stale:
         return scaled, square
@@ -415,7 +415,7 @@ def _initial(
     params: Params,
     damping: Any,
     factored_damping: SeparateDamping | None,
-    distribution: Distribution | None,
+    devices: Distribution | None,
 ) -> KFACState:
     """The state before the first step, without velocity."""
     curvature.tree.masked_leaves(params, "params")
@@ -423,10 +423,10 @@ def _initial(
 
     def fill() -> tuple[Factors, Factors]:
         whole = zeros(layers, "factor_shapes"), init_inverses(layers)
-        return sharding.kept(distribution, whole)
+        return sharding.kept(devices, whole)
 
     # on several devices, none of them is to hold all
-    factors, inverses = fill() if distribution is None else jax.jit(fill)()
+    factors, inverses = fill() if devices is None else jax.jit(fill)()
     strength = initial_damping(damping)
     return KFACState(
         step=jnp.zeros((), jnp.int32),

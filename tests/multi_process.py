@@ -41,7 +41,7 @@ def main(rank, count, port, parts_of_state=False):
         loss_fn, params, x, y, estimation_mode="fisher_exact"
     )
     over = kfac_jax.OverMesh(mesh, state_axes="data" if parts_of_state else ())
-    tx = kfac_jax.kfac(plan, 0.1, 0.9, 0.1, inverse_every=2, distribution=over)
+    tx = kfac_jax.kfac(plan, 0.1, 0.9, 0.1, inverse_every=2, devices=over)
     everywhere, parts = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
 
     @jax.jit

@@ -212,7 +212,7 @@ def transformations() -> dict[str, Call]:
     tx = kfac_jax.kfac(plan(), kfac_jax.QuadraticModel())
     scale = kfac_jax.scale_by_kfac(plan())
     average = kfac_jax.average_iterates()
-    common = {"damping": SCHEDULE, "distribution": OPTIONAL}
+    common = {"damping": SCHEDULE, "devices": OPTIONAL}
     update = {"updates": grads, "params": W, "statistics": statistics, "value": value}
     numbers = {"fraction negative nan integers": "a loss, or NaN where it is not known"}
     others = {
@@ -231,7 +231,7 @@ def transformations() -> dict[str, Call]:
                 decay=0.95,
                 inverse_every=20,
                 factored_damping=None,
-                distribution=None,
+                devices=None,
             ),
             legal={
                 "learning_rate": SCHEDULE,
@@ -259,7 +259,7 @@ def transformations() -> dict[str, Call]:
                 damping=1e-3,
                 decay=0.95,
                 inverse_every=20,
-                distribution=None,
+                devices=None,
             ),
             legal=common,
         ),
@@ -318,7 +318,7 @@ def devices() -> dict[str, Call]:
         "sharing_report": call(
             kfac_jax.sharing_report,
             curvature=plan(),
-            distribution=kfac_jax.OverAxis("batch"),
+            devices=kfac_jax.OverAxis("batch"),
             axis_sizes={"batch": 8},
         ),
         "spread_state": allowing(
@@ -326,9 +326,9 @@ def devices() -> dict[str, Call]:
                 kfac_jax.spread_state,
                 curvature=plan(),
                 state=state,
-                distribution=over,
+                devices=over,
             ),
-            legal={"distribution": {"none": "one device"}},
+            legal={"devices": {"none": "one device"}},
             skipped={"state": STATES},
         ),
         "whole_state": allowing(
@@ -336,14 +336,14 @@ def devices() -> dict[str, Call]:
                 kfac_jax.whole_state,
                 curvature=plan(),
                 state=kfac_jax.spread_state(plan(), state, rows),
-                distribution=rows,
+                devices=rows,
             ),
-            legal={"distribution": OPTIONAL},
+            legal={"devices": OPTIONAL},
             skipped={"state": STATES},
         ),
         "state_specs": allowing(
-            call(kfac_jax.state_specs, distribution=over),
-            legal={"distribution": OPTIONAL},
+            call(kfac_jax.state_specs, devices=over),
+            legal={"devices": OPTIONAL},
         ),
     }
 

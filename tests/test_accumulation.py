@@ -55,7 +55,7 @@ def micro_step(curvature, distribution, average=None, both=False):
         0.01,
         norm_constraint=None,  # "auto" needs the value
         inverse_every=2,
-        distribution=distribution,
+        devices=distribution,
     )
 
     def step(params, state, *args):

@@ -59,7 +59,7 @@ def over(devices, by_rows=True):
 
 
 def kfac(run, distribution):
-    return kfac_jax.kfac(plan(), **RUNS[run], distribution=distribution)
+    return kfac_jax.kfac(plan(), **RUNS[run], devices=distribution)
 
 
 @functools.cache

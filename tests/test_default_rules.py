@@ -645,7 +645,7 @@ def test_steps_on_devices_are_those_of_one(route, every, rates):
     tx = kfac_jax.kfac(plan(), *rates, inverse_every=2)
     alone = kfac_jax.make_step(plan(), tx, statistics_every=every)
     expected = run(jax.jit(alone), tx, 6)
-    shared = kfac_jax.kfac(plan(), *rates, inverse_every=2, distribution=AXIS)
+    shared = kfac_jax.kfac(plan(), *rates, inverse_every=2, devices=AXIS)
     step = kfac_jax.make_step(plan(), shared, statistics_every=every, devices=AXIS)
     found = run(ROUTES[route](step, 2), shared, 6)
     models.assert_trees_close(found, expected)
@@ -659,7 +659,7 @@ def test_samples_differ_between_devices(route):
     p = problem()
     half = p.x[:8], p.y[:8]
     twice = tuple(jnp.concatenate([a, a]) for a in half)
-    shared = kfac_jax.kfac(curvature, distribution=AXIS)
+    shared = kfac_jax.kfac(curvature, devices=AXIS)
     step = kfac_jax.make_step(curvature, shared, devices=AXIS)
     found = run(ROUTES[route](step, 2), shared, 1, args=twice)[0][1].factors
     state, keys = shared.init(p.params), [jax.random.fold_in(KEY, i) for i in range(2)]

@@ -149,7 +149,7 @@ def test_steps_are_those_on_one_device(layout, structure, rules):
         )
         distribution = kfac_jax.OverMesh(mesh, shared, kept) if shared else None
         tx = kfac_jax.kfac(
-            curvature, inverse_every=2, distribution=distribution, **RULES[rules]
+            curvature, inverse_every=2, devices=distribution, **RULES[rules]
         )
 
         def step(params, state, *args):

@@ -68,16 +68,16 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     ),
     "kfac": (
         "curvature learning_rate momentum damping * norm_constraint decay "
-        "inverse_every factored_damping distribution"
+        "inverse_every factored_damping devices"
     ),
-    "scale_by_kfac": "curvature damping decay inverse_every * distribution",
+    "scale_by_kfac": "curvature damping decay inverse_every * devices",
     "make_step": "curvature tx * statistics_every devices",
     "health": "state",
     "average_iterates": "decay * start",
-    "sharing_report": "curvature distribution axis_sizes",
-    "spread_state": "curvature state distribution",
-    "state_specs": "distribution",
-    "whole_state": "curvature state distribution",
+    "sharing_report": "curvature devices axis_sizes",
+    "spread_state": "curvature state devices",
+    "state_specs": "devices",
+    "whole_state": "curvature state devices",
     "register_dense": "y x w b **metadata",
     "register_conv2d": "y x w b **metadata",
     "register_scale_and_shift": "y x scale shift **metadata",

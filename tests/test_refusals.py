@@ -316,9 +316,9 @@ ERRORS = {  # the type, and what raises it
         TypeError,
         lambda: kfac_jax.kfac(plan(), momentum="nesterov"),
     ),
-    "distribution must be None, kfac_jax.OverAxis(axis name) or": (
+    "devices must be None, kfac_jax.OverAxis(axis name) or": (
         TypeError,
-        lambda: kfac_jax.kfac(plan(), distribution="data"),
+        lambda: kfac_jax.kfac(plan(), devices="data"),
     ),
     "measures whole steps; use kfac(...)": (
         TypeError,

@@ -90,9 +90,7 @@ def plan(structure):
 
 
 def make_step(curvature, rules, distribution, average=None):
-    tx = kfac_jax.kfac(
-        curvature, inverse_every=2, distribution=distribution, **RULES[rules]
-    )
+    tx = kfac_jax.kfac(curvature, inverse_every=2, devices=distribution, **RULES[rules])
 
     def step(params, state, *args):
         value, grads, statistics = curvature.value_grad_and_statistics(params, *args)
@@ -461,7 +459,7 @@ def test_every_block_on_two_devices():
         )
 
         def run(distribution, route, curvature=curvature):
-            tx = kfac_jax.scale_by_kfac(curvature, 0.1, distribution=distribution)
+            tx = kfac_jax.scale_by_kfac(curvature, 0.1, devices=distribution)
 
             def step(params, state, *args):
                 _, grads, statistics = curvature.value_grad_and_statistics(
@@ -488,7 +486,7 @@ def test_each_device_keeps_an_eighth_of_the_state(structure):
     options = {"structure": STRUCTURES[structure]} if STRUCTURES[structure] else {}
     curvature = kfac_jax.make_curvature(p.loss_fn, p.params, *p.args, **options)
     over = kfac_jax.OverMesh(models.mesh(8, "batch"), state_axes="batch")
-    state = kfac_jax.kfac(curvature, distribution=over).init(p.params)
+    state = kfac_jax.kfac(curvature, devices=over).init(p.params)
     kept = {device: 0 for device in jax.devices()}
     for leaf in jax.tree.leaves((state.factors, state.inverses, state.velocity)):
         for shard in leaf.addressable_shards:
@@ -869,4 +867,4 @@ def test_gradients_that_stay_products_are_of_one_device():
         blocks=kfac_jax.blocks.Kronecker(gradient_products=True),
     )
     with pytest.raises(ValueError, match="no layers with gradient_products, got"):
-        kfac_jax.kfac(curvature, distribution=AXIS)
+        kfac_jax.kfac(curvature, devices=AXIS)

@@ -121,7 +121,7 @@ def setup(name):
 
 def kfac(curvature, distribution=None):
     return kfac_jax.kfac(
-        curvature, 0.1, 0.9, 0.1, inverse_every=2, distribution=distribution
+        curvature, 0.1, 0.9, 0.1, inverse_every=2, devices=distribution
     )
 
 
@@ -206,8 +206,8 @@ def test_a_state_is_spread_inside_of_shard_map(name):
     curvature, _, args = setup(name)
     tx, specs, batch = kfac(curvature, AXIS), kfac_jax.state_specs(AXIS), P("data")
     (params, state), after = on_one_device(name)
-    cut = functools.partial(kfac_jax.spread_state, curvature, distribution=AXIS)
-    join = functools.partial(kfac_jax.whole_state, curvature, distribution=AXIS)
+    cut = functools.partial(kfac_jax.spread_state, curvature, devices=AXIS)
+    join = functools.partial(kfac_jax.whole_state, curvature, devices=AXIS)
     spread = mapped(cut, 8, specs, P())(state)
     models.assert_trees_equal(mapped(join, 8, P(), specs)(spread), state)
     models.assert_trees_equal(kfac_jax.whole_state(curvature, spread), state)
@@ -320,7 +320,7 @@ def masked(curvature, distribution=None):
 
 def chained(curvature, distribution=None):
     return optax.chain(
-        kfac_jax.scale_by_kfac(curvature, 0.1, distribution=distribution),
+        kfac_jax.scale_by_kfac(curvature, 0.1, devices=distribution),
         optax.trace(0.9),
         optax.scale_by_learning_rate(0.1),
     )
@@ -385,7 +385,7 @@ WRONG = {
     "Expected whole arrays of an array of shape (5, 5) in the state": (
         lambda curvature, state, _: kfac_jax.spread_state(curvature, cut(state), AXIS)
     ),
-    "distribution must be None, kfac_jax.OverAxis": lambda curvature, state, _: (
+    "devices must be None, kfac_jax.OverAxis": lambda curvature, state, _: (
         kfac_jax.whole_state(curvature, state, 8)
     ),
     "kfac_jax.OverMesh(mesh); got 'data'": lambda curvature, state, _: (
@@ -458,7 +458,7 @@ def test_a_report_needs_the_sizes_of_axes():
     over = kfac_jax.OverAxis(("data", "model"))
     with pytest.raises(ValueError, match=r"got none for \['model'\]. Pass axis_sizes="):
         kfac_jax.sharing_report(curvature, over, {"data": 4})
-    with pytest.raises(TypeError, match="distribution must be None"):
+    with pytest.raises(TypeError, match="devices must be None"):
         kfac_jax.sharing_report(curvature, "data")
 
 
@@ -512,7 +512,7 @@ def test_a_subclass_that_solves_in_its_own_way_is_asked():
     )
 
     def update(distribution):
-        tx = kfac_jax.scale_by_kfac(curvature, 0.1, distribution=distribution)
+        tx = kfac_jax.scale_by_kfac(curvature, 0.1, devices=distribution)
         _, grads, statistics = curvature.value_grad_and_statistics(p.params, *p.args)
         state = tx.init(p.params)
         return jax.jit(lambda s: tx.update(grads, s, statistics=statistics)[0])(state)

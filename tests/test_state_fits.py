@@ -32,7 +32,7 @@ def update(state, curvature=None, distribution=None):
     """A step with the plan; nothing is computed."""
     curvature = curvature or plan()
     params = problem().params
-    tx = kfac_jax.kfac(curvature, 0.1, 0.9, 1e-3, distribution=distribution)
+    tx = kfac_jax.kfac(curvature, 0.1, 0.9, 1e-3, devices=distribution)
 
     def step(state):
         statistics = curvature.zero_statistics(params)

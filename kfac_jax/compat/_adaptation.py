@@ -56,7 +56,7 @@ class Adaptation:
         grads: Params,
         updates: Params,
         state: KFACState,
-        distribution: Distribution | None,
+        devices: Distribution | None,
     ) -> Measured:
         """Predicts, and if it is time measures and adapts.
 
@@ -68,7 +68,7 @@ class Adaptation:
           grads: ∇h.
           updates: δ.
           state: the state after the step, whose λ is the step's own.
-          distribution: over which devices the batch is spread.
+          devices: over which devices the batch is spread.
 
         Returns:
           λ for the next step, and what was found.
@@ -81,7 +81,7 @@ class Adaptation:
         def predict() -> Array:
             if self.exact:
                 form = curvature.quadratic_form(params, [updates], batch)
-                form = sharding.mean(distribution, form)[0, 0]
+                form = sharding.mean(devices, form)[0, 0]
             else:
                 moved = curvature.approximation(state.factors).matvec(updates)
                 form = tree_product(updates, moved)
@@ -91,7 +91,7 @@ class Adaptation:
             after = loss_of(
                 curvature.loss_fn(optax.apply_updates(params, updates), batch)
             )
-            after = sharding.mean(distribution, after)
+            after = sharding.mean(devices, after)
             change = jnp.asarray(predict() if change is None else change, float)
             rho = (after - loss) / change
             assert self.rule is not None

@@ -351,7 +351,7 @@ class Steps:
             norm_constraint=self.norms.constraint,
             decay=self.ema * weight / (self.ema * weight + 1.0),
             inverse_every=RefreshSchedule(self.inverse_every, phase=1, warm_up=0),
-            distribution=self._distribution,
+            devices=self._distribution,
         )
 
 

@@ -18,42 +18,42 @@ T = TypeVar("T")
 Distribution = OverAxis | OverMesh
 
 
-def by_rows(distribution: Distribution | None) -> TypeGuard[Distribution]:
+def by_rows(devices: Distribution | None) -> TypeGuard[Distribution]:
     """Whether the devices keep parts of the state."""
-    return distribution is not None and distribution.by_rows
+    return devices is not None and devices.by_rows
 
 
-def mean(distribution: Distribution | None, tree: T) -> T:
+def mean(devices: Distribution | None, tree: T) -> T:
     """The average over the devices, where each has its own."""
-    return tree if distribution is None else distribution.mean(tree)
+    return tree if devices is None else devices.mean(tree)
 
 
-def whole(distribution: Distribution | None) -> Distribution | None:
+def whole(devices: Distribution | None) -> Distribution | None:
     """The same devices, each of which has all of the state."""
-    if distribution is None:
+    if devices is None:
         return None
-    return dataclasses.replace(distribution, state_axes=())
+    return dataclasses.replace(devices, state_axes=())
 
 
-def kept(distribution: Distribution | None, tree: T) -> T:
+def kept(devices: Distribution | None, tree: T) -> T:
     """What a device keeps of arrays that all have."""
-    if not by_rows(distribution):
+    if not by_rows(devices):
         return tree
     leaves, treedef = jax.tree.flatten(tree)
-    return jax.tree.unflatten(treedef, distribution.rows(leaves))
+    return jax.tree.unflatten(treedef, devices.rows(leaves))
 
 
-def apply(distribution: Distribution | None) -> Apply | None:
+def apply(devices: Distribution | None) -> Apply | None:
     """What `linalg.inverse_many` applies inversion by; None for one device."""
-    if distribution is None:
+    if devices is None:
         return None
-    return functools.partial(distribution.map, shared=shared_inverse)
+    return functools.partial(devices.map, shared=shared_inverse)
 
 
-def check(distribution: Any, name: str = "distribution") -> None:
-    """Raises TypeError unless it is a distribution or None."""
-    if distribution is not None and not isinstance(distribution, Distribution):
+def check(devices: Any, name: str = "devices") -> None:
+    """Raises TypeError unless they are an `OverAxis`, an `OverMesh` or None."""
+    if devices is not None and not isinstance(devices, Distribution):
         raise TypeError(
             f"{name} must be None, kfac_jax.OverAxis(axis name) or "
-            f"kfac_jax.OverMesh(mesh); got {shown(distribution)}."
+            f"kfac_jax.OverMesh(mesh); got {shown(devices)}."
         )

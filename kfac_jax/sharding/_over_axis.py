@@ -29,7 +29,7 @@ Shared = Callable[[Array, Columns], Array]
 class OverAxis:
     """The devices along a named axis of `pmap` or `shard_map` share the work.
 
-    For `kfac(..., distribution=OverAxis("batch"))` in a step that each device runs on
+    For `kfac(..., devices=OverAxis("batch"))` in a step that each device runs on
     its own part of the batch. In it, `update`
 
     * sums the statistics over the axis, where JAX has not done so, and averages what
@@ -110,7 +110,7 @@ class OverAxis:
                 f"The axis of OverAxis({self.axis!r}) does not exist here: {error}. "
                 "Call update (and with state_axes init) inside of pmap(..., "
                 "axis_name=...) or of a shard_map over a mesh with that axis, or leave "
-                "the distribution out."
+                "the devices out."
             ) from None
 
     # ------------------------------------------------------------------ collectives
@@ -215,7 +215,7 @@ class OverAxis:
         """Calls a function of rows and whole arrays that every device runs.
 
         Args:
-          function: gets this distribution, rows, and whole arrays; its results are the
+          function: gets these devices, rows, and whole arrays; its results are the
             same on all devices.
           rows: a tree of a device's rows.
           whole: a tree of arrays that all devices have.

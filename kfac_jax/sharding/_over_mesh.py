@@ -23,7 +23,7 @@ T = TypeVar("T")
 class OverMesh:
     """The devices of a mesh share the work, in a step under `jit`.
 
-    For `kfac(..., distribution=OverMesh(mesh))` in a step whose arrays are sharded over
+    For `kfac(..., devices=OverMesh(mesh))` in a step whose arrays are sharded over
     the mesh, which needs nothing else: the compiler averages statistics and gradients.
     Without it every device inverts every factor. Each damped factor has one device as
     its owner, by cost, the largest first; each inverts its own, all of them together
