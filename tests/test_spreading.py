@@ -460,6 +460,8 @@ def test_a_report_needs_the_sizes_of_axes():
         kfac_jax.sharing_report(curvature, over, {"data": 4})
     with pytest.raises(TypeError, match="devices must be None"):
         kfac_jax.sharing_report(curvature, "data")
+    with pytest.raises(TypeError, match="devices must be an OverAxis or OverMesh, for"):
+        kfac_jax.sharing_report(curvature, None)
 
 
 ROUTES = {
