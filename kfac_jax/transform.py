@@ -58,7 +58,7 @@ from kfac_jax.sharding import Distribution
 QUADRATIC_MODEL = QuadraticModel()
 MOMENTUM = 0.9
 SHARE_OF_LOSS = 0.003
-DAMPING = LevenbergMarquardt(0.03, relative_minimum=1e-4, relative_maximum=10.0)
+DAMPING = LevenbergMarquardt(0.1, relative_minimum=1e-4, relative_maximum=10.0)
 """What `kfac` does where nothing is chosen; docs/tuning.md tells what that gains."""
 
 

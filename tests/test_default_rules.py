@@ -350,7 +350,7 @@ def test_damping_stays_bounded_after_convergence_and_a_new_task_is_learnt():
 
 def test_the_defaults_are_those_that_are_written():
     tx = kfac_jax.kfac(plan())
-    damping = LevenbergMarquardt(0.03, relative_minimum=1e-4, relative_maximum=10.0)
+    damping = LevenbergMarquardt(0.1, relative_minimum=1e-4, relative_maximum=10.0)
     model = QuadraticModel(largest_momentum=0.95, longest=2.0)
     # (no limit of λ is met in a few steps)
     assert (transform.QUADRATIC_MODEL, transform.DAMPING) == (model, damping)
