@@ -590,12 +590,9 @@ def test_info_has_fixed_fields_and_nan_where_nothing_was_computed():
     value, grads, statistics = compiled()(params, *make_batch(1))
     for given in (None, value, (value, "aux")):
         _, after = tx.update(grads, state, params, statistics=statistics, value=given)
-        expected = np.nan if given is None else float(value)
-        np.testing.assert_allclose(
-            after.info,
-            [expected, 0.2, np.nan, 0.1, 0.9, 1, expected, np.nan, np.nan, 1, 0],
-            rtol=1e-12,
-        )
+        h = np.nan if given is None else float(value)
+        expected = [h, 0.2, np.nan, 0.1, 0.9, 1, h, h, np.nan, np.nan, 1, 0]
+        np.testing.assert_allclose(after.info, expected, rtol=1e-12)
 
 
 def test_adaptive_rules_accept_a_loss_function_with_auxiliary_data():

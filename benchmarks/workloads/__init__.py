@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from workloads import images, others, text
+from workloads import actor_critic, images, others, text
 from workloads.task import Task as Task
 
 WORKLOADS: dict[str, Callable[[], Task]] = {
@@ -31,6 +31,7 @@ WORKLOADS: dict[str, Callable[[], Task]] = {
     "tied embedding": text.tied,
     "tabular regression": others.tabular,
     "PINN": others.pinn,
+    "actor-critic": actor_critic.digits,
 }
 """By name. Those of text fetch their data once, from a Debian package."""
 
