@@ -30,7 +30,7 @@ def make_step(
     """A training step: value, gradient and statistics, update, new parameters.
 
     It is pure: stage it by `jax.jit`, scan over it, map it over seeds. It makes three
-    calls, which a program of its own may make instead:
+    calls, which a program of its own may make instead::
 
         value, grads, statistics = curvature.value_grad_and_statistics(
             params, *args, rng=key, factors=factors)

@@ -209,7 +209,7 @@ def kfac(
       damping: λ, a number, a schedule, or a `LevenbergMarquardt` rule.
       norm_constraint: the largest `-α² Δᵀ ∇h` of a step, a number or a schedule; larger
         ones are scaled down. "auto", with a given learning rate, which alone it is for,
-        is 0.003 |h|, of this batch or of the lowest running mean of h (of 1 without
+        is `0.003 |h|`, of this batch or of the lowest running mean of h (of 1 without
         `value=`); give a number where the loss may cross zero. None for no
         limit. Where it limits most steps, it is what decides their length: let it fall
         (as the square) where the learning rate does.
