@@ -5,7 +5,6 @@ in `α² / (α + r)`. Its diagonal of the Fisher is `Σ_n ‖B_nᵀ J_n e_i‖²
 for which each entry i is pushed forward once.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._dtypes import wide
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.differentiation import has_forward_mode
 from kfac_jax._jaxpr.interpreter import Program, run
@@ -67,11 +65,16 @@ def exact_diagonals(
                 loss.multiply_root_transpose(dz)
                 for loss, dz in zip(losses, explicit(tangents), strict=True)
             ]
-            return functools.reduce(jnp.add, [jnp.square(x).sum() for x in roots])
+            return sum(
+                (jnp.square(x).sum().astype(float) for x in roots), jnp.zeros((), float)
+            )
 
         squares = dict(zip(places, _by_entries(square, own), strict=True))
         leaves = {i: [squares[k] for k in layers[i].leaves] for i in small}
-        return {i: {"diagonal": wide(layers[i].to_matrix(leaves[i]))} for i in small}
+        return {
+            i: {"diagonal": layers[i].to_matrix(leaves[i]).astype(layers[i].dtype)}
+            for i in small
+        }
 
     return axis_types.auto(diagonals)(losses, own)
 
