@@ -158,7 +158,7 @@ class Health(NamedTuple):
 
 
 _RISE = 100.0
-"""How many times its lowest value a loss may be."""
+"""How many times its lowest running mean a loss may be."""
 
 _NOT_FINITE = (
     "The loss was finite and is not: the run diverged, or the batch has values that "
@@ -166,9 +166,9 @@ _NOT_FINITE = (
     "or norm_constraint if you chose them."
 )
 _ROSE = (
-    "The loss is more than a hundred times its lowest value: steps are too long. Leave "
-    "learning_rate, momentum and damping at their defaults, or raise damping (λ), or "
-    "lower norm_constraint."
+    "The loss is more than a hundred times its lowest running mean: steps are too "
+    "long. Leave learning_rate, momentum and damping at their defaults, or raise "
+    "damping (λ), or lower norm_constraint."
 )
 _REFUSED = (
     "Most updates refused something that was not finite: look at the loss and the "
@@ -226,7 +226,7 @@ def health(state: Any) -> Health:
     worst = int(np.argmax(sum(where.astype(int) for where in found.values())))
     numbers = (
         f"After {steps[worst]:.0f} steps, {skipped[worst]:.0f} of which refused "
-        f"something, the loss is {loss[worst]:.3g}; its lowest value was "
-        f"{lowest[worst]:.3g}."
+        f"something, the loss is {loss[worst]:.3g}; its lowest running "
+        f"mean was {lowest[worst]:.3g}."
     )
     return Health(False, " ".join([numbers, *amiss]))

@@ -188,9 +188,12 @@ def with_loss(state: KFACState, value: Any) -> KFACState:
     losses, and one that is not finite neither.
     """
     loss, mean = loss_of(value), state.info.mean_loss
+    told, known = jnp.isfinite(loss) & (loss != 0), jnp.isfinite(mean)
+    # of what is finite only, for jax_debug_nans
+    new = jnp.where(told, loss, 0.0)
+    old = jnp.where(known, mean, new)
     weight = jnp.maximum(1 / state.step.astype(mean.dtype), 1 - _KEPT_LOSS)
-    new = jnp.where(jnp.isfinite(mean), mean + weight * (loss - mean), loss)
-    mean = jnp.where(jnp.isfinite(loss) & (loss != 0), new, mean)
+    mean = jnp.where(told, old + weight * (new - old), mean)
     lowest = jnp.fmin(state.info.lowest_loss, mean)
     return state._replace(
         info=state.info._replace(loss=loss, mean_loss=mean, lowest_loss=lowest)

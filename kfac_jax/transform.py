@@ -457,8 +457,8 @@ def _constraint(given: Any, count: Array, value: Any, lowest: Array) -> Array | 
     size = jnp.ones((), float)
     if value is not None:
         loss = loss_of(value)
-        loss = jnp.where(loss == 0, jnp.nan, loss)
-        size = jnp.abs(jnp.fmin(loss, lowest.astype(loss.dtype)))
+        lowest = lowest.astype(loss.dtype)
+        size = jnp.abs(jnp.where(loss == 0, lowest, jnp.fmin(loss, lowest)))
     return SHARE_OF_LOSS * jnp.where(jnp.isfinite(size), size, 1.0)
 
 

@@ -98,6 +98,33 @@ def test_it_is_the_exact_fishers(kind):
     np.testing.assert_allclose(found, alpha, rtol=1e-10)
 
 
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("narrow", ["parameter", "loss"])
+def test_of_another_precision_than_the_loss(kind, narrow):
+    """Factors have their parameter's, as everywhere."""
+    outer, size = NETWORKS[kind]
+    params = models.dense_params(0, 3, 4) | {"alpha": jnp.linspace(0.9, 1.3, size)}
+    if narrow == "parameter":
+        params["alpha"] = params["alpha"].astype("float32")
+
+    def outputs(params, x):
+        wide = params | {"alpha": params["alpha"].astype("float64")}
+        return outer(wide, models.dense(params["layer0"], x), x)
+
+    def loss_fn(params, x, labels):
+        z = outputs(params, x)
+        z = z.astype("float32") if narrow == "loss" else z
+        return softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    curvature = _plan(loss_fn, params, X, LABELS)
+    found = _diagonal(curvature, params, X, LABELS)
+    assert found.dtype == params["alpha"].dtype
+    params["alpha"] = params["alpha"].astype("float64")
+    exact = oracles.ggn(lambda p: outputs(p, X), _case, params, LABELS)
+    alpha = np.diag(oracles.block(exact, params, "alpha"))
+    np.testing.assert_allclose(found, alpha, rtol=1e-5)
+
+
 def test_masked_cases_do_not_count():
     params, outputs, loss_fn = _problem("mapped")
     mask = jnp.array([1.0, 0, 1, 1, 0, 1, 1, 1])

@@ -1,6 +1,7 @@
 """Inverses and eigendecompositions against numpy."""
 
 import math
+import pathlib
 import re
 
 import jax
@@ -10,6 +11,7 @@ import numpy as np
 import oracles
 import pytest
 
+import kfac_jax
 from kfac_jax import linalg
 from kfac_jax.linalg import _psd
 
@@ -95,6 +97,18 @@ def test_eigh_reconstructs_and_clamps():
     np.testing.assert_allclose((u * w[None]) @ u.T, x, atol=1e-12)
     w, _ = linalg.eigh(jnp.diag(jnp.array([-1e-9, 2.0])))
     np.testing.assert_array_equal(w, [0.0, 2.0])
+
+
+def test_only_this_package_calls_lapack_for_decompositions():
+    """Others go through its functions, which do not let batches wait for each other."""
+    package = pathlib.Path(kfac_jax.__file__).parent
+    calls = re.compile(r"(jnp|lax|scipy)\.linalg\.(eigh|eigvalsh|svd|qr)\b")
+    found = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if calls.search(path.read_text("utf-8"))
+    }
+    assert found == {"linalg/_coherence.py", "linalg/_psd.py"}
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="looks at LAPACK's calls")

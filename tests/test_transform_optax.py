@@ -437,14 +437,16 @@ def test_disable_jit_gives_the_same():
     assert_trees_close(after, adaptive_run(0, 1), rtol=1e-7)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("options", [(0.1, 0.9, 0.2), ADAPTIVE])
-def test_debug_nans_finds_none(options):
+def test_debug_nans_finds_none(options, compiled):
     """What was not computed is NaN in Info, but is no result of a computation."""
     tx = kfac_jax.kfac(plan(), *options)
     with jax.debug_nans(True):
         params = make_params()
         state = tx.init(params)
-        step = jax.jit(functools.partial(full_step, tx))
+        step = functools.partial(full_step, tx)
+        step = jax.jit(step) if compiled else step
         for i in range(2):
             params, state = step(params, state, make_batch(i), jax.random.key(i))
     assert int(state.step) == 2

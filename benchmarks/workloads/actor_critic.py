@@ -10,15 +10,9 @@ from jax import Array
 
 import kfac_jax
 from workloads import data
-from workloads.task import Params, Task, apply, rows, stack
+from workloads.task import Params, Task, rows, stack, through
 
 PIXELS, ACTIONS = 784, 10
-
-
-def _through(layers: list[Params], x: Array) -> Array:
-    for layer in layers[:-1]:
-        x = jnp.tanh(apply(layer, x))
-    return apply(layers[-1], x)
 
 
 def digits() -> Task:
@@ -30,7 +24,7 @@ def digits() -> Task:
     images, labels, test_images, test_labels = map(jnp.asarray, data.digits())
 
     def heads(params: list[Params], x: Array) -> tuple[Array, Array]:
-        both = _through(params, x)
+        both = through(params, x)
         return both[:, :ACTIONS], both[:, ACTIONS:]
 
     def loss_fn(params: list[Params], x: Array, y: Array, noise: Array) -> Array:

@@ -11,7 +11,7 @@ from jax import Array
 
 import kfac_jax
 from workloads import data
-from workloads.task import Params, Task, apply, dense, rows, stack
+from workloads.task import Params, Task, apply, dense, rows, stack, through
 
 PIXELS, CLASSES = 784, 10
 
@@ -245,11 +245,6 @@ def vae() -> Task:
             "encoder": stack(first, PIXELS, 256, 2 * code),
             "decoder": stack(second, code, 256, PIXELS),
         }
-
-    def through(layers: list[Params], x: Array) -> Array:
-        for layer in layers[:-1]:
-            x = jnp.tanh(apply(layer, x))
-        return apply(layers[-1], x)
 
     def divergence(z: Array) -> Array:
         mean, log_variance = z[:code], z[code:]

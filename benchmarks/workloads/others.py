@@ -10,13 +10,7 @@ from jax import Array
 
 import kfac_jax
 from workloads import data
-from workloads.task import Params, Task, apply, rows, stack
-
-
-def _through(layers: list[Params], x: Array) -> Array:
-    for layer in layers[:-1]:
-        x = jnp.tanh(apply(layer, x))
-    return apply(layers[-1], x)
+from workloads.task import Params, Task, rows, stack, through
 
 
 def tabular() -> Task:
@@ -24,10 +18,10 @@ def tabular() -> Task:
     x, y, test_x, test_y = map(jnp.asarray, data.patients())
 
     def loss_fn(params: Params, x: Array, y: Array) -> Array:
-        return kfac_jax.losses.squared_error(_through(params, x), y).sum(-1).mean()
+        return kfac_jax.losses.squared_error(through(params, x), y).sum(-1).mean()
 
     def evaluate(params: Params, x: Array, y: Array) -> tuple[Array, Array]:
-        loss = jnp.square(_through(params, x) - y).sum(-1).mean()
+        loss = jnp.square(through(params, x) - y).sum(-1).mean()
         return loss, loss
 
     return Task(
@@ -54,7 +48,7 @@ def pinn() -> Task:
         def second(direction: Array) -> Array:
             along = jnp.broadcast_to(direction, points.shape)
             slope = lambda x: jax.jvp(  # noqa: E731
-                lambda x: _through(params, x), (x,), (along,)
+                lambda x: through(params, x), (x,), (along,)
             )[1]
             return jax.jvp(slope, (points,), (along,))[1]
 
@@ -63,7 +57,7 @@ def pinn() -> Task:
     def loss_fn(params: Params, points: Array, wall: Array) -> Array:
         error = kfac_jax.losses.squared_error
         inside = error(laplacian(params, points), source(points)).sum(-1).mean()
-        outside = error(_through(params, wall), jnp.zeros((len(wall), 1)))
+        outside = error(through(params, wall), jnp.zeros((len(wall), 1)))
         return inside + outside.sum(-1).mean()
 
     def batch(key: Array, arrays: Any) -> Any:
@@ -72,8 +66,8 @@ def pinn() -> Task:
 
     def evaluate(params: Params, points: Array, wall: Array) -> tuple[Array, Array]:
         inside = jnp.square(laplacian(params, points) - source(points)).mean()
-        outside = jnp.square(_through(params, wall)).mean()
-        error = jnp.square(_through(params, points) - solution(points)).mean()
+        outside = jnp.square(through(params, wall)).mean()
+        error = jnp.square(through(params, points) - solution(points)).mean()
         return inside + outside, jnp.sqrt(error)
 
     return Task(

@@ -67,6 +67,13 @@ def apply(layer: Params, x: Array) -> Array:
     return x @ layer["w"] + layer["b"]
 
 
+def through(layers: list[Params], x: Array) -> Array:
+    """Outputs of layers with tanh in between."""
+    for layer in layers[:-1]:
+        x = jnp.tanh(apply(layer, x))
+    return apply(layers[-1], x)
+
+
 def stack(key: Array, *sizes: int, scale: float = 1.0) -> list[Params]:
     """Several layers."""
     keys = jax.random.split(key, len(sizes) - 1)

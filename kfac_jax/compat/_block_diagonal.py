@@ -23,6 +23,7 @@ from kfac_jax.compat._plans import plan, warn_of_lost_examples, without
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.curvature import Curvature
 from kfac_jax.layers import Layer
+from kfac_jax.linalg._psd import symmetric_eigh
 
 Params = Any
 
@@ -434,7 +435,7 @@ class BlockDiagonalCurvature:
         _check_state(state)
         factors = _cache(state).factors if use_cached else state.factors
         matrices = dense_blocks(self.curvature.layers, factors)
-        return tuple(jnp.linalg.eigvalsh(matrix) for matrix in matrices)
+        return tuple(symmetric_eigh(matrix)[0] for matrix in matrices)
 
     def eigenvalues(self, state: BlockDiagonalState, use_cached: bool) -> Array:
         """Those of all blocks, one block after another; see `block_eigenvalues`."""
