@@ -45,7 +45,9 @@ def make_step(
       tx: `kfac(curvature, ...)`, `scale_by_kfac(curvature, ...)`, or an `optax.chain`
         or other wrapper with one of them in it.
       statistics_every: k; the first step and every k-th after it gather statistics, and
-        the others cost no more than with a first-order optimizer.
+        the others cost a gradient and the update, with the rules that evaluate the
+        loss if there are any (docs/performance.md has the price). Lower `decay` in
+        `kfac` with it, to 0.8 for 5.
       devices: what `tx` got, if that is an `OverAxis`, for a step that every device
         runs on its part of the batch: samples then differ between devices, and
         gradients are their means.
@@ -92,15 +94,17 @@ def make_step(
                 params, *args, rng=key, factors=own.factors
             )
 
-        def skip() -> Any:
-            value, grads = curvature.value_and_grad(params, *args)
-            return value, grads, curvature.zero_statistics(params)
-
         if statistics_every == 1:
             value, grads, statistics = gather()
         else:
-            due = own.step % statistics_every == 0
-            value, grads, statistics = jax.lax.cond(due, gather, skip)
+            # the gradient is not in a branch: there XLA would not share its forward
+            # pass with the quadratic model's, and be slow at convolutions on CPUs
+            value, grads = curvature.value_and_grad(params, *args)
+            statistics = jax.lax.cond(
+                own.step % statistics_every == 0,
+                lambda: gather()[2],
+                lambda: curvature.zero_statistics(params),
+            )
         if axis is not None:
             grads = _mean(grads, loss_of(value), axis)
         updates, state = update(

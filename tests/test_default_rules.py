@@ -495,6 +495,34 @@ def test_statistics_of_every_third_step():
     assert int(states[-1].info.skipped_updates) == 0
 
 
+@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("rates", [(), (0.5, 0.9, 1e-2)])
+def test_rare_statistics_are_those_of_calls_by_hand(rates, products):
+    block = kfac_jax.blocks.Kronecker(gradient_products=products)
+    curvature, tx = plan(blocks=block), kfac_jax.kfac(plan(blocks=block), *rates)
+
+    def by_hand(params, state, key, *args, due):
+        value, grads, statistics = curvature.value_grad_and_statistics(
+            params, *args, rng=key
+        )
+        if not due:
+            value, grads = curvature.value_and_grad(params, *args)
+            statistics = curvature.zero_statistics(params)
+        updates, state = tx.update(
+            grads, state, params, statistics=statistics, value=value, args=args
+        )
+        return optax.apply_updates(params, updates), state, value
+
+    calls = {due: jax.jit(functools.partial(by_hand, due=due)) for due in (True, False)}
+
+    def expected(params, state, key, *args):
+        return calls[int(state.step) % 2 == 0](params, state, key, *args)
+
+    step = jax.jit(kfac_jax.make_step(curvature, tx, statistics_every=2))
+    for found, other in zip(run(step, tx, 5), run(expected, tx, 5), strict=True):
+        models.assert_trees_close(found[0], other[0])
+
+
 def test_steps_in_a_scan():
     tx = kfac_jax.kfac(plan(**SAMPLED))
     step = kfac_jax.make_step(plan(**SAMPLED), tx, statistics_every=2)
