@@ -129,6 +129,20 @@ AT = {
         ),
         Examples(0, B),
     ),
+    "mapped, one by one": (
+        lambda x: jax.lax.map(lambda x: jnp.sort(x @ x.T, axis=0), x),
+        Examples(0, B),
+    ),
+    "mapped, where several rows are of one": (
+        lambda x: jax.lax.map(jnp.cumsum, x.reshape(B * S, F)),
+        Examples(0, B, 1, S),
+    ),
+    "mapped, each by a loop of its own": (
+        lambda x: jax.lax.map(
+            lambda x: jax.lax.scan(lambda c, x: (c + x.sum(), c * x), 0.0, x)[1], x
+        ),
+        Examples(0, B),
+    ),
     # ------------------------------------------------------------------------- lost
     "sum over the batch": (lambda x: x.sum(0), LOST),
     "batch norm": (lambda x: x - jnp.broadcast_to(x.mean(0), x.shape), LOST),
@@ -172,6 +186,18 @@ AT = {
     "gram matrix": (lambda x: jnp.einsum("bsf,csf->bc", x, x), LOST),
     "scan over the batch": (
         lambda x: jax.lax.scan(lambda c, x: (c + x.sum(), x), 0.0, x)[0],
+        LOST,
+    ),
+    "sums so far": (
+        lambda x: jax.lax.scan(lambda c, x: (c + x.sum(), x + c), 0.0, x)[1],
+        LOST,
+    ),
+    "the example before": (
+        lambda x: jax.lax.scan(lambda c, x: (x, c), jnp.zeros((S, F)), x)[1],
+        LOST,
+    ),
+    "mapped beside all": (
+        lambda x: jax.lax.map(lambda row: row[None] - x, x),
         LOST,
     ),
 }
@@ -368,6 +394,25 @@ def test_exact_mode_where_the_axis_is_lost():
         np.testing.assert_allclose(
             pair[0][layer]["output"], pair[1][layer]["output"], rtol=1e-10
         )
+
+
+def test_exact_mode_where_a_loop_takes_the_examples_one_by_one():
+    """As where `vmap` does: one pull-back of all."""
+    params, x = models.dense_params(0, F, 3, 2), X[:, 0]
+
+    def loss_fn(params, x, each):
+        z = models.dense(params["layer0"], x)
+        z = each(lambda z: models.dense(params["layer1"], jnp.tanh(z)))(z)
+        return squared_error(jnp.sin(z)).sum(-1).mean()
+
+    def mapped(f):
+        return functools.partial(jax.lax.map, f)
+
+    pair = [
+        models.exact_factors(lambda p, x, e=each: loss_fn(p, x, e), params, x)[1]
+        for each in (mapped, jax.vmap)
+    ]
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-10), *pair)
 
 
 @pytest.mark.parametrize("size", [1, 2, 5])

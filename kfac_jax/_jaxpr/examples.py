@@ -12,7 +12,15 @@ from typing import Any
 
 from kfac_jax._jaxpr import batched
 from kfac_jax._jaxpr.graph import Atom, Node, is_value
-from kfac_jax._jaxpr.states import LOST, Examples, Lost, Rule, State, merge
+from kfac_jax._jaxpr.states import (
+    LOST,
+    Examples,
+    Lost,
+    Rule,
+    Scanned,
+    State,
+    merge,
+)
 
 
 def _elementwise(node: Node, states: Sequence[State]) -> list[State]:
@@ -239,6 +247,9 @@ def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:
     states = [read(atom) if is_value(atom) else None for atom in node.inputs]
     if all(state is None for state in states):
         return [None] * len(node.outputs)
+    merged = merge(states)
+    if isinstance(merged, Scanned):  # of one example; nothing can mix several
+        return [merged] * len(node.outputs)
     rule = RULES.get(node.name)
     if rule is None:
         rule = _elementwise if _is_elementwise(node) else _lost

@@ -25,7 +25,21 @@ class Lost:
 
 LOST = Lost()
 
-State = Examples | Lost | None
+
+@dataclasses.dataclass(frozen=True)
+class Scanned:
+    """All of one example, whose axis a loop runs over: `x[i]` in its i-th iteration.
+
+    Only inside of that loop, and only while `tracking` follows it. What reads the
+    states gets `Lost` there, as no axis is one of examples.
+    """
+
+    loop: int
+    examples: Examples
+    where: str = dataclasses.field(default="", compare=False)
+
+
+State = Examples | Lost | Scanned | None
 """None: does not depend on the batch."""
 
 Rule = Callable[[Node, Sequence[State]], list[State]]

@@ -1,19 +1,30 @@
 """Runs the rules of `examples` over a whole program, control flow included."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.examples import named, propagate
 from kfac_jax._jaxpr.graph import Atom, Graph, Node, build, is_value
-from kfac_jax._jaxpr.states import LOST, Examples, Lost, State, merge
+from kfac_jax._jaxpr.states import (
+    LOST,
+    Examples,
+    Lost,
+    Scanned,
+    State,
+    merge,
+)
 
 
 def track(graph: Graph, inputs: Sequence[State]) -> Mapping[int, State]:
     """Returns the state of every value, given those of the program's inputs."""
     states: dict[int, State] = {}
     _track(graph, inputs, states)
-    return states
+    return {
+        value: Lost(state.where) if isinstance(state, Scanned) else state
+        for value, state in states.items()
+    }
 
 
 def _track(
@@ -74,19 +85,47 @@ def _linear_solve(
 
 
 def _scan(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
-    """Carries are iterated until their state settles; scanned axes are dropped."""
+    """Carries are iterated until their state settles; scanned axes are dropped.
+
+    A loop over the examples, as `jax.lax.map` makes it, keeps them apart: what an
+    iteration makes is its own example's, unless a carry depends on others.
+    """
     layout = _compat.scan_layout(node.params)
     start, stop = layout.num_consts, layout.num_consts + layout.num_carry
     consts, carry, xs = operands[:start], operands[start:stop], operands[stop:]
-    xs = [_shift(state, -1) for state in xs]
+    xs = [_slice(node, state) for state in xs]
     while True:
         results = _track(node.bodies[0], [*consts, *carry, *xs], states)
-        out = results[: layout.num_carry]
+        out = [_joined(node, state) for state in results[: layout.num_carry]]
         merged = [merge(pair) for pair in zip(carry, out, strict=True)]
         if merged == carry:
             break
         carry = merged
-    return [*carry, *(_shift(state, 1) for state in results[layout.num_carry :])]
+    return [*carry, *(_stack(node, state) for state in results[layout.num_carry :])]
+
+
+def _slice(node: Node, state: State) -> State:
+    """One iteration's part of what a scan runs over."""
+    if not isinstance(state, Examples):
+        return state
+    if state.axis == 0:
+        return Scanned(id(node), state, f"{node.name} at {node.source}")
+    return dataclasses.replace(state, axis=state.axis - 1)
+
+
+def _joined(node: Node, state: State) -> State:
+    """What the next iteration gets: of another example, if these are scanned."""
+    mine = isinstance(state, Scanned) and state.loop == id(node)
+    return LOST if mine else state
+
+
+def _stack(node: Node, state: State) -> State:
+    """What a scan makes of the results of its iterations."""
+    if isinstance(state, Scanned) and state.loop == id(node):
+        return state.examples
+    if isinstance(state, Examples):
+        return dataclasses.replace(state, axis=state.axis + 1)
+    return state
 
 
 def _shard_map(
@@ -108,14 +147,6 @@ def _resize(state: State, shape: Sequence[int]) -> State:
     if state.outer * state.inner != 1:
         return LOST
     return Examples(state.axis, shape[state.axis])
-
-
-def _shift(state: State, by: int) -> State:
-    if not isinstance(state, Examples):
-        return state
-    if state.axis + by < 0:
-        return LOST
-    return Examples(state.axis + by, state.size, state.outer, state.inner)
 
 
 _RULES = {
