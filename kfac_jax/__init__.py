@@ -68,6 +68,8 @@ from kfac_jax.compat.curvature_estimator import (
 from kfac_jax.compat.optimizer import Optimizer as Optimizer
 from kfac_jax.curvature import Curvature as Curvature
 from kfac_jax.curvature import make_curvature as make_curvature
+from kfac_jax.grafting import GraftState as GraftState
+from kfac_jax.grafting import graft as graft
 from kfac_jax.layers import Layer as Layer
 from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
 from kfac_jax.rules import QuadraticModel as QuadraticModel

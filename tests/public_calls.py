@@ -284,6 +284,7 @@ def transformations() -> dict[str, Call]:
         "health": allowing(
             call(kfac_jax.health, state=tx.init(W)), skipped={"state": STATES}
         ),
+        "graft": call(kfac_jax.graft, direction=scale, magnitude=average),
         "average_iterates": allowing(
             call(kfac_jax.average_iterates, decay=0.99, start=1),
             legal={"start": OPTIONAL},

@@ -12,9 +12,9 @@ import kfac_jax
 
 TOP = """
 AverageIteratesState BlockDiagonal BlockTridiagonal Curvature ExponentialBatchSize
-Health Info KFACState Layer LevenbergMarquardt OverAxis OverMesh QuadraticModel
-RefreshSchedule SeparateDamping SharingReport Statistics Totals
-average_iterates blocks distributions health initializers kfac linalg losses
+GraftState Health Info KFACState Layer LevenbergMarquardt OverAxis OverMesh
+QuadraticModel RefreshSchedule SeparateDamping SharingReport Statistics Totals
+average_iterates blocks distributions graft health initializers kfac linalg losses
 make_curvature make_step
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution
@@ -74,6 +74,7 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "make_step": "curvature tx * statistics_every devices",
     "health": "state",
     "average_iterates": "decay * start",
+    "graft": "direction magnitude",
     "sharing_report": "curvature devices axis_sizes",
     "spread_state": "curvature state devices",
     "state_specs": "devices",
