@@ -1,0 +1,1 @@
+"""What goes well with K-FAC and does not depend on it."""

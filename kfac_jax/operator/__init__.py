@@ -1,0 +1,1 @@
+"""The approximate curvature as a linear operator."""

@@ -1,0 +1,1 @@
+"""K-FAC as optax transformations: state, refresh, rates, damping."""

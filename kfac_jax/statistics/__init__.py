@@ -1,0 +1,1 @@
+"""One batch: its gradient, its statistics, exact products; and the factors."""
