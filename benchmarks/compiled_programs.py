@@ -31,7 +31,8 @@ from compiled_text import instructions, library_calls
 from models import MODELS, Model, plan
 
 import kfac_jax
-from kfac_jax import _refresh, _step
+from kfac_jax.optimization import refresh as _refresh
+from kfac_jax.optimization import step as _step
 
 RUN = 3  # steps: the second and third must not compile
 COUNTED = 25  # steps of the small model, whose refreshes are counted
@@ -216,8 +217,8 @@ def _ordinary(case: Case) -> Row:
         compiled = case.jitted().lower(*case.start, *case.rest).compile()
     if not called:
         raise RuntimeError(
-            "Expected a step to call kfac_jax._step.refresh, got none: adapt _ordinary "
-            "to how steps refresh their inverses now."
+            "Expected a step to call optimization.step.refresh, got none: adapt "
+            "_ordinary to how steps refresh their inverses now."
         )
     return cost(compiled)
 

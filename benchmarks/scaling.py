@@ -47,7 +47,11 @@ from tqdm import tqdm
 
 import kfac_jax
 from kfac_jax import _by_rows, sharding
-from kfac_jax._preconditioner import init_inverses, precondition, refresh_inverses
+from kfac_jax.optimization.preconditioner import (
+    init_inverses,
+    precondition,
+    refresh_inverses,
+)
 
 ROUNDS = 3, 9  # at least and at most
 SECONDS = 10.0  # for the rounds of all sizes, once there are enough of them

@@ -2,16 +2,8 @@
 
 from kfac_jax import blocks as blocks
 from kfac_jax import distributions as distributions
-from kfac_jax import initializers as initializers
 from kfac_jax import linalg as linalg
 from kfac_jax import losses as losses
-from kfac_jax._factors import Statistics as Statistics
-from kfac_jax._make_step import Health as Health
-from kfac_jax._make_step import health as health
-from kfac_jax._make_step import make_step as make_step
-from kfac_jax._report import Totals as Totals
-from kfac_jax.averaging import AverageIteratesState as AverageIteratesState
-from kfac_jax.averaging import average_iterates as average_iterates
 from kfac_jax.compat import curvature_blocks as curvature_blocks
 from kfac_jax.compat import curvature_estimator as curvature_estimator
 from kfac_jax.compat import layers_and_loss_tags as layers_and_loss_tags
@@ -68,23 +60,36 @@ from kfac_jax.compat.curvature_estimator import (
 from kfac_jax.compat.optimizer import Optimizer as Optimizer
 from kfac_jax.curvature import Curvature as Curvature
 from kfac_jax.curvature import make_curvature as make_curvature
-from kfac_jax.grafting import GraftState as GraftState
-from kfac_jax.grafting import graft as graft
-from kfac_jax.layers import Layer as Layer
+from kfac_jax.devices import OverAxis as OverAxis
+from kfac_jax.devices import OverMesh as OverMesh
+from kfac_jax.extras import initializers as initializers
+from kfac_jax.extras.averaging import AverageIteratesState as AverageIteratesState
+from kfac_jax.extras.averaging import average_iterates as average_iterates
+from kfac_jax.extras.grafting import GraftState as GraftState
+from kfac_jax.extras.grafting import graft as graft
+from kfac_jax.extras.schedules import ExponentialBatchSize as ExponentialBatchSize
+from kfac_jax.operator.approximation import Approximation as Approximation
+from kfac_jax.optimization.make_step import Health as Health
+from kfac_jax.optimization.make_step import health as health
+from kfac_jax.optimization.make_step import make_step as make_step
+from kfac_jax.optimization.spreading import SharingReport as SharingReport
+from kfac_jax.optimization.spreading import sharing_report as sharing_report
+from kfac_jax.optimization.spreading import spread_state as spread_state
+from kfac_jax.optimization.spreading import state_specs as state_specs
+from kfac_jax.optimization.spreading import whole_state as whole_state
+from kfac_jax.optimization.transform import Info as Info
+from kfac_jax.optimization.transform import KFACState as KFACState
+from kfac_jax.optimization.transform import kfac as kfac
+from kfac_jax.optimization.transform import scale_by_kfac as scale_by_kfac
+from kfac_jax.plan import Layer as Layer
+from kfac_jax.plan.report import Totals as Totals
+from kfac_jax.plan.structures import BlockDiagonal as BlockDiagonal
+from kfac_jax.plan.structures import BlockTridiagonal as BlockTridiagonal
 from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
 from kfac_jax.rules import QuadraticModel as QuadraticModel
 from kfac_jax.rules import RefreshSchedule as RefreshSchedule
 from kfac_jax.rules import SeparateDamping as SeparateDamping
-from kfac_jax.schedules import ExponentialBatchSize as ExponentialBatchSize
-from kfac_jax.sharding import OverAxis as OverAxis
-from kfac_jax.sharding import OverMesh as OverMesh
-from kfac_jax.spreading import SharingReport as SharingReport
-from kfac_jax.spreading import sharing_report as sharing_report
-from kfac_jax.spreading import spread_state as spread_state
-from kfac_jax.spreading import state_specs as state_specs
-from kfac_jax.spreading import whole_state as whole_state
-from kfac_jax.structures import BlockDiagonal as BlockDiagonal
-from kfac_jax.structures import BlockTridiagonal as BlockTridiagonal
+from kfac_jax.statistics.averages import Statistics as Statistics
 from kfac_jax.tags import register_conv2d as register_conv2d
 from kfac_jax.tags import register_dense as register_dense
 from kfac_jax.tags import register_generic as register_generic
@@ -100,10 +105,6 @@ from kfac_jax.tags import (
     register_softmax_cross_entropy_loss as register_softmax_cross_entropy_loss,
 )
 from kfac_jax.tags import register_squared_error_loss as register_squared_error_loss
-from kfac_jax.transform import Info as Info
-from kfac_jax.transform import KFACState as KFACState
-from kfac_jax.transform import kfac as kfac
-from kfac_jax.transform import scale_by_kfac as scale_by_kfac
 
 register_categorical_predictive_distribution = register_softmax_cross_entropy_loss
 register_multi_bernoulli_predictive_distribution = register_sigmoid_cross_entropy_loss

@@ -8,24 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import (
-    _arguments,
-    _batch,
-    _estimation,
-    _factors,
-    _plan,
-    _products,
-    _report,
-)
-from kfac_jax._exact import ExactProducts
-from kfac_jax._factors import Factors, Statistics
 from kfac_jax._jaxpr import axis_types
-from kfac_jax._linearization import linearize
-from kfac_jax._trees import TreeSpec
-from kfac_jax.approximation import Approximation
+from kfac_jax._utils import arguments
+from kfac_jax._utils.trees import TreeSpec
 from kfac_jax.blocks.kronecker import check_weight_sharing
-from kfac_jax.layers import BlocksSpec, Layer
-from kfac_jax.structures import BlockDiagonal, BlockTridiagonal, Structure
+from kfac_jax.operator import products
+from kfac_jax.operator.approximation import Approximation
+from kfac_jax.plan import BlocksSpec, Layer, tracing
+from kfac_jax.plan import batch as batch_lib
+from kfac_jax.plan import report as report_lib
+from kfac_jax.plan.structures import BlockDiagonal, BlockTridiagonal, Structure
+from kfac_jax.statistics import averages, estimation
+from kfac_jax.statistics.averages import Factors, Statistics
+from kfac_jax.statistics.exact_products import ExactProducts
+from kfac_jax.statistics.linearization import linearize
 
 Params = Any
 
@@ -34,7 +30,7 @@ BLOCK_DIAGONAL = BlockDiagonal()
 
 def _without_first_axis(x: Any) -> Any:
     """The first of a stack; what is no stack stays, for a check to find."""
-    return x[0] if _arguments.is_array(x) and jnp.ndim(x) else x
+    return x[0] if arguments.is_array(x) and jnp.ndim(x) else x
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,7 +58,7 @@ class Curvature:
     on_unmatched: str
     weight_sharing: str
     structure: Structure
-    batch_argnums: _batch.Argnums = dataclasses.field(default=None, repr=False)
+    batch_argnums: batch_lib.Argnums = dataclasses.field(default=None, repr=False)
     lost_examples: str = dataclasses.field(default="", repr=False, compare=False)
     independent_cases: bool = dataclasses.field(default=False, repr=False)
 
@@ -76,15 +72,15 @@ class Curvature:
         Below the table, each parameter that is not covered, with the reason and the
         line of the model that uses it.
         """
-        table = _report.table(self.layers, self.statistics_fraction)
+        table = report_lib.table(self.layers, self.statistics_fraction)
         if not self.lost_examples or self.independent_cases:
             return table
-        return f"{table}\n{_plan.cost_of_lost_examples(self.lost_examples)}"
+        return f"{table}\n{tracing.cost_of_lost_examples(self.lost_examples)}"
 
     @property
-    def totals(self) -> _report.Totals:
+    def totals(self) -> report_lib.Totals:
         """The report's totals as data: parameters, coverage, bytes, multiply-adds."""
-        return _report.totals(self.layers, self.statistics_fraction)
+        return report_lib.totals(self.layers, self.statistics_fraction)
 
     def value_and_grad(self, params: Params, *args: Any) -> tuple[Any, Params]:
         """Value and gradient without statistics: `jax.value_and_grad` of the loss.
@@ -223,8 +219,8 @@ class Curvature:
         return Statistics(
             jnp.zeros((), jnp.float32),
             jnp.zeros((), jnp.float32),
-            _factors.zeros(self.layers, "statistics_shapes"),
-            _products.zeros(self.layers),
+            averages.zeros(self.layers, "statistics_shapes"),
+            products.zeros(self.layers),
         )
 
     def _prepare(
@@ -232,16 +228,16 @@ class Curvature:
     ) -> tuple[Sequence[Array], Any, Factors | None]:
         """The parameters' leaves, τ1 of the batch, and what blocks carry."""
         if rng is not None:
-            _arguments.key("rng", rng)
-        elif _estimation.needs_rng(self.estimation_mode):
+            arguments.key("rng", rng)
+        elif estimation.needs_rng(self.estimation_mode):
             raise ValueError(
                 f'estimation_mode="{self.estimation_mode}" samples; pass a key as '
                 "value_grad_and_statistics(..., rng=key): expected rng, got None."
             )
         leaves = self.tree.leaves(params, "params")
-        part = _batch.take(args, self.statistics_fraction, self.batch_argnums)
+        part = batch_lib.take(args, self.statistics_fraction, self.batch_argnums)
         if factors is not None:
-            _factors.check(self.layers, "factor_shapes", factors)
+            averages.check(self.layers, "factor_shapes", factors)
         elif any(layer.carried_shapes for layer in self.layers):
             start = self.init_factors(params)
             _, _, first = linearize(
@@ -286,7 +282,7 @@ class Curvature:
           ValueError: for an unknown matrix, for trees that do not match, or if the
             network uses a `custom_vjp` function, which has no forward mode.
         """
-        _arguments.choice("matrix", matrix, ("fisher", "ggn", "hessian"))
+        arguments.choice("matrix", matrix, ("fisher", "ggn", "hessian"))
         tangents = self.tree.leaves(v, "v")
         program = self._exact(params, args)
         if matrix == "hessian":
@@ -354,7 +350,7 @@ class Curvature:
           The factors.
         """
         self.tree.leaves(params, "params")
-        return _factors.zeros(self.layers, "factor_shapes")
+        return averages.zeros(self.layers, "factor_shapes")
 
     def update_factors(
         self, factors: Factors, statistics: Statistics, step: Any, decay: float = 0.95
@@ -382,12 +378,12 @@ class Curvature:
         References:
           Martens & Grosse 2015, section 5.
         """
-        _factors.check_statistics(statistics)
-        _arguments.whole("step (k)", step, arrays=True)
-        _arguments.within("step (k)", step, 1, float("inf"))
-        _arguments.number("decay (ε)", decay, arrays=True)
-        _arguments.within("decay (ε)", decay, 0.0, 1.0)
-        return _factors.average(self.layers, factors, statistics, step, decay).factors
+        averages.check_statistics(statistics)
+        arguments.whole("step (k)", step, arrays=True)
+        arguments.within("step (k)", step, 1, float("inf"))
+        arguments.number("decay (ε)", decay, arrays=True)
+        arguments.within("decay (ε)", decay, 0.0, 1.0)
+        return averages.average(self.layers, factors, statistics, step, decay).factors
 
     def approximation(self, factors: Factors) -> Approximation:
         """The approximate curvature as a linear operator over the parameters.
@@ -402,7 +398,7 @@ class Curvature:
         Raises:
           ValueError: if the factors are of another plan.
         """
-        _factors.check(self.layers, "factor_shapes", factors)
+        averages.check(self.layers, "factor_shapes", factors)
         return Approximation(layers=self.layers, tree=self.tree, factors=factors)
 
 
@@ -483,8 +479,8 @@ def make_curvature(
     >>> [layer.kind for layer in make_curvature(loss_fn, w, x, y).layers]
     ['dense']
     """
-    _arguments.function("loss_fn", loss_fn)
-    _plan.check_options(
+    arguments.function("loss_fn", loss_fn)
+    tracing.check_options(
         has_aux,
         estimation_mode,
         on_unmatched,
@@ -496,21 +492,21 @@ def make_curvature(
     if not isinstance(structure, BlockDiagonal | BlockTridiagonal):
         raise ValueError(
             "structure must be BlockDiagonal() or BlockTridiagonal(); got "
-            f"{_arguments.shown(structure)}."
+            f"{arguments.shown(structure)}."
         )
     check_weight_sharing(weight_sharing)
-    tree = _plan.tree_spec(params)
-    batch = _batch.check_argnums(batch_argnums, args)
-    traced = _plan.trace(loss_fn, has_aux, tree, params, args, batch)
-    layers, sites = _plan.group_layers(
+    tree = tracing.tree_spec(params)
+    batch = batch_lib.check_argnums(batch_argnums, args)
+    traced = tracing.trace(loss_fn, has_aux, tree, params, args, batch)
+    layers, sites = tracing.group_layers(
         traced, tree, blocks, weight_sharing, estimation_mode, structure
     )
-    layers = _plan.apply_policy(layers, on_unmatched, quiet=False)
-    layers = _plan.keep_products(traced, layers, sites, l2)
+    layers = tracing.apply_policy(layers, on_unmatched, quiet=False)
+    layers = tracing.keep_products(traced, layers, sites, l2)
     if statistics_fraction < 1.0:
-        _batch.batch_size(args, batch)
-    _plan.check_loss(traced, params, args, l2)
-    lost = _plan.check_cases(traced, estimation_mode, independent_cases)
+        batch_lib.batch_size(args, batch)
+    tracing.check_loss(traced, params, args, l2)
+    lost = tracing.check_cases(traced, estimation_mode, independent_cases)
     return Curvature(
         loss_fn=loss_fn,
         has_aux=has_aux,

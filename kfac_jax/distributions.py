@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._arguments import function, number
-from kfac_jax._dtypes import wide
+from kfac_jax._utils.arguments import function, number
+from kfac_jax._utils.dtypes import wide
 from kfac_jax.linalg._psd import symmetric_eigh
 
 Data = tuple[Array, ...]

@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kfac_jax import distributions, tags
-from kfac_jax._arguments import array, floating, real, shown, whole
+from kfac_jax._utils.arguments import array, floating, real, shown, whole
 
 
 def _output(name: str, value: ArrayLike) -> Array:

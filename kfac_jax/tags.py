@@ -14,8 +14,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kfac_jax import distributions
-from kfac_jax._arguments import array, floating, is_number, real, shown
 from kfac_jax._jaxpr import _compat
+from kfac_jax._utils.arguments import array, floating, is_number, real, shown
 
 layer_tag = _compat.identity_primitive("kfac_layer")
 generic_tag = _compat.identity_primitive("kfac_generic")

@@ -203,7 +203,7 @@ def plans() -> dict[str, Call]:
             decay=0.95,
         ),
         "Curvature.approximation": call(plan().approximation, factors=factors),
-        **{f"approximation.Approximation.{k}": v for k, v in operators.items()},
+        **{f"Approximation.{k}": v for k, v in operators.items()},
     }
 
 

@@ -406,7 +406,7 @@ def test_auto_takes_the_size_of_a_negative_loss():
 
 def by_hand(curvature, tx):
     def step(params, state, key, *args):
-        factors = kfac_jax._make_step.kfac_state(state).factors
+        factors = kfac_jax.optimization.make_step.kfac_state(state).factors
         value, grads, statistics = curvature.value_grad_and_statistics(
             params, *args, rng=key, factors=factors
         )

@@ -12,8 +12,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import kfac_jax
-from kfac_jax._exact_diagonals import MOST_ENTRIES
 from kfac_jax.losses import softmax_cross_entropy_with_integer_labels
+from kfac_jax.statistics.exact_diagonals import MOST_ENTRIES
 
 N = 8
 X = models.array(0, N, 3)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kfac_jax import linalg
-from kfac_jax._dtypes import wide_dtype
+from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.linalg import _gram
 
 # (rows, side): too small a side, too few rows, by halves, odd sides, too many rows

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfac_jax.initializers import sparse_normal
+from kfac_jax.extras.initializers import sparse_normal
 
 KEY = jax.random.key(0)
 MC_TOLERANCE = 5.0  # standard deviations of a Monte-Carlo mean

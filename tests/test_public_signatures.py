@@ -53,7 +53,7 @@ WITHOUT = {  # what is public and not called with anything wrong, and why
     "SharingReport": "made by sharing_report",
     "Statistics": "made by a plan; update looks at it",
     "Totals": "made by a plan",
-    "approximation.Approximation": "made by a plan",
+    "Approximation": "made by a plan",
     "blocks.Block": "abstract; its methods are called by the library",
     "blocks.BlockShape": "made by make_curvature",
     "blocks.Damped": "a result",
@@ -81,7 +81,7 @@ def public():
     found = {*names.TOP.split(), *names.COMPAT.split()} - {*modules_of}
     found |= {f"{m}.{n}" for m, listed in modules.items() for n in listed.split()}
     found |= {f"Curvature.{name}" for name in names.CURVATURE.split()}
-    operator = "approximation.Approximation"
+    operator = "Approximation"
     found |= {operator, *(f"{operator}.{name}" for name in names.OPERATOR.split())}
     found |= {f"distributions.{name}" for name in names.DISTRIBUTIONS.split()}
     of_utils = {

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kfac_jax
-from kfac_jax._refresh import shares
+from kfac_jax.optimization.refresh import shares
 
 RULES = {
     "fixed": {

@@ -18,10 +18,8 @@ from jax.sharding import PartitionSpec as P
 
 import kfac_jax
 from kfac_jax._jaxpr._compat import vary_like
-from kfac_jax.linalg._psd import inverse_stack, padded
-from kfac_jax.linalg._shared import LEAVES, Columns, shared_inverse
-from kfac_jax.sharding import _planner
-from kfac_jax.sharding._planner import (
+from kfac_jax.devices import _planner
+from kfac_jax.devices.planner import (
     ALL,
     assign,
     divide,
@@ -29,6 +27,8 @@ from kfac_jax.sharding._planner import (
     shared_cost,
     shared_entries,
 )
+from kfac_jax.linalg._psd import inverse_stack, padded
+from kfac_jax.linalg._shared import LEAVES, Columns, shared_inverse
 
 CASES = 16
 STEPS = 4

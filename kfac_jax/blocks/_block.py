@@ -14,7 +14,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._dtypes import wide_dtype
+from kfac_jax._utils.dtypes import wide_dtype
 
 Factors = dict[str, Array]
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import linalg
-from kfac_jax._arguments import choice
+from kfac_jax._utils.arguments import choice
 from kfac_jax.blocks._sides import Side
 
 Sides = tuple[Side, Side]

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._dtypes import wide_dtype
+from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks._block import (
     Block,
     BlockShape,

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments, linalg
+from kfac_jax import linalg
+from kfac_jax._utils import arguments
 from kfac_jax.blocks._block import BlockShape, Damped, Factors, Spectrum
 from kfac_jax.blocks.diagonal import Diagonal
 from kfac_jax.blocks.kronecker import Kronecker
@@ -65,7 +66,7 @@ class Eigen(Kronecker):
                 "Eigen multiplies gradients in its basis, not products: expected no "
                 "gradient_products, got True. Leave it out."
             )
-        _arguments.flag("warm_start", self.warm_start)
+        arguments.flag("warm_start", self.warm_start)
 
     @property
     def needs_examples(self) -> bool:

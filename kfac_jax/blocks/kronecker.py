@@ -5,8 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments, linalg
-from kfac_jax._dtypes import wide_dtype
+from kfac_jax import linalg
+from kfac_jax._utils import arguments
+from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
 from kfac_jax.blocks._pi import check_pi, pi
 from kfac_jax.blocks._sides import DIAGONAL, Side, named, sides
@@ -90,7 +91,7 @@ class Kronecker(Block):
         check_weight_sharing(self.weight_sharing)
         check_pi(self.pi)
         for name in ("gradient_products", "exact_scalars"):
-            _arguments.flag(name, getattr(self, name))
+            arguments.flag(name, getattr(self, name))
 
     @property
     def needs_examples(self) -> bool:
@@ -295,4 +296,4 @@ def _occurrences(x: Array, size: int, weight: Array, reduce: bool) -> Array:
 
 def check_weight_sharing(value: str) -> None:
     """Raises ValueError unless it is one of the settings."""
-    _arguments.choice("weight_sharing", value, ("expand", "reduce"))
+    arguments.choice("weight_sharing", value, ("expand", "reduce"))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import linalg
-from kfac_jax._dtypes import wide_dtype
+from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks._block import BlockShape, Damped, Factors, Spectrum
 from kfac_jax.blocks.diagonal import one_hot_squares
 from kfac_jax.blocks.kronecker import Kronecker

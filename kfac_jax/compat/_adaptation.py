@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import sharding
-from kfac_jax._step import loss_of
-from kfac_jax._vectors import tree_product
+from kfac_jax import devices as devices_lib
+from kfac_jax._utils.vectors import tree_product
 from kfac_jax.curvature import Curvature
+from kfac_jax.devices import Distribution
+from kfac_jax.optimization.step import loss_of
+from kfac_jax.optimization.transform import KFACState
 from kfac_jax.rules import LevenbergMarquardt
-from kfac_jax.sharding import Distribution
-from kfac_jax.transform import KFACState
 
 Params = Any
 
@@ -81,7 +81,7 @@ class Adaptation:
         def predict() -> Array:
             if self.exact:
                 form = curvature.quadratic_form(params, [updates], batch)
-                form = sharding.mean(devices, form)[0, 0]
+                form = devices_lib.mean(devices, form)[0, 0]
             else:
                 moved = curvature.approximation(state.factors).matvec(updates)
                 form = tree_product(updates, moved)
@@ -91,7 +91,7 @@ class Adaptation:
             after = loss_of(
                 curvature.loss_fn(optax.apply_updates(params, updates), batch)
             )
-            after = sharding.mean(devices, after)
+            after = devices_lib.mean(devices, after)
             change = jnp.asarray(predict() if change is None else change, float)
             rho = (after - loss) / change
             assert self.rule is not None

@@ -9,11 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments, _factors
-from kfac_jax._estimation import MODES, is_exact
-from kfac_jax._factors import Factors
-from kfac_jax._preconditioner import init_inverses, precondition, refresh_inverses
-from kfac_jax.approximation import Approximation
+from kfac_jax._utils import arguments
 from kfac_jax.compat import _options
 from kfac_jax.compat._block_views import dense_blocks, with_uncached
 from kfac_jax.compat._devices import in_pmap, pmean_if_pmap
@@ -22,8 +18,17 @@ from kfac_jax.compat._estimator_arguments import weight as one_weight
 from kfac_jax.compat._plans import plan, warn_of_lost_examples, without
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.curvature import Curvature
-from kfac_jax.layers import Layer
 from kfac_jax.linalg._psd import symmetric_eigh
+from kfac_jax.operator.approximation import Approximation
+from kfac_jax.optimization.preconditioner import (
+    init_inverses,
+    precondition,
+    refresh_inverses,
+)
+from kfac_jax.plan import Layer
+from kfac_jax.statistics import averages
+from kfac_jax.statistics.averages import Factors
+from kfac_jax.statistics.estimation import MODES, is_exact
 
 Params = Any
 
@@ -100,20 +105,20 @@ class BlockDiagonalCurvature:
         batch_index: int = 1,
     ) -> None:
         """Keeps the options; `init` makes the plan."""
-        _arguments.callable_or_none("func", func)
-        _arguments.callable_or_none("func_and_grad", func_and_grad)
+        arguments.callable_or_none("func", func)
+        arguments.callable_or_none("func_and_grad", func_and_grad)
         given = [f for f in (func, func_and_grad) if f is not None]
         if len(given) != 1:
             raise ValueError(
                 "BlockDiagonalCurvature expects one of func, a loss function that "
                 f"registers its loss, and func_and_grad; got {given}."
             )
-        _arguments.whole("params_index", params_index)
-        _arguments.whole("num_samples", num_samples)
-        _arguments.within("num_samples", num_samples, 1, float("inf"))
+        arguments.whole("params_index", params_index)
+        arguments.whole("num_samples", num_samples)
+        arguments.within("num_samples", num_samples, 1, float("inf"))
         if default_estimation_mode is not None:
             name = "default_estimation_mode"
-            _arguments.choice(name, default_estimation_mode, MODES)
+            arguments.choice(name, default_estimation_mode, MODES)
         self._generic = _options.generic_only(auto_register_kwargs, ())
         self._func = given[0]
         self._params_index = params_index
@@ -229,9 +234,9 @@ class BlockDiagonalCurvature:
         _check_state(state)
         params, rest = without(func_args, self._params_index)
         for name, value in (("ema_old", ema_old), ("ema_new", ema_new)):
-            _arguments.number(name, value, arrays=True)
+            arguments.number(name, value, arrays=True)
         if estimation_mode is not None:
-            _arguments.choice("estimation_mode", estimation_mode, MODES)
+            arguments.choice("estimation_mode", estimation_mode, MODES)
         mode = estimation_mode or self._mode
         curvature = dataclasses.replace(self.curvature, estimation_mode=mode)
         _, statistics = curvature.value_and_statistics(
@@ -241,7 +246,7 @@ class BlockDiagonalCurvature:
         old = state.weight * ema_old
         weight = old + ema_new
         epsilon = jnp.where(weight > 0, old / jnp.where(weight > 0, weight, 1), 1)
-        averaged = _factors.average(
+        averaged = averages.average(
             curvature.layers, state.factors, statistics, jnp.inf, epsilon
         )
         weight = jnp.where(averaged.informed, weight, state.weight)
@@ -341,10 +346,10 @@ class BlockDiagonalCurvature:
         v, layers = parameter_structured_vector, self.curvature.layers
         weight = one_weight(identity_weight, norm_to_scale_identity_weight_per_block)
         _check_state(state)
-        _arguments.number("power", power, arrays=True)
-        _arguments.within("power", power, -float("inf"), float("inf"))
-        _arguments.flag("exact_power", exact_power)
-        _arguments.flag("use_cached", use_cached)
+        arguments.number("power", power, arrays=True)
+        arguments.within("power", power, -float("inf"), float("inf"))
+        arguments.flag("exact_power", exact_power)
+        arguments.flag("use_cached", use_cached)
         factors = state.factors
         if use_cached:
             cache = _cache(state)
@@ -431,7 +436,7 @@ class BlockDiagonalCurvature:
         Returns:
           Those of each block.
         """
-        _arguments.flag("use_cached", use_cached)
+        arguments.flag("use_cached", use_cached)
         _check_state(state)
         factors = _cache(state).factors if use_cached else state.factors
         matrices = dense_blocks(self.curvature.layers, factors)
@@ -485,7 +490,7 @@ class BlockDiagonalCurvature:
 
 
 def _check_state(state: Any) -> None:
-    _arguments.instance(
+    arguments.instance(
         "state", state, BlockDiagonalState, "what init of the estimator returned"
     )
 

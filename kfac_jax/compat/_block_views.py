@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._factors import Factors
-from kfac_jax._preconditioner import refresh_inverses
-from kfac_jax.layers import Layer
+from kfac_jax.optimization.preconditioner import refresh_inverses
+from kfac_jax.plan import Layer
+from kfac_jax.statistics.averages import Factors
 
 
 def dense_blocks(layers: Sequence[Layer], factors: Factors) -> tuple[Array, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kfac_jax import _arguments
+from kfac_jax._utils import arguments
 
 DEVICES = "local_devices"
 
@@ -20,7 +20,7 @@ def in_pmap(axis_name: str | None) -> bool:
     """Whether the caller runs inside of `pmap` (or the like) over that axis."""
     if axis_name is None:
         return False
-    _arguments.instance("axis_name", axis_name, str | tuple, "an axis's name, or None")
+    arguments.instance("axis_name", axis_name, str | tuple, "an axis's name, or None")
     try:
         jax.lax.psum(1, axis_name)
     except NameError:
@@ -37,7 +37,7 @@ def wrap_if_pmap(p_func: Callable[[Any, str], Any]) -> Callable[[Any, str | None
     Returns:
       A function of the same arguments.
     """
-    _arguments.function("p_func", p_func)
+    arguments.function("p_func", p_func)
 
     @functools.wraps(p_func)
     def wrapped(obj: Any, axis_name: str | None) -> Any:
@@ -63,7 +63,7 @@ def pmean_if_pmap(obj: Any, axis_name: str) -> Any:
 def _sharding(axis_name: str | None) -> NamedSharding:
     """The leading axis over this process's devices, as `pmap` has its arguments."""
     if axis_name is not None:
-        _arguments.instance("axis_name", axis_name, str, "the name of an axis, or None")
+        arguments.instance("axis_name", axis_name, str, "the name of an axis, or None")
     mesh = Mesh(np.array(jax.local_devices()), (axis_name or DEVICES,))
     return NamedSharding(mesh, PartitionSpec(axis_name or DEVICES))
 
@@ -79,7 +79,7 @@ def replicate_all_local_devices(obj: Any, axis_name: str | None = None) -> Any:
       Arrays with a new leading axis, one entry for each device, which `pmap` takes
       without copying them.
     """
-    _arguments.trees("obj", obj)
+    arguments.trees("obj", obj)
     sharding, devices = _sharding(axis_name), jax.local_devices()
 
     def replicate(x: Any) -> Array:
@@ -104,7 +104,7 @@ def broadcast_all_local_devices(obj: Any, axis_name: str | None = None) -> Any:
     Raises:
       ValueError: if a leading axis is not as long as there are local devices.
     """
-    _arguments.trees("obj", obj)
+    arguments.trees("obj", obj)
     count = jax.local_device_count()
     for x in jax.tree.leaves(obj):
         if jnp.shape(x)[:1] != (count,):
@@ -157,7 +157,7 @@ def make_different_rng_key_on_all_devices(rng: Array) -> Array:
     Returns:
       The keys with a leading axis, each on its device.
     """
-    _arguments.key("rng", rng)
+    arguments.key("rng", rng)
     rng = jax.random.fold_in(rng, jax.process_index())
     return broadcast_all_local_devices(jax.random.split(rng, jax.local_device_count()))
 
@@ -185,9 +185,9 @@ def p_split_num(key: Array, num: int) -> tuple[Array, ...]:
     Raises:
       ValueError: if there is not one for each device.
     """
-    _arguments.whole("num", num)
-    _arguments.within("num", num, 1, float("inf"))
-    shape = jnp.shape(_arguments.array("key", key))
+    arguments.whole("num", num)
+    arguments.within("num", num, 1, float("inf"))
+    shape = jnp.shape(arguments.array("key", key))
     if shape[:1] != (jax.local_device_count(),):
         raise ValueError(
             "key must have a leading axis with an entry for each of the "
@@ -230,10 +230,10 @@ def get_sum(obj: Any) -> Any:
 
 
 def _check_devices_axis(obj: Any) -> None:
-    _arguments.trees("obj", obj)
+    arguments.trees("obj", obj)
     for x in jax.tree.leaves(obj):
         if not jnp.ndim(x):
             raise ValueError(
                 "obj must hold arrays with a leading axis of devices; got "
-                f"{_arguments.shown(x)}."
+                f"{arguments.shown(x)}."
             )

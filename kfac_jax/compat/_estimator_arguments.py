@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments
+from kfac_jax._utils import arguments
 
 Powers = float | Sequence[float] | None
 
@@ -17,7 +17,7 @@ def powers(name: str, given: Any) -> tuple[float, ...]:
         return ()
     found = tuple(given) if isinstance(given, list | tuple) else (given,)
     for power in found:
-        _arguments.number(f"each of {name}", power)
+        arguments.number(f"each of {name}", power)
     return found
 
 
@@ -38,9 +38,9 @@ def weight(given: Any, norm: str | None) -> Array:
         raise ValueError(
             "identity_weight is expected as one number for all blocks, without "
             "norm_to_scale_identity_weight_per_block; got "
-            f"{_arguments.shown(given)} and {_arguments.shown(norm)}. "
+            f"{arguments.shown(given)} and {arguments.shown(norm)}. "
             "kfac_jax adds the same λ I to each."
         )
-    _arguments.number("identity_weight", given, arrays=True)
-    _arguments.within("identity_weight", given, 0.0, float("inf"))
+    arguments.number("identity_weight", given, arrays=True)
+    arguments.within("identity_weight", given, 0.0, float("inf"))
     return jnp.asarray(given, float)

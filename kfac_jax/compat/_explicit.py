@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kfac_jax import _arguments, linalg
-from kfac_jax._estimation import is_exact
+from kfac_jax import linalg
+from kfac_jax._utils import arguments
 from kfac_jax.compat._devices import pmean_if_pmap
 from kfac_jax.compat._estimator_arguments import Powers, powers
 from kfac_jax.compat._estimator_arguments import weight as one_weight
 from kfac_jax.compat._plans import plan, without
 from kfac_jax.curvature import Curvature
+from kfac_jax.statistics.estimation import is_exact
 
 Params = Any
 
@@ -90,8 +91,8 @@ class ExplicitExactCurvature:
         **kwargs: Any,
     ) -> None:
         """Keeps the options; `init` makes the plan."""
-        _arguments.callable_or_none("func", func)
-        _arguments.callable_or_none("func_and_grad", func_and_grad)
+        arguments.callable_or_none("func", func)
+        arguments.callable_or_none("func_and_grad", func_and_grad)
         given = [f for f in (func, func_and_grad) if f is not None]
         if len(given) != 1:
             raise ValueError(
@@ -107,10 +108,10 @@ class ExplicitExactCurvature:
         if layer_tag_to_block_ctor is not None:
             raise ValueError(
                 "layer_tag_to_block_ctor is expected to be None, since the matrix is "
-                f"held whole; got {_arguments.shown(layer_tag_to_block_ctor)}. Use "
+                f"held whole; got {arguments.shown(layer_tag_to_block_ctor)}. Use "
                 "BlockDiagonalCurvature for blocks."
             )
-        _arguments.whole("params_index", params_index)
+        arguments.whole("params_index", params_index)
         _check_mode("default_estimation_mode", default_estimation_mode)
         self._func = given[0]
         self._params_index = params_index
@@ -199,7 +200,7 @@ class ExplicitExactCurvature:
         _check_state(state)
         _check_mode("estimation_mode", estimation_mode)
         for name, value in (("ema_old", ema_old), ("ema_new", ema_new)):
-            _arguments.number(name, value, arrays=True)
+            arguments.number(name, value, arrays=True)
         params, rest = without(func_args, self._params_index)
         units = self._by_parameter(jnp.eye(self.dim))
         matrix = self.curvature.quadratic_form(params, units, *rest)
@@ -278,9 +279,9 @@ class ExplicitExactCurvature:
           The product.
         """
         _check_state(state)
-        _arguments.number("power", power)
-        _arguments.within("power", power, -float("inf"), float("inf"))
-        _arguments.flag("use_cached", use_cached)
+        arguments.number("power", power)
+        arguments.within("power", power, -float("inf"), float("inf"))
+        arguments.flag("use_cached", use_cached)
         weight = one_weight(identity_weight, norm_to_scale_identity_weight_per_block)
         if use_cached and power != 1:
             w, u, weight = _cached(state)
@@ -330,7 +331,7 @@ class ExplicitExactCurvature:
     def eigenvalues(self, state: ExplicitExactState, use_cached: bool) -> Array:
         """The eigenvalues of F, of the last `update_cache` if cached, `[P]`."""
         _check_state(state)
-        _arguments.flag("use_cached", use_cached)
+        arguments.flag("use_cached", use_cached)
         return _cached(state).w if use_cached else linalg.eigh(state.matrix)[0]
 
     def block_eigenvalues(
@@ -379,14 +380,14 @@ def _check_mode(name: str, mode: str | None) -> None:
     if mode is not None and not (isinstance(mode, str) and is_exact(mode)):
         raise ValueError(
             f'{name} is expected to be one of the exact modes, "fisher_exact" or '
-            f'"ggn_exact", for the exact matrix; got {_arguments.shown(mode)}. For '
+            f'"ggn_exact", for the exact matrix; got {arguments.shown(mode)}. For '
             "others use BlockDiagonalCurvature, or make_curvature(..., "
             "blocks=kfac_jax.blocks.Full())."
         )
 
 
 def _check_state(state: Any) -> None:
-    _arguments.instance(
+    arguments.instance(
         "state", state, ExplicitExactState, "what init of the estimator returned"
     )
 

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments, _plan
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.differentiation import check_forward_mode, reverse_mode
 from kfac_jax._jaxpr.graph import Graph
 from kfac_jax._jaxpr.interpreter import run
-from kfac_jax._trees import TreeSpec
+from kfac_jax._utils import arguments
+from kfac_jax._utils.trees import TreeSpec
 from kfac_jax.compat._plans import with_params_first, without
 from kfac_jax.compat.utils import default_batch_size_extractor
 from kfac_jax.distributions import RegisteredLoss
+from kfac_jax.plan import tracing
 
 Params = Any
 Outputs = tuple[list[Array], list[RegisteredLoss]]
@@ -47,23 +48,23 @@ class ImplicitExactCurvature:
         batch_size_extractor: Callable[[Any], Any] = default_batch_size_extractor,
     ) -> None:
         """Keeps the options."""
-        _arguments.function("func", func)
-        _arguments.whole("params_index", params_index)
-        _arguments.function("batch_size_extractor", batch_size_extractor)
+        arguments.function("func", func)
+        arguments.whole("params_index", params_index)
+        arguments.function("batch_size_extractor", batch_size_extractor)
         self._func = func
         self._params_index = params_index
         self._size = batch_size_extractor
 
     def _at(self, func_args: Sequence[Any]) -> "_Place":
         params, rest = without(func_args, self._params_index)
-        tree = _plan.tree_spec(params)
+        tree = tracing.tree_spec(params)
         loss_fn = with_params_first(self._func, self._params_index)
-        traced = _plan.trace(loss_fn, False, tree, params, rest, None)
-        program = _plan.outputs_program(traced)
+        traced = tracing.trace(loss_fn, False, tree, params, rest, None)
+        program = tracing.outputs_program(traced)
         data, size = jax.tree.leaves(rest), None
         if self._size is not default_batch_size_extractor:
             size = self._size(func_args[-1])
-            _arguments.number("what batch_size_extractor returns", size, arrays=True)
+            arguments.number("what batch_size_extractor returns", size, arrays=True)
 
         def outputs(leaves: list[Array]) -> Outputs:
             _, losses = run(program, [*leaves, *data], None)
@@ -156,7 +157,7 @@ class ImplicitExactCurvature:
         Returns:
           The shape of the array for each registered loss, and N.
         """
-        _arguments.choice("mode", mode, ("fisher", "ggn"))
+        arguments.choice("mode", mode, ("fisher", "ggn"))
         place = self._at(func_args)
         shapes = [x.shape for x in jax.eval_shape(place.outputs, place.leaves)[0]]
         return tuple(shapes), place.size or shapes[0][0]
@@ -275,9 +276,9 @@ def _of_size(loss: RegisteredLoss, size: Any) -> RegisteredLoss:
 def _inner(vectors: Any, losses: Sequence[RegisteredLoss]) -> list[Array]:
     """What B is multiplied by, one array for each loss."""
     what = "loss_inner_vectors"
-    _arguments.sequence(what, vectors, f"{len(losses)} arrays, one for each loss")
+    arguments.sequence(what, vectors, f"{len(losses)} arrays, one for each loss")
     shapes = [loss.z.shape for loss in losses]
-    found = [_arguments.real(f"{what}[{i}]", x) for i, x in enumerate(vectors)]
+    found = [arguments.real(f"{what}[{i}]", x) for i, x in enumerate(vectors)]
     if [x.shape for x in found] != shapes:
         raise ValueError(
             f"{what} must be shaped like what was registered: expected {shapes}, got "

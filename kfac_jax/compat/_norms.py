@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._preconditioner import precondition
-from kfac_jax._vectors import tree_product
+from kfac_jax._utils.vectors import tree_product
 from kfac_jax.curvature import Curvature
-from kfac_jax.transform import KFACState
+from kfac_jax.optimization.preconditioner import precondition
+from kfac_jax.optimization.transform import KFACState
 
 Params = Any
 

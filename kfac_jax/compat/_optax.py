@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _arguments
-from kfac_jax._estimation import MODES
+from kfac_jax._utils import arguments
 from kfac_jax.compat import _options
 from kfac_jax.compat._block_diagonal import BlockDiagonalCurvature, BlockDiagonalState
 from kfac_jax.compat._devices import in_pmap
@@ -18,6 +17,7 @@ from kfac_jax.compat.utils import (
     inner_product,
     scalar_mul,
 )
+from kfac_jax.statistics.estimation import MODES
 
 
 class OptaxPreconditionState(NamedTuple):
@@ -99,17 +99,17 @@ class OptaxPreconditioner:
                 f"{damping!r} and {damping_schedule!r}."
             )
         if estimation_mode is not None:
-            _arguments.choice("estimation_mode", estimation_mode, MODES)
+            arguments.choice("estimation_mode", estimation_mode, MODES)
         if norm_to_scale_identity_weight_per_block is not None:
             raise ValueError(
                 "norm_to_scale_identity_weight_per_block is expected to be None; got "
-                f"{_arguments.shown(norm_to_scale_identity_weight_per_block)}. "
+                f"{arguments.shown(norm_to_scale_identity_weight_per_block)}. "
                 "kfac_jax adds the same λ I to each block."
             )
-        _arguments.number("curvature_ema", curvature_ema, arrays=True)
-        _arguments.within("curvature_ema", curvature_ema, 0.0, 1.0, closed=True)
-        _arguments.whole("inverse_update_period", inverse_update_period, arrays=True)
-        _arguments.within(
+        arguments.number("curvature_ema", curvature_ema, arrays=True)
+        arguments.within("curvature_ema", curvature_ema, 0.0, 1.0, closed=True)
+        arguments.whole("inverse_update_period", inverse_update_period, arrays=True)
+        arguments.within(
             "inverse_update_period", inverse_update_period, 1, float("inf")
         )
         for name, value in (
@@ -117,12 +117,12 @@ class OptaxPreconditioner:
             ("use_sqrt_inv", use_sqrt_inv),
             ("register_only_generic", register_only_generic),
         ):
-            _arguments.flag(name, value)
-        _arguments.number("curvature_update_period", curvature_update_period)
+            arguments.flag(name, value)
+        arguments.number("curvature_update_period", curvature_update_period)
         if curvature_update_period != 1:
             raise ValueError(
                 "curvature_update_period is expected to be 1; got "
-                f"{_arguments.shown(curvature_update_period)}. Use scale_by_kfac, with "
+                f"{arguments.shown(curvature_update_period)}. Use scale_by_kfac, with "
                 "curvature.zero_statistics(params) in steps that are to gather none."
             )
         options = {
@@ -336,7 +336,7 @@ class OptaxPreconditioner:
                 raise ValueError(
                     "The transformation of OptaxPreconditioner expects "
                     "update(..., precond_state=state), with what maybe_update "
-                    f"returned; got {_arguments.shown(precond_state)}."
+                    f"returned; got {arguments.shown(precond_state)}."
                 )
             return multiply(updates, precond_state), state
 
@@ -346,11 +346,11 @@ class OptaxPreconditioner:
 def _condition(name: str, value: Any) -> Array:
     """A bool, or an array of one."""
     if not isinstance(value, bool):
-        array = _arguments.real(name, value)
+        array = arguments.real(name, value)
         if array.shape or jnp.issubdtype(array.dtype, jnp.floating):
             raise ValueError(
                 f"{name} must be one bool, or an array of one; got "
-                f"{_arguments.shown(value)}."
+                f"{arguments.shown(value)}."
             )
     return jnp.asarray(value, bool)
 
@@ -362,18 +362,18 @@ def _check_types(
     damping_schedule: Any,
     norm_constraint: Any,
 ) -> None:
-    _arguments.function("value_func", value_func)
-    _arguments.callable_or_none("damping_schedule", damping_schedule)
-    _arguments.number("l2_reg", l2_reg, arrays=True)
-    _arguments.within("l2_reg", l2_reg, 0.0, float("inf"))
+    arguments.function("value_func", value_func)
+    arguments.callable_or_none("damping_schedule", damping_schedule)
+    arguments.number("l2_reg", l2_reg, arrays=True)
+    arguments.within("l2_reg", l2_reg, 0.0, float("inf"))
     for name, value in (("damping", damping), ("norm_constraint", norm_constraint)):
         if value is not None:
-            _arguments.number(name, value, arrays=True)
-            _arguments.within(name, value, 0.0, float("inf"))
+            arguments.number(name, value, arrays=True)
+            arguments.within(name, value, 0.0, float("inf"))
 
 
 def _check_state(state: Any) -> None:
-    _arguments.instance(
+    arguments.instance(
         "state",
         state,
         OptaxPreconditionState,

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from kfac_jax import _arguments
-from kfac_jax._estimation import MODES
+from kfac_jax._utils import arguments
 from kfac_jax.compat.tag_graph_matcher import check_graph_patterns
+from kfac_jax.statistics.estimation import MODES
 
 _SEPARATE = "Use kfac_jax.kfac(..., factored_damping=kfac_jax.SeparateDamping(...))."
 _OWN_STEP = (
@@ -141,7 +141,7 @@ def refuse(options: Mapping[str, Any]) -> None:
         if not (empty or given is value or (plain and given == value)):
             raise ValueError(
                 f"kfac_jax.Optimizer does not offer {name}: expected {value!r}, got "
-                f"{_arguments.shown(given)}. {instead}"
+                f"{arguments.shown(given)}. {instead}"
             )
     _check_types(options)
     for name, least in _COUNTS.items():
@@ -184,24 +184,24 @@ def refuse(options: Mapping[str, Any]) -> None:
 
 
 def _check_types(options: Mapping[str, Any]) -> None:
-    _arguments.function("value_and_grad_func", options["value_and_grad_func"])
+    arguments.function("value_and_grad_func", options["value_and_grad_func"])
     for name in _FUNCTIONS:
-        _arguments.callable_or_none(name, options[name])
+        arguments.callable_or_none(name, options[name])
     for name in _NUMBERS:
-        _arguments.number(name, options[name], arrays=True)
-    _arguments.within("l2_reg (η)", options["l2_reg"], 0.0, float("inf"))
+        arguments.number(name, options[name], arrays=True)
+    arguments.within("l2_reg (η)", options["l2_reg"], 0.0, float("inf"))
     for name in ("initial_damping", "norm_constraint"):
         if options[name] is not None:
-            _arguments.number(name, options[name], arrays=True)
-            _arguments.within(name, options[name], 0.0, float("inf"))
+            arguments.number(name, options[name], arrays=True)
+            arguments.within(name, options[name], 0.0, float("inf"))
     for name in _FLAGS:
         value = options[name]
         whole = isinstance(value, int | np.bool_)  # programs may have 0 and 1
-        _arguments.flag(name, bool(value) if whole and value in (0, 1) else value)
+        arguments.flag(name, bool(value) if whole and value in (0, 1) else value)
     if options["estimation_mode"] is not None:
-        _arguments.choice("estimation_mode", options["estimation_mode"], MODES)
+        arguments.choice("estimation_mode", options["estimation_mode"], MODES)
     name = options["pmap_axis_name"]
-    _arguments.instance("pmap_axis_name", name, str, "the name of an axis")
+    arguments.instance("pmap_axis_name", name, str, "the name of an axis")
 
 
 def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
@@ -228,9 +228,9 @@ def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
     check_graph_patterns(given.get("graph_patterns", ()))
     skipped: list[str] = []
     for names in (patterns_to_skip, given.get("patterns_to_skip", ())):
-        _arguments.sequence("patterns_to_skip", names, "names")
+        arguments.sequence("patterns_to_skip", names, "names")
         for name in names:
-            _arguments.instance("each of patterns_to_skip", name, str, "a name")
+            arguments.instance("each of patterns_to_skip", name, str, "a name")
         skipped += names
     if skipped:
         warnings.warn(
@@ -246,5 +246,5 @@ def as_mapping(name: str, value: Any) -> dict[str, Any]:
     """The value as a dictionary, empty for None."""
     if value is None:
         return {}
-    _arguments.instance(name, value, Mapping, "a mapping by name, or None")
+    arguments.instance(name, value, Mapping, "a mapping by name, or None")
     return dict(value)

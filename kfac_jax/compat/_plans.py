@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments
+from kfac_jax._utils import arguments
 from kfac_jax.compat.curvature_blocks import callers_level
 from kfac_jax.curvature import Curvature, make_curvature
 from kfac_jax.tags import register_generic
@@ -18,13 +18,13 @@ Params = Any
 
 def without(func_args: Sequence[Any], index: int) -> tuple[Any, list[Any]]:
     """The parameters, and the other arguments."""
-    _arguments.sequence("func_args", func_args, "arguments of the function")
+    arguments.sequence("func_args", func_args, "arguments of the function")
     if not -len(func_args) <= index < len(func_args):
         raise ValueError(
             f"func_args must have the parameters at params_index {index}; got "
             f"{len(func_args)} arguments."
         )
-    _arguments.trees("func_args", tuple(func_args))
+    arguments.trees("func_args", tuple(func_args))
     rest = list(func_args)
     return rest.pop(index), rest
 
@@ -95,7 +95,7 @@ def with_params_first(
 def _mean_of_first(result: Any) -> Array:
     """What stands for the loss: the mean of the first output, if that is of numbers."""
     first = next(iter(jax.tree.leaves(result)), None)
-    if _arguments.is_array(first):
-        if jnp.issubdtype(_arguments.dtype_of(first), jnp.floating):
+    if arguments.is_array(first):
+        if jnp.issubdtype(arguments.dtype_of(first), jnp.floating):
             return jnp.mean(jnp.asarray(first, float))
     return jnp.zeros((), float)

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import _factors
 from kfac_jax._jaxpr.interpreter import without_tags
 from kfac_jax.compat import _norms, _options
 from kfac_jax.compat._adaptation import Adaptation
@@ -18,10 +17,11 @@ from kfac_jax.compat._plans import warn_of_lost_examples
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.compat.utils import default_batch_size_extractor
 from kfac_jax.curvature import Curvature, make_curvature
+from kfac_jax.devices import OverAxis
+from kfac_jax.optimization.transform import Info, KFACState, kfac
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, RefreshSchedule
-from kfac_jax.sharding import OverAxis
+from kfac_jax.statistics import averages
 from kfac_jax.tags import register_generic
-from kfac_jax.transform import Info, KFACState, kfac
 
 Params = Any
 Batch = Any
@@ -35,8 +35,8 @@ class EstimatorState(NamedTuple):
 
     weight: Array  # [], the sum of the weights in the factors' averages
     batches: Array  # [] int32, how many batches are in them
-    factors: _factors.Factors  # by layer name, moving averages
-    inverses: _factors.Factors  # by layer name, of the damped factors
+    factors: averages.Factors  # by layer name, moving averages
+    inverses: averages.Factors  # by layer name, of the damped factors
     info: Info  # of the last step
 
 
@@ -189,7 +189,7 @@ class Steps:
         _, statistics = curvature.value_and_statistics(
             params, batch, rng=key, factors=old.factors
         )
-        averaged = _factors.average(
+        averaged = averages.average(
             curvature.layers,
             old.factors,
             statistics,

@@ -13,11 +13,12 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
 
-from kfac_jax import _arguments, blocks
+from kfac_jax import blocks
+from kfac_jax._utils import arguments
 from kfac_jax.compat import _state_classes
 from kfac_jax.compat._state_classes import register_state_class
 from kfac_jax.compat.layers_and_loss_tags import LayerData
-from kfac_jax.layers import Layer
+from kfac_jax.plan import Layer
 
 T = TypeVar("T")
 
@@ -218,7 +219,7 @@ def get_default_tag_to_block_ctor(tag_name: str) -> Any:
 
 
 def _plain(tag_name: str) -> str:
-    _arguments.instance("tag_name", tag_name, str, "the name of a tag")
+    arguments.instance("tag_name", tag_name, str, "the name of a tag")
     return tag_name.removesuffix("_tag")
 
 
@@ -265,7 +266,7 @@ def native_blocks(
         counterpart, or if tags that are one kind of layer here have different blocks.
     """
     if layer_tag_to_block_ctor is not None:
-        _arguments.instance(
+        arguments.instance(
             "layer_tag_to_block_ctor",
             layer_tag_to_block_ctor,
             Mapping,
@@ -304,9 +305,9 @@ def _of_leaves(
         return ()
     name = "index_to_block_ctor"
     expected = "blocks by tuples of indices, or None"
-    _arguments.instance(name, index_to_block_ctor, Mapping, expected)
+    arguments.instance(name, index_to_block_ctor, Mapping, expected)
     for indices in index_to_block_ctor:
-        _arguments.instance(f"each key of {name}", indices, tuple, "a tuple of indices")
+        arguments.instance(f"each key of {name}", indices, tuple, "a tuple of indices")
     return tuple(
         (frozenset(indices), _native(str(indices), ctor, replaced))
         for indices, ctor in index_to_block_ctor.items()
@@ -355,7 +356,7 @@ def _native(tag: str, ctor: Any, replaced: list[str]) -> blocks.Block:
             "Blocks for a tag, or for indices, are expected as a class of "
             "kfac_jax.curvature_blocks, one derived from it, or a block of "
             "kfac_jax.blocks; got "
-            f"{_arguments.shown(ctor)} for {tag!r}."
+            f"{arguments.shown(ctor)} for {tag!r}."
         )
     if ctor.native is None:
         raise ValueError(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kfac_jax import _arguments
+from kfac_jax._utils import arguments
 from kfac_jax.compat import _options, _steps
 from kfac_jax.compat._devices import as_mapped, get_first
 from kfac_jax.curvature import Curvature
@@ -250,9 +250,9 @@ class Optimizer:
         if self.multi_device:
             trees["rng"] = rng
         else:
-            _arguments.key("rng", rng)
+            arguments.key("rng", rng)
         for name, tree in trees.items():
-            _arguments.trees(name, tree)
+            arguments.trees(name, tree)
 
     def step(
         self,
@@ -305,16 +305,16 @@ class Optimizer:
         if not isinstance(state, _steps.State):
             raise TypeError(
                 "step expects the state from init, or the step before, an "
-                f"Optimizer.State; got {_arguments.shown(state)}."
+                f"Optimizer.State; got {arguments.shown(state)}."
             )
         self._check(params=params, rng=rng, batch=batch, func_state=func_state)
         if global_step_int is not None:
-            _arguments.whole("global_step_int", global_step_int, arrays=True)
+            arguments.whole("global_step_int", global_step_int, arrays=True)
         if data_iterator is not None:
             if not hasattr(data_iterator, "__next__"):
                 raise TypeError(
                     "data_iterator must be an iterator of batches; got "
-                    f"{_arguments.shown(data_iterator)}. Pass iter(batches)."
+                    f"{arguments.shown(data_iterator)}. Pass iter(batches)."
                 )
             if self.num_burnin_steps > 0 and self._is_first(state, global_step_int):
                 for _ in range(self.num_burnin_steps):
@@ -355,7 +355,7 @@ class Optimizer:
             )
         else:
             return None
-        _arguments.real(argument, value)
+        arguments.real(argument, value)
         # of the same kind each time, so that nothing is compiled anew or waited for
         spread = jnp.broadcast_to if isinstance(value, Array) else np.broadcast_to
         if not isinstance(value, Array):

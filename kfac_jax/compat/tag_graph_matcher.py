@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kfac_jax._arguments import shown
+from kfac_jax._utils.arguments import shown
 from kfac_jax.compat.layers_and_loss_tags import LayerMetaData, LayerTag, layer_tag
 
 

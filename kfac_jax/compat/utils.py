@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-from kfac_jax import _arguments, linalg
+from kfac_jax import linalg
+from kfac_jax._utils import arguments
 from kfac_jax.compat._devices import (
     broadcast_all_local_devices as broadcast_all_local_devices,
 )
@@ -80,9 +81,9 @@ def inner_product(obj1: Any, obj2: Any, in_float64: bool = False) -> Array:
     Raises:
       ValueError: if structure or shapes differ.
     """
-    _arguments.trees("obj1", obj1)
-    _arguments.trees("obj2", obj2)
-    _arguments.flag("in_float64", in_float64)
+    arguments.trees("obj1", obj1)
+    arguments.trees("obj2", obj2)
+    arguments.flag("in_float64", in_float64)
     if not abstract_objects_equal(obj1, obj2, check_dtype=False):
         raise ValueError(
             "inner_product expects obj1 and obj2 of the same structure and shapes; got "
@@ -99,7 +100,7 @@ def inner_product(obj1: Any, obj2: Any, in_float64: bool = False) -> Array:
 
 def squared_norm(obj: Any) -> Array:
     """The inner product of a tree with itself."""
-    _arguments.trees("obj", obj)
+    arguments.trees("obj", obj)
     return inner_product(obj, obj)
 
 
@@ -114,21 +115,21 @@ def norm(obj: Any) -> Array:
 
 def scalar_mul(obj: Any, scalar: Any) -> Any:
     """Multiplies every entry of a tree by a number."""
-    _arguments.trees("obj", obj)
-    _arguments.array("scalar", scalar)
+    arguments.trees("obj", obj)
+    arguments.array("scalar", scalar)
     return jax.tree.map(lambda x: x * scalar, obj)
 
 
 def scalar_div(obj: Any, scalar: Any) -> Any:
     """Divides every entry of a tree by a number."""
-    _arguments.trees("obj", obj)
-    _arguments.array("scalar", scalar)
+    arguments.trees("obj", obj)
+    arguments.array("scalar", scalar)
     return jax.tree.map(lambda x: x / scalar, obj)
 
 
 def sum_of_objects(objects: Sequence[Any]) -> Any:
     """Adds trees of one structure."""
-    _arguments.sequence("objects", objects, "trees")
+    arguments.sequence("objects", objects, "trees")
     if not objects or not all(
         jax.tree.structure(x) == jax.tree.structure(objects[0]) for x in objects
     ):
@@ -136,7 +137,7 @@ def sum_of_objects(objects: Sequence[Any]) -> Any:
             "objects must be trees of one structure, at least one; got "
             f"{[jax.tree.structure(x) for x in objects]}."
         )
-    _arguments.trees("objects", list(objects))
+    arguments.trees("objects", list(objects))
     return jax.tree.map(lambda *xs: functools.reduce(operator.add, xs), *objects)
 
 
@@ -153,10 +154,10 @@ def weighted_sum_of_objects(objects: Sequence[Any], coefficients: Sequence[Any])
     Raises:
       ValueError: if there are not as many coefficients as trees.
     """
-    _arguments.sequence("objects", objects, "trees")
-    _arguments.trees("objects", list(objects))
-    _arguments.sequence("coefficients", coefficients, "numbers")
-    _arguments.trees("coefficients", list(coefficients))
+    arguments.sequence("objects", objects, "trees")
+    arguments.trees("objects", list(objects))
+    arguments.sequence("coefficients", coefficients, "numbers")
+    arguments.trees("coefficients", list(coefficients))
     if len(objects) != len(coefficients):
         raise ValueError(
             "weighted_sum_of_objects expects as many coefficients as objects; got "
@@ -168,8 +169,8 @@ def weighted_sum_of_objects(objects: Sequence[Any], coefficients: Sequence[Any])
 
 def per_parameter_norm(obj: Any, key_prefix: str) -> dict[str, Array]:
     """The norm of each array by its path, `{"prefix(a/b)": norm}`."""
-    _arguments.trees("obj", obj)
-    _arguments.instance("key_prefix", key_prefix, str, "a text")
+    arguments.trees("obj", obj)
+    arguments.instance("key_prefix", key_prefix, str, "a text")
     leaves = jax.tree.leaves_with_path(obj)
     names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
     norms = [norm(x) for _, x in leaves]
@@ -187,7 +188,7 @@ def product(iterable_object: Iterable[Any]) -> Any:
 
 def pytree_size(pytree: Any) -> int:
     """The number of entries of all arrays together."""
-    _arguments.trees("pytree", pytree)
+    arguments.trees("pytree", pytree)
     return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(pytree))
 
 
@@ -198,7 +199,7 @@ def tree_is_empty(obj: Any) -> bool:
 
 def abstract_objects_equal(obj1: Any, obj2: Any, check_dtype: bool = True) -> bool:
     """Whether two trees agree in structure, shapes and (if asked) types."""
-    _arguments.flag("check_dtype", check_dtype)
+    arguments.flag("check_dtype", check_dtype)
     if jax.tree.structure(obj1) != jax.tree.structure(obj2):
         return False
     pairs = zip(jax.tree.leaves(obj1), jax.tree.leaves(obj2), strict=True)
@@ -211,11 +212,11 @@ def abstract_objects_equal(obj1: Any, obj2: Any, check_dtype: bool = True) -> bo
 
 def first_dim_is_size(size: int, *args: Array) -> bool:
     """Whether the leading axis of every array has that length."""
-    _arguments.whole("size", size)
+    arguments.whole("size", size)
     for x in args:
-        if not _arguments.array("args", x).ndim:
+        if not arguments.array("args", x).ndim:
             raise ValueError(
-                f"args must be arrays with a leading axis; got {_arguments.shown(x)}."
+                f"args must be arrays with a leading axis; got {arguments.shown(x)}."
             )
     return all(x.shape[0] == size for x in args)
 
@@ -232,7 +233,7 @@ def default_batch_size_extractor(batch: Any) -> int:
     Raises:
       ValueError: if there is none.
     """
-    _arguments.trees("batch", batch)
+    arguments.trees("batch", batch)
     shape = next((jnp.shape(x) for x in jax.tree.leaves(batch)), ())
     if not shape:
         raise ValueError(
@@ -247,7 +248,7 @@ def default_batch_size_extractor(batch: Any) -> int:
 
 def psd_inv(matrix: Array) -> Array:
     """Inverts positive definite matrices `[..., d, d]`; others give NaN."""
-    return linalg.inverse(_arguments.matrices("matrix", matrix))
+    return linalg.inverse(arguments.matrices("matrix", matrix))
 
 
 def pi_adjusted_kronecker_factors(*factors: Array, damping: Any) -> tuple[Array, ...]:
@@ -269,8 +270,8 @@ def pi_adjusted_kronecker_factors(*factors: Array, damping: Any) -> tuple[Array,
     """
     n = len(factors)
     factors = tuple(_matrix_or_diagonal(x) for x in factors)
-    _arguments.number("damping (λ)", damping, arrays=True)
-    _arguments.within("damping (λ)", damping, 0.0, float("inf"))
+    arguments.number("damping (λ)", damping, arrays=True)
+    arguments.within("damping (λ)", damping, 0.0, float("inf"))
     damping = jnp.asarray(damping, factors[0].dtype)
     means = [_diagonal(x).mean() for x in factors]
     common = jnp.prod(jnp.stack(means)) ** (1 / n)
@@ -306,8 +307,8 @@ def pi_adjusted_kronecker_inverse(*factors: Array, damping: Any) -> tuple[Array,
 
 
 def _matrix_or_diagonal(x: Any) -> Array:
-    x = _arguments.floating("factors", x)
-    return x if x.ndim == 1 else _arguments.matrices("factors", x)
+    x = arguments.floating("factors", x)
+    return x if x.ndim == 1 else arguments.matrices("factors", x)
 
 
 def _diagonal(x: Array) -> Array:
@@ -324,13 +325,13 @@ def _shifted(x: Array, shift: Array) -> Array:
 
 def auto_scope_function(func: Callable[..., T]) -> Callable[..., T]:
     """Runs a function in a `jax.named_scope` of its name."""
-    _arguments.function("func", func)
+    arguments.function("func", func)
     return jax.named_scope(func.__name__)(func)
 
 
 def auto_scope_method(method: Callable[..., T]) -> Callable[..., T]:
     """Runs a method in a `jax.named_scope` of its class and name."""
-    _arguments.function("method", method)
+    arguments.function("method", method)
 
     @functools.wraps(method)
     def wrapped(instance: Any, *args: Any, **kwargs: Any) -> T:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._arguments import callable_or_none, floating, matrices, sequence
-from kfac_jax._ordering import known_false_after
+from kfac_jax._utils.arguments import callable_or_none, floating, matrices, sequence
+from kfac_jax._utils.ordering import known_false_after
 from kfac_jax.linalg._psd import eigh
 
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._arguments import floating_type, real
+from kfac_jax._utils.arguments import floating_type, real
 
 _SMALLEST = 192
 """A smaller side gains nothing."""

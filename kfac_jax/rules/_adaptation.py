@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kfac_jax import _arguments
+from kfac_jax._utils import arguments
 
 
 def check_adaptation(rule: Any, interval: str, omega: str) -> None:
@@ -17,14 +17,14 @@ def check_adaptation(rule: Any, interval: str, omega: str) -> None:
       TypeError: if one is no number.
       ValueError: if one is out of its range.
     """
-    _arguments.count(f"every ({interval})", rule.every, 1)
+    arguments.count(f"every ({interval})", rule.every, 1)
     factor = rule.factor
     if factor is not None:
-        _arguments.number(f"factor ({omega})", factor)
+        arguments.number(f"factor ({omega})", factor)
         if not 0.0 < factor < 1.0:
             raise ValueError(f"factor ({omega}) must be in (0, 1); got {factor}.")
     for name in ("minimum", "maximum"):
-        _arguments.number(name, getattr(rule, name))
+        arguments.number(name, getattr(rule, name))
     if not 0.0 <= rule.minimum <= rule.maximum:
         raise ValueError(
             "minimum and maximum must be numbers with 0 ≤ minimum ≤ maximum; got "

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments
+from kfac_jax._utils import arguments
 from kfac_jax.rules._adaptation import check_adaptation
 
 
@@ -55,7 +55,7 @@ class LevenbergMarquardt:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _arguments.number("initial (λ0)", self.initial)
+        arguments.number("initial (λ0)", self.initial)
         if not 0.0 < self.initial < float("inf"):
             raise ValueError(
                 "LevenbergMarquardt needs as initial a finite positive damping λ0; got "
@@ -63,14 +63,14 @@ class LevenbergMarquardt:
             )
         check_adaptation(self, "T1", "ω1")
         for name in ("relative_minimum", "relative_maximum"):
-            _arguments.number(name, getattr(self, name))
+            arguments.number(name, getattr(self, name))
         if not 0.0 <= self.relative_minimum < self.relative_maximum:
             raise ValueError(
                 "Need 0 ≤ relative_minimum < relative_maximum, multiples of the "
                 f"curvature; got {self.relative_minimum} and {self.relative_maximum}."
             )
         for name in ("lower", "upper"):
-            _arguments.number(name, getattr(self, name))
+            arguments.number(name, getattr(self, name))
         if not 0.0 < self.lower < self.upper < float("inf"):
             raise ValueError(
                 f"Need 0 < lower < upper (thresholds of ρ); got {self.lower} and "
@@ -89,9 +89,9 @@ class LevenbergMarquardt:
         curvature: Array | float = 0.0,
     ) -> Array:
         """Returns the next λ from this one, a measured ρ and `Δᵀ F Δ / Δᵀ Δ`."""
-        damping = _arguments.real("damping (λ)", damping).astype(float)
-        rho = _arguments.real("rho (ρ)", rho).astype(float)
-        curvature = _arguments.real("curvature", curvature).astype(float)
+        damping = arguments.real("damping (λ)", damping).astype(float)
+        rho = arguments.real("rho (ρ)", rho).astype(float)
+        curvature = arguments.real("curvature", curvature).astype(float)
         lower, raise_ = damping * self.omega, damping / self.omega
         good = (rho > self.upper) & (rho < jnp.inf)
         bad = ~((rho >= self.lower) & (rho < jnp.inf))  # also where ρ is NaN

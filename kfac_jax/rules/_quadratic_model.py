@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments
+from kfac_jax._utils import arguments
 
 _FREE = 5
 """The first steps are not limited: the first mean of lengths is made of them."""
@@ -59,14 +59,14 @@ class QuadraticModel:
 
     def __post_init__(self) -> None:
         """Checks the range."""
-        _arguments.number("fraction (τ2)", self.fraction)
+        arguments.number("fraction (τ2)", self.fraction)
         if not 0.0 < self.fraction <= 1.0:
             raise ValueError(f"fraction (τ2) must be in (0, 1]; got {self.fraction}.")
         for name, least in (("largest_momentum", 0.0), ("longest", 1.0)):
             value = getattr(self, name)
             if value is None:
                 continue
-            _arguments.number(name, value)
+            arguments.number(name, value)
             if not least <= value < float("inf"):
                 raise ValueError(
                     f"{name} must be finite and at least {least}, or None for no "
@@ -88,15 +88,15 @@ class QuadraticModel:
         Raises:
           ValueError: if the matrix or the slope is of another shape.
         """
-        matrix = _arguments.floating("matrix", matrix)
-        slope = _arguments.floating("slope", slope)
+        matrix = arguments.floating("matrix", matrix)
+        slope = arguments.floating("slope", slope)
         if matrix.shape != (2, 2) or slope.shape != (2,):
             raise ValueError(
                 "matrix and slope must have shapes (2, 2) and (2,); got "
                 f"{matrix.shape} and {slope.shape}."
             )
         if momentum is not None:
-            _arguments.number("momentum (μ)", momentum, arrays=True)
+            arguments.number("momentum (μ)", momentum, arrays=True)
             momentum = jnp.asarray(momentum)
         q00, q01, q11 = matrix[0, 0], matrix[0, 1], matrix[1, 1]
         zero = jnp.zeros_like(q00)

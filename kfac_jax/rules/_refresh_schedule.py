@@ -6,7 +6,7 @@ import numbers
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments
+from kfac_jax._utils import arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +48,11 @@ class RefreshSchedule:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _arguments.count("shares", self.shares, 1)
-        _arguments.flag("stale", self.stale)
+        arguments.count("shares", self.shares, 1)
+        arguments.flag("stale", self.stale)
         for name in ("phase", "warm_up"):
-            _arguments.count(name, getattr(self, name), 0)
-        _arguments.number("every (T3)", self.every, arrays=True)
+            arguments.count(name, getattr(self, name), 0)
+        arguments.number("every (T3)", self.every, arrays=True)
         number = isinstance(self.every, numbers.Real)
         if number and not float(self.every) >= self.shares:
             raise ValueError(
@@ -60,11 +60,11 @@ class RefreshSchedule:
                 f"at least shares; got {self.every} and {self.shares}. Raise T3, or "
                 "lower shares."
             )
-        _arguments.whole("every (T3)", self.every, arrays=True)
+        arguments.whole("every (T3)", self.every, arrays=True)
 
     def turns(self, step: Array | int) -> Array:
         """Whose turn it is at a step, counted from 1: `[shares]`."""
-        _arguments.whole("step", step, arrays=True)
+        arguments.whole("step", step, arrays=True)
         every = jnp.asarray(self.every, jnp.int32)
         starts = jnp.arange(self.shares, dtype=jnp.int32) * every // self.shares
         return (step - self.phase) % every == starts

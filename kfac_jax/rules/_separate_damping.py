@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import _arguments
+from kfac_jax._utils import arguments
 from kfac_jax.rules._adaptation import check_adaptation
 
 
@@ -44,7 +44,7 @@ class SeparateDamping:
     def __post_init__(self) -> None:
         """Checks the ranges."""
         if self.initial is not None:
-            _arguments.number("initial (γ0)", self.initial)
+            arguments.number("initial (γ0)", self.initial)
             if not 0.0 < self.initial < float("inf"):
                 raise ValueError(
                     "SeparateDamping needs as initial a finite positive γ0, or None "
@@ -59,7 +59,7 @@ class SeparateDamping:
 
     def candidates(self, gamma: Array | float) -> Array:
         """Returns γ, ω2 γ and γ/ω2 within the limits, `[3]`."""
-        gamma = _arguments.real("gamma (γ)", gamma).astype(float)
+        gamma = arguments.real("gamma (γ)", gamma).astype(float)
         limits = jnp.finfo(gamma.dtype)
         lowest = max(self.minimum, float(limits.tiny))
         lower = jnp.maximum(gamma * self.omega, lowest)
@@ -80,8 +80,8 @@ class SeparateDamping:
         Raises:
           ValueError: if they are not three each.
         """
-        gammas = _arguments.real("gammas", gammas)
-        changes = _arguments.real("changes", changes)
+        gammas = arguments.real("gammas", gammas)
+        changes = arguments.real("changes", changes)
         if not gammas.shape == changes.shape == (3,):
             raise ValueError(
                 "gammas and changes must have shape (3,), from candidates; got "

@@ -1,0 +1,395 @@
+"""Devices that run one step together, each on its part of the batch."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax._jaxpr import _compat
+from kfac_jax._utils.arguments import shown
+from kfac_jax._utils.ordering import known_false_after
+from kfac_jax.devices.collectives import together
+from kfac_jax.devices.planner import Division, balance, divide, pack
+from kfac_jax.devices.rows import Shape, fill, from_rows, rows_shape, to_rows
+from kfac_jax.linalg._shared import Columns
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+Shared = Callable[[Array, Columns], Array]
+"""A function of `[k, d, d]` that all devices compute together."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OverAxis:
+    """The devices along a named axis of `pmap` or `shard_map` share the work.
+
+    For `kfac(..., devices=OverAxis("batch"))` in a step that each device runs on
+    its own part of the batch. In it, `update`
+
+    * sums the statistics over the axis, where JAX has not done so, and averages what
+      adaptive rules evaluate: the quadratic model and the loss;
+    * gives every damped factor an owner, by cost, the largest first; each device
+      inverts its own, all of them together what is too large for one, and one
+      collective hands out all inverses.
+
+    Gradients must be averages already, as any optimizer needs them:
+    `grads = jax.lax.pmean(grads, "batch")`, or, in a `shard_map` that checks what
+    varies, where JAX has summed them, divided by `jax.lax.axis_size("batch")`. Samples
+    must differ: fold `jax.lax.axis_index("batch")` into the key. Eigendecompositions
+    (`blocks.Eigen`) and what `BlockTridiagonal` decomposes have owners too.
+
+    By default the state is the same on all devices, and nothing in it depends on their
+    number: the least communication. With `state_axes` the devices along those axes keep
+    a part each of factors, inverses and velocity, the rows of every matrix, and share
+    the multiplication by the inverses, whose results they exchange in every step: the
+    least memory if these are all axes, and something between with some of them. Then
+    `init` is called in the mapped function too; `state_specs` and `whole_state` tell
+    how the state lies.
+
+    Attributes:
+      axis: the name of the axis, or a tuple of names whose product counts.
+      state_axes: along which of them the state is cut into parts; none by default.
+
+    References:
+      Pauloski et al. 2021 (arXiv:2107.01739) for the choice between communication and
+      memory, there by owners of layers.
+
+    >>> OverAxis("batch")
+    OverAxis(axis='batch', state_axes=())
+    """
+
+    axis: str | tuple[str, ...]
+    state_axes: str | tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks the types."""
+        names = as_names(self.axis)
+        if not names or not all(isinstance(name, str) and name for name in names):
+            raise TypeError(
+                "OverAxis needs the name of an axis, or a tuple of names; got as axis "
+                f"{shown(self.axis)}."
+            )
+        check_names("state_axes", self.state_axes)
+        object.__setattr__(self, "state_axes", as_names(self.state_axes))
+        missing = [name for name in self.state_axes if name not in names]
+        if missing:
+            raise ValueError(
+                "OverAxis cuts the state along some of its own axes: expected "
+                f"state_axes out of {names}, got {missing}. Add them to axis, or leave "
+                "them out."
+            )
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether devices keep parts of the state."""
+        return bool(self.state_axes)
+
+    def size(self) -> int:
+        """How many devices share the work.
+
+        Raises:
+          ValueError: if the axis does not exist where this is called.
+        """
+        return self._size(self.axis)
+
+    def keepers(self) -> int:
+        """In how many parts the state is cut."""
+        return self._size(self.state_axes) if self.state_axes else 1
+
+    def _size(self, axes: str | tuple[str, ...]) -> int:
+        try:
+            return int(jax.lax.axis_size(axes))
+        except NameError as error:
+            raise ValueError(
+                f"The axis of OverAxis({self.axis!r}) does not exist here: {error}. "
+                "Call update (and with state_axes init) inside of pmap(..., "
+                "axis_name=...) or of a shard_map over a mesh with that axis, or leave "
+                "the devices out."
+            ) from None
+
+    # ------------------------------------------------------------------ collectives
+
+    def mean(self, tree: T) -> T:
+        """The average over the devices, of what is not the same on all."""
+        leaves, treedef = jax.tree.flatten(tree)
+        places = [i for i, each in enumerate(self._differs(leaves)) if each]
+        totals = self._sum([leaves[i] for i in places])
+        for i, total in zip(places, totals, strict=True):
+            leaves[i] = total / self.size()
+        return jax.tree.unflatten(treedef, leaves)
+
+    def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
+        """Sums statistics over the devices, unless they are without information.
+
+        Args:
+          weight: how many batches they are of.
+          counts: what their sums will be divided by: small.
+          sums: large.
+
+        Returns:
+          All three, of `sums` the rows that this device keeps.
+        """
+        small, small_tree = jax.tree.flatten((weight, counts))
+        leaves, treedef = jax.tree.flatten(sums)
+        if not any(self._differs([*small, *leaves])):  # JAX has summed them
+            own = self.rows(leaves) if self.by_rows else leaves
+            return weight, counts, jax.tree.unflatten(treedef, own)
+        weight, counts = jax.tree.unflatten(small_tree, self._sum(small))
+        reduce = self._sum_rows if self.by_rows else self._sum
+        shapes = jax.eval_shape(reduce, leaves)
+        done = jax.lax.cond(
+            weight > 0, reduce, lambda _: list(map(_compat.zeros, shapes)), leaves
+        )
+        return weight, counts, jax.tree.unflatten(treedef, done)
+
+    def everywhere(self, flags: Sequence[Array]) -> list[Array]:
+        """Whether each flag is true on all devices that keep a part."""
+        if not flags:
+            return []
+        failed = (~jnp.stack(flags)).astype(jnp.int32)
+        return list(jax.lax.psum(failed, self.state_axes) == 0)
+
+    def _differs(self, leaves: Sequence[Array]) -> list[bool]:
+        """Whether devices may have different ones; only a `shard_map` can tell."""
+        self.size()
+        axes = as_names(self.axis)
+        told = _compat.varies(jax.lax.axis_index(self.axis), axes)
+        return [_compat.varies(x, axes) or not told for x in leaves]
+
+    def _sum(self, leaves: Sequence[Array]) -> list[Array]:
+        """The sums over the devices, in one collective for each type."""
+        return together(leaves, functools.partial(jax.lax.psum, axis_name=self.axis))
+
+    def _sum_rows(self, leaves: Sequence[Array]) -> list[Array]:
+        """The rows of the sums that this device keeps."""
+        devices = self.keepers()
+        others = tuple(x for x in as_names(self.axis) if x not in self.state_axes)
+        cut = [to_rows(x, devices) for x in leaves]
+        cut = [x.reshape(devices, len(x) // devices, *x.shape[1:]) for x in cut]
+
+        def scatter(x: Array) -> Array:
+            own = jax.lax.psum_scatter(x, self.state_axes)
+            return jax.lax.psum(own, others) if others else own
+
+        return together(cut, scatter, kept=1)
+
+    # ------------------------------------------------------------------------- rows
+
+    def kept_shape(self, shape: Shape) -> Shape:
+        """The shape of a device's rows."""
+        devices = self.keepers()
+        rows, *rest = rows_shape(shape, devices)
+        return (rows // devices, *rest)
+
+    def rows(self, leaves: Sequence[Array]) -> list[Array]:
+        """A device's rows of arrays that all devices have."""
+        devices = self.keepers()
+        return [self.own_part(to_rows(x, devices)) for x in leaves]
+
+    def own_part(self, x: Array) -> Array:
+        """A device's part of the first axis, filled up with zeros."""
+        x = fill(x, self.keepers())
+        count = len(x) // self.keepers()
+        start = jax.lax.axis_index(self.state_axes) * count
+        return jax.lax.dynamic_slice_in_dim(x, start, count)
+
+    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        """Arrays of which each device has its rows: one collective for each type."""
+        pairs = zip(self.gather(rows), shapes, strict=True)
+        return [from_rows(x, shape) for x, shape in pairs]
+
+    def gather(self, parts: Sequence[Array]) -> list[Array]:
+        """The devices' parts behind each other, `[devices · rows, ...]`."""
+        gather = functools.partial(_compat.all_gather, axis=self.state_axes)
+        return [x.reshape(-1, *x.shape[2:]) for x in together(parts, gather)]
+
+    def apart(
+        self, function: Callable[["OverAxis", Any, Any], T], rows: Any, whole: Any
+    ) -> T:
+        """Calls a function of rows and whole arrays that every device runs.
+
+        Args:
+          function: gets these devices, rows, and whole arrays; its results are the
+            same on all devices.
+          rows: a tree of a device's rows.
+          whole: a tree of arrays that all devices have.
+
+        Returns:
+          The results.
+        """
+        return function(self, rows, whole)
+
+    # --------------------------------------------------------------------- inversion
+
+    def map(
+        self,
+        stacks: Sequence[Array],
+        function: Callable[[Array], Array],
+        shared: Shared | None = None,
+    ) -> list[Array]:
+        """Applies a function of `[k, d, d]`, each device to the matrices it owns.
+
+        Args:
+          stacks: `[k, d, d]` matrices, the same on all devices.
+          function: of matrices that come as `[k, d, d]`; it treats them one by one, and
+            its cost grows as `k d³`.
+          shared: the same by all devices, for matrices too large for one.
+
+        Returns:
+          Its results, the same on all devices.
+        """
+        devices, me = self.size(), jax.lax.axis_index(self.axis)
+        divisions = divide(
+            [(len(x), x.shape[-1]) for x in stacks], devices, shared is not None
+        )
+        owned = [i for i, division in enumerate(divisions) if not division.shared]
+        columns = Columns(me, devices, self._join_columns)
+        results = {
+            i: shared(stacks[i], columns)
+            for i, division in enumerate(divisions)
+            if shared is not None and division.shared
+        }
+        mine: list[Array] = []
+        for i in owned:
+            count = jnp.asarray(divisions[i].counts)[me]
+            if mine:  # one after the other, see linalg.inverse_many
+                started = known_false_after(mine[-1][0, 0, 0])
+                count = jnp.where(started, jnp.zeros_like(count), count)
+            first = jnp.asarray(divisions[i].first)[me]
+            order, slots = jnp.asarray(divisions[i].order), divisions[i].slots
+            mine.append(_own_results(function, stacks[i], order, first, count, slots))
+        everyone = self._exchange(mine, [divisions[i] for i in owned], me)
+        results |= dict(zip(owned, everyone, strict=True))
+        return [results[i] for i in range(len(stacks))]
+
+    def _exchange(
+        self, mine: Sequence[Array], divisions: Sequence[Division], me: Array
+    ) -> list[Array]:
+        """All results `[k, d, d]` from those of a device: one collective for a type."""
+        results: dict[int, Array] = {}
+        for dtype in dict.fromkeys(x.dtype for x in mine):
+            members = [i for i, x in enumerate(mine) if x.dtype == dtype]
+            members.sort(key=lambda i: -mine[i].shape[-1])  # then least is empty
+            sizes = [math.prod(mine[i].shape[1:]) for i in members]
+            packing = pack([divisions[i] for i in members], sizes)
+            own = _compat.vary_like(jnp.zeros((packing.length,), dtype), me)
+            for i, starts in zip(members, packing.starts, strict=True):
+                start = jnp.asarray(starts)[me]
+                own = jax.lax.dynamic_update_slice_in_dim(
+                    own, mine[i].reshape(-1), start, 0
+                )
+            everyone = _compat.all_gather(own, self.axis)
+            for i, starts, size in zip(members, packing.starts, sizes, strict=True):
+                owners, places = divisions[i].owners, divisions[i].places
+                at = jnp.asarray(owners), jnp.asarray(starts[owners] + places * size)
+                found = jax.vmap(functools.partial(_piece, everyone, size))(*at)
+                results[i] = found.reshape(-1, *mine[i].shape[1:])
+        return [results[i] for i in range(len(mine))]
+
+    def each(
+        self,
+        costs: Sequence[float],
+        functions: Sequence[Callable[[Any], list[Array]]],
+        operands: Sequence[Any],
+    ) -> list[list[Array]]:
+        """Applies functions to operands of their own, each by its owner.
+
+        Args:
+          costs: of each.
+          functions: the functions.
+          operands: the same on all devices.
+
+        Returns:
+          The results, the same on all devices; one collective for each type.
+        """
+        me = jax.lax.axis_index(self.axis)
+        own: list[list[Array]] = []
+        owners = balance(costs, self.size())
+        for owner, function, operand in zip(owners, functions, operands, strict=True):
+            mine = me == owner
+            if own and own[-1]:  # one after the other, see linalg.inverse_many
+                mine &= ~known_false_after(jnp.ravel(own[-1][0])[0])
+            shapes = jax.eval_shape(function, operand)
+
+            compute = functools.partial(_varying_results, function, me)
+            nothing = functools.partial(_varying_zeros, shapes, me)
+            own.append(jax.lax.cond(mine, compute, nothing, operand))
+        total = functools.partial(jax.lax.psum, axis_name=self.axis)
+        everyone = iter(together([x for part in own for x in part], total))
+        return [[next(everyone) for _ in part] for part in own]
+
+    def _join_columns(self, x: Array) -> Array:
+        """`[..., devices · c]` from everyone's `[..., c]`."""
+        everyone = _compat.all_gather(x, self.axis)
+        return jnp.moveaxis(everyone, 0, -2).reshape(*x.shape[:-1], -1)
+
+
+def as_names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Names of axes, of which there may be one alone."""
+    return tuple(axes) if isinstance(axes, tuple | list) else (axes,)
+
+
+def check_names(argument: str, axes: Any) -> None:
+    """Raises TypeError unless they are names of axes, or none."""
+    if not all(isinstance(name, str) for name in as_names(axes)):
+        raise TypeError(
+            f"{argument} must be the name of an axis, or a tuple of names; got "
+            f"{shown(axes)}."
+        )
+
+
+def _piece(everyone: Array, size: int, owner: Array, start: Array) -> Array:
+    """A part of what one device has, of `[devices, n]`."""
+    return jax.lax.dynamic_slice(everyone, (owner, start), (1, size))[0]
+
+
+def _varying_results(
+    function: Callable[[Any], list[Array]], me: Array, operand: Any
+) -> list[Array]:
+    return [_compat.vary_like(x, me) for x in function(operand)]
+
+
+def _varying_zeros(
+    shapes: Sequence[jax.ShapeDtypeStruct], me: Array, _: Any
+) -> list[Array]:
+    return [_compat.vary_like(_compat.zeros(x), me) for x in shapes]
+
+
+def _own_results(
+    function: Callable[[Array], Array],
+    stack: Array,
+    order: Array,
+    first: Array,
+    count: Array,
+    slots: int,
+) -> Array:
+    """The results for matrices `order[first : first + count]`, `[slots, d, d]`.
+
+    On CPUs one by one, see `linalg.inverse_many`; elsewhere as one batch, by devices
+    that have any.
+    """
+    zeros = jnp.zeros((slots, *stack.shape[1:]), stack.dtype)
+    zeros = _compat.vary_like(zeros, first, stack)
+
+    def in_turn(stack: Array, first: Array, count: Array) -> Array:
+        def one(i: Array, results: Array) -> Array:
+            matrix = jax.lax.dynamic_slice_in_dim(stack, order[first + i], 1)
+            result = function(matrix).astype(results.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(results, result, i, 0)
+
+        return jax.lax.fori_loop(jnp.zeros_like(count), count, one, zeros)
+
+    def at_once(stack: Array, first: Array, count: Array) -> Array:
+        def batch(stack: Array) -> Array:
+            places = jnp.minimum(first + jnp.arange(slots), len(stack) - 1)
+            return function(stack[order[places]]).astype(zeros.dtype)
+
+        return jax.lax.cond(count > 0, batch, lambda _: zeros, stack)
+
+    return jax.lax.platform_dependent(stack, first, count, cpu=in_turn, default=at_once)

@@ -1,0 +1,199 @@
+"""Devices that run one program over sharded arrays, under `jit`."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+from jax import Array
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from kfac_jax._utils.arguments import shown
+from kfac_jax.devices.over_axis import OverAxis, Shared, as_names, check_names
+from kfac_jax.devices.rows import Shape, rows_shape
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class OverMesh:
+    """The devices of a mesh share the work, in a step under `jit`.
+
+    For `kfac(..., devices=OverMesh(mesh))` in a step whose arrays are sharded over
+    the mesh, which needs nothing else: the compiler averages statistics and gradients.
+    Without it every device inverts every factor. Each damped factor has one device as
+    its owner, by cost, the largest first; each inverts its own, all of them together
+    what is too large for one, and one collective hands out all inverses.
+    Eigendecompositions (`blocks.Eigen`) and what `BlockTridiagonal` decomposes have
+    owners too.
+
+    With `state_axes` the state is sharded over those axes, see `OverAxis`.
+
+    Attributes:
+      mesh: the devices; its axes may be of type `Auto` or `Explicit`.
+      axes: the mesh axes along which devices share; along others they do the same work.
+        Empty for all.
+      state_axes: along which of them the state is cut into parts; none by default.
+
+    >>> import jax
+    >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    >>> OverMesh(mesh).axes
+    ('data',)
+    """
+
+    mesh: Mesh
+    axes: tuple[str, ...] = ()
+    state_axes: str | tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Checks that the mesh has the axes."""
+        if not isinstance(self.mesh, Mesh):
+            raise TypeError(
+                f"OverMesh needs a jax.sharding.Mesh as mesh; got {shown(self.mesh)}."
+            )
+        check_names("axes", self.axes)
+        check_names("state_axes", self.state_axes)
+        names = as_names(self.axes) or self.mesh.axis_names
+        missing = [name for name in names if name not in self.mesh.axis_names]
+        if missing:
+            raise ValueError(
+                f"OverMesh shares over axes of its mesh, {self.mesh.axis_names}: "
+                f"expected some of them, got {missing}. Name axes that the mesh has."
+            )
+        object.__setattr__(self, "axes", names)
+        object.__setattr__(self, "state_axes", as_names(self.state_axes))
+        missing = [name for name in self.state_axes if name not in names]
+        if missing:
+            raise ValueError(
+                f"OverMesh cuts the state along axes that it shares over, {names}: "
+                f"expected some of them, got {missing}. Add them to axes, or leave "
+                "them out of state_axes."
+            )
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether devices keep parts of the state."""
+        return bool(self.state_axes)
+
+    @property
+    def _inside(self) -> OverAxis:
+        """What the devices do in a `shard_map`."""
+        return OverAxis(self.axes, self.state_axes)
+
+    def size(self) -> int:
+        """How many devices share the work."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def keepers(self) -> int:
+        """In how many parts the state is cut."""
+        return math.prod(self.mesh.shape[axis] for axis in as_names(self.state_axes))
+
+    # ------------------------------------------------------------------ collectives
+
+    def mean(self, tree: T) -> T:
+        """The same: arrays under `jit` are of all devices together."""
+        return tree
+
+    def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
+        """The same, of `sums` by rows where devices keep these."""
+        if self.by_rows:
+            leaves, treedef = jax.tree.flatten(sums)
+            sums = jax.tree.unflatten(treedef, self.rows(leaves))
+        return weight, counts, sums
+
+    def everywhere(self, flags: Sequence[Array]) -> list[Array]:
+        """The same."""
+        return list(flags)
+
+    # ------------------------------------------------------------------------- rows
+
+    def kept_shape(self, shape: Shape) -> Shape:
+        """The shape of all devices' rows."""
+        return rows_shape(shape, self.keepers())
+
+    def rows(self, leaves: Sequence[Array]) -> list[Array]:
+        """Arrays cut into the devices' rows: each device takes its own."""
+        # left to the compiler, cutting would move parts of arrays around
+        cut = self._mapped(self._inside.rows, (P(),), P(self.state_axes))
+        return jax.jit(cut)(list(leaves))
+
+    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        """Arrays whose rows lie on the devices: one collective for each type."""
+        return self.apart(lambda over, rows, _: over.whole(rows, shapes), rows, ())
+
+    def apart(
+        self, function: Callable[[OverAxis, Any, Any], T], rows: Any, whole: Any
+    ) -> T:
+        """Calls a function of rows and whole arrays that every device runs.
+
+        Args:
+          function: as for `OverAxis.apart`.
+          rows: a tree of arrays in rows.
+          whole: a tree of other arrays.
+
+        Returns:
+          The results.
+        """
+        local = functools.partial(function, self._inside)
+        return self._mapped(local, (P(self.state_axes), P()), P())(rows, whole)
+
+    def _mapped(
+        self, function: Callable[..., T], in_specs: tuple[P, ...], out_specs: P
+    ) -> Callable[..., T]:
+        """A function of what each device has."""
+        here = jax.sharding.get_abstract_mesh()
+        same = here == self.mesh.abstract_mesh or here.shape != self.mesh.shape
+        mesh = self.mesh if same else here  # its axes with other types
+        return jax.shard_map(
+            function, mesh=mesh, in_specs=in_specs, out_specs=out_specs
+        )
+
+    # --------------------------------------------------------------------- inversion
+
+    def map(
+        self,
+        stacks: Sequence[Array],
+        function: Callable[[Array], Array],
+        shared: Shared | None = None,
+    ) -> list[Array]:
+        """Applies a function of `[k, d, d]`, each device to the matrices it owns.
+
+        Args:
+          stacks: `[k, d, d]` matrices.
+          function: as for `OverAxis.map`.
+          shared: as there.
+
+        Returns:
+          Its results.
+        """
+
+        def local(stacks: list[Array]) -> list[Array]:
+            return self._inside.map(stacks, function, shared)
+
+        return self._mapped(local, (P(),), P())(list(stacks))
+
+    def each(
+        self,
+        costs: Sequence[float],
+        functions: Sequence[Callable[[Any], list[Array]]],
+        operands: Sequence[Any],
+    ) -> list[list[Array]]:
+        """Applies functions to operands of their own, each by its owner.
+
+        Args:
+          costs: of each.
+          functions: the functions.
+          operands: trees of arrays.
+
+        Returns:
+          The results.
+        """
+
+        def local(operands: list[Any]) -> list[list[Array]]:
+            return self._inside.each(costs, functions, operands)
+
+        return self._mapped(local, (P(),), P())(list(operands))

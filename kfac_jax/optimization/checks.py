@@ -1,0 +1,244 @@
+"""What `kfac` and `scale_by_kfac` refuse."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfac_jax import devices as devices_lib
+from kfac_jax._utils.arguments import is_number, shown, whole, within
+from kfac_jax._utils.trees import path_name
+from kfac_jax.curvature import Curvature, Params
+from kfac_jax.devices import Distribution
+from kfac_jax.optimization import by_rows
+from kfac_jax.optimization.step import Info, KFACState
+from kfac_jax.rules import (
+    LevenbergMarquardt,
+    QuadraticModel,
+    RefreshSchedule,
+    SeparateDamping,
+)
+from kfac_jax.statistics.averages import check_statistics
+
+_SHOWN = 10
+"""How many of the leaves that differ an error lists."""
+
+
+def check_kind(
+    name: str,
+    value: Any,
+    rules: tuple[type, ...],
+    allowed: str,
+    schedule: bool = True,
+) -> None:
+    """Raises TypeError unless it is a number, one of the rules, or a schedule."""
+    fits = is_number(value, arrays=True) or isinstance(value, rules)
+    if not (fits or (schedule and callable(value))):
+        raise TypeError(f"{name} must be {allowed}; got {shown(value)}.")
+
+
+def check_plan(curvature: Any) -> None:
+    """Raises TypeError unless it is what `make_curvature` returns."""
+    if not isinstance(curvature, Curvature):
+        raise TypeError(
+            "curvature must be a plan from make_curvature; got "
+            f"{shown(curvature)}. Pass kfac_jax.make_curvature(loss_fn, params, ...)."
+        )
+
+
+def check_common(
+    curvature: Any, damping: Any, decay: Any, inverse_every: Any, devices: Any
+) -> None:
+    """Checks what both transformations take."""
+    check_plan(curvature)
+    check_kind("damping", damping, (LevenbergMarquardt,), "a number, schedule or rule")
+    within("damping (λ)", damping, 0.0, float("inf"))
+    check_kind("decay (ε)", decay, (), "a number", schedule=False)
+    within("decay (ε)", decay, 0.0, 1.0)
+    if not isinstance(inverse_every, RefreshSchedule):
+        allowed = "a number of steps or RefreshSchedule"
+        check_kind("inverse_every", inverse_every, (), allowed, schedule=False)
+        within("inverse_every (T3)", inverse_every, 1, float("inf"))
+        whole("inverse_every (T3)", inverse_every, arrays=True)
+    devices_lib.check(devices)
+    if devices_lib.by_rows(devices):
+        by_rows.check(curvature.layers)
+    products = [x.name for x in curvature.layers if x.product_rows]
+    if devices is not None and products:
+        raise ValueError(
+            "Gradients that are averages over devices are no products of one device's "
+            f"inputs: expected no layers with gradient_products, got {products}. Leave "
+            "gradient_products or devices out."
+        )
+
+
+def check_update(
+    state: Any, statistics: Any, kind: str, unknown: Sequence[str] = ()
+) -> None:
+    """Checks what every update gets.
+
+    Args:
+      state: the state.
+      statistics: the step's.
+      kind: of the transformation.
+      unknown: keywords that are not its own. optax passes those of one member of a
+        chain to all, so they are no error by themselves.
+
+    Raises:
+      TypeError: if the state or the statistics are of the wrong type.
+      ValueError: if there are no statistics.
+    """
+    if not isinstance(state, KFACState):
+        raise TypeError(
+            f"{kind} expects the state made by its init; got {shown(state)}. "
+            "Call state = tx.init(params) once before the first update; a checkpoint "
+            "is restored into the structure of that."
+        )
+    if statistics is None:
+        raise ValueError(
+            f"{kind} needs the step's statistics: value, grads, statistics = "
+            "curvature.value_grad_and_statistics(params, ...), then tx.update(grads, "
+            "state, params, statistics=statistics). For a step that gathers none "
+            "pass curvature.zero_statistics(params). Expected the keyword statistics, "
+            f"got {', '.join(unknown) or 'none'}."
+        )
+    check_statistics(statistics)
+
+
+def check_state(
+    curvature: Curvature, state: KFACState, devices: Distribution | None
+) -> None:
+    """Compares a state with what `init` makes for this plan, without the velocity.
+
+    Raises:
+      ValueError: if leaves are missing, unexpected, or of another shape or type.
+    """
+    kept = devices.kept_shape if devices_lib.by_rows(devices) else tuple
+    arrays = {
+        kind: {
+            layer.name: {
+                name: jax.ShapeDtypeStruct(kept(shape), layer.dtype)
+                for name, shape in getattr(layer, shapes).items()
+            }
+            for layer in curvature.layers
+        }
+        for kind, shapes in _ARRAYS.items()
+    }
+    expected = _described(arrays) | dict.fromkeys(_SCALARS, "a scalar")
+    found = _described(state._replace(velocity=())._asdict())
+    differing = [
+        f"  {name}: expected {expected.get(name, 'nothing')}, "
+        f"got {found.get(name, 'nothing')}"
+        for name in sorted(expected.keys() | found.keys())
+        if expected.get(name) != found.get(name)
+    ]
+    if differing:
+        more = len(differing) - _SHOWN
+        rest = [f"  and {more} more"] if more > 0 else []
+        listed = "\n".join(differing[:_SHOWN] + rest)
+        raise ValueError(
+            f"The state is not one that init makes for this plan:\n{listed}\n"
+            "Use the state, the plan and the options that belong together, or call "
+            "tx.init(params) for a new state. One that was made for another number of "
+            "devices goes through whole_state and spread_state first."
+        )
+
+
+_ARRAYS = {"factors": "factor_shapes", "inverses": "inverse_shapes"}
+_SCALARS = (
+    "step",
+    "batches",
+    "damping",
+    "length",
+    "curvature",
+    "factored_damping",
+    *(f"info/{name}" for name in Info._fields),
+)
+
+
+def _described(tree: Any) -> dict[str, str]:
+    """Types and shapes by path, such as float32[3,3]; a number's type may be any."""
+    return {
+        path_name(path): f"{jnp.result_type(x)}[{','.join(map(str, jnp.shape(x)))}]"
+        if jnp.ndim(x)
+        else "a scalar"
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
+
+
+def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:
+    """Checks what decides the length of a step."""
+    check_kind(
+        "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
+    )
+    within("learning_rate (α)", learning_rate, 0.0, float("inf"))
+    modelled = isinstance(learning_rate, QuadraticModel)
+    if isinstance(norm_constraint, str) and norm_constraint == "auto":
+        norm_constraint = None
+    if norm_constraint is not None:
+        allowed = 'a number, a schedule, "auto" or None'
+        check_kind("norm_constraint", norm_constraint, (), allowed)
+    within("norm_constraint", norm_constraint, 0.0, float("inf"))
+    if norm_constraint is not None and modelled:
+        raise ValueError(
+            "norm_constraint limits steps of a given learning rate: expected None "
+            f"with QuadraticModel, got {shown(norm_constraint)}."
+        )
+    if momentum is not None:
+        check_kind("momentum", momentum, (), "a number, a schedule or None")
+        within("momentum (μ)", momentum, 0.0, 1.0, closed=True)
+
+
+def check_separate(
+    rule: Any, learning_rate: Any, damping: Any, schedule: RefreshSchedule, l2: float
+) -> None:
+    """Checks a rule for γ, and that the other rules go with it."""
+    if not isinstance(rule, SeparateDamping):
+        raise TypeError(
+            "factored_damping must be None, for γ = √(λ+η), or a SeparateDamping rule; "
+            f"got {shown(rule)}. For a γ that never changes give the rule "
+            "minimum and maximum equal to its initial value."
+        )
+    if not isinstance(learning_rate, QuadraticModel):
+        raise ValueError(
+            "SeparateDamping compares its candidates by the quadratic model: expected "
+            "learning_rate=QuadraticModel(); got "
+            f"{type(learning_rate).__name__}. Pass that, or leave factored_damping out."
+        )
+    if schedule.shares > 1:
+        raise ValueError(
+            "SeparateDamping chooses γ by the inverses of all layers: expected a "
+            f"RefreshSchedule with one share, got {schedule.shares}. Leave shares, or "
+            "factored_damping, out."
+        )
+    inverse_every = schedule.every
+    if isinstance(inverse_every, int) and rule.every % inverse_every:
+        raise ValueError(
+            "γ changes when inverses are refreshed: SeparateDamping's every (T2) must "
+            f"be a multiple of inverse_every (T3); got {rule.every} and "
+            f"{inverse_every}. Change one of them."
+        )
+    number = isinstance(damping, float | int)
+    if rule.initial is None and number and damping + l2 == 0:
+        raise ValueError(
+            "SeparateDamping multiplies γ, which never leaves γ0 = √(λ0 + η) = 0; "
+            "expected a positive damping or l2, got 0 for both. Give SeparateDamping "
+            "an initial γ0."
+        )
+
+
+def check_evaluation(
+    curvature: Curvature, params: Params | None, value: Any, args: Any
+) -> None:
+    """Raises ValueError unless the loss function can be evaluated."""
+    if params is None or value is None or not isinstance(args, tuple | list):
+        given = "no params" if params is None else "params"
+        raise ValueError(
+            "QuadraticModel and LevenbergMarquardt evaluate the loss function, and "
+            "need what it takes: pass params, value= and args= (a tuple of the loss "
+            "function's arguments after the parameters) to update; got "
+            f"{given}, value={shown(value)}, "
+            f"args={shown(args)}."
+        )
+    curvature.tree.leaves(params, "params")

@@ -1,0 +1,112 @@
+"""The choice of γ among its candidates, by the quadratic model (section 6.6)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kfac_jax._utils.vectors import plane_products
+from kfac_jax.curvature import Curvature, Params
+from kfac_jax.devices import Distribution, mean, whole
+from kfac_jax.operator.products import Products
+from kfac_jax.optimization.preconditioner import precondition, refresh_inverses
+from kfac_jax.plan import batch
+from kfac_jax.rules import QuadraticModel, SeparateDamping
+from kfac_jax.statistics.averages import Factors
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Candidates:
+    """What the candidates for γ are compared on: this step's own batch and gradient.
+
+    Attributes:
+      rule: which candidates.
+      due: whether γ is to be chosen at this step.
+      model: chooses α (and μ) for each.
+      curvature: the plan.
+      params: the parameters.
+      args: the loss function's further arguments.
+      gradient: ∇h, by leaves.
+      previous: δ0, by leaves.
+      damping: λ.
+      momentum: a fixed μ, or None.
+      products: what -∇h's matrices may be products of.
+      devices: over which devices the batch is spread.
+    """
+
+    rule: SeparateDamping
+    due: Array
+    model: QuadraticModel
+    curvature: Curvature
+    params: Params
+    args: Any
+    gradient: list[Array]
+    previous: list[Array]
+    damping: Array
+    momentum: Array | None
+    products: Products
+    devices: Distribution | None
+
+    @jax.named_scope("kfac_separate_damping")
+    def update(self, factors: Factors, inverses: Factors, gamma: Array) -> Array:
+        """Every T2 steps, chooses the candidate whose step has the lowest M(δ).
+
+        Args:
+          factors: the moving averages.
+          inverses: those so far, which stay where new ones are not finite.
+          gamma: γ.
+
+        Returns:
+          The best γ. A candidate without finite inverses or model loses.
+        """
+        select = functools.partial(self._select, factors, inverses)
+        return jax.lax.cond(self.due, select, lambda gamma: gamma, gamma)
+
+    def _select(self, factors: Factors, inverses: Factors, gamma: Array) -> Array:
+        """The best candidate.
+
+        Inverses and Δ come one candidate after the other: compiled once, and with the
+        memory of one. Only the winner's inverses are wanted, so they are computed again
+        rather than all kept. The forward pass and the product with δ0 serve all.
+        """
+        gammas = self.rule.candidates(gamma)
+        propose = functools.partial(self._propose, factors, inverses)
+        directions, grams, slopes, failed = jax.lax.map(propose, gammas)
+        matrices = self._fisher(directions)
+        total = (self.damping + self.curvature.l2).astype(matrices.dtype)
+        matrices = matrices + total * grams.astype(matrices.dtype)
+        solve = functools.partial(self.model.solve, momentum=self.momentum)
+        changes = jax.vmap(solve)(matrices, slopes.astype(matrices.dtype)).change
+        return self.rule.select(gammas, jnp.where(failed == 0, changes, jnp.inf))
+
+    def _propose(
+        self, factors: Factors, old: Factors, gamma: Array
+    ) -> tuple[list[Array], Array, Array, Array]:
+        """Δ, what the plane of Δ and δ0 needs of it, and how many inverses failed."""
+        layers = self.curvature.layers
+        inverses, failed = refresh_inverses(
+            layers, factors, old, jnp.square(gamma), whole(self.devices)
+        )
+        down = [-x for x in self.gradient]
+        scaled, _ = precondition(layers, factors, inverses, down, self.products)
+        direction = [x for x in scaled if x is not None]
+        products = plane_products(self.gradient, direction, self.previous)
+        return direction, *products, failed
+
+    def _fisher(self, directions: list[Array]) -> Array:
+        """F in the plane of each Δ and δ0, `[3, 2, 2]`, of one form over all four."""
+        vectors = [
+            jnp.concatenate([d, d0.astype(d.dtype)[None]])
+            for d, d0 in zip(directions, self.previous, strict=True)
+        ]
+        tree = jax.tree.unflatten(self.curvature.tree.treedef, vectors)
+        part = batch.take(self.args, self.model.fraction, self.curvature.batch_argnums)
+        fisher = self.curvature.quadratic_form(self.params, tree, *part)
+        fisher = mean(self.devices, fisher)
+        count = len(fisher) - 1
+        planes = np.stack([np.arange(count), np.full(count, count)], axis=1)
+        return fisher[planes[:, :, None], planes[:, None, :]]

@@ -1,0 +1,172 @@
+"""The arguments of the loss function as a batch: which of them have a leading axis."""
+
+from collections.abc import Sequence, Set
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kfac_jax._jaxpr import axis_types
+from kfac_jax._jaxpr.states import Examples
+from kfac_jax._utils import arguments
+
+
+def _is_key(leaf: Any) -> bool:
+    """Typed keys, and the raw ones: two or four uint32."""
+    dtype = jnp.result_type(leaf)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return True
+    return dtype == jnp.uint32 and jnp.shape(leaf) in ((2,), (4,))
+
+
+Argnums = tuple[int, ...] | None
+"""Which of the loss function's arguments are the batch; None if that is not said."""
+
+
+def check_argnums(value: Any, args: Sequence[Any]) -> Argnums:
+    """Checks `batch_argnums`.
+
+    Args:
+      value: an integer, several, or None.
+      args: the loss function's arguments after the parameters.
+
+    Returns:
+      The integers as a tuple, or None.
+
+    Raises:
+      TypeError: if they are no integers.
+      ValueError: if there are no such arguments.
+    """
+    if value is None:
+        return None
+    several = (value,) if isinstance(value, int) else value
+    arguments.sequence("batch_argnums", several, "places of arguments")
+    for place in several:
+        arguments.count("each of batch_argnums", place, 0)
+        if place >= len(args):
+            raise ValueError(
+                "batch_argnums counts the loss function's arguments after the "
+                f"parameters from 0: expected less than {len(args)}, got {place}."
+            )
+    return tuple(several)
+
+
+def _is_batch(path: Any, leaf: Any, argnums: Argnums) -> bool:
+    if jnp.ndim(leaf) == 0 or _is_key(leaf):
+        return False
+    return argnums is None or path[0].idx in argnums
+
+
+def examples(
+    args: tuple[Any, ...], argnums: Argnums, cases: Sequence[int]
+) -> list[Examples | None]:
+    """For each array of the arguments, where it holds the examples.
+
+    That is its leading axis, if it belongs to the batch. Where that is not said and
+    leading axes differ, those do that fit the cases of a loss; if it is not plain which
+    fit a loss, all do.
+
+    Args:
+      args: the loss function's arguments.
+      argnums: which of them are the batch.
+      cases: how many cases each loss registers.
+
+    Returns:
+      Axes, None of what belongs to no batch.
+    """
+    leaves = jax.tree.leaves_with_path(args)
+    axes = [
+        Examples(0, jnp.shape(leaf)[0]) if _is_batch(path, leaf, argnums) else None
+        for path, leaf in leaves
+    ]
+    sizes = {axis.size for axis in axes if axis is not None}
+    if len(sizes) < 2 or argnums is not None:
+        return axes
+    chosen = {_examples_of(count, sizes) for count in cases}
+    if None in chosen or not chosen:
+        return axes
+    return [axis if axis is not None and axis.size in chosen else None for axis in axes]
+
+
+def _examples_of(cases: int, sizes: Set[int]) -> int | None:
+    """Which of some lengths is the number of a loss's examples; None if not plain.
+
+    That is as many as there are cases, or else the only length that divides them, by
+    the positions of an example. Arrays that are joined along their leading axes look
+    like that too, if one of the lengths divides another.
+    """
+    if cases in sizes:
+        return cases
+    dividing = [n for n in sizes if n and cases % n == 0]
+    if len(dividing) != 1:
+        return None
+    (only,) = dividing
+    return None if any(n % only == 0 for n in sizes - {only}) else only
+
+
+def leading_axes(args: Any, argnums: Argnums = None) -> list[tuple[str, int]]:
+    """Names each array of the batch, and its leading axis's length."""
+    found = []
+    for path, leaf in jax.tree.leaves_with_path(args):
+        if _is_batch(path, leaf, argnums):
+            index, *rest = path
+            name = f"args[{getattr(index, 'idx', index)}]" + jax.tree_util.keystr(
+                tuple(rest)
+            )
+            found.append((name, jnp.shape(leaf)[0]))
+    return found
+
+
+def describe(axes: Sequence[tuple[str, int]]) -> str:
+    """Writes leading axes for an error message."""
+    return ", ".join(f"{name}: {size}" for name, size in axes)
+
+
+def take(args: Any, fraction: float, argnums: Argnums = None) -> Any:
+    """Slices the first `fraction` of the batch off every array that has it.
+
+    Args:
+      args: the loss function's arguments.
+      fraction: in (0, 1].
+      argnums: which of them are the batch.
+
+    Returns:
+      The arguments with `max(1, round(fraction · n))` examples.
+
+    Raises:
+      ValueError: if the leading axes disagree, so that it is not clear what to slice.
+    """
+    if fraction == 1.0:
+        return args
+    keep = max(1, round(fraction * batch_size(args, argnums)))
+
+    def first(leaf: Any) -> Any:
+        return axis_types.auto(lambda x: x[:keep], leaf)(leaf)
+
+    return jax.tree.map_with_path(
+        lambda path, x: first(x) if _is_batch(path, x, argnums) else x, args
+    )
+
+
+def batch_size(args: Any, argnums: Argnums = None) -> int:
+    """Returns the length of the one leading axis that the arguments share.
+
+    Args:
+      args: the loss function's arguments, or their shapes.
+      argnums: which of them are the batch.
+
+    Returns:
+      The length.
+
+    Raises:
+      ValueError: if the leading axes disagree or there is none.
+    """
+    axes = leading_axes(args, argnums)
+    sizes = {size for _, size in axes}
+    if len(sizes) != 1:
+        raise ValueError(
+            "Taking a fraction of the batch needs arguments that share one leading "
+            f"axis; got {describe(axes) or 'none'}. Say by batch_argnums which "
+            "arguments are the batch, or use a fraction of 1."
+        )
+    return sizes.pop()

@@ -1,0 +1,408 @@
+"""Groups the uses that discovery found into layers, and gives each layer its block."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.states import Examples, Lost
+from kfac_jax._jaxpr.view import Layout
+from kfac_jax._utils.arguments import shown
+from kfac_jax._utils.dtypes import wide_dtype
+from kfac_jax.blocks import Block, BlockShape, Diagonal, Identity, Kronecker
+from kfac_jax.plan.layer import KINDS, Layer
+
+BlocksSpec = Block | Mapping[str, Block | None] | Callable[[Layer], Block | None] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Leaf:
+    index: int
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def group(
+    uses: Sequence[Use],
+    paths: Sequence[str],
+    shapes: Sequence[tuple[int, ...]],
+    dtypes: Sequence[str],
+    blocks: BlocksSpec,
+    weight_sharing: str,
+) -> tuple[list[Layer], dict[int, list[Site]]]:
+    """Makes layers of uses.
+
+    A weight is a layer if all its uses are the same linear map; a bias joins it if it
+    is added to all of that weight's outputs and used nowhere else.
+
+    Args:
+      uses: what discovery found.
+      paths: each parameter's path.
+      shapes: each parameter's shape.
+      dtypes: each parameter's type.
+      blocks: the user's choice of blocks.
+      weight_sharing: the setting of default blocks.
+
+    Returns:
+      The layers in the order of their first parameters, and for each layer (by its
+      place in that order) the sites that feed its statistics.
+
+    Raises:
+      TypeError: if `blocks` is of an unknown type or holds something else than blocks.
+      ValueError: if a key of `blocks` fits no layer, or a block does not fit its layer.
+    """
+    leaves = [
+        _Leaf(i, p, tuple(s), d)
+        for i, (p, s, d) in enumerate(zip(paths, shapes, dtypes, strict=True))
+    ]
+    layers: dict[int, tuple[Layer, list[Site]]] = {}
+    taken: set[int] = set()
+    for leaf in leaves:
+        made = _linear_layer(leaf, leaves, uses)
+        if made is not None:
+            layers[leaf.index] = made
+            taken.update(made[0].leaves)
+    for leaf in leaves:
+        if leaf.index not in taken:
+            made = _shift_layer(leaf, uses)
+            layers[leaf.index] = made or (_other_layer(leaf, uses), [])
+    ordered = [
+        (_with_sharing(layer, weight_sharing), sites)
+        for layer, sites in sorted(
+            layers.values(), key=lambda pair: min(pair[0].leaves)
+        )
+    ]
+    chosen = _choose(blocks, _distinct(ordered), leaves)
+    return [layer for layer, _ in chosen], dict(enumerate(sites for _, sites in chosen))
+
+
+def _weight_uses(leaf: _Leaf, uses: Sequence[Use]) -> list[Use]:
+    return [
+        use
+        for use in uses
+        if (isinstance(use, OtherUse) and use.leaf == leaf.index)
+        or (isinstance(use, Site) and use.weight and use.weight[0] == leaf.index)
+        or (isinstance(use, Site) and use.kind == "shift" and _bias(use) == leaf.index)
+    ]
+
+
+def _bias(site: Site) -> int | None:
+    return site.bias[0] if site.bias else None
+
+
+def _linear_layer(
+    leaf: _Leaf, leaves: Sequence[_Leaf], uses: Sequence[Use]
+) -> tuple[Layer, list[Site]] | None:
+    own = _weight_uses(leaf, uses)
+    sites = [use for use in own if isinstance(use, Site)]
+    if not sites or len(sites) != len(own):
+        return None
+    oriented = _oriented(sites)
+    if oriented is None:
+        return None
+    sites, tied = oriented
+    assert sites[0].weight is not None
+    params = [(leaf, sites[0].weight[1], "weight")]
+    bias = sites[0].bias
+    # neither the inputs of a table nor both sides of a tied weight have a place for it
+    plain = sites[0].kind != "embedding" and not tied
+    if plain and bias is not None and _joins(bias, sites, leaves[bias[0]], uses):
+        params.append((leaves[bias[0]], bias[1], "bias"))
+    else:
+        sites = [dataclasses.replace(site, bias=None) for site in sites]
+    kind = sites[0].kind
+    if kind == "scale" and len(params) == 2:
+        kind = "scale_and_shift"
+    if tied:
+        kind = "tied"
+    *lead, inputs, outputs = params[0][1].shape
+    shape = (tuple(lead), inputs + len(params) - 1, outputs)
+    return _layer(kind, params, sites, shape), sites
+
+
+def _oriented(sites: Sequence[Site]) -> tuple[list[Site], bool] | None:
+    """Marks the sites that use the first one's weight transposed, if there are any.
+
+    Those of a table come first. None if the sites are different linear maps.
+    """
+    tables = [site for site in sites if site.kind == "embedding"]
+    first = (tables or sites)[0]
+    result: list[Site] = []
+    for site in sites:
+        if first.weight is None or site.weight is None:
+            return None
+        if site.kind == first.kind and site.weight[1] == first.weight[1]:
+            result.append(site)
+        elif site.transposed == first.weight[1]:
+            result.append(dataclasses.replace(site, swapped=True))
+        else:
+            return None
+    tied = any(site.swapped for site in result)
+    return sorted(result, key=lambda site: site.swapped), tied
+
+
+def _joins(
+    bias: tuple[int, Layout], sites: Sequence[Site], leaf: _Leaf, uses: Sequence[Use]
+) -> bool:
+    """All sites add this bias, and it is added nowhere else."""
+    own = _weight_uses(leaf, uses)
+    shifts = [u for u in own if isinstance(u, Site) and u.kind == "shift"]
+    elsewhere = [
+        u
+        for u in uses
+        if isinstance(u, Site)
+        and u.kind != "shift"
+        and _bias(u) == leaf.index
+        and not any(u is site for site in sites)
+    ]
+    # there is a shift for each bias, beside the use of the weight
+    return (
+        all(site.bias == bias for site in sites)
+        and not elsewhere
+        and len(shifts) == len(own) == len(sites)
+    )
+
+
+def _shift_layer(leaf: _Leaf, uses: Sequence[Use]) -> tuple[Layer, list[Site]] | None:
+    own = _weight_uses(leaf, uses)
+    sites = [u for u in own if isinstance(u, Site) and u.kind == "shift" and u.bias]
+    if not sites or len(sites) != len(own) or len({s.bias for s in sites}) != 1:
+        return None
+    assert sites[0].bias is not None
+    layout = sites[0].bias[1]
+    *lead, outputs = layout.shape
+    shape = (tuple(lead), 1, outputs)
+    return _layer("shift", [(leaf, layout, "bias")], sites, shape), sites
+
+
+def _layer(
+    kind: str,
+    params: Sequence[tuple[_Leaf, Layout, str]],
+    sites: Sequence[Site],
+    shape: tuple[tuple[int, ...], int, int],
+) -> Layer:
+    lead, inputs, outputs = shape
+    independent = len(sites[0].y_axes[0])
+    split = len(lead) - independent
+    joint = {role for _, _, role in params} == {"weight", "bias"}
+    one_hot, tied = sites[0].kind == "embedding", kind == "tied"
+    block_shape = BlockShape(
+        lead[:split], lead[split:], inputs, outputs, joint, one_hot, tied
+    )
+    leaves = [leaf for leaf, _, _ in params]
+    return Layer(
+        name=_common([leaf.path for leaf in leaves]),
+        kind=kind,
+        params=tuple(leaf.path for leaf in leaves),
+        shapes=tuple(leaf.shape for leaf in leaves),
+        dtype=_wide(leaves[0].dtype),
+        uses=len(sites),
+        rows=sum(site.rows for site in sites),
+        block=_default_block(kind, sites),
+        shape=block_shape,
+        source=sites[0].source,
+        leaves=tuple(leaf.index for leaf in leaves),
+        layouts=tuple(layout for _, layout, _ in params),
+        roles=tuple(role for _, _, role in params),
+    )
+
+
+def _distinct(
+    made: Sequence[tuple[Layer, list[Site]]],
+) -> list[tuple[Layer, list[Site]]]:
+    """Names layers by all their parameters where common paths coincide."""
+    names = [layer.name for layer, _ in made]
+    return [
+        (
+            layer
+            if names.count(layer.name) == 1
+            else dataclasses.replace(layer, name="+".join(layer.params)),
+            sites,
+        )
+        for layer, sites in made
+    ]
+
+
+def _default_block(kind: str, sites: Sequence[Site]) -> Block:
+    """Elementwise layers get their exact diagonal where one use can be summed."""
+    matrix = kind in ("dense", "conv", "embedding", "tied")
+    if matrix or _is_shared(sites) or _is_lost(sites):
+        return Kronecker()
+    return Diagonal()
+
+
+def _with_sharing(layer: Layer, weight_sharing: str) -> Layer:
+    if not isinstance(layer.block, Kronecker):
+        return layer
+    block = dataclasses.replace(layer.block, weight_sharing=weight_sharing)
+    return dataclasses.replace(layer, block=block)
+
+
+def _is_shared(sites: Sequence[Site]) -> bool:
+    return len(sites) > 1 or any(site.repeated for site in sites)
+
+
+def _is_lost(sites: Sequence[Site]) -> bool:
+    return not all(isinstance(site.examples, Examples) for site in sites)
+
+
+def _since(sites: Sequence[Site]) -> str:
+    """Where the axis of examples was lost, if that is known."""
+    states = [site.examples for site in sites]
+    where = next((s.where for s in states if isinstance(s, Lost) and s.where), "")
+    return f" since {where}" if where else ""
+
+
+def _wide(dtype: str) -> str:
+    return str(wide_dtype(dtype))
+
+
+def _common(paths: Sequence[str]) -> str:
+    if len(paths) == 1:
+        return paths[0]
+    parts = [path.split("/") for path in paths]
+    common: list[str] = []
+    for column in zip(*parts, strict=False):
+        if len(set(column)) > 1:
+            break
+        common.append(column[0])
+    return "/".join(common) or "+".join(paths)
+
+
+def _other_layer(leaf: _Leaf, uses: Sequence[Use]) -> Layer:
+    """A parameter that is unused, tagged generic, or used in a way no layer covers."""
+    own = _weight_uses(leaf, uses)
+    others = [use for use in own if isinstance(use, OtherUse)]
+    bad = next((use for use in others if use.kind == "unmatched"), None)
+    if not own:
+        return _bare_layer(leaf, "unused", 0, KINDS["unused"], "")
+    if bad is not None:
+        return _bare_layer(leaf, "unmatched", len(own), bad.reason, bad.source)
+    if others:
+        return _bare_layer(leaf, "generic", len(own), "", others[0].source)
+    reason = "its uses are different linear maps, which share no block"
+    return _bare_layer(leaf, "unmatched", len(own), reason, own[0].source)
+
+
+def _bare_layer(leaf: _Leaf, kind: str, uses: int, reason: str, source: str) -> Layer:
+    size = math.prod(leaf.shape)
+    return Layer(
+        name=leaf.path,
+        kind=kind,
+        params=(leaf.path,),
+        shapes=(leaf.shape,),
+        dtype=_wide(leaf.dtype),
+        uses=uses,
+        block=Identity() if kind == "unused" else Diagonal(),
+        shape=BlockShape((), (), 1, size),
+        reason=reason,
+        source=source,
+        leaves=(leaf.index,),
+        layouts=(Layout(leaf.shape, (size,), (0,), (1, size)),),
+        roles=("weight",),
+    )
+
+
+def _choose(
+    blocks: BlocksSpec,
+    made: Sequence[tuple[Layer, list[Site]]],
+    leaves: Sequence[_Leaf],
+) -> list[tuple[Layer, list[Site]]]:
+    rule = _as_rule(blocks, [layer for layer, _ in made])
+    result: list[tuple[Layer, list[Site]]] = []
+    for layer, sites in made:
+        block = rule(layer)
+        if block is not None and not isinstance(block, Block):
+            raise TypeError(
+                "blocks must give a Block (kfac_jax.blocks) or None for each layer; "
+                f"got {shown(block)} for layer '{layer.name}'."
+            )
+        if not layer.tagged and not isinstance(block, Diagonal | Identity | None):
+            raise ValueError(
+                f"Layer '{layer.name}' ({layer.kind}) has no inputs and outputs to "
+                f"build {block!r} from; use Diagonal(), Identity() or None."
+            )
+        reason = _misfit(layer, sites, block)
+        if reason:
+            result.extend(
+                (
+                    _bare_layer(
+                        leaves[i], "unmatched", layer.uses, reason, layer.source
+                    ),
+                    [],
+                )
+                for i in layer.leaves
+            )
+            continue
+        shape = layer.shape
+        if block is not None and not block.handles_one_hot:
+            shape = dataclasses.replace(shape, one_hot=False)
+        result.append((dataclasses.replace(layer, block=block, shape=shape), sites))
+    return result
+
+
+def _misfit(layer: Layer, sites: Sequence[Site], block: Block | None) -> str:
+    """Why the block cannot be this layer's; empty if it can."""
+    if block is None or not layer.tagged:
+        return ""
+    if layer.shape.tied and not block.handles_tied:
+        return f"{block!r} is not for a weight that is used transposed too"
+    if any(site.cases for site in sites) and not block.row_statistics:
+        return f"{block!r} is not for inputs that all cases share"
+    shared = _is_shared(sites)
+    if block.needs_examples and (shared or _is_lost(sites)):
+        why = "which rows belong to one example could not be followed" + _since(sites)
+        if shared:
+            why = "this layer is used several times for each example"
+        return f"{block!r} sums within an example, and {why}"
+    return ""
+
+
+def _as_rule(
+    blocks: BlocksSpec, layers: Sequence[Layer]
+) -> Callable[[Layer], Block | None]:
+    if blocks is None:
+        return lambda layer: layer.block
+    if isinstance(blocks, Block):
+        return lambda layer: blocks if layer.tagged else layer.block
+    if isinstance(blocks, Mapping):
+        for key in blocks:
+            if not _is_pattern(key) or not any(_fits(key, layer) for layer in layers):
+                names = ", ".join(layer.name for layer in layers)
+                raise ValueError(
+                    f"blocks expects layer kinds and path regexes as keys; got the key "
+                    f"{shown(key)}, which is no layer kind in use and matches no "
+                    f"parameter path. Layers: {names}. Kinds: "
+                    f"{', '.join(sorted({layer.kind for layer in layers}))}."
+                )
+        return lambda layer: next(
+            (block for key, block in blocks.items() if _fits(key, layer)), layer.block
+        )
+    if isinstance(blocks, type):
+        raise TypeError(
+            f"blocks must hold blocks, not classes; got the class {blocks.__name__}: "
+            f"write {blocks.__name__}()."
+        )
+    if callable(blocks):
+        return blocks
+    raise TypeError(
+        "blocks must be a Block, a mapping from layer kind or path regex to Block or "
+        f"None, or a function of a layer; got {shown(blocks)}."
+    )
+
+
+def _is_pattern(key: Any) -> bool:
+    try:
+        re.compile(key)
+    except (re.error, TypeError):  # the caller says what a key must be
+        return False
+    return isinstance(key, str)
+
+
+def _fits(key: str, layer: Layer) -> bool:
+    if key in KINDS:
+        return layer.kind == key
+    return any(re.search(key, path) for path in (layer.name, *layer.params))

@@ -1,0 +1,174 @@
+"""The report: the plan as a table a person can act on, and its totals as data."""
+
+import collections
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from kfac_jax.plan import Layer
+
+_COLUMNS = ("parameter", "shape", "kind", "uses", "block", "factors", "bytes")
+
+
+class Totals(NamedTuple):
+    """What a plan covers, in scalar parameters, and costs, in bytes and multiply-adds.
+
+    >>> import jax.numpy as jnp, kfac_jax
+    >>> def loss_fn(w, x, y):
+    ...     return kfac_jax.losses.squared_error(x @ w, y).sum(-1).mean()
+    >>> w, x, y = jnp.ones((3, 2)), jnp.ones((8, 3)), jnp.zeros((8, 2))
+    >>> totals = kfac_jax.make_curvature(loss_fn, w, x, y).totals
+    >>> totals.covered, totals.factor_bytes == 4 * (3 * 3 + 2 * 2)
+    (6, True)
+    """
+
+    parameters: int  # how many there are
+    covered: int  # how many are in layers with which nothing is amiss
+    by_kind: Mapping[str, int]  # how many there are of each kind of layer
+    factor_bytes: int  # what the factors hold
+    inverse_bytes: int  # what their inverses hold
+    inversion_cost: int  # multiply-adds of one refresh of the inverses
+    statistics_cost: float  # of the statistics of one batch, or of the part τ1 of it
+    gradient_cost: float  # of the layers in one gradient of the batch
+
+
+def totals(layers: Sequence[Layer], fraction: float) -> Totals:
+    """Sums over the layers.
+
+    Args:
+      layers: the plan's layers.
+      fraction: τ1, the part of the batch that statistics are gathered from.
+
+    Returns:
+      The sums.
+    """
+    by_kind: dict[str, int] = collections.defaultdict(int)
+    for layer in layers:
+        by_kind[layer.kind] += _size(layer)
+    return Totals(
+        parameters=sum(map(_size, layers)),
+        covered=sum(_size(layer) for layer in layers if not layer.reason),
+        by_kind=dict(by_kind),
+        factor_bytes=sum(layer.factor_bytes for layer in layers),
+        inverse_bytes=sum(layer.inverse_bytes for layer in layers),
+        inversion_cost=sum(layer.inversion_cost for layer in layers),
+        statistics_cost=sum(layer.statistics_cost for layer in layers) * fraction,
+        gradient_cost=sum(layer.gradient_cost for layer in layers),
+    )
+
+
+def _size(layer: Layer) -> int:
+    return sum(map(math.prod, layer.shapes))
+
+
+def _rows(layer: Layer) -> list[tuple[str, ...]]:
+    factors = " ".join(
+        f"{name}{_dimensions(shape)}" for name, shape in layer.factor_shapes.items()
+    )
+    block = "none" if layer.block is None else type(layer.block).__name__
+    rows = [
+        (path, _dimensions(shape), "", "", "", "", "")
+        for path, shape in zip(layer.params, layer.shapes, strict=True)
+    ]
+    rows[0] = (
+        *rows[0][:2],
+        layer.kind,
+        str(layer.uses),
+        block,
+        factors,
+        _bytes(layer.factor_bytes),
+    )
+    return rows
+
+
+def _dimensions(shape: Sequence[int]) -> str:
+    return "[" + "×".join(map(str, shape)) + "]"
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError
+
+
+def explain(layer: Layer) -> str:
+    """Says why a parameter is not covered, and where the model uses it."""
+    at = f"\n    at {layer.source}" if layer.source else ""
+    return f"  {layer.name}: {layer.reason}{at}"
+
+
+def table(layers: Sequence[Layer], fraction: float) -> str:
+    """Formats the layers.
+
+    Args:
+      layers: the plan's layers.
+      fraction: τ1, the part of the batch that statistics are gathered from.
+
+    Returns:
+      The table, then totals, then what is not covered and why.
+    """
+    rows = [_COLUMNS, *(row for layer in layers for row in _rows(layer))]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in rows
+    ]
+    lines = [line.rstrip() for line in lines]
+    lines.insert(1, "  ".join("-" * width for width in widths))
+    total = totals(layers, fraction)
+    lines.append(
+        f"{len(layers)} layers, {total.parameters} parameters, {total.covered} of them "
+        f"covered; factors {_bytes(total.factor_bytes)}, inverses "
+        f"{_bytes(total.inverse_bytes)}."
+    )
+    lines.append(_kinds(total))
+    lines.append(_costs(total))
+    lines.extend(_links(layers))
+    lines.extend(_products(layers))
+    uncovered = [layer for layer in layers if layer.reason]
+    if uncovered:
+        lines.append("Not covered by a layer:")
+        lines.extend(explain(layer) for layer in uncovered)
+    return "\n".join(lines)
+
+
+def _links(layers: Sequence[Layer]) -> list[str]:
+    """Which layers are linked to a parent, and why others are not."""
+    linked = [layer for layer in layers if layer.link is not None]
+    pairs = [
+        f"  {layer.name} → {layer.link.parent}"
+        for layer in linked
+        if layer.link is not None and layer.link.parent is not None
+    ]
+    others = [f"  {x.name}: {x.unlinked}" for x in layers if x.unlinked]
+    lines = ["Linked to the layer that uses its output:", *pairs] if pairs else []
+    return [*lines, "Without such a link:", *others] if others else lines
+
+
+def _products(layers: Sequence[Layer]) -> list[str]:
+    """Whose gradients stay products, and why others asked for do not."""
+    kept = [f"  {x.name}: {x.product_rows} cases" for x in layers if x.product_rows]
+    others = [f"  {x.name}: {x.no_product}" for x in layers if x.no_product]
+    lines = ["Gradients preconditioned as products:", *kept] if kept else []
+    return [*lines, "Gradients not kept as products:", *others] if others else lines
+
+
+def _kinds(total: Totals) -> str:
+    """How many parameters there are of each kind."""
+    parts = [
+        f"{kind} {n} ({n / max(total.parameters, 1):.1%})"
+        for kind, n in total.by_kind.items()
+    ]
+    return f"Parameters by kind: {', '.join(parts)}."
+
+
+def _costs(total: Totals) -> str:
+    """Arithmetic, as the products of the layers count it."""
+    text = f"One refresh of the inverses: {total.inversion_cost:.2g} multiply-adds"
+    if total.gradient_cost:
+        times = total.statistics_cost / total.gradient_cost
+        text += f"; statistics of one batch: {times:.2f} × the gradient"
+    return text + "."

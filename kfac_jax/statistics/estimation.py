@@ -1,0 +1,189 @@
+"""The cotangents that are pulled back from the registered outputs, for each mode.
+
+With `F_R = B Bᵀ` the Fisher over the outputs, a cotangent `u` with `E[u uᵀ] = F_R` (or
+a set with `Σ u uᵀ = F_R`) pulled back to the layers gives second moments that are (or
+add up to) the curvature's.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr.states import Examples, Lost, State
+from kfac_jax._utils.dtypes import wide_dtype
+from kfac_jax.distributions import RegisteredLoss
+
+MODES = (
+    "fisher_gradients",
+    "fisher_exact",
+    "fisher_empirical",
+    "fisher_curvature_prop",
+    "ggn_exact",
+    "ggn_curvature_prop",
+)
+"""Sampled gradients; exact; at the targets; random roots. For losses in natural
+parameters the generalised Gauss-Newton matrix and the Fisher are equal, and so are
+their modes; for others (a predicted variance, distributions of the user's own) the
+Fisher is used in both."""
+
+Pull = Callable[[list[Array]], Any]
+
+
+def is_exact(mode: str) -> bool:
+    """Whether the mode sums over all outputs."""
+    return mode in ("fisher_exact", "ggn_exact")
+
+
+def needs_rng(mode: str) -> bool:
+    """Whether the mode draws random numbers."""
+    return not is_exact(mode) and mode != "fisher_empirical"
+
+
+def _random_roots(losses: Sequence[RegisteredLoss], key: Array) -> list[Array]:
+    """`B r` for random r with covariance I, nowhere exactly zero unless B is.
+
+    Curvature propagation takes random signs for r, which of all r have the least
+    variance: that of a second moment grows with `E r⁴ ≥ (E r²)² = 1`. But signs can
+    cancel: `B (1, 1)` is zero for two equal probabilities, and a row without a
+    gradient counts as masked. So the signs get magnitudes of which `r²` is uniform on
+    [½, 1½]: then `B r` is zero with probability zero, and `E r⁴ = 1 + 1/12` (for normal
+    r it is 3).
+    """
+    keys = jax.random.split(key, len(losses))
+    return [
+        loss.multiply_root(_nearly_signs(k, loss.z))
+        for loss, k in zip(losses, keys, strict=True)
+    ]
+
+
+def _nearly_signs(key: Array, z: Array) -> Array:
+    u = jax.random.uniform(key, z.shape, wide_dtype(z.dtype), -1.0, 1.0)
+    return jnp.copysign(jnp.sqrt(0.5 + jnp.abs(u)), u)
+
+
+def random_cotangents(
+    losses: Sequence[RegisteredLoss], mode: str, key: Array
+) -> list[Array]:
+    """One random set of cotangents with covariance `F_R`."""
+    if mode != "fisher_gradients":
+        return _random_roots(losses, key)
+    keys = jax.random.split(key, len(losses))
+    return [loss.sample_gradient(k) for loss, k in zip(losses, keys, strict=True)]
+
+
+def random_signs(cotangents: Sequence[Array], key: Array) -> list[Array]:
+    """Gives each case a random sign, so that different cases do not correlate."""
+    keys = jax.random.split(key, len(cotangents))
+    return [
+        u * jax.random.rademacher(k, (len(u), *[1] * (u.ndim - 1)), u.dtype)
+        for u, k in zip(cotangents, keys, strict=True)
+    ]
+
+
+def target_cotangents(losses: Sequence[RegisteredLoss]) -> list[Array]:
+    """The gradients at the registered targets.
+
+    Args:
+      losses: the registered losses.
+
+    Returns:
+      One cotangent for each.
+
+    Raises:
+      ValueError: if a loss was registered without targets.
+    """
+    if not all(loss.data for loss in losses):
+        raise ValueError(
+            'estimation_mode="fisher_empirical" needs the targets, but a loss was '
+            "registered without them. Pass targets to the register function."
+        )
+    return [loss.target_gradient() for loss in losses]
+
+
+def only_column(
+    losses: Sequence[RegisteredLoss], states: Sequence[State], independent_cases: bool
+) -> list[Array] | None:
+    """The cotangent that says all, where each example has a single output."""
+    if len(losses) > 1:
+        return None
+    outer, _, inner = _within(losses[0], states[0], independent_cases)
+    if outer * inner * math.prod(losses[0].z.shape[1:]) > 1:
+        return None
+    return [losses[0].multiply_root(jnp.ones_like(losses[0].z))]
+
+
+def _within(
+    loss: RegisteredLoss, state: State, independent_cases: bool
+) -> tuple[int, int, int]:
+    """How the cases are divided, `outer × examples × inner`."""
+    cases = len(loss.z)
+    if state is None or (independent_cases and isinstance(state, Lost)):
+        return (1, cases, 1)
+    if isinstance(state, Examples) and state.axis == 0:
+        return (state.outer, state.size, state.inner)
+    return (1, 1, cases)  # not known: every case by itself
+
+
+def sum_over_outputs(
+    losses: Sequence[RegisteredLoss],
+    states: Sequence[State],
+    pull: Pull,
+    independent_cases: bool,
+) -> Any:
+    """Sums `pull` over every column of `B`, one output of a case at a time.
+
+    Cases of one example (the tokens of a sequence) share the network's inner values, so
+    their columns are pulled back one by one; different examples go together.
+
+    Args:
+      losses: the registered losses.
+      states: for each loss, where the examples are in its output.
+      pull: pulls cotangents back.
+      independent_cases: whether to take cases for examples where that is not known.
+
+    Returns:
+      The sum.
+    """
+    total: Any = None
+    zeros = [jnp.zeros_like(loss.z) for loss in losses]
+    for index, (loss, state) in enumerate(zip(losses, states, strict=True)):
+        size = math.prod(loss.z.shape[1:])
+        within = _within(loss, state, independent_cases)
+        outer, _, inner = within
+
+        def column(
+            c: Array,
+            loss: RegisteredLoss = loss,
+            within: tuple[int, int, int] = within,
+            index: int = index,
+            size: int = size,
+        ) -> Any:
+            place, entry = c // size, c % size
+            outer, examples, inner = within
+            at_place = jnp.arange(outer * inner).reshape(outer, 1, inner) == place
+            case = jnp.broadcast_to(at_place, (outer, examples, inner)).reshape(-1, 1)
+            one = case & (jnp.arange(size) == entry)[None, :]
+            u = loss.multiply_root(one.reshape(loss.z.shape).astype(loss.z.dtype))
+            return pull([*zeros[:index], u, *zeros[index + 1 :]])
+
+        part = sum_over(column, outer * inner * size)
+        total = part if total is None else jax.tree.map(jnp.add, total, part)
+    return total
+
+
+def sum_over(function: Callable[[Array], Any], count: int) -> Any:
+    """Sums a function of 0, ..., count - 1 in one compiled loop."""
+    if count == 1:
+        return function(jnp.zeros((), int))
+    shapes = jax.eval_shape(function, jnp.zeros((), int))
+    start = jax.tree.map(_compat.zeros, shapes)
+
+    def body(total: Any, c: Array) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(c)), None
+
+    return jax.lax.scan(body, start, jnp.arange(count))[0]

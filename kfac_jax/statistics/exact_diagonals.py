@@ -1,0 +1,107 @@
+"""Exact diagonals of parameters without a layer, by forward mode.
+
+Such a parameter enters the network through a function that no block follows, as α does
+in `α² / (α + r)`. Its diagonal of the Fisher is `Σ_n ‖B_nᵀ J_n e_i‖²` over the cases n,
+for which each entry i is pushed forward once.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax._jaxpr import axis_types
+from kfac_jax._jaxpr.differentiation import has_forward_mode
+from kfac_jax._jaxpr.interpreter import Program, run
+from kfac_jax.distributions import RegisteredLoss
+from kfac_jax.plan import Layer
+
+MOST_ENTRIES = 32
+"""Of all these parameters together, the smallest first. One push costs up to a forward
+pass, and most parameters of this kind are a few numbers; others get random signs."""
+
+
+def exact_diagonals(
+    layers: Sequence[Layer],
+    chosen: Sequence[int],
+    program: Program,
+    leaves: Sequence[Array],
+    data: Sequence[Any],
+) -> dict[int, dict[str, Array]]:
+    """The diagonals of some layers, where the program has a forward mode.
+
+    Args:
+      layers: the plan's layers.
+      chosen: which of them may be wanted, those without taps.
+      program: what leads to the registered losses.
+      leaves: the parameters.
+      data: its further inputs.
+
+    Returns:
+      For those that are not too large the statistics, by their place among the layers.
+    """
+    small = _small(layers, chosen)
+    if not small or not has_forward_mode(program.graph):
+        return {}
+    places = [leaf for i in small for leaf in layers[i].leaves]
+
+    def outputs(own: list[Array]) -> tuple[list[Array], list[RegisteredLoss]]:
+        given = dict(zip(places, own, strict=True))
+        inputs = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        losses = run(program, [*inputs, *data], None)[1]
+        return [loss.z for loss in losses], losses
+
+    own = [leaves[i] for i in places]
+    _, push, losses = jax.linearize(outputs, own, has_aux=True)
+    explicit = axis_types.explicit(push, own)
+
+    def diagonals(losses: Sequence[RegisteredLoss], own: Sequence[Array]) -> Any:
+        def square(tangents: list[Array]) -> Array:
+            roots = [
+                loss.multiply_root_transpose(dz)
+                for loss, dz in zip(losses, explicit(tangents), strict=True)
+            ]
+            return sum(
+                (jnp.square(x).sum().astype(float) for x in roots), jnp.zeros((), float)
+            )
+
+        squares = dict(zip(places, _by_entries(square, own), strict=True))
+        leaves = {i: [squares[k] for k in layers[i].leaves] for i in small}
+        return {
+            i: {"diagonal": layers[i].to_matrix(leaves[i]).astype(layers[i].dtype)}
+            for i in small
+        }
+
+    return axis_types.auto(diagonals)(losses, own)
+
+
+def _small(layers: Sequence[Layer], chosen: Sequence[int]) -> list[int]:
+    """The smallest layers, no more than have `MOST_ENTRIES` together."""
+    sizes = {i: sum(map(math.prod, layers[i].shapes)) for i in chosen}
+    order = sorted(sizes, key=lambda i: sizes[i])
+    totals = itertools.accumulate(sizes[i] for i in order)
+    return [i for i, n in zip(order, totals, strict=True) if n <= MOST_ENTRIES]
+
+
+def _by_entries(
+    function: Callable[[list[Array]], Array], arrays: Sequence[Array]
+) -> list[Array]:
+    """The function of each unit vector, shaped like the arrays."""
+    zeros = [jnp.zeros_like(x) for x in arrays]
+    results: list[Array] = []
+    for place, zero in enumerate(zeros):
+
+        def at(entry: Array, place: int = place, zero: Array = zero) -> Array:
+            unit = zero.reshape(-1).at[entry].set(1).reshape(zero.shape)
+            return function([*zeros[:place], unit, *zeros[place + 1 :]])
+
+        if zero.size == 1:
+            found = at(jnp.zeros((), int))
+        else:
+            found = jax.lax.map(at, jnp.arange(zero.size))
+        results.append(found.reshape(zero.shape))
+    return results
