@@ -31,8 +31,9 @@ from compiled_text import instructions, library_calls
 from models import MODELS, Model, plan
 
 import kfac_jax
-from kfac_jax.optimization import refresh as _refresh
-from kfac_jax.optimization import step as _step
+from kfac_jax.devices import ALONE
+from kfac_jax.optimization import preconditioner
+from kfac_jax.optimization.refresh import refresh_share
 
 RUN = 3  # steps: the second and third must not compile
 COUNTED = 25  # steps of the small model, whose refreshes are counted
@@ -204,33 +205,33 @@ def _programs(model: Model, optimizer: Optimizer, steps: int) -> dict[str, Row]:
 
 def _ordinary(case: Case) -> Row:
     """A step without a refresh."""
-    original, called = _step.refresh, []
+    original, called = preconditioner.refresh, []
 
     @functools.wraps(original)
     def idle(*args: Any) -> Any:
         called.append(True)
-        layers, factors, inverses, damping, gamma, due, *rest = args
+        groups, factors, inverses, damping, gamma, due, *rest = args
         never = [jnp.zeros_like(now) for now in due]
-        return original(layers, factors, inverses, damping, gamma, never, *rest)
+        return original(groups, factors, inverses, damping, gamma, never, *rest)
 
-    with mock.patch.object(_step, "refresh", idle):
+    with mock.patch.object(preconditioner, "refresh", idle):
         compiled = case.jitted().lower(*case.start, *case.rest).compile()
     if not called:
         raise RuntimeError(
-            "Expected a step to call optimization.step.refresh, got none: adapt "
-            "_ordinary to how steps refresh their inverses now."
+            "Expected a step to call refresh of optimization.preconditioner, got none: "
+            "adapt _ordinary to how steps refresh their inverses now."
         )
     return cost(compiled)
 
 
 def _refreshed(case: Case) -> Row:
     """The refresh of all layers."""
-    layers, state = case.curvature.layers, case.start[1]
-    moving = {x.name: state.factors[x.name] for x in layers if x.carried_shapes}
+    groups, state = case.curvature.groups, case.start[1]
+    moving = {x.name: state.factors[x.name] for x in groups if x.moves}
 
     def refresh(factors: Any, moving: Any, inverses: Any) -> Any:
-        return _refresh._refresh_group(
-            layers, factors, jnp.float32(1.0), None, None, moving, inverses, None
+        return refresh_share(
+            groups, factors, jnp.float32(1.0), ALONE, None, moving, inverses, None
         )
 
     args = state.factors, moving, state.inverses

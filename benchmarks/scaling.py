@@ -46,12 +46,9 @@ from scaling_report import PARTS, draw, exponents, table
 from tqdm import tqdm
 
 import kfac_jax
-from kfac_jax import _by_rows, sharding
-from kfac_jax.optimization.preconditioner import (
-    init_inverses,
-    precondition,
-    refresh_inverses,
-)
+from kfac_jax.devices import ALONE
+from kfac_jax.operator import by_rows
+from kfac_jax.operator import inverses as inverses_lib
 
 ROUNDS = 3, 9  # at least and at most
 SECONDS = 10.0  # for the rounds of all sizes, once there are enough of them
@@ -102,16 +99,16 @@ class Plan:
 
     def add_rest(self) -> None:
         """Adds what follows: refresh and preconditioning, on this batch's factors."""
-        curvature, layers = self.curvature, self.curvature.layers
+        curvature, groups = self.curvature, self.curvature.groups
         _, grads, statistics = self.call("gradient and statistics")
         zeros = curvature.init_factors(self.problem.params)
         factors = jax.jit(curvature.update_factors)(zeros, statistics, 1)
-        inverses = jax.jit(lambda: init_inverses(layers))()
+        inverses = jax.jit(lambda: inverses_lib.initial(groups))()
         self.add(
-            "refresh", functools.partial(_refresh, layers, None), factors, inverses
+            "refresh", functools.partial(_refresh, groups, ALONE), factors, inverses
         )
         inverses = self.call("refresh")
-        function = functools.partial(_precondition, layers, None)
+        function = functools.partial(_precondition, groups, ALONE)
         self.add("preconditioning", function, factors, inverses, grads)
 
     def call(self, name: str) -> Any:
@@ -152,17 +149,17 @@ def _statistics(curvature: kfac_jax.Curvature, params: Any, *args: Any) -> Any:
     return curvature.value_grad_and_statistics(params, *args, rng=key)
 
 
-def _refresh(layers: Any, over: Any, factors: Any, old: Any) -> Any:
-    if over is not None:
-        factors = _by_rows.whole(layers, factors, "factor_shapes", over)
-    return refresh_inverses(layers, factors, old, jnp.float32(1.0), over)[0]
+def _refresh(groups: Any, over: Any, factors: Any, old: Any) -> Any:
+    shapes = {n: part for x in groups for n, part in x.factor_shapes.items()}
+    factors = by_rows.whole(shapes, factors, over)
+    return inverses_lib.refresh(groups, factors, old, jnp.float32(1.0), over)[0]
 
 
 def _precondition(
-    layers: Any, over: Any, factors: Any, inverses: Any, grads: Any
+    groups: Any, over: Any, factors: Any, inverses: Any, grads: Any
 ) -> Any:
     leaves = jax.tree.leaves(grads)
-    return precondition(layers, factors, inverses, leaves, {}, over)
+    return inverses_lib.precondition(groups, factors, inverses, leaves, {}, over)
 
 
 # -------------------------------------------------------------------- one device
@@ -269,7 +266,7 @@ def _on_devices(problem: Problem, count: int, only: str = "") -> Results:
     over = kfac_jax.OverMesh(mesh, state_axes="data")
     shapes = jax.eval_shape(lambda *x: x, problem.params, *problem.args)
     plan = Plan(problem)
-    layers = plan.curvature.layers
+    groups = plan.curvature.groups
 
     def lay(tree: Any, *spec: str) -> Any:
         place = NamedSharding(mesh, P(*spec))
@@ -277,7 +274,7 @@ def _on_devices(problem: Problem, count: int, only: str = "") -> Results:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
         )
 
-    state = jax.eval_shape(lambda: sharding.kept(over, init_inverses(layers)))
+    state = jax.eval_shape(lambda: over.kept(inverses_lib.initial(groups)))
     rows, params, batch = lay(state, "data"), lay(shapes[0]), lay(shapes[1:], "data")
     programs: list[tuple[str, Callable[..., Any], Any]] = [
         (
@@ -285,10 +282,10 @@ def _on_devices(problem: Problem, count: int, only: str = "") -> Results:
             functools.partial(_statistics, plan.curvature),
             (params, *batch),
         ),
-        ("refresh", functools.partial(_refresh, layers, over), (rows, rows)),
+        ("refresh", functools.partial(_refresh, groups, over), (rows, rows)),
         (
             "preconditioning",
-            functools.partial(_precondition, layers, over),
+            functools.partial(_precondition, groups, over),
             (rows, rows, params),
         ),
     ]
@@ -395,9 +392,7 @@ def _targets(quick: bool) -> list[Results]:
     for plan in (small, large):
         plan.add_gradients()
     statistics = "gradient and statistics"
-    allowed = large.bytes("gradient") + sum(
-        layer.factor_bytes for layer in large.curvature.layers
-    )
+    allowed = large.bytes("gradient") + large.curvature.totals.factor_bytes
     ratio = large.compile_seconds[statistics] / small.compile_seconds[statistics]
     rows = (
         (f"planning {deep} layers written out, s", Plan(make(deep, False)).seconds, 2),

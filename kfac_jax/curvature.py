@@ -10,16 +10,19 @@ from jax import Array
 
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments
-from kfac_jax._utils.trees import TreeSpec
+from kfac_jax._utils.trees import tree_spec
 from kfac_jax.blocks.kronecker import check_weight_sharing
-from kfac_jax.operator import products
 from kfac_jax.operator.approximation import Approximation
-from kfac_jax.plan import BlocksSpec, Layer, tracing
+from kfac_jax.operator.structures import BlockDiagonal
 from kfac_jax.plan import batch as batch_lib
+from kfac_jax.plan import checks
 from kfac_jax.plan import report as report_lib
-from kfac_jax.plan.structures import BlockDiagonal, BlockTridiagonal, Structure
-from kfac_jax.statistics import averages, estimation
-from kfac_jax.statistics.averages import Factors, Statistics
+from kfac_jax.plan.group import Factors, Structure
+from kfac_jax.plan.grouping import BlocksSpec
+from kfac_jax.plan.modes import needs_rng
+from kfac_jax.plan.plan import Options, Plan
+from kfac_jax.statistics import averages
+from kfac_jax.statistics.averages import Statistics
 from kfac_jax.statistics.exact_products import ExactProducts
 from kfac_jax.statistics.linearization import linearize
 
@@ -34,7 +37,7 @@ def _without_first_axis(x: Any) -> Any:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Curvature:
+class Curvature(Plan):
     """A static, hashable plan: parameters → layers → blocks. Print it to see a table.
 
     Made by `make_curvature`. Every method is a pure function of arrays; nothing is
@@ -46,22 +49,6 @@ class Curvature:
     `independent_cases` each case is taken for an example.
     """
 
-    loss_fn: Callable[..., Any]
-    has_aux: bool
-    estimation_mode: str
-    num_samples: int
-    statistics_fraction: float
-    l2: float
-    layers: tuple[Layer, ...]
-    tree: TreeSpec = dataclasses.field(repr=False)
-    blocks: BlocksSpec = dataclasses.field(repr=False, compare=False)
-    on_unmatched: str
-    weight_sharing: str
-    structure: Structure
-    batch_argnums: batch_lib.Argnums = dataclasses.field(default=None, repr=False)
-    lost_examples: str = dataclasses.field(default="", repr=False, compare=False)
-    independent_cases: bool = dataclasses.field(default=False, repr=False)
-
     def __str__(self) -> str:
         """The report."""
         return self.report()
@@ -72,15 +59,17 @@ class Curvature:
         Below the table, each parameter that is not covered, with the reason and the
         line of the model that uses it.
         """
-        table = report_lib.table(self.layers, self.statistics_fraction)
+        table = report_lib.table(
+            self.layers, self.groups, self.notes, self.statistics_fraction
+        )
         if not self.lost_examples or self.independent_cases:
             return table
-        return f"{table}\n{tracing.cost_of_lost_examples(self.lost_examples)}"
+        return f"{table}\n{checks.cost_of_lost_examples(self.lost_examples)}"
 
     @property
     def totals(self) -> report_lib.Totals:
         """The report's totals as data: parameters, coverage, bytes, multiply-adds."""
-        return report_lib.totals(self.layers, self.statistics_fraction)
+        return report_lib.totals(self.groups, self.statistics_fraction)
 
     def value_and_grad(self, params: Params, *args: Any) -> tuple[Any, Params]:
         """Value and gradient without statistics: `jax.value_and_grad` of the loss.
@@ -137,7 +126,7 @@ class Curvature:
         value, gradient, statistics = linearize(
             self, params, part, leaves, factors, own_gradient=not whole
         )
-        if not whole and any(layer.product_rows for layer in self.layers):
+        if not whole and any(group.product_rows for group in self.groups):
             value, gradient, _ = linearize(self, params, args, leaves, factors)
         elif not whole:
             gradient = None
@@ -189,7 +178,7 @@ class Curvature:
         >>> grads.shape
         (3, 2)
         """
-        products = [layer.name for layer in self.layers if layer.product_rows]
+        products = [group.name for group in self.groups if group.product_rows]
         if products:
             raise ValueError(
                 "value_and_statistics has no gradient to keep as a product: expected "
@@ -216,12 +205,7 @@ class Curvature:
           Zeros, with weight zero.
         """
         self.tree.leaves(params, "params")
-        return Statistics(
-            jnp.zeros((), jnp.float32),
-            jnp.zeros((), jnp.float32),
-            averages.zeros(self.layers, "statistics_shapes"),
-            products.zeros(self.layers),
-        )
+        return averages.zero_statistics(self.groups)
 
     def _prepare(
         self, params: Params, args: Any, rng: Array | None, factors: Factors | None
@@ -229,7 +213,7 @@ class Curvature:
         """The parameters' leaves, τ1 of the batch, and what blocks carry."""
         if rng is not None:
             arguments.key("rng", rng)
-        elif estimation.needs_rng(self.estimation_mode):
+        elif needs_rng(self.estimation_mode):
             raise ValueError(
                 f'estimation_mode="{self.estimation_mode}" samples; pass a key as '
                 "value_grad_and_statistics(..., rng=key): expected rng, got None."
@@ -237,8 +221,8 @@ class Curvature:
         leaves = self.tree.leaves(params, "params")
         part = batch_lib.take(args, self.statistics_fraction, self.batch_argnums)
         if factors is not None:
-            averages.check(self.layers, "factor_shapes", factors)
-        elif any(layer.carried_shapes for layer in self.layers):
+            averages.check(self.groups, "factor_shapes", factors)
+        elif any(group.moves for group in self.groups):
             start = self.init_factors(params)
             _, _, first = linearize(
                 self, params, part, leaves, start, own_gradient=True
@@ -350,7 +334,7 @@ class Curvature:
           The factors.
         """
         self.tree.leaves(params, "params")
-        return averages.zeros(self.layers, "factor_shapes")
+        return averages.init_factors(self.groups)
 
     def update_factors(
         self, factors: Factors, statistics: Statistics, step: Any, decay: float = 0.95
@@ -383,7 +367,7 @@ class Curvature:
         arguments.within("step (k)", step, 1, float("inf"))
         arguments.number("decay (ε)", decay, arrays=True)
         arguments.within("decay (ε)", decay, 0.0, 1.0)
-        return averages.average(self.layers, factors, statistics, step, decay).factors
+        return averages.average(self.groups, factors, statistics, step, decay).factors
 
     def approximation(self, factors: Factors) -> Approximation:
         """The approximate curvature as a linear operator over the parameters.
@@ -398,8 +382,8 @@ class Curvature:
         Raises:
           ValueError: if the factors are of another plan.
         """
-        averages.check(self.layers, "factor_shapes", factors)
-        return Approximation(layers=self.layers, tree=self.tree, factors=factors)
+        averages.check(self.groups, "factor_shapes", factors)
+        return Approximation(groups=self.groups, tree=self.tree, factors=factors)
 
 
 def make_curvature(
@@ -480,7 +464,7 @@ def make_curvature(
     ['dense']
     """
     arguments.function("loss_fn", loss_fn)
-    tracing.check_options(
+    checks.check_options(
         has_aux,
         estimation_mode,
         on_unmatched,
@@ -489,38 +473,37 @@ def make_curvature(
         l2,
         independent_cases,
     )
-    if not isinstance(structure, BlockDiagonal | BlockTridiagonal):
+    if isinstance(structure, type) or not callable(getattr(structure, "group", None)):
         raise ValueError(
             "structure must be BlockDiagonal() or BlockTridiagonal(); got "
             f"{arguments.shown(structure)}."
         )
     check_weight_sharing(weight_sharing)
-    tree = tracing.tree_spec(params)
-    batch = batch_lib.check_argnums(batch_argnums, args)
-    traced = tracing.trace(loss_fn, has_aux, tree, params, args, batch)
-    layers, sites = tracing.group_layers(
-        traced, tree, blocks, weight_sharing, estimation_mode, structure
-    )
-    layers = tracing.apply_policy(layers, on_unmatched, quiet=False)
-    layers = tracing.keep_products(traced, layers, sites, l2)
-    if statistics_fraction < 1.0:
-        batch_lib.batch_size(args, batch)
-    tracing.check_loss(traced, params, args, l2)
-    lost = tracing.check_cases(traced, estimation_mode, independent_cases)
-    return Curvature(
+    options: dict[str, Any] = dict(
         loss_fn=loss_fn,
         has_aux=has_aux,
         estimation_mode=estimation_mode,
         num_samples=num_samples,
         statistics_fraction=statistics_fraction,
         l2=l2,
-        layers=tuple(layers),
-        tree=tree,
+        tree=tree_spec(params),
         blocks=blocks,
         on_unmatched=on_unmatched,
         weight_sharing=weight_sharing,
         structure=structure,
-        lost_examples=lost,
-        batch_argnums=batch,
+        batch_argnums=batch_lib.check_argnums(batch_argnums, args),
         independent_cases=independent_cases,
+    )
+    derived = Options(**options).derive(params, args, quiet=False)
+    if statistics_fraction < 1.0:
+        batch_lib.batch_size(args, options["batch_argnums"])
+    checks.check_loss(derived.traced, params, args, l2)
+    return Curvature(
+        **options,
+        layers=derived.layers,
+        groups=derived.grouped.groups,
+        notes=derived.grouped.notes,
+        lost_examples=checks.check_cases(
+            derived.traced, estimation_mode, independent_cases
+        ),
     )

@@ -36,6 +36,16 @@ def traced_once(function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
+def notes(curvature: Any, title: str) -> dict[str, str]:
+    """What the report says below a title, by layer name."""
+    lines = [*curvature.notes, "end"]
+    if title not in lines:
+        return {}
+    start = lines.index(title) + 1
+    stop = next(i for i, x in enumerate(lines) if i >= start and x[:1] != " ")
+    return dict(line.strip().split(": ", 1) for line in lines[start:stop])
+
+
 def classes(seed: int, count: int, *shape: int) -> jax.Array:
     """Seeded class indices."""
     return jnp.asarray(np.random.default_rng(seed).integers(0, count, shape))

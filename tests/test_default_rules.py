@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from models import PAPER_MODEL, array, traced_once
 
 import kfac_jax
-from kfac_jax import LevenbergMarquardt, QuadraticModel, transform
+from kfac_jax import LevenbergMarquardt, QuadraticModel
+from kfac_jax.optimization import transform
 from kfac_jax.rules import Solution
 
 KEY = jax.random.key(0)

@@ -352,10 +352,10 @@ def test_half_precision_data_are_rotated_in_single():
 def test_the_report_says_what_is_held():
     curvature = plan(Eigen())
     state = kfac_jax.scale_by_kfac(curvature, damping=DAMPING).init(PARAMS)
-    for layer in curvature.layers:
-        held = state.inverses[layer.name]
-        assert layer.inverse_bytes == sum(x.nbytes for x in held.values())
-        held = state.factors[layer.name]
-        assert layer.factor_bytes == sum(x.nbytes for x in held.values())
-    total = sum(layer.inverse_bytes for layer in curvature.layers)
-    assert f"inverses {total} B." in curvature.report()
+    held = {
+        name: sum(x.nbytes for x in jax.tree.leaves(getattr(state, name)))
+        for name in ("factors", "inverses")
+    }
+    assert curvature.totals.factor_bytes == held["factors"]
+    assert curvature.totals.inverse_bytes == held["inverses"]
+    assert f"inverses {held['inverses']} B." in curvature.report()

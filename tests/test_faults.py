@@ -52,13 +52,7 @@ def is_same(found, expected):
 
 def trees(curvature):
     """By layer, the layers that are refused with it."""
-    roots = {
-        x.name: x.name if x.link is None else x.link.root for x in curvature.layers
-    }
-    return {
-        name: {other for other, root in roots.items() if root == roots[name]}
-        for name in roots
-    }
+    return {name: set(x.names) for x in curvature.groups for name in x.names}
 
 
 def refused_layers(name, statistics):

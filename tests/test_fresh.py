@@ -9,14 +9,14 @@ import optax
 import pytest
 
 import kfac_jax
-from kfac_jax import _fresh
+from kfac_jax._utils import fresh
 
 EVENT = "/jax/core/compile/backend_compile_duration"
 
 MAKERS = {
-    "full": lambda: _fresh.full((3, 5), 2.0, jnp.float32),
-    "identities": lambda: _fresh.identities((2, 3, 3), jnp.float64),
-    "zeros_like": lambda: _fresh.zeros_like(jnp.ones((4,), jnp.bfloat16)),
+    "full": lambda: fresh.full((3, 5), 2.0, jnp.float32),
+    "identities": lambda: fresh.identities((2, 3, 3), jnp.float64),
+    "zeros_like": lambda: fresh.zeros_like(jnp.ones((4,), jnp.bfloat16)),
 }
 
 
@@ -81,7 +81,7 @@ def test_a_state_can_be_donated():
 def test_velocity_stays_where_the_parameters_are():
     device = jax.devices()[-1]
     x = jax.device_put(jnp.ones((4, 4)), device)
-    assert _fresh.zeros_like(x).devices() == {device}
+    assert fresh.zeros_like(x).devices() == {device}
 
 
 @models.EIGHT_DEVICES
@@ -89,7 +89,7 @@ def test_follows_a_mesh():
     mesh = jax.make_mesh((8,), ("data",))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     x = jax.device_put(jnp.ones((8, 4)), sharding)
-    assert _fresh.zeros_like(x).sharding == sharding
+    assert fresh.zeros_like(x).sharding == sharding
     with jax.set_mesh(mesh):
-        found = _fresh.full((3,), 1.0, jnp.float32)
+        found = fresh.full((3,), 1.0, jnp.float32)
         assert found.sharding == jnp.ones((3,)).sharding

@@ -12,8 +12,8 @@ import kfac_jax
 
 TOP = """
 Approximation AverageIteratesState BlockDiagonal BlockTridiagonal Curvature
-ExponentialBatchSize GraftState Health Info KFACState Layer LevenbergMarquardt OverAxis OverMesh
-QuadraticModel RefreshSchedule SeparateDamping SharingReport Statistics Totals
+ExponentialBatchSize GraftState Health Info KFACState Layer LevenbergMarquardt OverAxis
+OverMesh QuadraticModel RefreshSchedule SeparateDamping SharingReport Statistics Totals
 average_iterates blocks distributions graft health initializers kfac linalg losses
 make_curvature make_step
 register_categorical_predictive_distribution register_conv2d register_dense

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import kfac_jax
 from kfac_jax.optimization.refresh import shares
+from kfac_jax.plan.group import layers_of, names_of
 
 RULES = {
     "fixed": {
@@ -90,7 +91,7 @@ def test_one_share_is_all_at_once():
 def test_each_share_has_its_turn():
     """Four layers in two shares: at steps 4 and 8 one of them, at 6 the other."""
     schedule = kfac_jax.RefreshSchedule(4, shares=2)
-    first, second = ([x.name for x in group] for group in shares(plan().layers, 2))
+    first, second = ([x.name for x in group] for group in shares(plan().groups, 2))
     found = states(plan(), schedule, 9)
     for k in range(1, 10):
         old, new = found[k - 1][1].inverses, found[k][1].inverses
@@ -122,7 +123,7 @@ def test_a_share_is_refreshed_as_all_would_be():
     found = states(plan(), kfac_jax.RefreshSchedule(4, shares=2), 6)
     _, step = make_step(plan(), 1)
     everything = step(*found[5])[1].inverses
-    for layer in shares(plan().layers, 2)[1]:
+    for layer in layers_of(shares(plan().groups, 2)[1]):
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=1e-12),
             found[6][1].inverses[layer.name],
@@ -132,12 +133,11 @@ def test_a_share_is_refreshed_as_all_would_be():
 
 def test_linked_layers_stay_together():
     curvature = plan(structure=kfac_jax.BlockTridiagonal())
-    roots = {x.link.root for x in curvature.layers if x.link is not None}
-    groups = shares(curvature.layers, 3)
-    for root in roots:
-        holders = [g for g in groups if any(x.link and x.link.root == root for x in g)]
-        assert len(holders) == 1
-    assert sum(map(len, groups)) == len(curvature.layers)
+    divided = shares(curvature.groups, 3)
+    assert max(len(x.names) for x in curvature.groups) > 1
+    assert sorted(names_of(curvature.groups)) == sorted(
+        name for share in divided for name in names_of(share)
+    )
 
 
 def test_bases_take_turns_too():
@@ -250,12 +250,12 @@ def test_each_share_has_one_turn_in_each_period(costs, every, data):
 def step_costs(curvature, schedule, steps):
     """Multiply-adds of steps, from the plan: model, statistics, inverses, product."""
     layers = curvature.layers
-    each = sum(x.gradient_cost + x.statistics_cost for x in layers)
+    each = curvature.totals.gradient_cost + curvature.totals.statistics_cost
     for layer in layers:
         i, o = layer.shape.inputs, layer.shape.outputs
         each += i * o * (i + o)
-    groups = shares(layers, schedule.shares)
-    work = np.array([sum(x.inversion_cost for x in group) for group in groups])
+    divided = shares(curvature.groups, schedule.shares)
+    work = np.array([sum(x.inversion_cost for x in share) for share in divided])
     turns = np.stack([schedule.turns(k) for k in steps])
     return each + turns @ work
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 import kfac_jax
 from kfac_jax._jaxpr._compat import vary_like
-from kfac_jax.devices import _planner
+from kfac_jax.devices import planner
 from kfac_jax.devices.planner import (
     ALL,
     assign,
@@ -820,7 +820,7 @@ def test_what_all_devices_do_is_counted():
 @models.EIGHT_DEVICES
 def test_a_large_factor_is_inverted_by_all_devices(monkeypatch):
     """In a step, with the limit lowered to the size of a test."""
-    monkeypatch.setattr(_planner, "_SMALLEST_SHARED", 8)
+    monkeypatch.setattr(planner, "_SMALLEST_SHARED", 8)
     owners = kfac_jax.sharing_report(plan("diagonal"), AXIS, {"batch": 8}).owners
     assert () in [own for part in owners.values() for own in part.values()]
     distribute, average = ROUTES["shard_map"]

@@ -150,8 +150,8 @@ class Recording(pickle.Unpickler):
 
 OWN = {
     ("kfac_jax.statistics.averages", "Statistics"),
-    ("kfac_jax.optimization.step", "Info"),
-    ("kfac_jax.optimization.step", "KFACState"),
+    ("kfac_jax.optimization.state", "Info"),
+    ("kfac_jax.optimization.state", "KFACState"),
     ("kfac_jax.extras.averaging", "AverageIteratesState"),
     ("kfac_jax.compat._steps", "EstimatorState"),
     ("kfac_jax.compat._steps", "State"),
@@ -212,7 +212,7 @@ def test_pickles_of_states_hold_arrays_and_plain_containers(name):
         for tree in (state, statistics, curvature.init_factors(params)):
             assert referred(jax.tree.map(convert, tree)) <= OWN
         found = referred(jax.tree.map(convert, state))
-        assert ("kfac_jax.optimization.step", "KFACState") in found
+        assert ("kfac_jax.optimization.state", "KFACState") in found
 
 
 @pytest.mark.parametrize("convert", [np.asarray, jnp.asarray])

@@ -16,22 +16,22 @@ _TRANSPARENT = (
 """Equations whose first body computes their results once, from their operands."""
 
 
-def sources(graph: Graph, sites: Mapping[int, Site]) -> dict[int, frozenset[int]]:
+def sources(graph: Graph, sites: Mapping[str, Site]) -> dict[str, frozenset[str]]:
     """For each site, those whose output its input depends on, with none between.
 
     Args:
       graph: the program.
-      sites: one for each layer, by the layer's index.
+      sites: one for each layer, by the layer's name.
 
     Returns:
-      For each layer's index the indices of its sources, in the order of the program.
+      For each layer's name the names of its sources, in the order of the program.
       Sites inside of loops and conditionals are left out.
     """
-    at = {site.output: index for index, site in sites.items()}
-    reached: dict[int, frozenset[int]] = {}
-    found: dict[int, frozenset[int]] = {}
+    at = {site.output: name for name, site in sites.items()}
+    reached: dict[int, frozenset[str]] = {}
+    found: dict[str, frozenset[str]] = {}
 
-    def of(atom: Atom) -> frozenset[int]:
+    def of(atom: Atom) -> frozenset[str]:
         return reached.get(atom, frozenset()) if is_value(atom) else frozenset()
 
     def visit(graph: Graph) -> None:
@@ -42,13 +42,13 @@ def sources(graph: Graph, sites: Mapping[int, Site]) -> dict[int, frozenset[int]
                 visit(body)
                 results = [of(atom) for atom in body.outputs]
             else:
-                all_of_it = frozenset[int]().union(*map(of, node.inputs))
+                all_of_it = frozenset[str]().union(*map(of, node.inputs))
                 results = [all_of_it] * len(node.outputs)
             for value, result in zip(node.outputs, results, strict=True):
-                index = at.get(value)
-                if index is not None:
-                    found[index] = of(sites[index].x)
-                    result = frozenset([index])
+                name = at.get(value)
+                if name is not None:
+                    found[name] = of(sites[name].x)
+                    result = frozenset([name])
                 reached[value] = result
 
     visit(graph)

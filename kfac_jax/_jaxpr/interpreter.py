@@ -30,7 +30,7 @@ its probe carries, to statistics; those it leaves out are zero."""
 class Tap:
     """Statistics to gather at one value: for which layer, and how."""
 
-    layer: int
+    layer: str
     x: Atom | None
     gather: Gather
     carried: tuple[str, ...] = ()  # entries of the probe that are values, not zeros
@@ -48,11 +48,11 @@ class Program:
 
     graph: Graph
     taps: Mapping[int, Sequence[Tap]]
-    scanned: Mapping[Node, frozenset[int]]
+    scanned: Mapping[Node, frozenset[str]]
 
 
 def run(
-    program: Program, inputs: Sequence[Any], probes: Mapping[int, Probe] | None
+    program: Program, inputs: Sequence[Any], probes: Mapping[str, Probe] | None
 ) -> tuple[list[Any], list[RegisteredLoss]]:
     """Evaluates the program.
 
@@ -92,7 +92,7 @@ def _run(
     program: Program,
     graph: Graph,
     inputs: Sequence[Any],
-    probes: Mapping[int, Probe] | None,
+    probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
     env: dict[int, Any] = dict(graph.constants)
     env.update(zip(graph.inputs, inputs, strict=True))
@@ -182,7 +182,7 @@ def _tag(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
 
 
 def _interesting(
-    program: Program, node: Node, probes: Mapping[int, Probe] | None
+    program: Program, node: Node, probes: Mapping[str, Probe] | None
 ) -> bool:
     """Whether a nested graph holds taps or losses; otherwise it runs untouched."""
     if not node.bodies:
@@ -196,7 +196,7 @@ def _interesting(
 
 
 ControlRule = Callable[
-    [Program, Node, Sequence[Any], Mapping[int, Probe] | None],
+    [Program, Node, Sequence[Any], Mapping[str, Probe] | None],
     tuple[list[Any], list[RegisteredLoss]],
 ]
 
@@ -205,9 +205,9 @@ def _checkpoint(
     program: Program,
     node: Node,
     operands: Sequence[Any],
-    probes: Mapping[int, Probe] | None,
+    probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
-    def body(operands: Sequence[Any], probes: Mapping[int, Probe] | None) -> Any:
+    def body(operands: Sequence[Any], probes: Mapping[str, Probe] | None) -> Any:
         return _run(program, node.bodies[0], operands, probes)
 
     return jax.checkpoint(
@@ -221,7 +221,7 @@ def _scan(
     program: Program,
     node: Node,
     operands: Sequence[Any],
-    probes: Mapping[int, Probe] | None,
+    probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
     """Shared probes are closed over, so their cotangents sum.
 
@@ -277,7 +277,7 @@ def _cond(
     program: Program,
     node: Node,
     operands: Sequence[Any],
-    probes: Mapping[int, Probe] | None,
+    probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
     if any(n.name == "kfac_loss" for body in node.bodies for n in body.walk()):
         raise ValueError(
@@ -296,7 +296,7 @@ def _shard_map(
     program: Program,
     node: Node,
     operands: Sequence[Any],
-    probes: Mapping[int, Probe] | None,
+    probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
     """Probes enter on every device, so their cotangents are summed over devices."""
     if any(n.name == "kfac_loss" for n in node.bodies[0].walk()):
@@ -306,7 +306,7 @@ def _shard_map(
             "the outputs is known. Register the loss outside of it."
         )
 
-    def body(operands: Sequence[Any], probes: Mapping[int, Probe] | None) -> list[Any]:
+    def body(operands: Sequence[Any], probes: Mapping[str, Probe] | None) -> list[Any]:
         return _run(program, node.bodies[0], operands, probes)[0]
 
     mapped = jax.shard_map(
@@ -324,7 +324,7 @@ def _inline(
     program: Program,
     node: Node,
     operands: Sequence[Any],
-    probes: Mapping[int, Probe] | None,
+    probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
     """Statistics pass through the function itself, not through its custom rule."""
     return _run(program, node.bodies[0], operands, probes)

@@ -8,12 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import devices as devices_lib
 from kfac_jax._utils.vectors import tree_product
 from kfac_jax.curvature import Curvature
-from kfac_jax.devices import Distribution
-from kfac_jax.optimization.step import loss_of
-from kfac_jax.optimization.transform import KFACState
+from kfac_jax.devices import Devices
+from kfac_jax.optimization.loss import loss_of
+from kfac_jax.optimization.state import KFACState
 from kfac_jax.rules import LevenbergMarquardt
 
 Params = Any
@@ -56,7 +55,7 @@ class Adaptation:
         grads: Params,
         updates: Params,
         state: KFACState,
-        devices: Distribution | None,
+        devices: Devices,
     ) -> Measured:
         """Predicts, and if it is time measures and adapts.
 
@@ -81,7 +80,7 @@ class Adaptation:
         def predict() -> Array:
             if self.exact:
                 form = curvature.quadratic_form(params, [updates], batch)
-                form = devices_lib.mean(devices, form)[0, 0]
+                form = devices.mean(form)[0, 0]
             else:
                 moved = curvature.approximation(state.factors).matvec(updates)
                 form = tree_product(updates, moved)
@@ -91,7 +90,7 @@ class Adaptation:
             after = loss_of(
                 curvature.loss_fn(optax.apply_updates(params, updates), batch)
             )
-            after = devices_lib.mean(devices, after)
+            after = devices.mean(after)
             change = jnp.asarray(predict() if change is None else change, float)
             rho = (after - loss) / change
             assert self.rule is not None

@@ -19,16 +19,12 @@ from kfac_jax.compat._plans import plan, warn_of_lost_examples, without
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.curvature import Curvature
 from kfac_jax.linalg._psd import symmetric_eigh
+from kfac_jax.operator import inverses as inverses_lib
 from kfac_jax.operator.approximation import Approximation
-from kfac_jax.optimization.preconditioner import (
-    init_inverses,
-    precondition,
-    refresh_inverses,
-)
 from kfac_jax.plan import Layer
+from kfac_jax.plan.group import Factors
+from kfac_jax.plan.modes import MODES, is_exact
 from kfac_jax.statistics import averages
-from kfac_jax.statistics.averages import Factors
-from kfac_jax.statistics.estimation import MODES, is_exact
 
 Params = Any
 
@@ -187,7 +183,7 @@ class BlockDiagonalCurvature:
         asked += powers("approx_powers_to_cache", approx_powers_to_cache)
         cache, zero = None, jnp.zeros((), float)
         if asked or cache_eigenvalues:
-            cache = Cache(factors, init_inverses(self.curvature.layers), zero)
+            cache = Cache(factors, inverses_lib.initial(self.curvature.groups), zero)
         return BlockDiagonalState(factors, zero, cache)
 
     def _check_indices(self) -> None:
@@ -247,7 +243,7 @@ class BlockDiagonalCurvature:
         weight = old + ema_new
         epsilon = jnp.where(weight > 0, old / jnp.where(weight > 0, weight, 1), 1)
         averaged = averages.average(
-            curvature.layers, state.factors, statistics, jnp.inf, epsilon
+            curvature.groups, state.factors, statistics, jnp.inf, epsilon
         )
         weight = jnp.where(averaged.informed, weight, state.weight)
         return state._replace(factors=averaged.factors, weight=weight)
@@ -308,8 +304,8 @@ class BlockDiagonalCurvature:
         weight = one_weight(identity_weight, norm_to_scale_identity_weight_per_block)
         inverses = cache.inverses
         if -1 in powers("approx_powers", approx_powers):
-            inverses, _ = refresh_inverses(
-                self.curvature.layers, state.factors, inverses, weight
+            inverses, _ = inverses_lib.refresh(
+                self.curvature.groups, state.factors, inverses, weight
             )
         return state._replace(cache=Cache(state.factors, inverses, weight))
 
@@ -343,7 +339,7 @@ class BlockDiagonalCurvature:
         Raises:
           ValueError: if there is no cache to use, or λ is not one number.
         """
-        v, layers = parameter_structured_vector, self.curvature.layers
+        v, groups = parameter_structured_vector, self.curvature.groups
         weight = one_weight(identity_weight, norm_to_scale_identity_weight_per_block)
         _check_state(state)
         arguments.number("power", power, arrays=True)
@@ -354,11 +350,13 @@ class BlockDiagonalCurvature:
         if use_cached:
             cache = _cache(state)
             kept = cache.factors, cache.inverses
-            factors, inverses = with_uncached(layers, *kept, factors, weight)
+            factors, inverses = with_uncached(groups, *kept, factors, weight)
             weight = weight if exact_power else cache.identity_weight
             if power == -1 and not exact_power:
                 leaves = self.curvature.tree.leaves(v, "the vector v")
-                solved, _ = precondition(layers, factors, inverses, leaves, {})
+                solved, _ = inverses_lib.precondition(
+                    groups, factors, inverses, leaves, {}
+                )
                 return jax.tree.unflatten(self.curvature.tree.treedef, solved)
         operator = self.curvature.approximation(factors)
         if power == -1 and not exact_power:

@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax.optimization.preconditioner import refresh_inverses
-from kfac_jax.plan import Layer
-from kfac_jax.statistics.averages import Factors
+from kfac_jax.operator.inverses import refresh
+from kfac_jax.plan.group import Factors, Group
+from kfac_jax.plan.layer import Layer
 
 
 def dense_blocks(layers: Sequence[Layer], factors: Factors) -> tuple[Array, ...]:
@@ -22,7 +22,7 @@ def dense_blocks(layers: Sequence[Layer], factors: Factors) -> tuple[Array, ...]
 
 
 def with_uncached(
-    layers: Sequence[Layer],
+    groups: Sequence[Group],
     cached: Factors,
     inverses: Factors,
     present: Factors,
@@ -31,7 +31,7 @@ def with_uncached(
     """A cache, with what is never cached: diagonal blocks follow their factors.
 
     Args:
-      layers: the plan's layers.
+      groups: the plan's groups.
       cached: the factors in the cache.
       inverses: the inverses in the cache.
       present: the factors.
@@ -40,11 +40,11 @@ def with_uncached(
     Returns:
       The factors and the inverses.
     """
-    following = [x for x in layers if x.inverted_in_every_step and not x.carried_shapes]
-    names = [layer.name for layer in following]
+    following = [x for x in groups if x.in_every_step and not x.moves]
+    names = [name for group in following for name in group.names]
     factors = {name: present[name] for name in names}
     old = {name: inverses[name] for name in names}
-    found, _ = refresh_inverses(following, factors, old, damping)
+    found, _ = refresh(following, factors, old, damping)
     return cached | factors, inverses | found
 
 

@@ -16,7 +16,7 @@ from kfac_jax.compat._estimator_arguments import Powers, powers
 from kfac_jax.compat._estimator_arguments import weight as one_weight
 from kfac_jax.compat._plans import plan, without
 from kfac_jax.curvature import Curvature
-from kfac_jax.statistics.estimation import is_exact
+from kfac_jax.plan.modes import is_exact
 
 Params = Any
 

@@ -14,11 +14,12 @@ from kfac_jax._jaxpr.differentiation import check_forward_mode, reverse_mode
 from kfac_jax._jaxpr.graph import Graph
 from kfac_jax._jaxpr.interpreter import run
 from kfac_jax._utils import arguments
-from kfac_jax._utils.trees import TreeSpec
+from kfac_jax._utils.trees import TreeSpec, tree_spec
 from kfac_jax.compat._plans import with_params_first, without
 from kfac_jax.compat.utils import default_batch_size_extractor
 from kfac_jax.distributions import RegisteredLoss
-from kfac_jax.plan import tracing
+from kfac_jax.plan.programs import outputs_program
+from kfac_jax.plan.tracing import trace
 
 Params = Any
 Outputs = tuple[list[Array], list[RegisteredLoss]]
@@ -57,10 +58,10 @@ class ImplicitExactCurvature:
 
     def _at(self, func_args: Sequence[Any]) -> "_Place":
         params, rest = without(func_args, self._params_index)
-        tree = tracing.tree_spec(params)
+        tree = tree_spec(params)
         loss_fn = with_params_first(self._func, self._params_index)
-        traced = tracing.trace(loss_fn, False, tree, params, rest, None)
-        program = tracing.outputs_program(traced)
+        traced = trace(loss_fn, False, tree, params, rest, None)
+        program = outputs_program(traced)
         data, size = jax.tree.leaves(rest), None
         if self._size is not default_batch_size_extractor:
             size = self._size(func_args[-1])

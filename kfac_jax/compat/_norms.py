@@ -9,8 +9,8 @@ from jax import Array
 
 from kfac_jax._utils.vectors import tree_product
 from kfac_jax.curvature import Curvature
-from kfac_jax.optimization.preconditioner import precondition
-from kfac_jax.optimization.transform import KFACState
+from kfac_jax.operator.inverses import precondition
+from kfac_jax.optimization.state import KFACState
 
 Params = Any
 
@@ -55,7 +55,7 @@ class Norms:
         down = jax.tree.map(jnp.negative, grads)
         leaves = curvature.tree.masked_leaves(down, "grads")
         factors, inverses = state.factors, state.inverses
-        scaled, _ = precondition(curvature.layers, factors, inverses, leaves, {})
+        scaled, _ = precondition(curvature.groups, factors, inverses, leaves, {})
         direction = curvature.tree.restore(scaled, grads)
         if self.constraint is not None:
             assert learning_rate is not None

@@ -17,7 +17,7 @@ from kfac_jax.compat.utils import (
     inner_product,
     scalar_mul,
 )
-from kfac_jax.statistics.estimation import MODES
+from kfac_jax.plan.modes import MODES
 
 
 class OptaxPreconditionState(NamedTuple):

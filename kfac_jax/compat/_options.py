@@ -8,7 +8,7 @@ import numpy as np
 
 from kfac_jax._utils import arguments
 from kfac_jax.compat.tag_graph_matcher import check_graph_patterns
-from kfac_jax.statistics.estimation import MODES
+from kfac_jax.plan.modes import MODES
 
 _SEPARATE = "Use kfac_jax.kfac(..., factored_damping=kfac_jax.SeparateDamping(...))."
 _OWN_STEP = (

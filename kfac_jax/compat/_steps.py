@@ -17,8 +17,10 @@ from kfac_jax.compat._plans import warn_of_lost_examples
 from kfac_jax.compat.curvature_blocks import native_blocks
 from kfac_jax.compat.utils import default_batch_size_extractor
 from kfac_jax.curvature import Curvature, make_curvature
-from kfac_jax.devices import OverAxis
-from kfac_jax.optimization.transform import Info, KFACState, kfac
+from kfac_jax.devices import ALONE, Devices, OverAxis
+from kfac_jax.optimization.state import Info, KFACState
+from kfac_jax.optimization.transform import kfac
+from kfac_jax.plan.group import Factors
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, RefreshSchedule
 from kfac_jax.statistics import averages
 from kfac_jax.tags import register_generic
@@ -35,8 +37,8 @@ class EstimatorState(NamedTuple):
 
     weight: Array  # [], the sum of the weights in the factors' averages
     batches: Array  # [] int32, how many batches are in them
-    factors: averages.Factors  # by layer name, moving averages
-    inverses: averages.Factors  # by layer name, of the damped factors
+    factors: Factors  # by layer name, moving averages
+    inverses: Factors  # by layer name, of the damped factors
     info: Info  # of the last step
 
 
@@ -149,7 +151,7 @@ class Steps:
             grads,
             updates,
             after,
-            self._distribution,
+            self._devices,
         )
         new = optax.apply_updates(params, updates)
         weight = _weight(state.estimator_state, after.batches, self.ema)
@@ -190,12 +192,12 @@ class Steps:
             params, batch, rng=key, factors=old.factors
         )
         averaged = averages.average(
-            curvature.layers,
+            curvature.groups,
             old.factors,
             statistics,
             old.batches + 1,
             1.0,
-            self._distribution,
+            self._devices,
         )
         batches = old.batches + averaged.informed.astype(old.batches.dtype)
         new = old._replace(
@@ -208,8 +210,8 @@ class Steps:
     # ------------------------------------------------------------------------ pieces
 
     @property
-    def _distribution(self) -> OverAxis | None:
-        return None if self.axis is None else OverAxis(self.axis)
+    def _devices(self) -> Devices:
+        return ALONE if self.axis is None else OverAxis(self.axis)
 
     def _plan(
         self, params: Params, rng: Array, batch: Batch, func_state: FuncState
@@ -351,7 +353,7 @@ class Steps:
             norm_constraint=self.norms.constraint,
             decay=self.ema * weight / (self.ema * weight + 1.0),
             inverse_every=RefreshSchedule(self.inverse_every, phase=1, warm_up=0),
-            devices=self._distribution,
+            devices=None if self.axis is None else OverAxis(self.axis),
         )
 
 

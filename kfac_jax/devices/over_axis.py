@@ -16,17 +16,15 @@ from kfac_jax._utils.ordering import known_false_after
 from kfac_jax.devices.collectives import together
 from kfac_jax.devices.planner import Division, balance, divide, pack
 from kfac_jax.devices.rows import Shape, fill, from_rows, rows_shape, to_rows
+from kfac_jax.devices.several import Several, Shared
 from kfac_jax.linalg._shared import Columns
 
 S = TypeVar("S")
 T = TypeVar("T")
 
-Shared = Callable[[Array, Columns], Array]
-"""A function of `[k, d, d]` that all devices compute together."""
-
 
 @dataclasses.dataclass(frozen=True)
-class OverAxis:
+class OverAxis(Several):
     """The devices along a named axis of `pmap` or `shard_map` share the work.
 
     For `kfac(..., devices=OverAxis("batch"))` in a step that each device runs on
@@ -85,11 +83,6 @@ class OverAxis:
                 "them out."
             )
 
-    @property
-    def by_rows(self) -> bool:
-        """Whether devices keep parts of the state."""
-        return bool(self.state_axes)
-
     def size(self) -> int:
         """How many devices share the work.
 
@@ -97,6 +90,10 @@ class OverAxis:
           ValueError: if the axis does not exist where this is called.
         """
         return self._size(self.axis)
+
+    def sharing_only(self) -> "OverAxis":
+        """The same devices, each of which has all of the state."""
+        return OverAxis(self.axis)
 
     def keepers(self) -> int:
         """In how many parts the state is cut."""
@@ -138,10 +135,9 @@ class OverAxis:
         small, small_tree = jax.tree.flatten((weight, counts))
         leaves, treedef = jax.tree.flatten(sums)
         if not any(self._differs([*small, *leaves])):  # JAX has summed them
-            own = self.rows(leaves) if self.by_rows else leaves
-            return weight, counts, jax.tree.unflatten(treedef, own)
+            return weight, counts, jax.tree.unflatten(treedef, self.rows(leaves))
         weight, counts = jax.tree.unflatten(small_tree, self._sum(small))
-        reduce = self._sum_rows if self.by_rows else self._sum
+        reduce = self._sum_rows if self.cuts_state else self._sum
         shapes = jax.eval_shape(reduce, leaves)
         done = jax.lax.cond(
             weight > 0, reduce, lambda _: list(map(_compat.zeros, shapes)), leaves
@@ -150,8 +146,8 @@ class OverAxis:
 
     def everywhere(self, flags: Sequence[Array]) -> list[Array]:
         """Whether each flag is true on all devices that keep a part."""
-        if not flags:
-            return []
+        if not flags or not self.cuts_state:
+            return list(flags)
         failed = (~jnp.stack(flags)).astype(jnp.int32)
         return list(jax.lax.psum(failed, self.state_axes) == 0)
 
@@ -183,12 +179,16 @@ class OverAxis:
 
     def kept_shape(self, shape: Shape) -> Shape:
         """The shape of a device's rows."""
+        if not self.cuts_state:
+            return shape
         devices = self.keepers()
         rows, *rest = rows_shape(shape, devices)
         return (rows // devices, *rest)
 
     def rows(self, leaves: Sequence[Array]) -> list[Array]:
         """A device's rows of arrays that all devices have."""
+        if not self.cuts_state:
+            return list(leaves)
         devices = self.keepers()
         return [self.own_part(to_rows(x, devices)) for x in leaves]
 
@@ -201,6 +201,8 @@ class OverAxis:
 
     def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
         """Arrays of which each device has its rows: one collective for each type."""
+        if not self.cuts_state:
+            return list(rows)
         pairs = zip(self.gather(rows), shapes, strict=True)
         return [from_rows(x, shape) for x, shape in pairs]
 

@@ -12,15 +12,16 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kfac_jax._utils.arguments import shown
-from kfac_jax.devices.over_axis import OverAxis, Shared, as_names, check_names
+from kfac_jax.devices.over_axis import OverAxis, as_names, check_names
 from kfac_jax.devices.rows import Shape, rows_shape
+from kfac_jax.devices.several import Several, Shared
 
 S = TypeVar("S")
 T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
-class OverMesh:
+class OverMesh(Several):
     """The devices of a mesh share the work, in a step under `jit`.
 
     For `kfac(..., devices=OverMesh(mesh))` in a step whose arrays are sharded over
@@ -75,11 +76,6 @@ class OverMesh:
             )
 
     @property
-    def by_rows(self) -> bool:
-        """Whether devices keep parts of the state."""
-        return bool(self.state_axes)
-
-    @property
     def _inside(self) -> OverAxis:
         """What the devices do in a `shard_map`."""
         return OverAxis(self.axes, self.state_axes)
@@ -87,6 +83,10 @@ class OverMesh:
     def size(self) -> int:
         """How many devices share the work."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def sharing_only(self) -> "OverMesh":
+        """The same devices, each of which has all of the state."""
+        return OverMesh(self.mesh, self.axes)
 
     def keepers(self) -> int:
         """In how many parts the state is cut."""
@@ -100,10 +100,7 @@ class OverMesh:
 
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
         """The same, of `sums` by rows where devices keep these."""
-        if self.by_rows:
-            leaves, treedef = jax.tree.flatten(sums)
-            sums = jax.tree.unflatten(treedef, self.rows(leaves))
-        return weight, counts, sums
+        return weight, counts, self.kept(sums)
 
     def everywhere(self, flags: Sequence[Array]) -> list[Array]:
         """The same."""
@@ -113,16 +110,22 @@ class OverMesh:
 
     def kept_shape(self, shape: Shape) -> Shape:
         """The shape of all devices' rows."""
+        if not self.cuts_state:
+            return shape
         return rows_shape(shape, self.keepers())
 
     def rows(self, leaves: Sequence[Array]) -> list[Array]:
         """Arrays cut into the devices' rows: each device takes its own."""
+        if not self.cuts_state:
+            return list(leaves)
         # left to the compiler, cutting would move parts of arrays around
         cut = self._mapped(self._inside.rows, (P(),), P(self.state_axes))
         return jax.jit(cut)(list(leaves))
 
     def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
         """Arrays whose rows lie on the devices: one collective for each type."""
+        if not self.cuts_state:
+            return list(rows)
         return self.apart(lambda over, rows, _: over.whole(rows, shapes), rows, ())
 
     def apart(

@@ -1,4 +1,4 @@
-"""The inverse of linked layers' curvature, block-tridiagonal for a chain (section 4.3).
+"""Linked layers: cross-layer curvature, block-tridiagonal for a chain (section 4.3).
 
 `F̂⁻¹ = Ξᵀ Λ Ξ`. A row of Ξ takes from a layer's vector what its parent's predicts,
 `U_i = V_i - Ψ_A V_p Ψ_Gᵀ`, with the regressions `Ψ_A = A_ip A_p⁻¹`, `Ψ_G = G_ip G_p⁻¹`.
@@ -6,242 +6,591 @@
 `Σ = A_i ⊗ G_i - (Ψ_A A_p Ψ_Aᵀ) ⊗ (Ψ_G G_p Ψ_Gᵀ)`, all of it for the root of a tree.
 """
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+import numbers
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax import linalg
+from kfac_jax._jaxpr import axis_types
+from kfac_jax._jaxpr.flow import sources
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.states import Examples
 from kfac_jax._utils import fresh
-from kfac_jax.devices import Distribution
-from kfac_jax.plan import CROSS, Layer
-from kfac_jax.statistics.averages import Factors
-
-Vectors = dict[str, Array]
-"""By layer name, `[i, o]`."""
+from kfac_jax.blocks import Kronecker
+from kfac_jax.devices import ALONE, Devices
+from kfac_jax.linalg import Inverted
+from kfac_jax.operator.products import by_themselves, not_one_product
+from kfac_jax.operator.single import site_statistics, statistics_cost
+from kfac_jax.plan.group import (
+    Arrays,
+    Decomposed,
+    Factors,
+    Group,
+    Grouped,
+    Name,
+    Products,
+    Shapes,
+    ToInvert,
+    Uses,
+    Vectors,
+)
+from kfac_jax.plan.layer import Layer
 
 SIDES = ("input", "output")
 
+CROSS = ("parent_input", "parent_output")
+"""The factors of a link: second moments of a layer's inputs with its parent's, and of
+their output gradients, `[i, parent's i]` and `[o, parent's o]`."""
 
-def members(layers: Sequence[Layer]) -> list[Layer]:
-    """Those that are linked, parents before their children."""
-    linked = {x.name: x for x in layers if x.link is not None}
-
-    def depth(layer: Layer) -> int:
-        parent = _parent(layer)
-        return 0 if parent is None else 1 + depth(linked[parent])
-
-    return sorted(linked.values(), key=depth)
+ROWS = ("input_rows", "output_rows")
+"""What the taps bring out besides statistics, `[rows, i]` and `[rows, o]`: what second
+moments with other layers' rows are made of."""
 
 
-def _parent(layer: Layer) -> str | None:
-    assert layer.link is not None
-    return layer.link.parent
+@dataclasses.dataclass(frozen=True)
+class Linked(Group):
+    """A tree of layers, each but the root linked to a parent.
 
-
-def init(layer: Layer) -> dict[str, Array]:
-    """What `refresh` gives for the identity: Σ = I, no regression."""
-    return {
-        name: fresh.identities(shape, layer.dtype)
-        if name.endswith("_basis")
-        else fresh.full(shape, 0.0, layer.dtype)
-        for name, shape in layer.joint_shapes.items()
-    }
-
-
-def refresh(
-    layers: Sequence[Layer],
-    factors: Factors,
-    damping: Array,
-    sharing: Distribution | None = None,
-) -> tuple[Factors, dict[str, Array]]:
-    """Computes Ψ and the inverse of Σ for linked layers.
-
-    Only the layers' own factors are damped (factored, section 6.3).
-
-    Args:
-      layers: the plan's layers.
-      factors: the moving averages, by layer name.
-      damping: λ + η.
-      sharing: devices that share the work.
-
-    Returns:
-      For each linked layer K, s and Ψ of both sides, with `Σ⁻¹ = (K_A ⊗ K_G)
-      (I - s_A ⊗ s_G)⁻¹ (K_A ⊗ K_G)ᵀ`; and by tree (its root) whether all are finite.
+    Attributes:
+      members: the layers, parents before their children.
+      parents: the name of each one's parent, empty for the root.
     """
-    linked = members(layers)
-    roots = _roots(linked, factors, damping, sharing)
-    pairs = [
-        (layer, side, cross)
-        for layer in linked
-        if _parent(layer) is not None
-        for side, cross in zip(SIDES, CROSS, strict=True)
-    ]
-    found = linalg.conditionals(
-        [
-            (
-                roots[layer.name, side],
-                factors[layer.name][cross],
-                roots[str(_parent(layer)), side],
-            )
-            for layer, side, cross in pairs
-        ],
-        None if sharing is None else sharing.each,
-    )
-    result: Factors = {
-        layer.name: {f"{side}_basis": roots[layer.name, side] for side in SIDES}
-        for layer in linked
-    }
-    for (layer, side, cross), (basis, explained) in zip(pairs, found, strict=True):
-        other = roots[str(_parent(layer)), side]
-        result[layer.name] |= {
-            f"{side}_basis": basis,
-            f"{side}_explained": explained,
-            f"{side}_regression": factors[layer.name][cross] @ other @ other.T,
+
+    members: tuple[Layer, ...]
+    parents: tuple[str, ...]
+
+    wants_roots = True
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The members."""
+        return self.members
+
+    @property
+    def signature(self) -> tuple[Any, ...]:
+        """The layers and their links."""
+        return (*super().signature, self.parents)
+
+    @property
+    def links(self) -> Iterator[tuple[Layer, Layer]]:
+        """Layers with their parents."""
+        known = {x.name: x for x in self.layers}
+        for layer, parent in zip(self.layers, self.parents, strict=True):
+            if parent:
+                yield layer, known[parent]
+
+    def parent_of(self, name: str) -> str:
+        """A layer's parent, empty for the root."""
+        return dict(zip(self.names, self.parents, strict=True))[name]
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def cross_shapes(self) -> Shapes:
+        """The shapes of the factors that layers share with their parents."""
+        return {
+            layer.name: {
+                CROSS[0]: (layer.shape.inputs, parent.shape.inputs),
+                CROSS[1]: (layer.shape.outputs, parent.shape.outputs),
+            }
+            for layer, parent in self.links
         }
-    finite: dict[str, Array] = {}
-    for layer in linked:
-        assert layer.link is not None
-        root = layer.link.root
-        flags = [jnp.isfinite(x).all() for x in result[layer.name].values()]
-        finite[root] = jnp.stack([finite.get(root, jnp.asarray(True)), *flags]).all()
-    return result, finite
+
+    @property
+    def factor_shapes(self) -> Shapes:
+        """The layers' own, and those they share."""
+        return _joined(super().factor_shapes, self.cross_shapes)
+
+    @property
+    def statistics_shapes(self) -> Shapes:
+        """The layers' own, and those they share."""
+        return _joined(super().statistics_shapes, self.cross_shapes)
+
+    @property
+    def inverse_shapes(self) -> Shapes:
+        """Of K, s and Ψ of both sides, see `inverses`."""
+        cross = self.cross_shapes
+        return {
+            x.name: {
+                name: shape
+                for side, n in zip(SIDES, _sizes(x), strict=True)
+                for name, shape in _inverse_shapes(side, n, cross.get(x.name)).items()
+            }
+            for x in self.layers
+        }
+
+    # --------------------------------------------------------------------- statistics
+
+    @property
+    def row_statistics(self) -> dict[str, frozenset[str]]:
+        """The blocks', and second moments of inputs with the parent's."""
+        linked = self.cross_shapes
+        return {
+            x.name: _kronecker(x).row_statistics
+            | ({CROSS[0]} if x.name in linked else frozenset())
+            for x in self.layers
+        }
+
+    def probes(
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+    ) -> Factors:
+        """Zeros like the statistics of blocks, and like rows.
+
+        On a mesh with Explicit axes, rows are sharded as the data are.
+        """
+        found: Factors = {}
+        for x in self.layers:
+            shapes = x.statistics_shapes
+            own = {name: jnp.zeros(shape, x.dtype) for name, shape in shapes.items()}
+            count = paired_rows(x, sites[x.name][0])
+            for name, n in zip(ROWS, _sizes(x), strict=True):
+                zeros = jnp.zeros((count, n), x.dtype)
+                own[name] = axis_types.split_first(zeros, data)
+            found[x.name] = own
+        return found
+
+    def gather(
+        self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
+    ) -> Arrays:
+        """The block's statistics, and rows, zero where they do not count."""
+        block = _kronecker(layer)
+        sums = site_statistics(site, block, layer.shape, x, dy, carried)
+        x, dy = site.canonical(x, dy, layer.shape.homogeneous)
+        active = (dy != 0).any(-1)
+        rows = block.input_rows(x, active), block.output_rows(dy)
+        return sums | dict(zip(ROWS, rows, strict=True))
+
+    def collect(self, sums: Factors) -> Factors:
+        """Second moments of layers' rows with those of their parents' for the rows."""
+        found = {
+            name: {n: x for n, x in sums[name].items() if n not in ROWS}
+            for name in self.names
+        }
+        for layer, parent in self.links:
+            for name, row in zip(CROSS, ROWS, strict=True):
+                own, other = sums[layer.name][row], sums[parent.name][row]
+                found[layer.name][name] = own.T @ other
+        return found
+
+    # ------------------------------------------------------------------------ factors
+
+    def counts(self, statistics: Factors, weight: Array) -> Factors:
+        """As blocks count; what layers share is divided by the number of batches."""
+        cross, found = self.cross_shapes, Factors()
+        for x in self.layers:
+            shared = cross.get(x.name, {})
+            own = {n: s for n, s in statistics[x.name].items() if n not in shared}
+            batches = weight.astype(x.dtype)
+            found[x.name] = _kronecker(x).counts(own, batches)
+            found[x.name] |= dict.fromkeys(shared, batches)
+        return found
+
+    def divisors(self, counts: Factors) -> Factors:
+        """The counts; where they differ between linked layers' inputs, a mean of both.
+
+        The geometric one, which keeps the second moments of both layers together
+        semidefinite.
+        """
+        found = super().divisors(counts)
+        for layer, parent in self.links:
+            both = counts[layer.name]["input"], counts[parent.name]["input"]
+            mean = jnp.sqrt(both[0]) * jnp.sqrt(both[1])
+            found[layer.name] = found[layer.name] | {CROSS[0]: mean}
+        return found
+
+    def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
+        """Entry by entry."""
+        return {
+            x.name: _kronecker(x).average(old[x.name], new[x.name], epsilon)
+            for x in self.layers
+        }
+
+    def looked_at(self, factors: Factors) -> tuple[list[Array], list[Array]]:
+        """The layers' own factors: the others are made of the same rows."""
+        own = [factors[name][side] for name in self.names for side in SIDES]
+        return own, []
+
+    # ----------------------------------------------------------------------- inverses
+
+    def init_inverses(self) -> Factors:
+        """Of the identity: Σ = I, no regression."""
+        shapes = self.inverse_shapes
+        return {
+            x.name: {
+                name: fresh.identities(shape, x.dtype)
+                if name.endswith("_basis")
+                else fresh.full(shape, 0.0, x.dtype)
+                for name, shape in shapes[x.name].items()
+            }
+            for x in self.layers
+        }
+
+    def to_invert(self, factors: Factors, damping: Any) -> ToInvert:
+        """The layers' own factors with factored damping (section 6.3)."""
+        found = ToInvert({}, {})
+        for x in self.layers:
+            own = {side: factors[x.name][side] for side in SIDES}
+            damped = _kronecker(x).damp(own, jnp.asarray(damping, x.dtype))
+            for side, part in damped.items():
+                found.matrices[x.name, side] = part
+        return found
+
+    def inverses(
+        self, found: Mapping[Name, Inverted], factors: Factors, devices: Devices
+    ) -> tuple[Factors, Array]:
+        """K, s and Ψ of both sides.
+
+        With `Σ⁻¹ = (K_A ⊗ K_G) (I - s_A ⊗ s_G)⁻¹ (K_A ⊗ K_G)ᵀ`. They are finite all
+        together or not at all: each other's moments must fit.
+        """
+        roots = {name: part.inverse for name, part in found.items()}
+        pairs = [
+            (layer.name, parent.name, side, cross)
+            for layer, parent in self.links
+            for side, cross in zip(SIDES, CROSS, strict=True)
+        ]
+        conditionals = devices.conditionals(
+            [
+                (roots[name, side], factors[name][cross], roots[parent, side])
+                for name, parent, side, cross in pairs
+            ]
+        )
+        result: Factors = {
+            name: {f"{side}_basis": roots[name, side] for side in SIDES}
+            for name in self.names
+        }
+        for (name, parent, side, cross), (basis, explained) in zip(
+            pairs, conditionals, strict=True
+        ):
+            other = roots[parent, side]
+            result[name] |= {
+                f"{side}_basis": basis,
+                f"{side}_explained": explained,
+                f"{side}_regression": factors[name][cross] @ other @ other.T,
+            }
+        arrays = [x for part in result.values() for x in part.values()]
+        return result, jnp.stack([jnp.isfinite(x).all() for x in arrays]).all()
+
+    @classmethod
+    def solve_all(
+        cls,
+        groups: Sequence["Linked"],
+        inverses: Factors,
+        vectors: Vectors,
+        products: Products,
+    ) -> Vectors:
+        """Applies `Ξᵀ Λ Ξ`; a vector that is missing counts as zero."""
+        found: Vectors = {}
+        for group in groups:
+            left: Vectors = {}
+            for name, parent in zip(group.names, group.parents, strict=True):
+                if name not in vectors:
+                    continue
+                own, x = inverses[name], vectors[name]
+                if parent in vectors:
+                    explained = own["input_regression"] @ vectors[parent]
+                    x = x - explained @ own["output_regression"].T
+                x = own["input_basis"].T @ x @ own["output_basis"]
+                x = own["input_basis"] @ (x / _unexplained(own)) @ own["output_basis"].T
+                left[name] = x
+            found |= group._transposed(inverses, left)
+        return found
+
+    def _transposed(self, inverses: Factors, v: Vectors) -> Vectors:
+        """Applies Ξᵀ."""
+        result = dict(v)
+        for name, parent in zip(self.names, self.parents, strict=True):
+            if name in v and parent in v:
+                own = inverses[name]
+                back = own["input_regression"].T @ v[name] @ own["output_regression"]
+                result[parent] = result[parent] - back
+        return result
+
+    # ----------------------------------------------------------------------- operator
+
+    def matvec(self, factors: Factors, vectors: Vectors) -> Vectors:
+        """Multiplies by the undamped `F̂ = Ξ⁻¹ Λ⁻¹ Ξ⁻ᵀ`.
+
+        Regressions take the pseudo-inverse of the parent's factors, in whose range the
+        second moments with its children's rows are.
+        """
+        regressions = {
+            layer.name: [
+                factors[layer.name][cross]
+                @ linalg.pseudo_inverse(factors[parent.name][side])
+                for side, cross in zip(SIDES, CROSS, strict=True)
+            ]
+            for layer, parent in self.links
+        }
+        gathered = {name: vectors[name] for name in self.names}
+        pairs = list(zip(self.names, self.parents, strict=True))
+        for name, parent in reversed(pairs):  # Ξ⁻ᵀ: children first
+            if parent:
+                a, g = regressions[name]
+                gathered[parent] = gathered[parent] + a.T @ gathered[name] @ g
+        result: Vectors = {}
+        for name, parent in pairs:  # parents first
+            own, x = factors[name], gathered[name]
+            moved = own["input"] @ x @ own["output"]
+            if parent:
+                a, g = regressions[name]
+                explained = own[CROSS[0]] @ (a.T @ x @ g) @ own[CROSS[1]].T
+                moved = moved - explained + a @ result[parent] @ g.T
+            result[name] = moved
+        return result
+
+    def diagonal(self, factors: Factors) -> Vectors:
+        """That of the layers' own curvature."""
+        return {
+            x.name: _kronecker(x).diagonal(factors[x.name], x.shape)
+            for x in self.layers
+        }
+
+    def check_mode(self, damping: Any, mode: str) -> None:
+        """Damping is factored."""
+        undamped = isinstance(damping, numbers.Real) and damping == 0
+        if mode == "exact" and not undamped:
+            raise ValueError(
+                "With BlockTridiagonal only factored damping is possible; got "
+                'damping_mode="exact". Pass damping_mode="factored", or make the plan '
+                "with structure=BlockDiagonal()."
+            )
+
+    @property
+    def has_spectrum(self) -> bool:
+        """Not in closed form."""
+        return False
+
+    def power(
+        self, factors: Factors, vectors: Vectors, exponent: Any, damping: Any, mode: str
+    ) -> Vectors:
+        """Is refused."""
+        raise ValueError(
+            "power needs a plan with structure=BlockDiagonal(); got "
+            "BlockTridiagonal(). For the inverse use solve, for draws with "
+            "covariance (F + λ I)⁻¹ use sample."
+        )
+
+    def logdet(self, factors: Factors, damping: Any, mode: str) -> Array:
+        """`log det F̂`: Ξ has unit determinant."""
+        inverses, total = self._inverses(factors, damping), jnp.zeros(())
+        for x in self.layers:
+            own = inverses[x.name]
+            a, g = (jnp.linalg.slogdet(own[f"{side}_basis"])[1] for side in SIDES)
+            of_bases = 2 * (x.shape.outputs * a + x.shape.inputs * g)
+            total = total + jnp.log(_unexplained(own)).sum() - of_bases
+        return total
+
+    def sample(
+        self, factors: Factors, noise: Vectors, damping: Any, mode: str
+    ) -> Vectors:
+        """Applies `Ξᵀ` and a root of Λ."""
+        inverses, left = self._inverses(factors, damping), Vectors()
+        for name in self.names:
+            own = inverses[name]
+            x = noise[name] / jnp.sqrt(_unexplained(own))
+            left[name] = own["input_basis"] @ x @ own["output_basis"].T
+        return self._transposed(inverses, left)
+
+    def _inverses(self, factors: Factors, damping: Any) -> Factors:
+        """Computed here and now."""
+        wanted = self.to_invert(factors, damping).matrices
+        shifted = [(x, jnp.broadcast_to(s, x.shape[:-2])) for x, s in wanted.values()]
+        found = {
+            name: Inverted(root, jnp.asarray(True))
+            for name, root in zip(wanted, ALONE.roots(shifted), strict=True)
+        }
+        return self.inverses(found, factors, ALONE)[0]
+
+    # ------------------------------------------------------------------ costs, report
+
+    @property
+    def inversion_cost(self) -> int:
+        """Of the roots, and of the links.
+
+        A link adds for each side, with m ≥ n its two lengths, the products of its
+        coherence and regression, and `2 m² n + 4 m n² + 4.5 n³` for singular vectors.
+        """
+        cost = 0.0
+        for x in self.layers:
+            cost += x.shape.inputs**3 + x.shape.outputs**3
+        for shapes in self.cross_shapes.values():
+            for shape in shapes.values():
+                m, n = max(shape), min(shape)
+                cost += 2 * m * n * (m + n) + 2 * m**2 * n + 4 * m * n**2 + 4.5 * n**3
+        return int(cost)
+
+    @property
+    def decomposed(self) -> list[Decomposed]:
+        """Each side of each link."""
+        found: list[Decomposed] = []
+        for layer, _ in self.links:
+            itemsize = jnp.dtype(layer.dtype).itemsize
+            for name, shape in self.cross_shapes[layer.name].items():
+                size = shape[0] * (shape[0] + 1) * itemsize
+                cost = float(max(shape)) ** 3
+                found.append(Decomposed(layer.name, name, cost, size))
+        return found
+
+    @property
+    def statistics_cost(self) -> float:
+        """Of all factors' products, and of the outputs' gradients."""
+        shapes = self.factor_shapes
+        return sum(statistics_cost(x, shapes[x.name]) for x in self.layers)
 
 
-def _roots(
-    linked: Sequence[Layer],
-    factors: Factors,
-    damping: Array,
-    sharing: Distribution | None,
-) -> dict[tuple[str, str], Array]:
-    """Roots of the inverses of the damped factors, by layer and side."""
-    names: list[tuple[str, str]] = []
-    shifted: list[tuple[Array, Array]] = []
-    for layer in linked:
-        assert layer.block is not None
-        own = {side: factors[layer.name][side] for side in SIDES}
-        damped = layer.block.damp(own, jnp.asarray(damping, layer.dtype))
-        for side, (factor, shift) in damped.items():
-            names.append((layer.name, side))
-            shifted.append((factor, jnp.broadcast_to(shift, factor.shape[:-2])))
-    apply = None if sharing is None else sharing.map
-    return dict(zip(names, linalg.inverse_root_many(shifted, apply), strict=True))
+def _joined(first: Shapes, second: Shapes) -> Shapes:
+    return {name: part | second.get(name, {}) for name, part in first.items()}
 
 
-def solve(layers: Sequence[Layer], inverses: Factors, v: Vectors) -> Vectors:
-    """Applies `Ξᵀ Λ Ξ`.
-
-    Args:
-      layers: the plan's layers.
-      inverses: from `refresh`.
-      v: vectors of linked layers; one that is missing counts as zero.
-
-    Returns:
-      Those of the product that `v` has.
-    """
-    linked = [layer for layer in members(layers) if layer.name in v]
-    left: Vectors = {}
-    for layer in linked:
-        own, parent = inverses[layer.name], _parent(layer)
-        x = v[layer.name]
-        if parent in v:
-            x = x - own["input_regression"] @ v[parent] @ own["output_regression"].T
-        x = own["input_basis"].T @ x @ own["output_basis"]
-        x = own["input_basis"] @ (x / _unexplained(own)) @ own["output_basis"].T
-        left[layer.name] = x
-    return _transposed(linked, inverses, left)
+def _inverse_shapes(side: str, n: int, cross: Any) -> dict[str, tuple[int, ...]]:
+    """Of one side of a layer."""
+    shapes: dict[str, tuple[int, ...]] = {f"{side}_basis": (n, n)}
+    if cross is not None:
+        shapes[f"{side}_explained"] = (n,)
+        shapes[f"{side}_regression"] = cross[f"parent_{side}"]
+    return shapes
 
 
-def sample(layers: Sequence[Layer], inverses: Factors, noise: Vectors) -> Vectors:
-    """Turns white noise of all linked layers to one with covariance `Ξᵀ Λ Ξ`."""
-    linked = members(layers)
-    left: Vectors = {}
-    for layer in linked:
-        own = inverses[layer.name]
-        x = noise[layer.name] / jnp.sqrt(_unexplained(own))
-        left[layer.name] = own["input_basis"] @ x @ own["output_basis"].T
-    return _transposed(linked, inverses, left)
-
-
-def _transposed(linked: Sequence[Layer], inverses: Factors, v: Vectors) -> Vectors:
-    """Applies Ξᵀ."""
-    result = dict(v)
-    for layer in linked:
-        own, parent = inverses[layer.name], _parent(layer)
-        if parent in v:
-            back = own["input_regression"].T @ v[layer.name] @ own["output_regression"]
-            result[parent] = result[parent] - back
-    return result
-
-
-def _unexplained(own: Mapping[str, Array]) -> Array | float:
+def _unexplained(own: Arrays) -> Array | float:
     """`1 - s_A s_Gᵀ`, [i, o]."""
     if "input_explained" not in own:
         return 1.0
     return 1 - own["input_explained"][:, None] * own["output_explained"][None, :]
 
 
-def logdet(layers: Sequence[Layer], inverses: Factors) -> Array:
-    """`log det F̂`: Ξ has unit determinant.
+def _sizes(layer: Layer) -> tuple[int, int]:
+    return layer.shape.inputs, layer.shape.outputs
 
-    Args:
-      layers: the plan's layers.
-      inverses: from `refresh`.
 
-    Returns:
-      A scalar.
+def _kronecker(layer: Layer) -> Kronecker:
+    assert isinstance(layer.block, Kronecker)
+    return layer.block
+
+
+# ------------------------------------------------------------------- which layers
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockTridiagonal:
+    """Neighbouring layers have cross-layer curvature, and the inverse is sparse.
+
+    The approximation agrees with the Kronecker-factored Fisher on the blocks of each
+    layer and of each two linked layers, `F_ij ≈ A_ij ⊗ G_ij`, and its inverse is zero
+    in the blocks of all other pairs: that of a chain of layers is block-tridiagonal.
+
+    A layer is linked to the layer that uses its output next: the first one in the order
+    of the program whose input depends on it with no other such layer between. In a
+    network that is not a chain (residual connections, branches) the links form a
+    forest. Linked are layers of kinds "dense" and "conv" with a `Kronecker` block with
+    two full factors, used once and outside of scans and conditionals, two of which must
+    have the same number of positions in each example. What is not linked, and why, is
+    in the report; it has a block of its own.
+
+    Damping is factored (on the layers' own factors), so `damping_mode="exact"` is
+    refused. A refresh takes two singular value decompositions for each link, which cost
+    about ten times what Cholesky factorisations cost; statistics keep each linked
+    layer's inputs and output gradients (patches, of convolutions) until the end of the
+    backward pass.
+
+    References:
+      Martens & Grosse 2015, section 4.3 and appendix B.
+
+    >>> BlockTridiagonal()
+    BlockTridiagonal()
     """
-    total = jnp.zeros(())
-    for layer in members(layers):
-        own = inverses[layer.name]
-        inputs, outputs = (jnp.linalg.slogdet(own[f"{x}_basis"])[1] for x in SIDES)
-        of_bases = 2 * (layer.shape.outputs * inputs + layer.shape.inputs * outputs)
-        total = total + jnp.log(_unexplained(own)).sum() - of_bases
-    return total
+
+    def group(self, uses: Uses) -> Grouped:
+        """Links layers to those that use their outputs; others are by themselves."""
+        parents, refusals = _links(uses)
+        trees = _trees(uses.layers, parents)
+        linked = frozenset(name for tree in trees for name in tree.names)
+        alone, notes = by_themselves(uses.layers, uses, linked)
+        order = {layer.name: i for i, layer in enumerate(uses.layers)}
+        groups = sorted([*trees, *alone], key=lambda g: min(order[n] for n in g.names))
+        pairs = [f"  {n} → {parents[n]}" for n in order if n in parents]
+        others = [f"  {n}: {refusals[n]}" for n in order if n in refusals]
+        lines = ["Linked to the layer that uses its output:", *pairs] if pairs else []
+        lines += ["Without such a link:", *others] if others else []
+        return Grouped(tuple(groups), (*lines, *notes))
 
 
-def matvec(layers: Sequence[Layer], factors: Factors, v: Vectors) -> Vectors:
-    """Multiplies by the undamped F̂ = Ξ⁻¹ Λ⁻¹ Ξ⁻ᵀ.
+def _trees(layers: Sequence[Layer], parents: Mapping[str, str]) -> list[Linked]:
+    """The groups that links make, each with parents before their children."""
 
-    Regressions take the pseudo-inverse of the parent's factors, in whose range the
-    second moments with its children's rows are.
+    def path(name: str) -> list[str]:
+        return [name, *(path(parents[name]) if name in parents else [])]
 
-    Args:
-      layers: the plan's layers.
-      factors: the moving averages, by layer name.
-      v: vectors of all linked layers.
+    known = {x.name: x for x in layers}
+    trees: dict[str, list[str]] = {}
+    for name in known:
+        if name in parents or name in parents.values():
+            trees.setdefault(path(name)[-1], []).append(name)
+    groups: list[Linked] = []
+    for names in trees.values():
+        ordered = sorted(names, key=lambda name: len(path(name)))
+        members = tuple(known[name] for name in ordered)
+        groups.append(Linked(members, tuple(parents.get(n, "") for n in ordered)))
+    return groups
 
-    Returns:
-      The product.
+
+def _links(uses: Uses) -> tuple[dict[str, str], dict[str, str]]:
+    """Each layer's parent, or why it has none.
+
+    A layer's parent is the first layer in the order of the program whose input depends
+    on its output, with no other layer that can be linked between.
     """
-    linked = members(layers)
-    regressions = {
-        layer.name: _regressions(layer, factors)
-        for layer in linked
-        if _parent(layer) is not None
-    }
-    gathered = dict(v)
-    for layer in reversed(linked):  # Ξ⁻ᵀ: children first
-        parent = _parent(layer)
-        if parent is not None:
-            a, g = regressions[layer.name]
-            gathered[parent] = gathered[parent] + a.T @ gathered[layer.name] @ g
-    result: Vectors = {}
-    for layer in linked:  # parents first
-        own, parent, x = factors[layer.name], _parent(layer), gathered[layer.name]
-        moved = own["input"] @ x @ own["output"]
-        if parent is not None:
-            a, g = regressions[layer.name]
-            explained = own[CROSS[0]] @ (a.T @ x @ g) @ own[CROSS[1]].T
-            moved = moved - explained + a @ result[parent] @ g.T
-        result[layer.name] = moved
-    return result
+    layers = {x.name: x for x in uses.layers}
+    refusals = {n: _refusal(x, uses.sites[n]) for n, x in layers.items()}
+    able = {n: uses.sites[n][0] for n, reason in refusals.items() if not reason}
+    found = sources(uses.graph, able)
+    parents: dict[str, str] = {}
+    for name in able:
+        if name not in found:
+            refusals[name] = "it is inside a loop or conditional"
+            continue
+        users = [other for other, before in found.items() if name in before]
+        if not users:
+            refusals[name] = "no such layer uses its output"
+        elif reason := _mismatch(layers, able, name, users[0]):
+            refusals[name] = reason
+        else:
+            parents[name] = users[0]
+    return parents, {n: reason for n, reason in refusals.items() if reason}
 
 
-def _regressions(layer: Layer, factors: Factors) -> tuple[Array, Array]:
-    own, parent = factors[layer.name], factors[str(_parent(layer))]
-    a, g = (
-        own[cross] @ linalg.pseudo_inverse(parent[side])
-        for side, cross in zip(SIDES, CROSS, strict=True)
-    )
-    return a, g
+def _refusal(layer: Layer, sites: Sequence[Site]) -> str:
+    """Why a layer can be neither child nor parent; empty if it can."""
+    if layer.kind not in ("dense", "conv"):
+        return f'its kind is "{layer.kind}"'
+    if type(layer.block) is not Kronecker:
+        return f"its block is {layer.block!r}"
+    return not_one_product(layer, sites)
+
+
+def _mismatch(
+    layers: Mapping[str, Layer], sites: Mapping[str, Site], name: str, parent: str
+) -> str:
+    """Why two layers that can be linked cannot be linked to each other."""
+    first, second = _kronecker(layers[name]), _kronecker(layers[parent])
+    if first.weight_sharing != second.weight_sharing:
+        return f"{parent}, which uses its output, has another weight_sharing"
+    examples = [sites[n].examples for n in (name, parent)]
+    known = [x for x in examples if isinstance(x, Examples)]
+    if len(known) < 2 or known[0].size != known[1].size:
+        return f"its examples are not known to be those of {parent}"
+    rows = [paired_rows(layers[n], sites[n]) for n in (name, parent)]
+    if rows[0] != rows[1]:
+        return f"{parent}, which uses its output, has other positions in each example"
+    return ""
+
+
+def paired_rows(layer: Layer, site: Site) -> int:
+    """How many rows of a layer count as cases, and are paired with its parent's."""
+    assert isinstance(site.examples, Examples)
+    reduces = _kronecker(layer).weight_sharing == "reduce"
+    return site.examples.size if reduces else site.rows

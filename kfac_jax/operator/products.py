@@ -1,97 +1,199 @@
-"""Gradients as products of inputs and output gradients, and their preconditioning.
+"""Layers whose gradient stays the product that it is, where that saves arithmetic.
 
 A dense layer's gradient over `r` cases is `V = Xᵀ dY`, of rank r. With few cases
 `A⁻¹ V G⁻¹ = (A⁻¹ Xᵀ) (dY G⁻¹)` takes fewer multiply-adds on the right than on the left
 (Martens & Grosse 2015, section 8 and appendix C).
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax.plan import Layer
+from kfac_jax._jaxpr.flow import types_outside_loops
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax._utils.dtypes import wide_dtype
+from kfac_jax.blocks import Kronecker
+from kfac_jax.operator.single import Single
+from kfac_jax.plan.group import Arrays, Factors, Group, Products, Uses, Vectors
+from kfac_jax.plan.layer import Layer
 
-Products = dict[str, tuple[Array, Array]]
-"""By layer name, X `[r, i]` and dY `[r, o]`."""
-
-
-def zeros(layers: Sequence[Layer]) -> Products:
-    """Zeros, with as many rows as in the plan's batch."""
-    return {
-        layer.name: (
-            jnp.zeros((layer.product_rows, layer.shape.inputs), layer.dtype),
-            jnp.zeros((layer.product_rows, layer.shape.outputs), layer.dtype),
-        )
-        for layer in layers
-        if layer.product_rows
-    }
+_SIDES = ("product_inputs", "product_outputs")
+"""What the taps bring out besides statistics, `[rows, i]` and `[rows, o]`: with the
+loss's cotangents, `∇W = Xᵀ dY`."""
 
 
-def check(layers: Sequence[Layer], products: Products) -> None:
-    """Raises ValueError unless the layers and lengths of rows are this plan's."""
-    expected = {
-        x.name: (x.shape.inputs, x.shape.outputs) for x in layers if x.product_rows
-    }
-    got = {name: tuple(jnp.shape(x)[-1] for x in xs) for name, xs in products.items()}
-    # where a custom derivative rule decides about gradients there are none
-    if got and got != expected:
-        raise ValueError(
-            f"statistics.products must have rows of lengths {expected}; got {got}. Use "
-            "what this very plan returned."
-        )
+@dataclasses.dataclass(frozen=True)
+class KeptProduct(Single):
+    """A layer whose gradient is gathered as the sides of a product.
 
-
-def negative(products: Products) -> Products:
-    """The products of the negative gradients."""
-    return {name: (x, -dy) for name, (x, dy) in products.items()}
-
-
-def solve(
-    layers: Sequence[Layer],
-    inverses: Mapping[str, Mapping[str, Array]],
-    vectors: Mapping[str, Array],
-    products: Products,
-) -> dict[str, Array]:
-    """Applies inverses to vectors that may be the given products.
-
-    Args:
-      layers: those whose vectors may be products.
-      inverses: `A⁻¹` and `G⁻¹` as "input" and "output", by layer name.
-      vectors: V `[i, o]`, by layer name.
-      products: X and dY.
-
-    Returns:
-      `A⁻¹ V G⁻¹` by layer name, from X and dY if all vectors are their products.
+    Attributes:
+      layer: the layer.
+      rows: how many rows the sides have, of the plan's batch.
     """
-    names = [x.name for x in layers if x.name in vectors and x.name in products]
-    if not names:
-        return {}
 
-    def by_rows() -> dict[str, Array]:
-        return {
-            name: (products[name][0] @ inverses[name]["input"]).T
-            @ (products[name][1] @ inverses[name]["output"])
-            for name in names
-        }
+    rows: int
 
-    def by_matrix() -> dict[str, Array]:
-        return {
-            name: inverses[name]["input"] @ vectors[name] @ inverses[name]["output"]
-            for name in names
-        }
+    @property
+    def product_rows(self) -> int:
+        """The sides' rows."""
+        return self.rows
 
-    same = [_is_product(vectors[name], *products[name]) for name in names]
-    return jax.lax.cond(jnp.stack(same).all(), by_rows, by_matrix)
+    def probes(
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+    ) -> Factors:
+        """Also for the two sides."""
+        found = super().probes(sites, data)
+        count, shape = sites[self.name][0].rows, self.layer.shape
+        for name, n in zip(_SIDES, (shape.inputs, shape.outputs), strict=True):
+            found[self.name][name] = jnp.zeros((count, n), self.layer.dtype)
+        return found
+
+    def gather(
+        self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
+    ) -> Arrays:
+        """The sides too; of the statistics' cotangents nobody asks for them."""
+        sides = site.canonical(x, dy, layer.shape.homogeneous)
+        rows = [side.reshape(-1, side.shape[-1]) for side in sides]
+        sums = super().gather(layer, site, x, dy, carried)
+        return sums | dict(zip(_SIDES, rows, strict=True))
+
+    def collect(self, sums: Factors) -> Factors:
+        """Without the sides."""
+        own = {n: x for n, x in sums[self.name].items() if n not in _SIDES}
+        return {self.name: own}
+
+    def products(self, sums: Factors) -> Products:
+        """The sides."""
+        inputs, outputs = (sums[self.name][side] for side in _SIDES)
+        return {self.name: (inputs, outputs)}
+
+    @classmethod
+    def solve_all(
+        cls,
+        groups: Sequence["Single"],
+        inverses: Factors,
+        vectors: Vectors,
+        products: Products,
+    ) -> Vectors:
+        """From the sides if all vectors are their products, from the vectors if not."""
+        names = [x.name for x in groups if x.name in vectors]
+        if not names or not all(name in products for name in names):
+            return super().solve_all(groups, inverses, vectors, products)
+
+        def by_rows() -> Vectors:
+            return {
+                name: (products[name][0] @ inverses[name]["input"]).T
+                @ (products[name][1] @ inverses[name]["output"])
+                for name in names
+            }
+
+        def by_matrix() -> Vectors:
+            return {
+                name: inverses[name]["input"] @ vectors[name] @ inverses[name]["output"]
+                for name in names
+            }
+
+        same = [_is_product(vectors[name], *products[name]) for name in names]
+        return jax.lax.cond(jnp.stack(same).all(), by_rows, by_matrix)
 
 
 def _is_product(v: Array, x: Array, dy: Array) -> Array:
     """Whether `V = Xᵀ dY`, seen from the left by one vector of random signs.
 
-    `uᵀ V = (X u)ᵀ dY` takes about as long as reading V, X and dY once.
+    A gradient may have been clipped, or averaged over devices, since. `uᵀ V = (X u)ᵀ
+    dY` takes about as long as reading V, X and dY once.
     """
     u = jax.random.rademacher(jax.random.key(0), (len(v),), v.dtype)
     given, made = u @ v, (x @ u) @ dy
     tolerance = jnp.sqrt(jnp.asarray(jnp.finfo(v.dtype).eps, v.dtype))
     return jnp.linalg.norm(made - given) <= tolerance * jnp.linalg.norm(given)
+
+
+# ------------------------------------------------------------------- which layers
+
+
+def by_themselves(
+    layers: Sequence[Layer], uses: Uses, linked: frozenset[str] = frozenset()
+) -> tuple[list[Group], list[str]]:
+    """Groups of one layer each, whose gradients stay products where asked and possible.
+
+    Args:
+      layers: of which layers.
+      uses: of the whole program.
+      linked: layers that are in a group with others already.
+
+    Returns:
+      The groups, and lines for the report.
+    """
+    types = types_outside_loops(uses.graph)
+    groups: list[Group] = []
+    kept: list[str] = []
+    others: list[str] = []
+    for layer in layers:
+        asked = isinstance(layer.block, Kronecker) and layer.block.gradient_products
+        reason = _refusal(layer, uses, types, layer.name in linked) if asked else ""
+        if layer.name in linked or not asked or reason:
+            if layer.name not in linked:
+                groups.append(Single(layer))
+            others += [f"  {layer.name}: {reason}"] if reason else []
+            continue
+        rows = uses.sites[layer.name][0].rows
+        groups.append(KeptProduct(layer, rows))
+        kept.append(f"  {layer.name}: {rows} cases")
+    notes = ["Gradients preconditioned as products:", *kept] if kept else []
+    notes += ["Gradients not kept as products:", *others] if others else []
+    return groups, notes
+
+
+def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:
+    """Why a layer with a `Kronecker` block is not one product with two full factors.
+
+    Args:
+      layer: the layer.
+      sites: its uses.
+
+    Returns:
+      The reason; empty if it is.
+    """
+    if set(layer.factor_shapes) != {"input", "output"}:
+        return "a side of its block is diagonal"
+    if layer.shape.lead:
+        return "it stands for several independent layers"
+    if len(sites) != 1 or sites[0].repeated:
+        return "it is used more than once"
+    (site,) = sites
+    if site.parts or site.x_places or site.y_places:
+        return "only a part of it is used here"
+    if site.cases:
+        return "its input is the same for all cases"
+    return ""
+
+
+def _refusal(layer: Layer, uses: Uses, types: Mapping[int, Any], linked: bool) -> str:
+    """Why a gradient does not stay a product."""
+    if uses.custom_rules:
+        return "a custom derivative rule of the program may change its gradient"
+    if uses.l2:
+        return "the penalty (l2) adds to its gradient"
+    if layer.kind != "dense":
+        return f'its kind is "{layer.kind}"'
+    if linked:
+        return "it is linked to another layer"
+    sites = uses.sites[layer.name]
+    if reason := not_one_product(layer, sites):
+        return reason
+    (site,) = sites
+    if site.output not in types:
+        return "it is inside a loop or conditional"
+    dtype = jnp.dtype(types[site.output])
+    if wide_dtype(dtype) != dtype:
+        return f"its outputs are {dtype}, too coarse to recognise its gradient by"
+    i, o, r = layer.shape.inputs, layer.shape.outputs, site.rows
+    # A⁻¹ Xᵀ, dY G⁻¹ and their product, against A⁻¹ V and (A⁻¹ V) G⁻¹
+    if r * (i * i + o * o + i * o) >= i * o * (i + o):
+        return f"it would take more multiply-adds with {r} cases"
+    return ""

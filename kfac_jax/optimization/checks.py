@@ -6,13 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_jax import devices as devices_lib
 from kfac_jax._utils.arguments import is_number, shown, whole, within
 from kfac_jax._utils.trees import path_name
 from kfac_jax.curvature import Curvature, Params
-from kfac_jax.devices import Distribution
-from kfac_jax.optimization import by_rows
-from kfac_jax.optimization.step import Info, KFACState
+from kfac_jax.devices import Devices, checked
+from kfac_jax.optimization.state import Info, KFACState
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
@@ -61,15 +59,25 @@ def check_common(
         check_kind("inverse_every", inverse_every, (), allowed, schedule=False)
         within("inverse_every (T3)", inverse_every, 1, float("inf"))
         whole("inverse_every (T3)", inverse_every, arrays=True)
-    devices_lib.check(devices)
-    if devices_lib.by_rows(devices):
-        by_rows.check(curvature.layers)
-    products = [x.name for x in curvature.layers if x.product_rows]
+    shared = checked(devices)
+    if shared.cuts_state:
+        _check_by_rows(curvature)
+    products = [x.name for x in curvature.groups if x.product_rows]
     if devices is not None and products:
         raise ValueError(
             "Gradients that are averages over devices are no products of one device's "
             f"inputs: expected no layers with gradient_products, got {products}. Leave "
             "gradient_products or devices out."
+        )
+
+
+def _check_by_rows(curvature: Curvature) -> None:
+    refused = [n for x in curvature.groups if not x.by_entry for n in x.names]
+    if refused:
+        raise ValueError(
+            "With state_axes devices keep rows of the factors: expected blocks whose "
+            f"factors are averages by entry and carry no basis, got layers {refused}. "
+            "Give them Kronecker blocks, or leave state_axes out."
         )
 
 
@@ -106,22 +114,20 @@ def check_update(
     check_statistics(statistics)
 
 
-def check_state(
-    curvature: Curvature, state: KFACState, devices: Distribution | None
-) -> None:
+def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> None:
     """Compares a state with what `init` makes for this plan, without the velocity.
 
     Raises:
       ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
-    kept = devices.kept_shape if devices_lib.by_rows(devices) else tuple
     arrays = {
         kind: {
             layer.name: {
-                name: jax.ShapeDtypeStruct(kept(shape), layer.dtype)
-                for name, shape in getattr(layer, shapes).items()
+                name: jax.ShapeDtypeStruct(devices.kept_shape(shape), layer.dtype)
+                for name, shape in getattr(group, shapes)[layer.name].items()
             }
-            for layer in curvature.layers
+            for group in curvature.groups
+            for layer in group.layers
         }
         for kind, shapes in _ARRAYS.items()
     }

@@ -1,214 +1,240 @@
-"""Inverses of the damped factors: their state, their refresh, their application."""
+"""What both transformations do first: factors and inverses, and a gradient by them."""
 
-import functools
+import dataclasses
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._utils import fresh
-from kfac_jax._utils.vectors import inner_product
-from kfac_jax.blocks import Block
-from kfac_jax.devices import Distribution, apply, by_rows, kept
-from kfac_jax.operator import linked as linked_lib
-from kfac_jax.operator import products as products_lib
-from kfac_jax.operator.approximation import invert, layer_leaves, layer_vectors
-from kfac_jax.operator.products import Products
-from kfac_jax.optimization import by_rows as rows_lib
-from kfac_jax.plan import Layer
-from kfac_jax.statistics.averages import Factors
+from kfac_jax._jaxpr import axis_types
+from kfac_jax.curvature import Curvature, Params
+from kfac_jax.devices import Devices
+from kfac_jax.operator import inverses as inverses_lib
+from kfac_jax.optimization.checks import check_state, check_update
+from kfac_jax.optimization.loss import averaged_loss, is_usable
+from kfac_jax.optimization.refresh import refresh
+from kfac_jax.optimization.separate_damping import Candidates
+from kfac_jax.optimization.state import (
+    KFACState,
+    Scalar,
+    Schedule,
+    at,
+    initial_damping,
+    initial_factored_damping,
+    initial_info,
+)
+from kfac_jax.plan.group import Factors, Products
+from kfac_jax.rules import LevenbergMarquardt, RefreshSchedule, SeparateDamping
+from kfac_jax.statistics import averages
+from kfac_jax.statistics.averages import Statistics
 
 
-def _blocks(layers: Sequence[Layer]) -> dict[str, Block]:
-    return {layer.name: layer.block for layer in layers if layer.block is not None}
+class Batch(NamedTuple):
+    """What an update gets to know of its batch."""
+
+    gradient: list[Array | None]  # ∇h by leaves, None where a mask hides them
+    statistics: Statistics
+    value: Any  # h(θ) over all devices' cases, or None
+    usable: Array  # [] bool: whether it may be learnt from, as far as its loss tells
+    damping: Array  # [], λ of this update
+
+    @property
+    def shown(self) -> list[Array]:
+        """∇h without what a mask hides."""
+        return [x for x in self.gradient if x is not None]
 
 
-def init_inverses(layers: Sequence[Layer]) -> Factors:
-    """Identities: until the first refresh succeeds, steps follow the gradient."""
-    result: Factors = {}
-    for layer in layers:
-        if layer.link is not None:
-            result[layer.name] = linked_lib.init(layer)
-            continue
-        elementwise = frozenset() if layer.block is None else layer.block.elementwise
-        result[layer.name] = {
-            name: (
-                fresh.full(x.shape, 1.0, x.dtype)
-                if name in elementwise
-                else fresh.identities(x.shape, x.dtype)
-            )
-            for name, x in layer.damped.items()
-        }
-    return result
+class Preconditioned(NamedTuple):
+    """What became of it."""
+
+    state: KFACState
+    leaves: list[Array | None]
+    square: Array  # [], the squared length of the result
+    refused: Array  # [] bool: whether statistics or inverses were
 
 
-@jax.named_scope("kfac_inverses")
-def refresh_factors(
-    layers: Sequence[Layer], factors: Factors, sharing: Distribution | None = None
-) -> Factors:
-    """Moves factors that are in a basis to the present one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preconditioner:
+    """The part of an optimizer that is the same whatever decides its steps' length.
 
-    Args:
-      layers: the plan's layers.
-      factors: the moving averages of those that are to be moved, by layer name.
-      sharing: devices, each of which moves some layers' factors.
-
-    Returns:
-      The factors.
+    Attributes:
+      curvature: the plan.
+      damping: λ: a number, a schedule or a rule.
+      decay: the largest ε.
+      schedule: when inverses are refreshed.
+      devices: which share the work.
+      factored_damping: the rule for γ, or None for √(λ+η).
     """
-    blocks = _blocks(layers)
-    if sharing is None:
-        return {name: blocks[name].refresh(part) for name, part in factors.items()}
-    costs = {layer.name: float(layer.inversion_cost) for layer in layers}
-    names = [(name, _moved(blocks[name], part)) for name, part in factors.items()]
-    found = sharing.each(
-        [costs[name] for name, _ in names],
-        [functools.partial(_refreshed, blocks[name], keys) for name, keys in names],
-        list(factors.values()),
-    )
-    return {
-        name: factors[name] | dict(zip(keys, arrays, strict=True))
-        for (name, keys), arrays in zip(names, found, strict=True)
-    }
 
+    curvature: Curvature
+    damping: Scalar | Schedule | LevenbergMarquardt
+    decay: Scalar
+    schedule: RefreshSchedule
+    devices: Devices
+    factored_damping: SeparateDamping | None = None
 
-def _moved(block: Block, factors: dict[str, Array]) -> list[str]:
-    """Which factors a refresh changes; others need not be exchanged."""
-    moved: list[str] = []
+    def init(self, params: Params) -> KFACState:
+        """The state before the first step, without velocity."""
+        self.curvature.tree.masked_leaves(params, "params")
+        groups = self.curvature.groups
 
-    def look(factors: dict[str, Array]) -> dict[str, Array]:
-        new = block.refresh(factors)
-        moved.extend(name for name, x in new.items() if x is not factors[name])
-        return new
+        def fill() -> tuple[Factors, Factors]:
+            whole = averages.init_factors(groups), inverses_lib.initial(groups)
+            return self.devices.kept(whole)
 
-    jax.eval_shape(look, factors)
-    return moved
-
-
-def _refreshed(
-    block: Block, names: Sequence[str], factors: dict[str, Array]
-) -> list[Array]:
-    new = block.refresh(factors)
-    return [new[name] for name in names]
-
-
-@jax.named_scope("kfac_inverses")
-def refresh_inverses(
-    layers: Sequence[Layer],
-    factors: Factors,
-    old: Factors,
-    damping: Array,
-    sharing: Distribution | None = None,
-) -> tuple[Factors, Array]:
-    """Inverts the damped factors; of linked layers, computes what takes their place.
-
-    A layer whose inverse is not finite keeps the old one, and so does one without
-    factors here.
-
-    Args:
-      layers: the plan's layers.
-      factors: the moving averages, by layer name.
-      old: the inverses so far.
-      damping: λ + η.
-      sharing: devices that share the inversion, and may keep rows of the inverses.
-
-    Returns:
-      The inverses, and how many layers failed. Linked layers fail together.
-    """
-    blocks = _blocks(layers)
-    found, finite = _inverses(layers, blocks, factors, damping, sharing)
-    found = kept(sharing, found)
-    result = dict(old)
-    failed = jnp.zeros((), jnp.int32)
-    for name, part in found.items():
-        result[name] = {
-            key: jnp.where(finite[name], x, old[name][key]).astype(old[name][key].dtype)
-            for key, x in part.items()
-        }
-        failed += (~finite[name]).astype(jnp.int32)
-    return result, failed
-
-
-def _inverses(
-    layers: Sequence[Layer],
-    blocks: dict[str, Block],
-    factors: Factors,
-    damping: Array,
-    sharing: Distribution | None,
-) -> tuple[Factors, dict[str, Array]]:
-    """Those of the layers that have factors, and whether they are finite, by name."""
-    damped = {
-        layer.name: layer.block.damp(factors[layer.name], damping.astype(layer.dtype))
-        for layer in layers
-        if layer.block is not None and layer.link is None and layer.name in factors
-    }
-    found: Factors = {}
-    finite: dict[str, Array] = {}
-    for name, parts in invert(blocks, damped, apply(sharing)).items():
-        found[name] = {part: inverse for part, (inverse, _) in parts.items()}
-        finite[name] = functools.reduce(
-            jnp.logical_and, [part.finite for part in parts.values()]
+        factors, inverses = self.devices.made(fill)
+        strength = initial_damping(self.damping)
+        return KFACState(
+            step=jnp.zeros((), jnp.int32),
+            batches=jnp.zeros((), jnp.int32),
+            factors=factors,
+            inverses=inverses,
+            damping=strength,
+            length=jnp.zeros((), float),
+            curvature=jnp.zeros((), float),
+            factored_damping=initial_factored_damping(
+                self.factored_damping, strength + self.curvature.l2
+            ),
+            velocity=(),
+            info=initial_info(),
         )
-    linked = [x for x in layers if x.link is not None and x.name in factors]
-    if linked:
-        joint, together = linked_lib.refresh(linked, factors, damping, sharing)
-        found |= joint
-        for layer in linked:
-            assert layer.link is not None
-            finite[layer.name] = together[layer.link.root]
-    return found, finite
 
+    def read(
+        self,
+        kind: str,
+        updates: Params,
+        state: Any,
+        statistics: Statistics | None,
+        value: Any,
+        others: Sequence[str],
+    ) -> Batch:
+        """Checks what an update got.
 
-@jax.named_scope("kfac_precondition")
-def precondition(
-    layers: Sequence[Layer],
-    factors: Factors,
-    inverses: Factors,
-    leaves: Sequence[Array | None],
-    products: Products,
-    sharing: Distribution | None = None,
-) -> tuple[list[Array | None], Array]:
-    """Applies the inverses to a vector's leaves.
+        Args:
+          kind: of the transformation.
+          updates: ∇h.
+          state: the state.
+          statistics: the batch's.
+          value: h(θ), or `(h(θ), aux)`, or None.
+          others: keywords that are not its own.
 
-    Leaves without a block stay as they are.
+        Returns:
+          What is known of the batch.
 
-    Args:
-      layers: the plan's layers.
-      factors: the moving averages, of which those that a block carries are used.
-      inverses: from `refresh_inverses`.
-      leaves: the vector's leaves; None where hidden by a mask.
-      products: what some of the vector's matrices may be products of.
-      sharing: devices that keep rows of the inverses.
+        Raises:
+          TypeError: if the state or the statistics are of the wrong type.
+          ValueError: if they are of another plan, or there are no statistics.
+        """
+        check_update(state, statistics, kind, others)
+        assert statistics is not None
+        check_state(self.curvature, state, self.devices)
+        gradient = self.curvature.tree.masked_leaves(updates, "grads")
+        value = averaged_loss(self.devices, value)
+        usable = is_usable(value, [x for x in gradient if x is not None])
+        return Batch(gradient, statistics, value, usable, self.damping_of(state))
 
-    Returns:
-      The leaves of the product, and its squared length (which counts what a mask hides
-      of a layer).
-    """
-    blocks = _blocks(layers)
-    dtypes = {layer.name: layer.dtype for layer in layers}
-    vectors = layer_vectors(layers, leaves)
-    carried = {
-        x.name: {n: factors[x.name][n] for n in x.carried_shapes} for x in layers
-    }
-    linked = [x.name for x in layers if x.link is not None and x.name in vectors]
-    wide = {name: v.astype(dtypes[name]) for name, v in vectors.items()}
-    if by_rows(sharing):
-        solved = rows_lib.solve(layers, inverses, wide, sharing)
-        rest = [x for x in layers if x.name not in solved and x.name in wide]
-        inverses = rows_lib.whole(rest, inverses, "inverse_shapes", sharing)
-    else:
-        solved = products_lib.solve(layers, inverses, wide, products)
-    solved |= {
-        name: blocks[name].solve(carried[name] | inverses[name], v)
-        for name, v in wide.items()
-        if name not in linked and name not in solved
-    }
-    if linked:
-        joint = {name: wide[name] for name in linked}
-        solved |= linked_lib.solve(layers, inverses, joint)
-    covered = {i for layer in layers if layer.name in solved for i in layer.leaves}
-    rest = [x for i, x in enumerate(leaves) if x is not None and i not in covered]
-    everything = [*solved.values(), *rest]
-    square = inner_product(everything, everything)
-    return layer_leaves(layers, solved, leaves), square
+    def damping_of(self, state: KFACState) -> Array:
+        """λ of the next update: a rule has left it in the state."""
+        if isinstance(self.damping, LevenbergMarquardt):
+            return state.damping
+        return at(self.damping, state.step)
+
+    def advance(
+        self, state: KFACState, batch: Batch, candidates: Candidates | None = None
+    ) -> tuple[KFACState, Array]:
+        """Updates factors and, if due, γ and inverses.
+
+        A batch that is not usable is not learnt from. Both ε and the refreshes at the
+        first steps count batches that brought statistics: a step without any must not
+        pass for the first.
+
+        Args:
+          state: the state.
+          batch: the batch.
+          candidates: what γ is chosen by, if it is apart from λ.
+
+        Returns:
+          The state, and whether anything was refused.
+        """
+        step, groups = state.step + 1, self.curvature.groups
+        averaged = averages.average(
+            groups,
+            state.factors,
+            batch.statistics,
+            state.batches + 1,
+            axis_types.here(self.decay),
+            self.devices,
+            batch.usable,
+        )
+        batches = state.batches + averaged.informed.astype(jnp.int32)
+        every = axis_types.here(self.schedule.every)
+        schedule = dataclasses.replace(self.schedule, every=every)
+        turns = schedule.turns(step) & (batches > 0)
+        if candidates is not None:  # a traced T3 may not divide T2
+            turns |= candidates.due & (batches > 0)
+        due = turns | (averaged.informed & (batches <= schedule.warm_up))
+        refreshed = refresh(
+            groups,
+            averaged.factors,
+            state.inverses,
+            batch.damping + self.curvature.l2,
+            None if candidates is None else state.factored_damping,
+            list(due),
+            batches > 0,
+            self.devices,
+            candidates,
+        )
+        refreshes = state.info.inverse_refreshes + due.any().astype(jnp.int32)
+        info = state.info._replace(damping=batch.damping, inverse_refreshes=refreshes)
+        if refreshed.gamma is not None:
+            info = info._replace(factored_damping=refreshed.gamma)
+            state = state._replace(factored_damping=refreshed.gamma)
+        state = state._replace(
+            step=step,
+            batches=batches,
+            factors=refreshed.factors,
+            inverses=refreshed.inverses,
+            info=info,
+        )
+        return state, averaged.refused | (refreshed.failed > 0)
+
+    def __call__(
+        self,
+        state: KFACState,
+        batch: Batch,
+        vector: list[Array | None],
+        products: Products,
+        candidates: Candidates | None = None,
+    ) -> Preconditioned:
+        """Learns from a batch, and applies the inverses to a vector.
+
+        Stale inverses are those of the state before; while there are none the result
+        is zero.
+
+        Args:
+          state: the state.
+          batch: the batch.
+          vector: ∇h or -∇h, by leaves.
+          products: what its matrices may be products of.
+          candidates: what γ is chosen by, if it is apart from λ.
+
+        Returns:
+          The new state, and the result.
+        """
+        after, refused = self.advance(state, batch, candidates)
+        stale = self.schedule.stale
+        used = state if stale else after
+        leaves, square = inverses_lib.precondition(
+            self.curvature.groups,
+            used.factors,
+            used.inverses,
+            vector,
+            products,
+            self.devices,
+        )
+        if stale:
+            seen = (state.batches > 0).astype(square.dtype)
+            leaves = [None if x is None else x * seen.astype(x.dtype) for x in leaves]
+            square = square * seen
+        return Preconditioned(after, leaves, square, refused)

@@ -8,19 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import devices as devices_lib
 from kfac_jax._utils.ordering import known_false_after
-from kfac_jax.devices import Distribution
+from kfac_jax.devices import Devices
 from kfac_jax.devices.planner import balance
-from kfac_jax.optimization import by_rows
-from kfac_jax.optimization.preconditioner import (
-    init_inverses,
-    refresh_factors,
-    refresh_inverses,
-)
+from kfac_jax.operator import by_rows
+from kfac_jax.operator import inverses as inverses_lib
 from kfac_jax.optimization.separate_damping import Candidates
-from kfac_jax.plan import Layer
-from kfac_jax.statistics.averages import Factors
+from kfac_jax.plan.group import Factors, Group, names_of
 
 
 class Refreshed(NamedTuple):
@@ -32,70 +26,57 @@ class Refreshed(NamedTuple):
     failed: Array  # [] int32, how many layers' inverses were not finite
 
 
-def shares(layers: Sequence[Layer], count: int) -> list[list[Layer]]:
-    """Divides layers into shares of about equal cost; linked ones stay together."""
-    together: dict[str, list[Layer]] = {}
-    for layer in layers:
-        root = layer.name if layer.link is None else layer.link.root
-        together.setdefault(root, []).append(layer)
-    units = list(together.values())
-    owners = balance([sum(x.inversion_cost for x in unit) for unit in units], count)
-    return [
-        [
-            layer
-            for unit, owner in zip(units, owners, strict=True)
-            if owner == i
-            for layer in unit
-        ]
-        for i in range(count)
-    ]
+def shares(groups: Sequence[Group], count: int) -> list[list[Group]]:
+    """Divides groups into shares of about equal cost."""
+    owners = balance([group.inversion_cost for group in groups], count)
+    pairs = list(zip(groups, owners, strict=True))
+    return [[group for group, owner in pairs if owner == i] for i in range(count)]
 
 
 def refresh(
-    layers: Sequence[Layer],
+    groups: Sequence[Group],
     factors: Factors,
     inverses: Factors,
     damping: Array,
     gamma: Array | None,
     due: Sequence[Array],
     informed: Array,
-    devices: Distribution | None,
+    devices: Devices,
     candidates: Candidates | None,
 ) -> Refreshed:
     """Renews γ and the inverses where due.
 
     Args:
-      layers: the plan's layers.
+      groups: the plan's groups.
       factors: the moving averages.
       inverses: those so far.
       damping: λ + η.
       gamma: γ so far, None where it is √(λ+η).
-      due: whether each share of the layers is due.
+      due: whether each share of the groups is due.
       informed: whether there have been statistics.
       devices: the devices.
-      candidates: what γ is chosen by; then all layers are one share.
+      candidates: what γ is chosen by; then all groups are one share.
 
     Returns:
       What the refresh leaves.
     """
-    every_step = [x for x in layers if x.inverted_in_every_step]
-    turned = list(layers)
+    every_step = [x for x in groups if x.in_every_step]
+    turned = list(groups)
     if candidates is None:  # or γ is chosen by all
-        turned = [x for x in layers if x.carried_shapes or x not in every_step]
-    groups, inverses = shares(turned, len(due)), dict(inverses)
-    moving = {x.name: factors[x.name] for x in every_step if x.carried_shapes}
+        turned = [x for x in groups if x.moves or x not in every_step]
+    inverses = dict(inverses)
+    moving = _of([x for x in every_step if x.moves], factors)
     failed = jnp.zeros((), jnp.int32)
     waits: Array | None = None
-    for group, now in zip(groups, due, strict=True):
-        names = {layer.name for layer in group}
-        if not names:
+    for share, now in zip(shares(turned, len(due)), due, strict=True):
+        if not share:
             continue
         if waits is not None:  # one after the other, see linalg.inverse_many
             now = now & ~known_false_after(waits)
-        own = {n: x for n, x in inverses.items() if n in names}
-        bases = {n: x for n, x in moving.items() if n in names}
+        own = _of(share, inverses)
+        bases = {n: x for n, x in moving.items() if n in names_of(share)}
         work = functools.partial(
-            _refresh_group, group, factors, damping, devices, candidates
+            refresh_share, share, factors, damping, devices, candidates
         )
         bases, own, gamma, bad = jax.lax.cond(
             now,
@@ -107,48 +88,66 @@ def refresh(
         )
         moving, inverses, failed = moving | bases, inverses | own, failed + bad
         waits = jnp.ravel(jax.tree.leaves(own)[0])[0] if jax.tree.leaves(own) else None
-    following = {x.name: factors[x.name] for x in every_step} | moving
-    old = {name: inverses[name] for name in following}
-    found, unsafe = refresh_inverses(
+    following = _of(every_step, factors) | moving
+    old = _of(every_step, inverses)
+    found, unsafe = inverses_lib.refresh(
         every_step, following, old, _squared(damping, gamma)
     )
-    if every_step and devices_lib.by_rows(devices):  # each has seen its own rows
-        (safe,) = devices.everywhere([unsafe == 0])
-        unsafe = (~safe).astype(jnp.int32)
+    if every_step:  # of rows, each device has seen its own
+        unsafe = _anywhere(devices, unsafe)
     # before there are statistics, steps follow the gradient
     inverses |= jax.tree.map(functools.partial(jnp.where, informed), found, old)
     return Refreshed(factors | moving, inverses, gamma, failed + unsafe)
 
 
-def _refresh_group(
-    group: Sequence[Layer],
+def _of(groups: Sequence[Group], arrays: Factors) -> Factors:
+    return {name: arrays[name] for group in groups for name in group.names}
+
+
+def _anywhere(devices: Devices, failed: Array) -> Array:
+    if not devices.cuts_state:
+        return failed
+    (safe,) = devices.everywhere([failed == 0])
+    return (~safe).astype(jnp.int32)
+
+
+def refresh_share(
+    groups: Sequence[Group],
     factors: Factors,
     damping: Array,
-    devices: Distribution | None,
+    devices: Devices,
     candidates: Candidates | None,
     moving: Factors,
     old: Factors,
     gamma: Array | None,
 ) -> tuple[Factors, Factors, Array | None, Array]:
-    """The share's factors that are in a basis, inverses, γ, and how many failed.
+    """Renews the inverses of one share.
 
     γ is chosen inside of the refresh, which is due whenever that is: from the very
     factors that are inverted then, and at no cost in other steps.
+
+    Args:
+      groups: the share.
+      factors: the moving averages of all layers.
+      damping: λ + η.
+      devices: the devices.
+      candidates: what γ is chosen by.
+      moving: the share's factors that are in a basis.
+      old: the share's inverses.
+      gamma: γ, if it is apart from λ.
+
+    Returns:
+      The factors that are in a basis, the inverses, γ, and how many layers failed.
     """
-    moving = refresh_factors(group, moving, devices)
-    fixed = {x.name: factors[x.name] for x in group if x.name not in moving}
-    if devices_lib.by_rows(devices):
-        fixed = by_rows.whole(group, fixed, "factor_shapes", devices)
+    moving = inverses_lib.move([x for x in groups if x.name in moving], moving, devices)
+    shapes = {n: s for x in groups for n, s in x.factor_shapes.items()}
+    fixed = {n: factors[n] for n in shapes if n not in moving}
+    fixed = by_rows.whole({n: shapes[n] for n in fixed}, fixed, devices)
     if candidates is not None:
         assert gamma is not None
-        before = init_inverses(group) if devices_lib.by_rows(devices) else old
-        gamma = candidates.update(fixed | moving, before, gamma)
-    inverses, failed = refresh_inverses(
-        group,
-        fixed,
-        old,
-        _squared(damping, gamma),
-        devices,
+        gamma = candidates.update(fixed | moving, gamma)
+    inverses, failed = inverses_lib.refresh(
+        groups, fixed, old, _squared(damping, gamma), devices
     )
     return moving, inverses, gamma, failed
 

@@ -11,12 +11,11 @@ from jax import Array
 
 from kfac_jax._utils.vectors import plane_products
 from kfac_jax.curvature import Curvature, Params
-from kfac_jax.devices import Distribution, mean, whole
-from kfac_jax.operator.products import Products
-from kfac_jax.optimization.preconditioner import precondition, refresh_inverses
-from kfac_jax.plan import batch
+from kfac_jax.devices import Devices
+from kfac_jax.operator import inverses as inverses_lib
+from kfac_jax.plan import batch as batch_lib
+from kfac_jax.plan.group import Factors, Products
 from kfac_jax.rules import QuadraticModel, SeparateDamping
-from kfac_jax.statistics.averages import Factors
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,24 +48,23 @@ class Candidates:
     damping: Array
     momentum: Array | None
     products: Products
-    devices: Distribution | None
+    devices: Devices
 
     @jax.named_scope("kfac_separate_damping")
-    def update(self, factors: Factors, inverses: Factors, gamma: Array) -> Array:
+    def update(self, factors: Factors, gamma: Array) -> Array:
         """Every T2 steps, chooses the candidate whose step has the lowest M(δ).
 
         Args:
-          factors: the moving averages.
-          inverses: those so far, which stay where new ones are not finite.
+          factors: the moving averages, whole.
           gamma: γ.
 
         Returns:
           The best γ. A candidate without finite inverses or model loses.
         """
-        select = functools.partial(self._select, factors, inverses)
+        select = functools.partial(self._select, factors)
         return jax.lax.cond(self.due, select, lambda gamma: gamma, gamma)
 
-    def _select(self, factors: Factors, inverses: Factors, gamma: Array) -> Array:
+    def _select(self, factors: Factors, gamma: Array) -> Array:
         """The best candidate.
 
         Inverses and Δ come one candidate after the other: compiled once, and with the
@@ -74,7 +72,7 @@ class Candidates:
         rather than all kept. The forward pass and the product with δ0 serve all.
         """
         gammas = self.rule.candidates(gamma)
-        propose = functools.partial(self._propose, factors, inverses)
+        propose = functools.partial(self._propose, factors)
         directions, grams, slopes, failed = jax.lax.map(propose, gammas)
         matrices = self._fisher(directions)
         total = (self.damping + self.curvature.l2).astype(matrices.dtype)
@@ -84,15 +82,21 @@ class Candidates:
         return self.rule.select(gammas, jnp.where(failed == 0, changes, jnp.inf))
 
     def _propose(
-        self, factors: Factors, old: Factors, gamma: Array
+        self, factors: Factors, gamma: Array
     ) -> tuple[list[Array], Array, Array, Array]:
         """Δ, what the plane of Δ and δ0 needs of it, and how many inverses failed."""
-        layers = self.curvature.layers
-        inverses, failed = refresh_inverses(
-            layers, factors, old, jnp.square(gamma), whole(self.devices)
+        groups = self.curvature.groups
+        inverses, failed = inverses_lib.refresh(
+            groups,
+            factors,
+            inverses_lib.initial(groups),  # where it fails, the candidate loses
+            jnp.square(gamma),
+            self.devices.sharing_only(),
         )
         down = [-x for x in self.gradient]
-        scaled, _ = precondition(layers, factors, inverses, down, self.products)
+        scaled, _ = inverses_lib.precondition(
+            groups, factors, inverses, down, self.products
+        )
         direction = [x for x in scaled if x is not None]
         products = plane_products(self.gradient, direction, self.previous)
         return direction, *products, failed
@@ -104,9 +108,11 @@ class Candidates:
             for d, d0 in zip(directions, self.previous, strict=True)
         ]
         tree = jax.tree.unflatten(self.curvature.tree.treedef, vectors)
-        part = batch.take(self.args, self.model.fraction, self.curvature.batch_argnums)
+        part = batch_lib.take(
+            self.args, self.model.fraction, self.curvature.batch_argnums
+        )
         fisher = self.curvature.quadratic_form(self.params, tree, *part)
-        fisher = mean(self.devices, fisher)
+        fisher = self.devices.mean(fisher)
         count = len(fisher) - 1
         planes = np.stack([np.arange(count), np.full(count, count)], axis=1)
         return fisher[planes[:, :, None], planes[:, None, :]]

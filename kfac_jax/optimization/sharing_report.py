@@ -3,7 +3,9 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from kfac_jax.devices.planner import (
@@ -16,11 +18,14 @@ from kfac_jax.devices.planner import (
 from kfac_jax.devices.rows import row_bytes
 from kfac_jax.linalg._psd import padded
 from kfac_jax.linalg._shared import LEAVES
-from kfac_jax.optimization.by_rows import is_product
-from kfac_jax.plan import Layer
+from kfac_jax.plan.group import Decomposed, Group
+from kfac_jax.plan.layer import Layer
 
 Arrays = Sequence[tuple[tuple[int, ...], str]]
 """Shapes and types."""
+
+Owners = dict[str, dict[str, tuple[int, ...]]]
+"""By layer and factor, the device of each of its matrices."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +97,7 @@ def _mebibytes(count: float) -> str:
 
 
 def report(
-    layers: Sequence[Layer],
+    groups: Sequence[Group],
     parameters: Arrays,
     devices: int,
     keepers: int,
@@ -101,7 +106,7 @@ def report(
     """Works out what the devices do.
 
     Args:
-      layers: the plan's layers.
+      groups: the plan's groups.
       parameters: shapes and types.
       devices: how many share the inversions.
       keepers: in how many parts the state is cut.
@@ -110,19 +115,20 @@ def report(
     Returns:
       The report.
     """
-    alone = _Work(devices, [x for x in layers if not _linked(x) and not _moves(x)])
-    roots = _Work(devices, [x for x in layers if _linked(x)], share=False)
-    single = _Singles(devices, layers)
-    factors = [(s, x.dtype) for x in layers for s in x.factor_shapes.values()]
-    inverses = [(s, x.dtype) for x in layers for s in x.inverse_shapes.values()]
+    alone = _Work(devices, [x for x in groups if not x.wants_roots])
+    roots = _Work(devices, [x for x in groups if x.wants_roots], share=False)
+    single = _Singles(devices, groups)
+    factors = [x for group in groups for x in _arrays(group, "factor_shapes")]
+    inverses = [x for group in groups for x in _arrays(group, "inverse_shapes")]
     ring, around = _received(devices), _received(keepers)
-    rest = [x for x in layers if not is_product(x)]
+    rest = [x for x in groups if not x.solves_by_rows]
+    products = [layer for x in groups if x.solves_by_rows for layer in x.layers]
 
     def cut(arrays: Arrays) -> int:
         """How many bytes the rows of all devices are, filled up."""
         return keepers * _bytes(arrays, keepers)
 
-    owners: dict[str, dict[str, tuple[int, ...]]] = {x.name: {} for x in layers}
+    owners: Owners = {name: {} for x in groups for name in x.names}
     for part in (alone, roots, single):
         for name, own in part.owners().items():
             owners[name] |= own
@@ -144,8 +150,8 @@ def report(
         update_bytes=around
         * (
             cut(parameters)
-            + sum(_rounds(x, keepers) for x in layers if is_product(x))
-            + cut([(s, x.dtype) for x in rest for s in x.inverse_shapes.values()])
+            + sum(_rounds(layer, keepers) for layer in products)
+            + cut([x for group in rest for x in _arrays(group, "inverse_shapes")])
         ),
         refresh_bytes=around * cut(factors)
         + ring * (alone.gathered + roots.gathered + 2 * single.bytes),
@@ -165,29 +171,23 @@ def _received(devices: int) -> float:
     return (devices - 1) / devices
 
 
-def _linked(layer: Layer) -> bool:
-    return layer.link is not None
-
-
-def _moves(layer: Layer) -> bool:
-    """Whether a refresh moves its factors to another basis."""
-    return bool(layer.carried_shapes)
+def _arrays(group: Group, which: str) -> list[tuple[tuple[int, ...], str]]:
+    shapes = getattr(group, which)
+    return [(s, x.dtype) for x in group.layers for s in shapes[x.name].values()]
 
 
 class _Work:
     """Matrices that are inverted (or their roots), by stacks of one padded size."""
 
     def __init__(
-        self, devices: int, layers: Sequence[Layer], share: bool = True
+        self, devices: int, groups: Sequence[Group], share: bool = True
     ) -> None:
         self.devices = devices
         # layer, factor, how many, their size, type: as the inversion gets them
         self.parts = [
-            (layer.name, name, math.prod(x.shape[:-2]), x.shape[-1], str(x.dtype))
-            for layer in layers
-            if layer.block is not None
-            for name, x in layer.damped.items()
-            if name not in layer.block.elementwise
+            (layer, name, math.prod(x.shape[:-2]), x.shape[-1], str(x.dtype))
+            for group in groups
+            for (layer, name), x in _matrices(group).items()
         ]
         counts: dict[tuple[int, str], int] = {}
         for _, _, k, d, dtype in self.parts:
@@ -228,12 +228,12 @@ class _Work:
                     work[device] += k * shared_cost(d, self.devices, LEAVES)
         return work
 
-    def owners(self) -> dict[str, dict[str, tuple[int, ...]]]:
+    def owners(self) -> Owners:
         left = {
             (d, dtype): [*map(int, division.owners)]
             for (_, d, dtype), division in zip(self.stacks, self.divisions, strict=True)
         }
-        result: dict[str, dict[str, tuple[int, ...]]] = {}
+        result: Owners = {}
         for layer, name, k, d, dtype in self.parts:
             own = left[padded(d), dtype]
             owners = tuple(owner for owner in own[:k] if owner >= 0)
@@ -242,42 +242,42 @@ class _Work:
         return result
 
 
+def _matrices(group: Group) -> dict[tuple[str, str], Any]:
+    """What a group has inverted, as abstract arrays."""
+    shapes = group.factor_shapes
+    factors = {
+        x.name: {n: jax.ShapeDtypeStruct(s, x.dtype) for n, s in shapes[x.name].items()}
+        for x in group.layers
+    }
+    wanted = jax.eval_shape(lambda factors: group.to_invert(factors, 1.0)[0], factors)
+    return {name: damped.factor for name, damped in wanted.items()}
+
+
 class _Singles:
     """What is decomposed one by one: bases, and pairs of linked layers."""
 
-    def __init__(self, devices: int, layers: Sequence[Layer]) -> None:
+    def __init__(self, devices: int, groups: Sequence[Group]) -> None:
         self.devices = devices
-        moving = [x for x in layers if _moves(x)]
-        pairs = [(x, n, s) for x in layers for n, s in x.cross_shapes.items()]
-        bases = [(x.name, "basis", float(x.inversion_cost)) for x in moving]
-        links = [(x.name, name, float(max(shape)) ** 3) for x, name, shape in pairs]
-        # each of both is divided by itself
-        owners = [
-            balance([cost for *_, cost in some], devices) for some in (bases, links)
-        ]
-        self.parts = [*bases, *links]
-        self.places = [owner for some in owners for owner in some]
-        self.total = sum(cost for *_, cost in self.parts)
-        self.bytes = sum(
-            math.prod(shape) * jnp.dtype(x.dtype).itemsize
-            for x in moving
-            for name, shape in x.factor_shapes.items()
-            if name in x.carried_shapes or name == "moments"
-        ) + sum(
-            shape[0] * (shape[0] + 1) * jnp.dtype(x.dtype).itemsize
-            for x, _, shape in pairs
-        )
+        bases = [part for x in groups if x.moves for part in x.decomposed]
+        links = [x.decomposed for x in groups if not x.moves]
+        self.parts: list[Decomposed] = []
+        self.places: list[int] = []
+        for some in (bases, *links):  # each is divided by itself
+            self.parts += some
+            self.places += balance([part.cost for part in some], devices)
+        self.total = sum(part.cost for part in self.parts)
+        self.bytes = sum(part.bytes for part in self.parts)
 
     def each(self) -> list[float]:
         work = [0.0] * self.devices
-        for (*_, cost), owner in zip(self.parts, self.places, strict=True):
-            work[owner] += cost
+        for part, owner in zip(self.parts, self.places, strict=True):
+            work[owner] += part.cost
         return work
 
-    def owners(self) -> dict[str, dict[str, tuple[int, ...]]]:
-        result: dict[str, dict[str, tuple[int, ...]]] = {}
-        for (layer, name, _), owner in zip(self.parts, self.places, strict=True):
-            result.setdefault(layer, {})[name] = (owner,)
+    def owners(self) -> Owners:
+        result: Owners = {}
+        for part, owner in zip(self.parts, self.places, strict=True):
+            result.setdefault(part.layer, {})[part.name] = (owner,)
         return result
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeGuard, TypeVar
 
 import jax
@@ -15,13 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from kfac_jax._utils.arguments import shown
 from kfac_jax.curvature import Curvature
-from kfac_jax.devices import Distribution, OverAxis, OverMesh, check, kept
+from kfac_jax.devices import Devices, OverAxis, OverMesh, Sharing, checked
 from kfac_jax.devices.over_axis import as_names
 from kfac_jax.devices.rows import from_rows, rows_shape, to_rows
 from kfac_jax.optimization.checks import check_plan
 from kfac_jax.optimization.sharing_report import SharingReport as SharingReport
 from kfac_jax.optimization.sharing_report import report
-from kfac_jax.optimization.step import KFACState
+from kfac_jax.optimization.state import KFACState
+from kfac_jax.plan.group import Group
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ _SPREAD = ("factors", "inverses", "velocity")
 """What devices keep rows of."""
 
 
-def state_specs(devices: Distribution | None) -> KFACState:
+def state_specs(devices: Sharing | None) -> KFACState:
     """How the state lies on a mesh: a prefix of it, for `in_specs` and `out_specs`.
 
     Args:
@@ -46,7 +47,7 @@ def state_specs(devices: Distribution | None) -> KFACState:
     >>> tuple(state_specs(kfac_jax.OverAxis("data", state_axes="data")).factors)
     ('data',)
     """
-    check(devices)
+    checked(devices)
     axes = () if devices is None else as_names(devices.state_axes)
     rows = P(axes) if axes else P()
     specs: dict[str, Any] = {
@@ -55,9 +56,7 @@ def state_specs(devices: Distribution | None) -> KFACState:
     return KFACState(**specs)
 
 
-def whole_state(
-    curvature: Curvature, state: T, devices: Distribution | None = None
-) -> T:
+def whole_state(curvature: Curvature, state: T, devices: Sharing | None = None) -> T:
     """The state as one device would have it, from one that devices keep rows of.
 
     It fits `kfac` without `devices=`, `curvature.approximation(state.factors)`,
@@ -80,15 +79,15 @@ def whole_state(
       ValueError: if it is of another plan, or has arrays that are no rows.
     """
     check_plan(curvature)
-    check(devices)
+    checked(devices)
     join = functools.partial(_whole, curvature, devices=devices)
     return _mapped(join, state)
 
 
 def _whole(
-    curvature: Curvature, state: KFACState, devices: Distribution | None
+    curvature: Curvature, state: KFACState, devices: Sharing | None
 ) -> KFACState:
-    is_whole = devices is not None and not devices.by_rows
+    is_whole = devices is not None and not devices.cuts_state
     leaves, shapes, treedef = _leaves(curvature, state, devices, is_whole)
     if is_whole:
         return state
@@ -103,7 +102,7 @@ def _whole(
     return state._replace(**jax.tree.unflatten(treedef, compiled(leaves)))
 
 
-def spread_state(curvature: Curvature, state: T, devices: Distribution) -> T:
+def spread_state(curvature: Curvature, state: T, devices: Sharing) -> T:
     """Inverts `whole_state`: cuts a whole state into the rows that devices keep.
 
     Of `OverMesh`, all that is given is also laid on the mesh, wherever it was.
@@ -121,20 +120,19 @@ def spread_state(curvature: Curvature, state: T, devices: Distribution) -> T:
       ValueError: if it is of another plan, or not whole.
     """
     check_plan(curvature)
-    check(devices)
-    cut = functools.partial(_spread, curvature, devices=devices)
+    cut = functools.partial(_spread, curvature, devices=checked(devices))
     if not isinstance(devices, OverMesh):
         return _mapped(cut, state)
     everywhere = NamedSharding(devices.mesh, P())
     return _mapped(cut, state, lambda x: _laid(x, everywhere))
 
 
-def _spread(curvature: Curvature, state: KFACState, devices: Distribution) -> KFACState:
+def _spread(curvature: Curvature, state: KFACState, devices: Devices) -> KFACState:
     leaves, _, treedef = _leaves(curvature, state, None, whole=True)
     if not isinstance(devices, OverMesh):
-        found = kept(devices, leaves)
+        found = devices.kept(leaves)
         return state._replace(**jax.tree.unflatten(treedef, found))
-    if devices.by_rows:  # not by `kept`: the arrays may lie on other devices
+    if devices.cuts_state:  # not by `kept`: the arrays may lie on other devices
         keepers = devices.keepers()
         cut = jax.jit(lambda leaves: [to_rows(x, keepers) for x in leaves])(leaves)
         state = state._replace(**jax.tree.unflatten(treedef, cut))
@@ -186,7 +184,7 @@ def _is_state(node: Any) -> TypeGuard[KFACState]:
 def _leaves(
     curvature: Curvature,
     state: KFACState,
-    devices: Distribution | None,
+    devices: Sharing | None,
     whole: bool = False,
 ) -> tuple[list[Array], list[tuple[int, ...]], Any]:
     """What can be cut: the arrays, their whole shapes, and the tree they are leaves of.
@@ -196,8 +194,8 @@ def _leaves(
     """
     parts = {name: getattr(state, name) for name in _SPREAD}
     shapes = {
-        "factors": {x.name: _structs(x.factor_shapes) for x in curvature.layers},
-        "inverses": {x.name: _structs(x.inverse_shapes) for x in curvature.layers},
+        "factors": _structs(curvature.groups, "factor_shapes"),
+        "inverses": _structs(curvature.groups, "inverse_shapes"),
         "velocity": (),
     }
     if not isinstance(state.velocity, tuple) or state.velocity:
@@ -225,7 +223,7 @@ def _leaves(
 def _fits(
     got: tuple[int, ...],
     shape: tuple[int, ...],
-    devices: Distribution | None,
+    devices: Sharing | None,
     whole: bool,
 ) -> bool:
     if whole:
@@ -236,13 +234,18 @@ def _fits(
     return len(got) > 0 and got[0] >= rows and [*got[1:]] == rest
 
 
-def _structs(shapes: dict[str, tuple[int, ...]]) -> dict[str, jax.ShapeDtypeStruct]:
-    return {name: jax.ShapeDtypeStruct(s, float) for name, s in shapes.items()}
+def _structs(groups: Sequence[Group], which: str) -> dict[str, Any]:
+    """Arrays of those shapes, by layer name."""
+    return {
+        layer: {name: jax.ShapeDtypeStruct(s, float) for name, s in shapes.items()}
+        for group in groups
+        for layer, shapes in getattr(group, which).items()
+    }
 
 
 def sharing_report(
     curvature: Curvature,
-    devices: Distribution,
+    devices: Sharing,
     axis_sizes: Mapping[str, int] | None = None,
 ) -> SharingReport:
     """What each device owns, keeps and receives, before anything is computed.
@@ -270,7 +273,7 @@ def sharing_report(
     ({'params': {'input': (0,), 'output': (1,)}}, (64.0, 8.0))
     """
     check_plan(curvature)
-    check(devices)
+    checked(devices)
     if not isinstance(devices, OverAxis | OverMesh):
         raise TypeError(
             "devices must be an OverAxis or OverMesh, for a report of what "
@@ -288,11 +291,11 @@ def sharing_report(
         )
     parameters = zip(curvature.tree.shapes, curvature.tree.dtypes, strict=True)
     return report(
-        curvature.layers,
+        curvature.groups,
         list(parameters),
         math.prod(sizes[axis] for axis in axes),
         math.prod(sizes[axis] for axis in as_names(devices.state_axes)),
-        devices.by_rows and not isinstance(devices, OverMesh),
+        devices.cuts_state and not isinstance(devices, OverMesh),
     )
 
 

@@ -1,5 +1,6 @@
 """K-FAC as optax transformations that own all their state."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -9,45 +10,23 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax import devices as devices_lib
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import fresh
 from kfac_jax._utils.vectors import inner_product
 from kfac_jax.curvature import Curvature, Params
-from kfac_jax.devices import Distribution
-from kfac_jax.operator import products as products_lib
-from kfac_jax.operator.products import Products
-from kfac_jax.optimization import by_rows
+from kfac_jax.devices import Sharing, checked
 from kfac_jax.optimization.checks import (
     check_common,
     check_evaluation,
     check_rates,
     check_separate,
-    check_state,
-    check_update,
 )
-from kfac_jax.optimization.preconditioner import init_inverses, precondition
+from kfac_jax.optimization.loss import loss_of, with_loss
+from kfac_jax.optimization.preconditioner import Batch, Preconditioner
 from kfac_jax.optimization.separate_damping import Candidates
-from kfac_jax.optimization.step import (
-    Info as Info,
-)
-from kfac_jax.optimization.step import (
-    KFACState,
-    Rates,
-    Scalar,
-    Schedule,
-    Step,
-    advance,
-    at,
-    averaged_curvature,
-    averaged_loss,
-    initial_damping,
-    initial_factored_damping,
-    initial_info,
-    is_usable,
-    loss_of,
-    with_loss,
-)
+from kfac_jax.optimization.state import KFACState, Scalar, Schedule, at
+from kfac_jax.optimization.step import Rates, Step, averaged_curvature
+from kfac_jax.plan.group import Products
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
@@ -56,7 +35,7 @@ from kfac_jax.rules import (
     Solution,
     as_schedule,
 )
-from kfac_jax.statistics.averages import Factors, Statistics, zeros
+from kfac_jax.statistics.averages import Statistics
 
 QUADRATIC_MODEL = QuadraticModel()
 MOMENTUM = 0.9
@@ -71,7 +50,7 @@ def scale_by_kfac(
     decay: Scalar = 0.95,
     inverse_every: int | Array | RefreshSchedule = 20,
     *,
-    devices: Distribution | None = None,
+    devices: Sharing | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Multiplies gradients by the inverse of the damped approximate curvature.
 
@@ -114,16 +93,19 @@ def scale_by_kfac(
     (3, 2)
     """
     check_common(curvature, damping, decay, inverse_every, devices)
-    schedule = as_schedule(inverse_every)
     if isinstance(damping, LevenbergMarquardt):
         raise TypeError(
             "LevenbergMarquardt measures whole steps; use kfac(...), or give "
             "scale_by_kfac a number or a schedule as damping: expected one, got "
             f"{damping}."
         )
-
-    def init(params: Params) -> KFACState:
-        return _initial(curvature, params, damping, None, devices)
+    preconditioner = Preconditioner(
+        curvature=curvature,
+        damping=damping,
+        decay=decay,
+        schedule=as_schedule(inverse_every),
+        devices=checked(devices),
+    )
 
     def update(
         updates: Params,
@@ -135,45 +117,22 @@ def scale_by_kfac(
         **others: Any,
     ) -> tuple[Params, KFACState]:
         del params
-        check_update(state, statistics, "scale_by_kfac", sorted(others))
-        check_state(curvature, state, devices)
-        assert statistics is not None
-        grads = curvature.tree.masked_leaves(updates, "grads")
-        now = at(damping, state.step)
-        value = averaged_loss(devices, value)
-        usable = is_usable(value, [x for x in grads if x is not None])
-        before = state
-        state, refused = advance(
-            curvature,
-            state,
-            statistics,
-            now,
-            decay,
-            schedule,
-            devices,
-            usable,
+        batch = preconditioner.read(
+            "scale_by_kfac", updates, state, statistics, value, sorted(others)
         )
-        scaled, square = _precondition(
-            curvature,
-            before,
-            state,
-            schedule.stale,
-            grads,
-            statistics.products,
-            devices,
-        )
-        finite = jnp.isfinite(square) & usable
+        done = preconditioner(state, batch, batch.gradient, batch.statistics.products)
+        finite = jnp.isfinite(done.square) & batch.usable
         scaled = [
             None if x is None else jnp.where(finite, x, jnp.zeros_like(x))
-            for x in scaled
+            for x in done.leaves
         ]
-        skipped = (refused | ~finite).astype(jnp.int32)
-        state = with_loss(state, value)
-        info = state.info._replace(skipped_updates=state.info.skipped_updates + skipped)
-        state = state._replace(info=info, damping=at(damping, state.step))
+        state = _counted(with_loss(done.state, batch.value), done.refused | ~finite)
+        state = state._replace(damping=at(damping, state.step))
         return curvature.tree.restore(scaled, updates), state
 
-    return optax.GradientTransformationExtraArgs(init, _on_any_mesh(update))
+    return optax.GradientTransformationExtraArgs(
+        preconditioner.init, _on_any_mesh(update)
+    )
 
 
 def kfac(
@@ -186,7 +145,7 @@ def kfac(
     decay: Scalar = 0.95,
     inverse_every: int | Array | RefreshSchedule = 20,
     factored_damping: SeparateDamping | None = None,
-    devices: Distribution | None = None,
+    devices: Sharing | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """The K-FAC optimizer: `δ = α Δ + μ δ0` with `Δ = -(F + (λ+η) I)⁻¹ ∇h`.
 
@@ -255,19 +214,47 @@ def kfac(
     check_rates(learning_rate, momentum, norm_constraint)
     if factored_damping is not None:
         check_separate(factored_damping, learning_rate, damping, schedule, curvature.l2)
-    modelled = isinstance(learning_rate, QuadraticModel)
-    if momentum is None and not modelled:
+    if momentum is None and not isinstance(learning_rate, QuadraticModel):
         momentum = MOMENTUM
-    adaptive = modelled or isinstance(damping, LevenbergMarquardt)
+    optimizer = _Optimizer(
+        curvature=curvature,
+        damping=damping,
+        decay=decay,
+        schedule=schedule,
+        devices=checked(devices),
+        factored_damping=factored_damping,
+        learning_rate=learning_rate,
+        momentum=momentum,
+        norm_constraint=norm_constraint,
+    )
+    return optax.GradientTransformationExtraArgs(
+        optimizer.init, _on_any_mesh(optimizer.update)
+    )
 
-    def init(params: Params) -> KFACState:
-        state = _initial(curvature, params, damping, factored_damping, devices)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Optimizer(Preconditioner):
+    """A preconditioner with what decides the length of its steps: see `kfac`."""
+
+    learning_rate: Scalar | Schedule | QuadraticModel
+    momentum: Scalar | Schedule | None
+    norm_constraint: Scalar | Schedule | str | None
+
+    @property
+    def modelled(self) -> bool:
+        """Whether the quadratic model chooses α."""
+        return isinstance(self.learning_rate, QuadraticModel)
+
+    def init(self, params: Params) -> KFACState:
+        """The state before the first step."""
+        state = super().init(params)
         velocity = jax.tree.map(fresh.zeros_like, params)
-        if devices_lib.by_rows(devices):
-            velocity = devices_lib.kept(devices, axis_types.whole(velocity))
+        if self.devices.cuts_state:
+            velocity = self.devices.kept(axis_types.whole(velocity))
         return state._replace(velocity=velocity)
 
     def update(
+        self,
         updates: Params,
         state: Any,
         params: Params | None = None,
@@ -277,84 +264,156 @@ def kfac(
         args: Any = None,
         **others: Any,
     ) -> tuple[Params, KFACState]:
-        check_update(state, statistics, "kfac", sorted(others))
-        check_state(curvature, state, devices)
-        assert statistics is not None
-        if adaptive:
-            check_evaluation(curvature, params, value, args)
+        """One update."""
+        batch = self.read("kfac", updates, state, statistics, value, sorted(others))
+        tree = self.curvature.tree
+        if self.modelled or isinstance(self.damping, LevenbergMarquardt):
+            check_evaluation(self.curvature, params, batch.value, args)
         elif params is not None:
-            curvature.tree.masked_leaves(params, "params")
-        value = averaged_loss(devices, value)
-        grads = curvature.tree.masked_leaves(updates, "grads")
-        velocity = by_rows.velocity(curvature.tree, state.velocity, devices)
-        count, now = state.step, state.damping
-        if not isinstance(damping, LevenbergMarquardt):
-            now = at(damping, count)
-        mu = None if momentum is None else at(momentum, count)
-        start: dict[str, Any] = {
-            "curvature": curvature,
-            "params": params,
-            "args": args,
-            "gradient": [x for x in grads if x is not None],
-            "previous": [x for x in velocity if x is not None],
-            "damping": now,
-            "devices": devices,
-        }
-        usable = is_usable(value, start["gradient"])
-        products = products_lib.negative(statistics.products)
-        candidates = None
-        if factored_damping is not None:
-            assert isinstance(learning_rate, QuadraticModel)
-            candidates = Candidates(
-                rule=factored_damping,
-                due=(count + 1) % factored_damping.every == 0,
-                model=learning_rate,
-                momentum=mu,
-                products=products,
-                **start,
-            )
-        before = state
-        state, refused = advance(
-            curvature,
+            tree.masked_leaves(params, "params")
+        velocity = self._velocity(state.velocity)
+        count, previous = state.step, [x for x in velocity if x is not None]
+        mu = None if self.momentum is None else at(self.momentum, count)
+        products = {n: (x, -dy) for n, (x, dy) in batch.statistics.products.items()}
+        done = self(
             state,
-            statistics,
-            now,
-            decay,
-            schedule,
-            devices,
-            usable,
-            candidates,
-        )
-        down = [None if x is None else -x for x in grads]
-        scaled, square = _precondition(
-            curvature,
-            before,
-            state,
-            schedule.stale,
-            down,
+            batch,
+            [None if x is None else -x for x in batch.gradient],
             products,
-            devices,
+            self._candidates(count, params, args, batch, previous, mu, products),
         )
-        direction = [x for x in scaled if x is not None]
-        step = Step(direction=direction, squared_length=square, usable=usable, **start)
-        constraint = None
-        if not modelled:
-            lowest = state.info.lowest_loss
-            constraint = _constraint(norm_constraint, count, value, lowest)
-        chosen = step.rates(learning_rate, mu, count, constraint, state.length)
+        state = done.state
+        step = Step(
+            curvature=self.curvature,
+            params=params,
+            args=args,
+            gradient=batch.shown,
+            direction=[x for x in done.leaves if x is not None],
+            squared_length=done.square,
+            usable=batch.usable,
+            previous=previous,
+            damping=batch.damping,
+            devices=self.devices,
+        )
+        limit = self._constraint(count, batch.value, state.info.lowest_loss)
+        chosen = step.rates(self.learning_rate, mu, count, limit, state.length)
         rates = chosen.solution
-        delta, kept, finite = step.combine(rates.learning_rate, rates.momentum, value)
-        state = _record(state, chosen, value, refused | ~finite)
-        if isinstance(damping, LevenbergMarquardt):
-            state = _adapt(damping, state, step, delta, finite, rates, modelled, value)
+        delta, kept, finite = step.combine(
+            rates.learning_rate, rates.momentum, batch.value
+        )
+        state = _record(state, chosen, batch.value, done.refused | ~finite)
+        if isinstance(self.damping, LevenbergMarquardt):
+            state = self._adapt(self.damping, state, step, delta, finite, rates, batch)
         else:
-            state = state._replace(damping=at(damping, state.step))
-        restore = curvature.tree.restore
-        kept = devices_lib.kept(devices, kept)
-        state = state._replace(velocity=restore(_fill(kept, velocity), state.velocity))
-        return restore(_fill(delta, grads), updates), state
+            state = state._replace(damping=at(self.damping, state.step))
+        kept = _fill(self.devices.kept(kept), velocity)
+        state = state._replace(velocity=tree.restore(kept, state.velocity))
+        return tree.restore(_fill(delta, batch.gradient), updates), state
 
-    return optax.GradientTransformationExtraArgs(init, _on_any_mesh(update))
+    def _velocity(self, kept: Any) -> list[Array | None]:
+        """The leaves of δ0, whole, None where a mask hides them."""
+        tree, devices = self.curvature.tree, self.devices
+        shapes = tuple(map(devices.kept_shape, tree.shapes))
+        rows = dataclasses.replace(tree, shapes=shapes)
+        leaves = rows.masked_leaves(kept, "the velocity")
+        places = [i for i, x in enumerate(leaves) if x is not None]
+        found = devices.whole(
+            [x for x in leaves if x is not None], [tree.shapes[i] for i in places]
+        )
+        result: list[Array | None] = [None] * len(leaves)
+        for i, x in zip(places, found, strict=True):
+            result[i] = x
+        return result
+
+    def _candidates(
+        self,
+        count: Array,
+        params: Params | None,
+        args: Any,
+        batch: Batch,
+        previous: list[Array],
+        momentum: Array | None,
+        products: Products,
+    ) -> Candidates | None:
+        """What γ is chosen by, if a rule chooses it."""
+        rule = self.factored_damping
+        if rule is None:
+            return None
+        assert isinstance(self.learning_rate, QuadraticModel)
+        return Candidates(
+            rule=rule,
+            due=(count + 1) % rule.every == 0,
+            model=self.learning_rate,
+            curvature=self.curvature,
+            params=params,
+            args=args,
+            gradient=batch.shown,
+            previous=previous,
+            damping=batch.damping,
+            momentum=momentum,
+            products=products,
+            devices=self.devices,
+        )
+
+    def _constraint(self, count: Array, value: Any, lowest: Array) -> Array | None:
+        """The norm constraint of a step.
+
+        With the lowest loss so far it does not grow with a loss that does. A loss of 0
+        is none, see `with_loss`.
+        """
+        given = None if self.modelled else self.norm_constraint
+        if given is None:
+            return None
+        if not isinstance(given, str):
+            return at(given, count)
+        size = jnp.ones((), float)
+        if value is not None:
+            loss = loss_of(value)
+            lowest = lowest.astype(loss.dtype)
+            size = jnp.abs(jnp.where(loss == 0, lowest, jnp.fmin(loss, lowest)))
+        return SHARE_OF_LOSS * jnp.where(jnp.isfinite(size), size, 1.0)
+
+    def _adapt(
+        self,
+        rule: LevenbergMarquardt,
+        state: KFACState,
+        step: Step,
+        delta: list[Array],
+        finite: Array,
+        rates: Solution,
+        batch: Batch,
+    ) -> KFACState:
+        """Every T1 steps, measures ρ and changes λ by it."""
+        value = batch.value
+        # outside of the branch: most callers compute it too, and XLA does it once
+        moved = step.moved(delta)
+
+        def measure() -> tuple[Array, Array, Array, Array]:
+            rho, change, along = step.reduction_ratio(
+                moved, rates, self.modelled, value
+            )
+            rho = jnp.where(finite, rho, jnp.nan)
+            # where loss or gradient are not finite already at θ, ρ says nothing about
+            # λ, nor where the change is lost in the rounding of the loss
+            square = inner_product(step.gradient, step.gradient)
+            known = step.usable & jnp.isfinite(square)
+            loss = loss_of(value)
+            # (that of a cross entropy is of its logits: of nats, however small it is)
+            rounding = 16 * jnp.finfo(loss.dtype).eps * jnp.maximum(jnp.abs(loss), 1.0)
+            known &= ~(jnp.abs(change.astype(loss.dtype)) < rounding)
+            curvature = averaged_curvature(state.curvature, along)
+            adapted = rule.update(step.damping, rho, curvature)
+            kept = rule.clip(step.damping, curvature)
+            return jnp.where(known, adapted, kept), rho, change, curvature
+
+        def keep() -> tuple[Array, Array, Array, Array]:
+            info = state.info
+            return step.damping, info.rho, info.quadratic_change, state.curvature
+
+        due = state.step % rule.every == 0
+        damping, rho, change, curvature = jax.lax.cond(due, measure, keep)
+        info = state.info._replace(rho=rho, quadratic_change=change)
+        return state._replace(damping=damping, curvature=curvature, info=info)
 
 
 def _on_any_mesh(update: Callable[..., Any]) -> Callable[..., Any]:
@@ -387,140 +446,26 @@ def _on_any_mesh(update: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _precondition(
-    curvature: Curvature,
-    before: KFACState,
-    after: KFACState,
-    stale: bool,
-    leaves: list[Array | None],
-    products: Products,
-    devices: Distribution | None,
-) -> tuple[list[Array | None], Array]:
-    """Applies inverses; stale ones, and there zero while there are none."""
-    state = before if stale else after
-    scaled, square = precondition(
-        curvature.layers,
-        state.factors,
-        state.inverses,
-        leaves,
-        products,
-        devices,
-    )
-    if not stale:
-        return scaled, square
-    seen = (before.batches > 0).astype(square.dtype)
-    scaled = [None if x is None else x * seen.astype(x.dtype) for x in scaled]
-    return scaled, square * seen
-
-
-def _initial(
-    curvature: Curvature,
-    params: Params,
-    damping: Any,
-    factored_damping: SeparateDamping | None,
-    devices: Distribution | None,
-) -> KFACState:
-    """The state before the first step, without velocity."""
-    curvature.tree.masked_leaves(params, "params")
-    layers = curvature.layers
-
-    def fill() -> tuple[Factors, Factors]:
-        whole = zeros(layers, "factor_shapes"), init_inverses(layers)
-        return devices_lib.kept(devices, whole)
-
-    # on several devices, none of them is to hold all
-    factors, inverses = fill() if devices is None else jax.jit(fill)()
-    strength = initial_damping(damping)
-    return KFACState(
-        step=jnp.zeros((), jnp.int32),
-        batches=jnp.zeros((), jnp.int32),
-        factors=factors,
-        inverses=inverses,
-        damping=strength,
-        length=jnp.zeros((), float),
-        curvature=jnp.zeros((), float),
-        factored_damping=initial_factored_damping(
-            factored_damping, strength + curvature.l2
-        ),
-        velocity=(),
-        info=initial_info(),
-    )
-
-
-def _constraint(given: Any, count: Array, value: Any, lowest: Array) -> Array | None:
-    """The norm constraint of a step, from what `kfac` was given.
-
-    With the lowest loss so far it does not grow with a loss that does. A loss of 0 is
-    none, see `with_loss`.
-    """
-    if given is None:
-        return None
-    if not isinstance(given, str):
-        return at(given, count)
-    size = jnp.ones((), float)
-    if value is not None:
-        loss = loss_of(value)
-        lowest = lowest.astype(loss.dtype)
-        size = jnp.abs(jnp.where(loss == 0, lowest, jnp.fmin(loss, lowest)))
-    return SHARE_OF_LOSS * jnp.where(jnp.isfinite(size), size, 1.0)
+def _counted(state: KFACState, skipped: Array) -> KFACState:
+    """With an update more that refused something, if it did."""
+    count = state.info.skipped_updates + skipped.astype(jnp.int32)
+    return state._replace(info=state.info._replace(skipped_updates=count))
 
 
 def _record(state: KFACState, chosen: Rates, value: Any, skipped: Array) -> KFACState:
-    count = state.info.skipped_updates + skipped.astype(jnp.int32)
-    rates, refused = chosen.solution, skipped
-    state = with_loss(state, value)
-    state = state._replace(
-        length=jnp.where(refused, state.length, chosen.length.astype(float)),
-        curvature=averaged_curvature(state.curvature, chosen.curvature),
-    )
+    rates = chosen.solution
+    state = _counted(with_loss(state, value), skipped)
     info = state.info._replace(
         step_scale=jnp.asarray(chosen.scale, float),
         learning_rate=jnp.asarray(rates.learning_rate, float),
         momentum=jnp.asarray(rates.momentum, float),
         quadratic_change=jnp.asarray(rates.change, float),
-        skipped_updates=count,
     )
-    return state._replace(info=info)
-
-
-def _adapt(
-    rule: LevenbergMarquardt,
-    state: KFACState,
-    step: Step,
-    delta: list[Array],
-    finite: Array,
-    rates: Solution,
-    modelled: bool,
-    value: Any,
-) -> KFACState:
-    """Every T1 steps, measures ρ and changes λ by it."""
-    # outside of the branch: most callers compute it too, and XLA does it once
-    moved = step.moved(delta)
-
-    def measure() -> tuple[Array, Array, Array, Array]:
-        rho, change, along = step.reduction_ratio(moved, rates, modelled, value)
-        rho = jnp.where(finite, rho, jnp.nan)
-        # where loss or gradient are not finite already at θ, ρ says nothing about λ,
-        # nor where the change is lost in the rounding of the loss
-        square = inner_product(step.gradient, step.gradient)
-        known = step.usable & jnp.isfinite(square)
-        loss = loss_of(value)
-        # (that of a cross entropy is of its logits: of nats, however small it is)
-        rounding = 16 * jnp.finfo(loss.dtype).eps * jnp.maximum(jnp.abs(loss), 1.0)
-        known &= ~(jnp.abs(change.astype(loss.dtype)) < rounding)
-        curvature = averaged_curvature(state.curvature, along)
-        adapted = rule.update(step.damping, rho, curvature)
-        kept = rule.clip(step.damping, curvature)
-        return jnp.where(known, adapted, kept), rho, change, curvature
-
-    def keep() -> tuple[Array, Array, Array, Array]:
-        info = state.info
-        return step.damping, info.rho, info.quadratic_change, state.curvature
-
-    due = state.step % rule.every == 0
-    damping, rho, change, curvature = jax.lax.cond(due, measure, keep)
-    info = state.info._replace(rho=rho, quadratic_change=change)
-    return state._replace(damping=damping, curvature=curvature, info=info)
+    return state._replace(
+        length=jnp.where(skipped, state.length, chosen.length.astype(float)),
+        curvature=averaged_curvature(state.curvature, chosen.curvature),
+        info=info,
+    )
 
 
 def _fill(parts: list[Array], like: list[Array | None]) -> list[Array | None]:

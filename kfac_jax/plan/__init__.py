@@ -1,11 +1,5 @@
-"""Layers: parameters with the equations that consume them, in one canonical layout."""
+"""Plans: a traced loss function, its layers, and the groups that these are in."""
 
-from .grouping import BlocksSpec as BlocksSpec
-from .grouping import group as group
-from .layer import CROSS as CROSS
-from .layer import KINDS as KINDS
-from .layer import Layer as Layer
-from .layer import Link as Link
-from .links import link as link
-from .links import paired_rows as paired_rows
-from .product_choice import choose_products as choose_products
+from kfac_jax.plan.group import Group as Group
+from kfac_jax.plan.layer import KINDS as KINDS
+from kfac_jax.plan.layer import Layer as Layer

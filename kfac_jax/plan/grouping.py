@@ -25,14 +25,14 @@ class _Leaf:
     dtype: str
 
 
-def group(
+def make_layers(
     uses: Sequence[Use],
     paths: Sequence[str],
     shapes: Sequence[tuple[int, ...]],
     dtypes: Sequence[str],
     blocks: BlocksSpec,
     weight_sharing: str,
-) -> tuple[list[Layer], dict[int, list[Site]]]:
+) -> tuple[tuple[Layer, ...], dict[str, list[Site]]]:
     """Makes layers of uses.
 
     A weight is a layer if all its uses are the same linear map; a bias joins it if it
@@ -47,8 +47,8 @@ def group(
       weight_sharing: the setting of default blocks.
 
     Returns:
-      The layers in the order of their first parameters, and for each layer (by its
-      place in that order) the sites that feed its statistics.
+      The layers in the order of their first parameters, and by the name of each the
+      sites that feed its statistics.
 
     Raises:
       TypeError: if `blocks` is of an unknown type or holds something else than blocks.
@@ -76,7 +76,7 @@ def group(
         )
     ]
     chosen = _choose(blocks, _distinct(ordered), leaves)
-    return [layer for layer, _ in chosen], dict(enumerate(sites for _, sites in chosen))
+    return tuple(layer for layer, _ in chosen), {x.name: sites for x, sites in chosen}
 
 
 def _weight_uses(leaf: _Leaf, uses: Sequence[Use]) -> list[Use]:

@@ -29,28 +29,6 @@ TAGGED = ("dense", "conv", "embedding", "tied", "scale", "scale_and_shift", "shi
 """Those with inputs and outputs that statistics are gathered from."""
 
 
-CROSS = ("parent_input", "parent_output")
-"""The factors of a link: second moments of a layer's inputs with its parent's, and of
-their output gradients, `[i, parent's i]` and `[o, parent's o]`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """A layer's place in a forest of layers with cross-layer curvature.
-
-    Attributes:
-      root: the name of the layer that this tree's links lead to.
-      parent: the name of the layer that uses the output next; None for the root.
-      inputs: how many inputs the parent has, 0 for none.
-      outputs: how many outputs.
-    """
-
-    root: str
-    parent: str | None = None
-    inputs: int = 0
-    outputs: int = 0
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer:
     """One layer: its parameters, how they are used, and what approximates it.
@@ -65,11 +43,6 @@ class Layer:
       rows: at how many positions of the plan's batch, all uses together.
       block: the approximation; None leaves the gradient as it is.
       shape: the canonical shape.
-      link: its place among linked layers; None for a layer by itself.
-      unlinked: why it has no parent, where links were asked for.
-      product_rows: at how many positions of the plan's batch its gradient is gathered
-        as the product that it is; 0 where it is not.
-      no_product: why not, where that was asked for.
       reason: why no better block applies; empty where nothing is amiss.
       source: the user's source line of its first use.
       leaves: indices of its parameters among all leaves.
@@ -86,10 +59,6 @@ class Layer:
     rows: int = 0
     block: Block | None
     shape: BlockShape
-    link: Link | None = None
-    unlinked: str = ""
-    product_rows: int = 0
-    no_product: str = ""
     reason: str = ""
     source: str = ""
     leaves: tuple[int, ...]
@@ -98,22 +67,15 @@ class Layer:
 
     @property
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the factors by name, those of a link included."""
-        return self.block_factor_shapes | self.cross_shapes
-
-    @property
-    def block_factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the block's factors by name."""
         return {} if self.block is None else self.block.factor_shapes(self.shape)
 
     @property
-    def cross_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the factors that are shared with the parent."""
-        if self.link is None or self.link.parent is None:
-            return {}
-        inputs = self.shape.inputs, self.link.inputs
-        outputs = self.shape.outputs, self.link.outputs
-        return dict(zip(CROSS, (inputs, outputs), strict=True))
+    def statistics_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the block's statistics, or of its factors if they are that."""
+        if self.block is None or not self.tagged:
+            return self.factor_shapes
+        return self.block.statistics_shapes(self.shape)
 
     @property
     def carried_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -122,111 +84,22 @@ class Layer:
         return {n: s for n, s in self.factor_shapes.items() if n in carried}
 
     @property
-    def inverted_in_every_step(self) -> bool:
-        """Whether the inverse follows the factors in every step, not every T3."""
-        block = None if self.link is not None else self.block
-        return block is not None and block.inverted_in_every_step
-
-    @property
-    def factor_bytes(self) -> int:
-        """How much the factors hold, in bytes."""
-        sizes = (math.prod(shape) for shape in self.factor_shapes.values())
-        return sum(sizes) * jnp.dtype(self.dtype).itemsize
-
-    @property
     def damped(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What is inverted, as abstract arrays."""
+        """What the block has inverted, as abstract arrays."""
         if self.block is None:
             return {}
         factors = {
             name: jax.ShapeDtypeStruct(shape, self.dtype)
-            for name, shape in self.block_factor_shapes.items()
+            for name, shape in self.factor_shapes.items()
         }
         one = jax.ShapeDtypeStruct((), self.dtype)
         damped = jax.eval_shape(self.block.damp, factors, one)
         return {name: x for name, (x, _) in damped.items()}
 
     @property
-    def inverse_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of what an optimizer keeps to divide by the curvature, by name."""
-        if self.link is not None:
-            return self.joint_shapes
-        return {name: x.shape for name, x in self.damped.items()}
-
-    @property
-    def joint_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of what a linked layer has in place of inverses, by name."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        if self.link is None:
-            return shapes
-        for side, n in (("input", self.shape.inputs), ("output", self.shape.outputs)):
-            shapes[f"{side}_basis"] = n, n
-            if self.cross_shapes:
-                shapes[f"{side}_explained"] = (n,)
-                shapes[f"{side}_regression"] = self.cross_shapes[f"parent_{side}"]
-        return shapes
-
-    @property
-    def inverse_bytes(self) -> int:
-        """How much the inverses hold, in bytes."""
-        sizes = (math.prod(shape) for shape in self.inverse_shapes.values())
-        return sum(sizes) * jnp.dtype(self.dtype).itemsize
-
-    @property
-    def inversion_cost(self) -> int:
-        """Multiply-adds of one refresh of the inverses, d³ for a factor `[d, d]`.
-
-        A link adds for each side, with m ≥ n its two lengths, the products of its
-        coherence and regression, and `2 m² n + 4 m n² + 4.5 n³` for singular vectors.
-        """
-        return self._own_inversion_cost + self._link_cost
-
-    @property
-    def _link_cost(self) -> int:
-        cost = 0.0
-        for shape in self.cross_shapes.values():
-            m, n = max(shape), min(shape)
-            cost += 2 * m * n * (m + n) + 2 * m**2 * n + 4 * m * n**2 + 4.5 * n**3
-        return int(cost)
-
-    @property
-    def _own_inversion_cost(self) -> int:
-        if self.block is None:
-            return 0
-        names = self.block.elementwise | self.block.carried
-        inverted = {name: x.shape for name, x in self.damped.items()}
-        if not self.shape.tied:  # whose factors are added up first
-            inverted |= self.block_factor_shapes
-        return sum(
-            math.prod(shape) * shape[-1]
-            for name, shape in inverted.items()
-            if name not in names
-        )
-
-    @property
-    def statistics_cost(self) -> float:
-        """Multiply-adds of one batch's statistics, gradients of outputs included."""
-        if not self.factor_shapes or not self.tagged:
-            return 0
-        moments = sum(math.prod(shape) for shape in self.factor_shapes.values())
-        moments /= len(self.shape.terms)  # about half of the rows are for either
-        return self._rows_each * (moments + math.prod(self.shape.matrix))
-
-    @property
-    def gradient_cost(self) -> float:
-        """Multiply-adds of the layer in one gradient: three products."""
-        return 3 * self._rows_each * math.prod(self.shape.matrix)
-
-    @property
-    def _rows_each(self) -> float:
+    def positions(self) -> float:
         """Rows of each slice of the stacked axes, of which `rows` counts all."""
         return self.rows / math.prod(self.shape.stacked)
-
-    @property
-    def row_statistics(self) -> frozenset[str]:
-        """Statistics that depend on layers' inputs only."""
-        own = frozenset() if self.block is None else self.block.row_statistics
-        return own | {CROSS[0]} if self.cross_shapes else own
 
     @property
     def homogeneous(self) -> bool:
@@ -237,6 +110,16 @@ class Layer:
     def tagged(self) -> bool:
         """Whether statistics come from inputs and output gradients of the layer."""
         return self.kind in TAGGED
+
+    @property
+    def is_tapped(self) -> bool:
+        """Whether there are such statistics."""
+        return self.tagged and bool(self.factor_shapes)
+
+    @property
+    def is_squared(self) -> bool:
+        """Whether statistics are squares of the parameter's own gradient."""
+        return not self.tagged and bool(self.factor_shapes)
 
     def to_matrix(self, leaves: Sequence[Array]) -> Array:
         """Joins the layer's parameters (or vectors like them) as `[*e, i, o]`."""

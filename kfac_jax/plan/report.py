@@ -5,7 +5,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from kfac_jax.plan import Layer
+import jax.numpy as jnp
+
+from kfac_jax.plan.group import Group, Shapes, layers_of
+from kfac_jax.plan.layer import Layer
 
 _COLUMNS = ("parameter", "shape", "kind", "uses", "block", "factors", "bytes")
 
@@ -32,16 +35,17 @@ class Totals(NamedTuple):
     gradient_cost: float  # of the layers in one gradient of the batch
 
 
-def totals(layers: Sequence[Layer], fraction: float) -> Totals:
-    """Sums over the layers.
+def totals(groups: Sequence[Group], fraction: float) -> Totals:
+    """Sums over the groups.
 
     Args:
-      layers: the plan's layers.
+      groups: the plan's groups.
       fraction: τ1, the part of the batch that statistics are gathered from.
 
     Returns:
       The sums.
     """
+    layers = layers_of(groups)
     by_kind: dict[str, int] = collections.defaultdict(int)
     for layer in layers:
         by_kind[layer.kind] += _size(layer)
@@ -49,22 +53,34 @@ def totals(layers: Sequence[Layer], fraction: float) -> Totals:
         parameters=sum(map(_size, layers)),
         covered=sum(_size(layer) for layer in layers if not layer.reason),
         by_kind=dict(by_kind),
-        factor_bytes=sum(layer.factor_bytes for layer in layers),
-        inverse_bytes=sum(layer.inverse_bytes for layer in layers),
-        inversion_cost=sum(layer.inversion_cost for layer in layers),
-        statistics_cost=sum(layer.statistics_cost for layer in layers) * fraction,
-        gradient_cost=sum(layer.gradient_cost for layer in layers),
+        factor_bytes=sum(_held(x, x.factor_shapes) for x in groups),
+        inverse_bytes=sum(_held(x, x.inverse_shapes) for x in groups),
+        inversion_cost=sum(x.inversion_cost for x in groups),
+        statistics_cost=sum(x.statistics_cost for x in groups) * fraction,
+        gradient_cost=sum(map(gradient_cost, layers)),
     )
+
+
+def gradient_cost(layer: Layer) -> float:
+    """Multiply-adds of a layer in one gradient: three products."""
+    return 3 * layer.positions * math.prod(layer.shape.matrix)
+
+
+def _held(group: Group, shapes: Shapes) -> int:
+    """How many bytes arrays of a group hold."""
+    return sum(_layer_bytes(x, shapes[x.name]) for x in group.layers)
+
+
+def _layer_bytes(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values())) * jnp.dtype(layer.dtype).itemsize
 
 
 def _size(layer: Layer) -> int:
     return sum(map(math.prod, layer.shapes))
 
 
-def _rows(layer: Layer) -> list[tuple[str, ...]]:
-    factors = " ".join(
-        f"{name}{_dimensions(shape)}" for name, shape in layer.factor_shapes.items()
-    )
+def _rows(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, ...]]:
+    factors = " ".join(f"{name}{_dimensions(s)}" for name, s in shapes.items())
     block = "none" if layer.block is None else type(layer.block).__name__
     rows = [
         (path, _dimensions(shape), "", "", "", "", "")
@@ -76,7 +92,7 @@ def _rows(layer: Layer) -> list[tuple[str, ...]]:
         str(layer.uses),
         block,
         factors,
-        _bytes(layer.factor_bytes),
+        _bytes(_layer_bytes(layer, shapes)),
     )
     return rows
 
@@ -100,17 +116,25 @@ def explain(layer: Layer) -> str:
     return f"  {layer.name}: {layer.reason}{at}"
 
 
-def table(layers: Sequence[Layer], fraction: float) -> str:
-    """Formats the layers.
+def table(
+    layers: Sequence[Layer],
+    groups: Sequence[Group],
+    notes: Sequence[str],
+    fraction: float,
+) -> str:
+    """Formats the plan.
 
     Args:
       layers: the plan's layers.
+      groups: the groups that they are in.
+      notes: what the structure has to say about them.
       fraction: τ1, the part of the batch that statistics are gathered from.
 
     Returns:
       The table, then totals, then what is not covered and why.
     """
-    rows = [_COLUMNS, *(row for layer in layers for row in _rows(layer))]
+    shapes = {n: part for x in groups for n, part in x.factor_shapes.items()}
+    rows = [_COLUMNS, *(row for x in layers for row in _rows(x, shapes[x.name]))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -118,7 +142,7 @@ def table(layers: Sequence[Layer], fraction: float) -> str:
     ]
     lines = [line.rstrip() for line in lines]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    total = totals(layers, fraction)
+    total = totals(groups, fraction)
     lines.append(
         f"{len(layers)} layers, {total.parameters} parameters, {total.covered} of them "
         f"covered; factors {_bytes(total.factor_bytes)}, inverses "
@@ -126,34 +150,12 @@ def table(layers: Sequence[Layer], fraction: float) -> str:
     )
     lines.append(_kinds(total))
     lines.append(_costs(total))
-    lines.extend(_links(layers))
-    lines.extend(_products(layers))
+    lines.extend(notes)
     uncovered = [layer for layer in layers if layer.reason]
     if uncovered:
         lines.append("Not covered by a layer:")
         lines.extend(explain(layer) for layer in uncovered)
     return "\n".join(lines)
-
-
-def _links(layers: Sequence[Layer]) -> list[str]:
-    """Which layers are linked to a parent, and why others are not."""
-    linked = [layer for layer in layers if layer.link is not None]
-    pairs = [
-        f"  {layer.name} → {layer.link.parent}"
-        for layer in linked
-        if layer.link is not None and layer.link.parent is not None
-    ]
-    others = [f"  {x.name}: {x.unlinked}" for x in layers if x.unlinked]
-    lines = ["Linked to the layer that uses its output:", *pairs] if pairs else []
-    return [*lines, "Without such a link:", *others] if others else lines
-
-
-def _products(layers: Sequence[Layer]) -> list[str]:
-    """Whose gradients stay products, and why others asked for do not."""
-    kept = [f"  {x.name}: {x.product_rows} cases" for x in layers if x.product_rows]
-    others = [f"  {x.name}: {x.no_product}" for x in layers if x.no_product]
-    lines = ["Gradients preconditioned as products:", *kept] if kept else []
-    return [*lines, "Gradients not kept as products:", *others] if others else lines
 
 
 def _kinds(total: Totals) -> str:

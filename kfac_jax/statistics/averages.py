@@ -1,6 +1,5 @@
 """Statistics of batches, and the factors: moving averages of them, layer by layer."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,18 +7,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import linalg
 from kfac_jax._utils import fresh
 from kfac_jax._utils.arguments import dtype_of, instance, is_array, is_number, shown
-from kfac_jax.blocks import Block
 from kfac_jax.blocks._block import divide
-from kfac_jax.devices import Distribution, by_rows
-from kfac_jax.operator.products import Products
-from kfac_jax.operator.products import check as check_products
-from kfac_jax.plan import CROSS, Layer
-
-Factors = dict[str, dict[str, Array]]
-"""By layer name."""
+from kfac_jax.devices import ALONE, Devices
+from kfac_jax.plan.group import Factors, Group, Products, Shapes, layers_of, names_of
 
 
 class Statistics(NamedTuple):
@@ -37,33 +29,48 @@ class Statistics(NamedTuple):
     products: Products
 
 
-def zeros(layers: Sequence[Layer], which: str) -> Factors:
-    """Zeros, and standard bases where factors are in one.
-
-    Args:
-      layers: the plan's layers.
-      which: "factor_shapes" or "statistics_shapes".
-
-    Returns:
-      Arrays of those shapes.
-    """
-    return {layer.name: _zeros(layer, which) for layer in layers}
+def init_factors(groups: Sequence[Group]) -> Factors:
+    """Zeros, and standard bases where factors are in one."""
+    carried = {name: x for group in groups for name, x in group.carried.items()}
+    found = _zeros(groups, "factor_shapes")
+    for layer in layers_of(groups):
+        for name in carried[layer.name]:
+            zeros = found[layer.name][name]
+            found[layer.name][name] = fresh.identities(zeros.shape, layer.dtype)
+    return found
 
 
-def _zeros(layer: Layer, which: str) -> dict[str, Array]:
-    standard = layer.carried_shapes if which == "factor_shapes" else {}
-    return {
-        name: fresh.identities(shape, layer.dtype)
-        if name in standard
-        else fresh.full(shape, 0.0, layer.dtype)
-        for name, shape in _shapes(layer, which).items()
+def zero_statistics(groups: Sequence[Group]) -> "Statistics":
+    """Statistics that say nothing, with as many rows as in the plan's batch."""
+    products = {
+        x.name: (
+            jnp.zeros((group.product_rows, x.shape.inputs), x.dtype),
+            jnp.zeros((group.product_rows, x.shape.outputs), x.dtype),
+        )
+        for group in groups
+        for x in group.layers
+        if group.product_rows
     }
+    return Statistics(
+        jnp.zeros((), jnp.float32),
+        jnp.zeros((), jnp.float32),
+        _zeros(groups, "statistics_shapes"),
+        products,
+    )
 
 
-def _shapes(layer: Layer, which: str) -> dict[str, tuple[int, ...]]:
-    if which == "factor_shapes" or layer.block is None or not layer.tagged:
-        return layer.factor_shapes
-    return layer.block.statistics_shapes(layer.shape) | layer.cross_shapes
+def _zeros(groups: Sequence[Group], which: str) -> Factors:
+    shapes, result = _shapes(groups, which), Factors()
+    for layer in layers_of(groups):
+        own = shapes[layer.name]
+        result[layer.name] = {
+            n: fresh.full(s, 0.0, layer.dtype) for n, s in own.items()
+        }
+    return result
+
+
+def _shapes(groups: Sequence[Group], which: str) -> Shapes:
+    return {n: part for x in groups for n, part in getattr(x, which).items()}
 
 
 def check_statistics(value: Any) -> None:
@@ -85,47 +92,42 @@ _WHAT = {"factor_shapes": "factors", "statistics_shapes": "statistics"}
 
 
 def check(
-    layers: Sequence[Layer],
-    which: str,
-    found: Any,
-    sharing: Distribution | None = None,
+    groups: Sequence[Group], which: str, found: Any, devices: Devices = ALONE
 ) -> None:
     """Raises ValueError unless `found` has the layers and shapes of this plan.
 
     Args:
-      layers: the plan's layers.
+      groups: the plan's groups.
       which: "factor_shapes" or "statistics_shapes".
       found: arrays by layer name.
-      sharing: over which devices they may be spread by rows.
+      devices: over which they may be spread by rows.
 
     Raises:
       TypeError: if an array is not of real floating point.
       ValueError: if names or shapes are others.
     """
-    names, what = {layer.name for layer in layers}, _WHAT[which]
+    names, what = names_of(groups), _WHAT[which]
     if not isinstance(found, dict) or set(found) != names:
         got = sorted(found) if isinstance(found, dict) else type(found).__name__
         raise ValueError(
             f"{what} must have an entry for each layer of the plan, {sorted(names)}; "
             f"got {got}. Use what this plan returned."
         )
-    for layer in layers:
-        expected = _shapes(layer, which)
-        if by_rows(sharing):
-            expected = {n: sharing.kept_shape(s) for n, s in expected.items()}
-        got = _shapes_of(found[layer.name])
+    for layer, shapes in _shapes(groups, which).items():
+        expected = {n: devices.kept_shape(s) for n, s in shapes.items()}
+        got = _shapes_of(found[layer])
         if got != expected:
             raise ValueError(
-                f"{what} must have the shapes {expected} for layer '{layer.name}'; "
+                f"{what} must have the shapes {expected} for layer '{layer}'; "
                 f"got {got}. Use what this very plan returned; a state that was made "
                 "for another number of devices goes through whole_state and "
                 "spread_state first."
             )
-        for name, x in found[layer.name].items():
+        for name, x in found[layer].items():
             if not jnp.issubdtype(dtype_of(x), jnp.floating):
                 raise TypeError(
                     f"{what} must be real floating point; got {shown(x)} for "
-                    f"'{name}' of layer '{layer.name}'. Use what this very plan "
+                    f"'{name}' of layer '{layer}'. Use what this very plan "
                     "returned."
                 )
 
@@ -147,12 +149,12 @@ class Averaged(NamedTuple):
 
 @jax.named_scope("kfac_factors")
 def average(
-    layers: Sequence[Layer],
+    groups: Sequence[Group],
     factors: Factors,
     statistics: Statistics,
     step: Any,
     decay: Any,
-    sharing: Distribution | None = None,
+    devices: Devices = ALONE,
     usable: Array | bool = True,
 ) -> Averaged:
     """Moves the averages on by one batch; see `Curvature.update_factors`.
@@ -160,13 +162,13 @@ def average(
     Factors are sums over all devices divided by counts over all devices: both add up.
 
     Args:
-      layers: the plan's layers.
+      groups: the plan's groups.
       factors: the averages so far, as the devices keep them.
       statistics: the batch's.
       step: k, counted from 1.
       decay: the largest ε.
-      sharing: over which devices the batch, and possibly the factors, are spread.
-      usable: whether the batch may be used, for all that its loss says.
+      devices: over which the batch, and possibly the factors, are spread.
+      usable: whether the batch may be used, as far as its loss tells.
 
     Returns:
       The averages, and what was done with the statistics.
@@ -174,137 +176,70 @@ def average(
     Raises:
       ValueError: if factors or statistics are of another plan.
     """
-    check(layers, "factor_shapes", factors, sharing)
-    check(layers, "statistics_shapes", statistics.layers)
-    check_products(layers, statistics.products)
-    weight, cases, new = _means(layers, statistics, sharing)
+    check(groups, "factor_shapes", factors, devices)
+    check(groups, "statistics_shapes", statistics.layers)
+    _check_products(groups, statistics.products)
+    weight, cases, new = _means(groups, statistics, devices)
     offered = weight > 0
     taken = offered & (cases > 0) & usable
     epsilon = jnp.minimum(
         1.0 - 1.0 / jnp.asarray(step, float), jnp.asarray(decay, float)
     )
-    blocks = {
-        layer.name: layer.block
-        for layer in layers
-        if layer.block is not None and layer.name in new
-    }
-    finite = _finite_layers(blocks, new, sharing)
-    finite = _finite_trees(layers, finite)
+    told = [group for group in groups if group.name in new]
+    finite = devices.finite([group.looked_at(new) for group in told])
     result = dict(factors)
-    for layer in new:
-        averages = blocks[layer].average(factors[layer], new[layer], epsilon)
-        result[layer] = {
-            name: jnp.where(taken & finite[layer], averages[name], old)
-            for name, old in factors[layer].items()
-        }
+    for group, flag in zip(told, finite, strict=True):
+        averages = group.average(factors, new, epsilon)
+        for layer, part in averages.items():
+            result[layer] = {
+                name: jnp.where(taken & flag, part[name], old)
+                for name, old in factors[layer].items()
+            }
     # one sum of all flags: XLA would repeat what they are made of for each reduction
-    wrong = sum((~flag).astype(jnp.int32) for flag in finite.values())
+    wrong = sum((~flag).astype(jnp.int32) for flag in finite)
     informed = taken & (wrong < max(1, len(finite)))
     return Averaged(result, informed, offered & (~taken | (wrong > 0)))
 
 
 def _means(
-    layers: Sequence[Layer], statistics: Statistics, sharing: Distribution | None
+    groups: Sequence[Group], statistics: Statistics, devices: Devices
 ) -> tuple[Array, Array, Factors]:
     """Weight and cases, and the batch's own factors, as the devices keep factors."""
-    layers = [x for x in layers if statistics.layers[x.name]]
-    counts = {
-        layer.name: _counts(layer, statistics)
-        for layer in layers
-        if layer.block is not None
-    }
+    counts: Factors = {}
+    for group in groups:
+        counts |= group.counts(statistics.layers, statistics.weight)
     sums = {
-        name: {key: statistics.layers[name][key] for key in part}
-        for name, part in counts.items()
+        layer: {name: statistics.layers[layer][name] for name in part}
+        for layer, part in counts.items()
     }
-    weight, cases = statistics.weight, statistics.cases
-    if sharing is not None:
-        weight, (cases, counts), sums = sharing.sums(weight, (cases, counts), sums)
-    roots = _cross_counts(layers, counts)
+    weight, (cases, counts), sums = devices.sums(
+        statistics.weight, (statistics.cases, counts), sums
+    )
     means: Factors = {}
-    for layer in layers:
-        part = counts[layer.name] | roots.get(layer.name, {})
-        means[layer.name] = {
-            key: divide(sums[layer.name][key], _like(count, layer, key, sharing))
-            for key, count in part.items()
-        }
+    for group in groups:
+        shapes = group.factor_shapes
+        for layer, part in group.divisors(counts).items():
+            means[layer] = {
+                name: divide(
+                    sums[layer][name], devices.fitting(count, shapes[layer][name])
+                )
+                for name, count in part.items()
+            }
     return weight, cases, means
 
 
-def _counts(layer: Layer, statistics: Statistics) -> dict[str, Array]:
-    """What a layer's sums are divided by; those of a link come with the parent's."""
-    assert layer.block is not None
-    own = {
-        name: x
-        for name, x in statistics.layers[layer.name].items()
-        if name not in layer.cross_shapes
+def _check_products(groups: Sequence[Group], products: Products) -> None:
+    """Raises ValueError unless the layers and lengths of rows are this plan's."""
+    expected = {
+        x.name: (x.shape.inputs, x.shape.outputs)
+        for group in groups
+        for x in group.layers
+        if group.product_rows
     }
-    weight = statistics.weight.astype(layer.dtype)
-    return layer.block.counts(own, weight) | dict.fromkeys(layer.cross_shapes, weight)
-
-
-def _cross_counts(layers: Sequence[Layer], counts: Factors) -> Factors:
-    """The counts of links' inputs.
-
-    Where the numbers of rows that count differ, inputs are divided by their geometric
-    mean, which keeps the second moments of both layers together semidefinite.
-    """
-    result: Factors = {}
-    for layer in layers:
-        if layer.link is not None and layer.link.parent is not None:
-            both = counts[layer.name]["input"], counts[layer.link.parent]["input"]
-            result[layer.name] = {CROSS[0]: jnp.sqrt(both[0]) * jnp.sqrt(both[1])}
-    return result
-
-
-def _like(count: Array, layer: Layer, name: str, sharing: Distribution | None) -> Array:
-    """A count, so that it broadcasts to what a device keeps of the factor."""
-    if not by_rows(sharing) or count.ndim == 0:
-        return count
-    if count.size == 1:
-        return count.reshape(())
-    whole = jnp.broadcast_to(count, layer.factor_shapes[name])
-    return sharing.rows([whole])[0]
-
-
-def _finite_trees(layers: Sequence[Layer], flags: dict[str, Array]) -> dict[str, Array]:
-    """Linked layers are finite only together: each other's moments must fit."""
-    trees: dict[str, list[str]] = {}
-    for layer in layers:
-        if layer.link is not None:
-            trees.setdefault(layer.link.root, []).append(layer.name)
-    result = dict(flags)
-    for names in trees.values():
-        together = functools.reduce(jnp.logical_and, [flags[name] for name in names])
-        result |= dict.fromkeys(names, together)
-    return result
-
-
-def _finite_layers(
-    blocks: dict[str, Block], factors: Factors, sharing: Distribution | None
-) -> dict[str, Array]:
-    """Whether all factors of a layer are finite, by layer name.
-
-    Of a basis the diagonal is looked at, too: an eigendecomposition that fails is NaN
-    throughout. Of rows, everything is.
-    """
-    if by_rows(sharing):
-        own = [
-            jnp.stack([jnp.isfinite(x).all() for x in part.values()]).all()
-            for part in factors.values()
-        ]
-        return dict(zip(factors, sharing.everywhere(own), strict=True))
-    matrices = [
-        [
-            x
-            for name, x in part.items()
-            if name not in blocks[layer].elementwise and name not in CROSS
-        ]
-        for layer, part in factors.items()
-    ]
-    flags = dict(zip(factors, linalg.finite_diagonals(matrices), strict=True))
-    for layer, part in factors.items():
-        for name, x in part.items():
-            if name in blocks[layer].elementwise:
-                flags[layer] &= jnp.isfinite(x).all()
-    return flags
+    got = {name: tuple(jnp.shape(x)[-1] for x in xs) for name, xs in products.items()}
+    # where a custom derivative rule decides about gradients there are none
+    if got and got != expected:
+        raise ValueError(
+            f"statistics.products must have rows of lengths {expected}; got {got}. Use "
+            "what this very plan returned."
+        )

@@ -13,35 +13,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr.loops import sum_over
 from kfac_jax._jaxpr.states import Examples, Lost, State
 from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.distributions import RegisteredLoss
 
-MODES = (
-    "fisher_gradients",
-    "fisher_exact",
-    "fisher_empirical",
-    "fisher_curvature_prop",
-    "ggn_exact",
-    "ggn_curvature_prop",
-)
-"""Sampled gradients; exact; at the targets; random roots. For losses in natural
-parameters the generalised Gauss-Newton matrix and the Fisher are equal, and so are
-their modes; for others (a predicted variance, distributions of the user's own) the
-Fisher is used in both."""
-
 Pull = Callable[[list[Array]], Any]
-
-
-def is_exact(mode: str) -> bool:
-    """Whether the mode sums over all outputs."""
-    return mode in ("fisher_exact", "ggn_exact")
-
-
-def needs_rng(mode: str) -> bool:
-    """Whether the mode draws random numbers."""
-    return not is_exact(mode) and mode != "fisher_empirical"
 
 
 def _random_roots(losses: Sequence[RegisteredLoss], key: Array) -> list[Array]:
@@ -174,16 +151,3 @@ def sum_over_outputs(
         part = sum_over(column, outer * inner * size)
         total = part if total is None else jax.tree.map(jnp.add, total, part)
     return total
-
-
-def sum_over(function: Callable[[Array], Any], count: int) -> Any:
-    """Sums a function of 0, ..., count - 1 in one compiled loop."""
-    if count == 1:
-        return function(jnp.zeros((), int))
-    shapes = jax.eval_shape(function, jnp.zeros((), int))
-    start = jax.tree.map(_compat.zeros, shapes)
-
-    def body(total: Any, c: Array) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(c)), None
-
-    return jax.lax.scan(body, start, jnp.arange(count))[0]

@@ -18,7 +18,8 @@ from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.differentiation import has_forward_mode
 from kfac_jax._jaxpr.interpreter import Program, run
 from kfac_jax.distributions import RegisteredLoss
-from kfac_jax.plan import Layer
+from kfac_jax.plan.group import Factors
+from kfac_jax.plan.layer import Layer
 
 MOST_ENTRIES = 32
 """Of all these parameters together, the smallest first. One push costs up to a forward
@@ -27,27 +28,25 @@ pass, and most parameters of this kind are a few numbers; others get random sign
 
 def exact_diagonals(
     layers: Sequence[Layer],
-    chosen: Sequence[int],
     program: Program,
     leaves: Sequence[Array],
     data: Sequence[Any],
-) -> dict[int, dict[str, Array]]:
+) -> Factors:
     """The diagonals of some layers, where the program has a forward mode.
 
     Args:
-      layers: the plan's layers.
-      chosen: which of them may be wanted, those without taps.
+      layers: which layers, of those without taps.
       program: what leads to the registered losses.
       leaves: the parameters.
       data: its further inputs.
 
     Returns:
-      For those that are not too large the statistics, by their place among the layers.
+      For those that are not too large the statistics, by layer name.
     """
-    small = _small(layers, chosen)
+    small = _small(layers)
     if not small or not has_forward_mode(program.graph):
         return {}
-    places = [leaf for i in small for leaf in layers[i].leaves]
+    places = [leaf for layer in small for leaf in layer.leaves]
 
     def outputs(own: list[Array]) -> tuple[list[Array], list[RegisteredLoss]]:
         given = dict(zip(places, own, strict=True))
@@ -70,21 +69,22 @@ def exact_diagonals(
             )
 
         squares = dict(zip(places, _by_entries(square, own), strict=True))
-        leaves = {i: [squares[k] for k in layers[i].leaves] for i in small}
-        return {
-            i: {"diagonal": layers[i].to_matrix(leaves[i]).astype(layers[i].dtype)}
-            for i in small
-        }
+        result: Factors = {}
+        for layer in small:
+            matrix = layer.to_matrix([squares[i] for i in layer.leaves])
+            result[layer.name] = {"diagonal": matrix.astype(layer.dtype)}
+        return result
 
     return axis_types.auto(diagonals)(losses, own)
 
 
-def _small(layers: Sequence[Layer], chosen: Sequence[int]) -> list[int]:
+def _small(layers: Sequence[Layer]) -> list[Layer]:
     """The smallest layers, no more than have `MOST_ENTRIES` together."""
-    sizes = {i: sum(map(math.prod, layers[i].shapes)) for i in chosen}
-    order = sorted(sizes, key=lambda i: sizes[i])
+    sizes = [sum(map(math.prod, layer.shapes)) for layer in layers]
+    order = sorted(range(len(layers)), key=lambda i: sizes[i])
     totals = itertools.accumulate(sizes[i] for i in order)
-    return [i for i, n in zip(order, totals, strict=True) if n <= MOST_ENTRIES]
+    pairs = zip(order, totals, strict=True)
+    return [layers[i] for i, total in pairs if total <= MOST_ENTRIES]
 
 
 def _by_entries(

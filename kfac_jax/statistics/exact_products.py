@@ -14,7 +14,8 @@ from kfac_jax._jaxpr.graph import Graph, build
 from kfac_jax._jaxpr.interpreter import run
 from kfac_jax._utils.trees import TreeSpec
 from kfac_jax.distributions import RegisteredLoss
-from kfac_jax.plan import tracing
+from kfac_jax.plan.programs import outputs_program
+from kfac_jax.plan.tracing import trace
 
 Params = Any
 
@@ -107,10 +108,10 @@ class ExactProducts:
 
     def _outputs(self) -> tuple[Callable[[list[Array]], Any], Graph]:
         """The registered outputs as a function of the parameters, and its program."""
-        traced = tracing.trace(
+        traced = trace(
             self.loss_fn, self.has_aux, self.tree, self.params, self.args, None
         )
-        program = tracing.outputs_program(traced)
+        program = outputs_program(traced)
         data = jax.tree.leaves(self.args)
 
         def outputs(leaves: list[Array]) -> tuple[list[Array], list[RegisteredLoss]]:

@@ -1,9 +1,7 @@
 """One forward pass of a plan's loss, and what is pulled back from it."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +12,13 @@ from kfac_jax._jaxpr.differentiation import reverse_mode
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
 from kfac_jax.devices import collectives
 from kfac_jax.distributions import RegisteredLoss
-from kfac_jax.operator.products import Products
-from kfac_jax.plan import Layer, tracing
-from kfac_jax.statistics.averages import Factors, Statistics
-from kfac_jax.statistics.estimation import is_exact
+from kfac_jax.plan.group import Factors, Group, Products, layers_of
+from kfac_jax.plan.modes import is_exact
+from kfac_jax.plan.plan import Plan
+from kfac_jax.plan.programs import split_program
+from kfac_jax.statistics.averages import Statistics
 from kfac_jax.statistics.exact_diagonals import exact_diagonals
-from kfac_jax.statistics.gathering import (
-    Sums,
-    gather,
-    is_squared,
-    is_tapped,
-    probe,
-    split_products,
-    with_cross,
-)
-
-if TYPE_CHECKING:
-    from kfac_jax.curvature import Curvature
+from kfac_jax.statistics.gathering import gather
 
 
 class Linearized(NamedTuple):
@@ -48,7 +36,7 @@ class Linearized(NamedTuple):
 
 
 def linearize(
-    plan: Curvature,
+    plan: Plan,
     params: Any,
     args: Any,
     leaves: Sequence[Array],
@@ -76,20 +64,16 @@ def linearize(
     Raises:
       ValueError: if the program's layers are not the plan's.
     """
-    traced = tracing.trace(
-        plan.loss_fn, plan.has_aux, plan.tree, params, args, plan.batch_argnums
-    )
-    program, sites = _tapped_program(plan, traced)
-    rest = None
+    derived, program = plan.tapped(params, args)
+    traced, rest = derived.traced, None
     if own_gradient:
-        program, rest = tracing.split_program(program)
-    carried = _carried(plan.layers, factors)
+        program, rest = split_program(program)
+    carried = _carried(plan.groups, factors)
     data = jax.tree.leaves(args)
-    probes = {
-        index: probe(layer, sites[index], data) | carried.get(layer.name, {})
-        for index, layer in enumerate(plan.layers)
-        if is_tapped(layer)
-    }
+    probes: Factors = {}
+    for group in plan.groups:
+        for name, zeros in group.probes(derived.sites, data).items():
+            probes[name] = zeros | carried.get(name, {})
     probes = jax.tree.map(lambda x: _compat.vary_like(x, *data), probes)
 
     def forward(leaves: Sequence[Array], probes: Any) -> Any:
@@ -109,7 +93,7 @@ def linearize(
         zeros = [jnp.zeros_like(z) for z in zs]
         with reverse_mode(program.graph, len(leaves)):
             grads, sums = pull((jnp.ones_like(loss), zeros))
-        products = split_products(plan.layers, sums)[1]
+        products = {n: x for g in plan.groups for n, x in g.products(sums).items()}
         if any(map(_compat.varying, jax.tree.leaves(products))):
             products = {}  # of one device, where gradients are of all
         return grads, products
@@ -122,14 +106,13 @@ def linearize(
         pairs = zip(cotangents, zs, strict=True)
         cotangents = [_compat.vary_like(u, z) for u, z in pairs]
         grads, sums = axis_types.explicit(pull_back, zs)(cotangents)
-        sums, _ = split_products(plan.layers, sums)
-        return grads, with_cross(plan.layers, sums)
+        return grads, _collected(plan.groups, sums)
 
-    def diagonals() -> Sums:
+    def diagonals() -> Factors:
         if not is_exact(plan.estimation_mode):
             return {}
-        squared = [i for i, layer in enumerate(plan.layers) if is_squared(layer)]
-        return exact_diagonals(plan.layers, squared, program, leaves, data)
+        squared = [layer for layer in plan.layers if layer.is_squared]
+        return exact_diagonals(squared, program, leaves, data)
 
     def statistics(rng: Array | None) -> Statistics:
         examples = traced.found.loss_examples
@@ -141,59 +124,43 @@ def linearize(
     return Linearized(value, None if replaces_rules(program) else gradient, statistics)
 
 
-def _tapped_program(plan: Curvature, traced: tracing.Traced) -> tuple[Any, Any]:
-    """The program with a tap at every site, and each layer's sites.
-
-    Raises:
-      ValueError: if the program's layers are not the plan's.
-    """
-    layers, sites = tracing.group_layers(
-        traced,
-        plan.tree,
-        plan.blocks,
-        plan.weight_sharing,
-        plan.estimation_mode,
-        plan.structure,
-    )
-    layers = tracing.apply_policy(layers, plan.on_unmatched, quiet=True)
-    mine = [tracing.signature(layer) for layer in plan.layers]
-    theirs = [tracing.signature(layer) for layer in layers]
-    if mine != theirs:
-        changed = sorted({n for n, *_ in set(mine).symmetric_difference(theirs)})
-        raise ValueError(
-            "The loss function uses its parameters differently from when the "
-            f"plan was made: layers {changed} changed. Make a new plan with "
-            "make_curvature for these arguments."
-        )
-    return tracing.tapped_program(traced, plan.layers, sites), sites
+def _collected(groups: Sequence[Group], sums: Factors) -> Factors:
+    """Statistics from what all taps brought."""
+    result: Factors = {}
+    for group in groups:
+        result |= group.collect(sums)
+    return result
 
 
-def _carried(layers: Sequence[Layer], factors: Factors | None) -> Factors:
-    """What the layers' blocks carry, of those factors."""
+def _carried(groups: Sequence[Group], factors: Factors | None) -> Factors:
+    """What the groups carry, of those factors."""
+    if factors is None:
+        return {}
     return {
-        layer.name: {n: factors[layer.name][n] for n in layer.carried_shapes}
-        for layer in layers
-        if factors is not None and layer.carried_shapes
+        layer: {name: factors[layer][name] for name in names}
+        for group in groups
+        for layer, names in group.carried.items()
+        if names
     }
 
 
 def _statistics(
-    plan: Curvature,
+    plan: Plan,
     losses: Sequence[RegisteredLoss],
     examples: Any,
     pull_outputs: Callable[[list[Array]], Any],
-    diagonals: Sums,
+    diagonals: Factors,
     carried: Factors,
     rng: Array | None,
 ) -> Statistics:
     """Sums over the cases of all devices, and what they were gathered in."""
-    layers = plan.layers
+    groups = plan.groups
 
     def gathered(
-        losses: Sequence[RegisteredLoss], rng: Array | None, known: Sums
+        losses: Sequence[RegisteredLoss], rng: Array | None, known: Factors
     ) -> Any:
         sums, count = gather(
-            layers,
+            groups,
             plan.estimation_mode,
             plan.num_samples,
             losses,
@@ -204,7 +171,7 @@ def _statistics(
             known,
         )
         (cases,) = collectives.summed([_cases(losses)], [None])
-        return _over_devices(layers, sums, known), count, count * cases
+        return _over_devices(groups, sums, known), count, count * cases
 
     sums, count, cases = axis_types.auto(gathered)(losses, rng, diagonals)
     count *= _compat.summed_devices([one.z for one in losses], sums)
@@ -216,8 +183,8 @@ def _statistics(
         jnp.asarray(count, jnp.float32),
         cases,
         {
-            layer.name: {**sums.get(i, {}), **counted.get(layer.name, {})}
-            for i, layer in enumerate(layers)
+            name: {**sums.get(name, {}), **counted.get(name, {})}
+            for name in (layer.name for layer in plan.layers)
         },
         {},
     )
@@ -232,21 +199,24 @@ def _cases(losses: Sequence[RegisteredLoss]) -> Array:
     return total
 
 
-def _over_devices(layers: Sequence[Layer], sums: Sums, known: Sums) -> Sums:
+def _over_devices(groups: Sequence[Group], sums: Factors, known: Factors) -> Factors:
     """Sums what `shard_map` has on each device, without what blocks carry.
 
     Squares that are not known exactly are of gradients, which JAX has summed.
     """
-    own = {
-        (i, name): x
-        for i, part in sums.items()
-        for name, x in part.items()
-        if name not in layers[i].carried_shapes
+    carried = {name: x for group in groups for name, x in group.carried.items()}
+    squared = {
+        x.name for x in layers_of(groups) if x.is_squared and x.name not in known
     }
-    squared = [is_squared(layers[i]) and i not in known for i, _ in own]
-    like = [x if s else None for s, x in zip(squared, own.values(), strict=True)]
-    result: Sums = {i: {} for i in sums}
+    own = {
+        (layer, name): x
+        for layer, part in sums.items()
+        for name, x in part.items()
+        if name not in carried[layer]
+    }
+    like = [x if layer in squared else None for (layer, _), x in own.items()]
+    result: Factors = {layer: {} for layer in sums}
     summed = collectives.summed(list(own.values()), like)
-    for (i, name), x in zip(own, summed, strict=True):
-        result[i][name] = x
+    for (layer, name), x in zip(own, summed, strict=True):
+        result[layer][name] = x
     return result

@@ -1,0 +1,95 @@
+"""One device, or many that each do everything."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from jax import Array
+
+from kfac_jax import linalg
+from kfac_jax.devices.base import Devices, Shifted
+from kfac_jax.devices.rows import Shape
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Alone(Devices):
+    """A device that shares nothing: what `devices=None` stands for.
+
+    >>> Alone().size()
+    1
+    """
+
+    @property
+    def cuts_state(self) -> bool:
+        """It has all."""
+        return False
+
+    def size(self) -> int:
+        """One."""
+        return 1
+
+    def keepers(self) -> int:
+        """One."""
+        return 1
+
+    def sharing_only(self) -> "Alone":
+        """The same."""
+        return self
+
+    def mean(self, tree: T) -> T:
+        """The same."""
+        return tree
+
+    def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
+        """The same."""
+        return weight, counts, sums
+
+    def everywhere(self, flags: Sequence[Array]) -> list[Array]:
+        """The same."""
+        return list(flags)
+
+    def kept_shape(self, shape: Shape) -> Shape:
+        """The same."""
+        return shape
+
+    def rows(self, leaves: Sequence[Array]) -> list[Array]:
+        """The same."""
+        return list(leaves)
+
+    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        """The same."""
+        return list(rows)
+
+    def apart(self, function: Callable[..., T], rows: Any, whole: Any) -> T:
+        """Calls it for itself."""
+        return function(self, rows, whole)
+
+    def made(self, make: Callable[[], T]) -> T:
+        """Makes it, array by array."""
+        return make()
+
+    def inverses(self, shifted: Shifted) -> list[linalg.Inverted]:
+        """Size by size."""
+        return linalg.inverse_many(shifted)
+
+    def roots(self, shifted: Shifted) -> list[Array]:
+        """Size by size."""
+        return linalg.inverse_root_many(shifted)
+
+    def conditionals(
+        self, parts: Sequence[tuple[Array, Array, Array]]
+    ) -> list[linalg.Conditional]:
+        """One by one."""
+        return linalg.conditionals(parts)
+
+    def each(
+        self,
+        costs: Sequence[float],
+        functions: Sequence[Callable[[Any], list[Array]]],
+        operands: Sequence[Any],
+    ) -> list[list[Array]]:
+        """One by one."""
+        return [f(x) for f, x in zip(functions, operands, strict=True)]

@@ -1,0 +1,351 @@
+"""Layers by themselves: every layer has a block of its own, and a group."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax._jaxpr.loops import sum_over
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.states import LOST, Examples
+from kfac_jax._utils import fresh
+from kfac_jax.blocks import TNT, Block, BlockShape, Kronecker, Spectrum
+from kfac_jax.blocks._tied import join
+from kfac_jax.devices import Devices
+from kfac_jax.devices.rows import row_axis
+from kfac_jax.linalg import Inverted
+from kfac_jax.plan.group import (
+    Arrays,
+    Decomposed,
+    Factors,
+    Group,
+    Name,
+    Products,
+    Shapes,
+    ToInvert,
+    Vectors,
+)
+from kfac_jax.plan.layer import Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Single(Group):
+    """One layer with its block."""
+
+    layer: Layer
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The one."""
+        return (self.layer,)
+
+    @property
+    def block(self) -> Block:
+        """The layer's, which there must be."""
+        assert self.layer.block is not None
+        return self.layer.block
+
+    # ------------------------------------------------------------------ what it holds
+
+    @property
+    def inverse_shapes(self) -> Shapes:
+        """Those of what the block has inverted."""
+        return {self.name: {name: x.shape for name, x in self.layer.damped.items()}}
+
+    @property
+    def in_every_step(self) -> bool:
+        """As the block says."""
+        return self.layer.block is not None and self.block.inverted_in_every_step
+
+    @property
+    def by_entry(self) -> bool:
+        """Unless the block has a basis, or an average of its own."""
+        if self.layer.block is None:
+            return True
+        return not self.moves and type(self.block).average is Block.average
+
+    @property
+    def solves_by_rows(self) -> bool:
+        """Whether its inverse is `A⁻¹ ⊗ G⁻¹`, with rows where they are expected.
+
+        Subclasses of these blocks may solve in another way.
+        """
+        if type(self.layer.block) not in (Kronecker, TNT):
+            return False
+        lead = len(self.layer.shape.lead)
+        shapes = self.inverse_shapes[self.name].values()
+        return all(row_axis(shape) == lead for shape in shapes)
+
+    # --------------------------------------------------------------------- statistics
+
+    @property
+    def row_statistics(self) -> dict[str, frozenset[str]]:
+        """The block's."""
+        layer = self.layer
+        own = frozenset() if layer.block is None else layer.block.row_statistics
+        return {self.name: own}
+
+    def probes(
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+    ) -> Factors:
+        """Zeros like the block's statistics."""
+        if not self.layer.is_tapped:
+            return {}
+        shapes = self.layer.statistics_shapes
+        zeros = {n: jnp.zeros(s, self.layer.dtype) for n, s in shapes.items()}
+        return {self.name: zeros}
+
+    def gather(
+        self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
+    ) -> Arrays:
+        """The block's statistics."""
+        return site_statistics(site, self.block, layer.shape, x, dy, carried)
+
+    # ------------------------------------------------------------------------ factors
+
+    def counts(self, statistics: Factors, weight: Array) -> Factors:
+        """As the block counts."""
+        own = statistics[self.name]
+        if self.layer.block is None or not own:
+            return {}
+        return {self.name: self.block.counts(own, weight.astype(self.layer.dtype))}
+
+    def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
+        """As the block averages."""
+        own = self.block.average(old[self.name], new[self.name], epsilon)
+        return {self.name: own}
+
+    def looked_at(self, factors: Factors) -> tuple[list[Array], list[Array]]:
+        """Matrices, bases among them, and what is elementwise."""
+        elementwise = self.block.elementwise
+        own = factors[self.name]
+        matrices = [x for name, x in own.items() if name not in elementwise]
+        return matrices, [x for name, x in own.items() if name in elementwise]
+
+    # ----------------------------------------------------------------------- inverses
+
+    def init_inverses(self) -> Factors:
+        """Identities, ones where elementwise."""
+        own = self.layer.damped
+        elementwise = self.block.elementwise if own else frozenset()
+        return {
+            self.name: {
+                name: fresh.full(x.shape, 1.0, x.dtype)
+                if name in elementwise
+                else fresh.identities(x.shape, x.dtype)
+                for name, x in own.items()
+            }
+        }
+
+    def move(self, factors: Factors) -> Factors:
+        """What the block's refresh changes."""
+        own = factors[self.name]
+        new = self.block.refresh(own)
+        return {self.name: {n: x for n, x in new.items() if x is not own[n]}}
+
+    def to_invert(self, factors: Factors, damping: Any) -> ToInvert:
+        """What the block has inverted."""
+        if self.layer.block is None:
+            return ToInvert({}, {})
+        damping = jnp.asarray(damping, self.layer.dtype)
+        damped = self.block.damp(factors[self.name], damping)
+        elementwise = self.block.elementwise
+        return ToInvert(
+            {(self.name, n): x for n, x in damped.items() if n not in elementwise},
+            {(self.name, n): x for n, x in damped.items() if n in elementwise},
+        )
+
+    def inverses(
+        self, found: Mapping[Name, Inverted], factors: Factors, devices: Devices
+    ) -> tuple[Factors, Array]:
+        """The inverses as they are."""
+        own = {name: found[self.name, name] for name in self.layer.damped}
+        flags = [x.finite for x in own.values()]
+        finite = jnp.asarray(True)
+        if flags:
+            finite = functools.reduce(jnp.logical_and, flags)
+        return {self.name: {name: x.inverse for name, x in own.items()}}, finite
+
+    @classmethod
+    def solve_all(
+        cls,
+        groups: Sequence["Single"],
+        inverses: Factors,
+        vectors: Vectors,
+        products: Products,
+    ) -> Vectors:
+        """Layer by layer."""
+        return {
+            x.name: x.block.solve(inverses[x.name], vectors[x.name])
+            for x in groups
+            if x.name in vectors
+        }
+
+    # ----------------------------------------------------------------------- operator
+
+    def matvec(self, factors: Factors, vectors: Vectors) -> Vectors:
+        """The block's."""
+        return {self.name: self.block.matvec(factors[self.name], vectors[self.name])}
+
+    def diagonal(self, factors: Factors) -> Vectors:
+        """The block's."""
+        return {self.name: self.block.diagonal(factors[self.name], self.layer.shape)}
+
+    def check_mode(self, damping: Any, mode: str) -> None:
+        """Blocks have both modes."""
+
+    @property
+    def has_spectrum(self) -> bool:
+        """Blocks have one."""
+        return True
+
+    def _spectrum(self, factors: Factors) -> Spectrum:
+        return self.block.spectrum(factors[self.name], self.layer.shape)
+
+    def power(
+        self, factors: Factors, vectors: Vectors, exponent: Any, damping: Any, mode: str
+    ) -> Vectors:
+        """By the block's eigenvectors."""
+        spectrum = self._spectrum(factors)
+        v = vectors[self.name]
+        scale = (spectrum.eigenvalues(damping, mode) ** exponent).astype(v.dtype)
+        return {self.name: spectrum.from_basis(scale * spectrum.to_basis(v))}
+
+    def logdet(self, factors: Factors, damping: Any, mode: str) -> Array:
+        """By the block's eigenvalues."""
+        return jnp.log(self._spectrum(factors).eigenvalues(damping, mode)).sum()
+
+    def sample(
+        self, factors: Factors, noise: Vectors, damping: Any, mode: str
+    ) -> Vectors:
+        """The power -½ of the noise."""
+        return self.power(factors, noise, -0.5, damping, mode)
+
+    # ------------------------------------------------------------------ costs, report
+
+    @property
+    def inversion_cost(self) -> int:
+        """Of factors that are inverted or decomposed."""
+        layer = self.layer
+        if layer.block is None:
+            return 0
+        names = layer.block.elementwise | layer.block.carried
+        inverted = {name: x.shape for name, x in layer.damped.items()}
+        if not layer.shape.tied:  # whose factors are added up first
+            inverted |= layer.factor_shapes
+        return sum(
+            math.prod(shape) * shape[-1]
+            for name, shape in inverted.items()
+            if name not in names
+        )
+
+    @property
+    def decomposed(self) -> list[Decomposed]:
+        """The basis that a block carries, if it does."""
+        layer = self.layer
+        if layer.block is None or not self.moves:
+            return []
+        names = layer.block.carried | layer.block.elementwise
+        entries = sum(
+            math.prod(shape) for n, shape in layer.factor_shapes.items() if n in names
+        )
+        size = entries * jnp.dtype(layer.dtype).itemsize
+        return [Decomposed(layer.name, "basis", float(self.inversion_cost), size)]
+
+    @property
+    def statistics_cost(self) -> float:
+        """Of the factors' products, and of the output's gradient."""
+        return statistics_cost(self.layer, self.layer.factor_shapes)
+
+
+def statistics_cost(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """Multiply-adds of one batch's second moments, gradients of outputs included.
+
+    Args:
+      layer: the layer.
+      shapes: of its second moments.
+
+    Returns:
+      The number.
+    """
+    if not layer.is_tapped:
+        return 0
+    moments = sum(map(math.prod, shapes.values()))
+    moments /= len(layer.shape.terms)  # about half of the rows are for either
+    return layer.positions * (moments + math.prod(layer.shape.matrix))
+
+
+def site_statistics(
+    site: Site,
+    block: Block,
+    shape: BlockShape,
+    x: Array | None,
+    dy: Array,
+    carried: Arrays,
+) -> Arrays:
+    """One use's statistics, from input and output cotangent as the program has them.
+
+    Patches of a convolution take the kernel's size times the memory of its input; they
+    are made of a part of the batch at a time, so that they never take more than that.
+
+    Args:
+      site: the use.
+      block: the layer's block.
+      shape: the layer's shape.
+      x: the input; None for a shift.
+      dy: the cotangent of the output.
+      carried: the factors that the block's statistics need.
+
+    Returns:
+      The block's sums.
+    """
+
+    def gathered(site: Site, x: Array | None, dy: Array) -> Arrays:
+        term = shape.terms[site.swapped]
+        rows = site.canonical(x, dy, term.homogeneous, one_hot=term.one_hot)
+        sums = block.statistics(*rows, term, **carried)
+        if site.cases:
+            sums = _repeated(sums, block.row_statistics, site.cases)
+        return join({}, sums) if site.swapped else sums
+
+    conv = site.convolution
+    if conv is None or x is None:
+        return gathered(site, x, dy)
+    x_axis, y_axis = conv.batch_axes
+    batch = x.shape[x_axis]
+    parts, size = conv.chunks(batch)
+    whole = Examples(0, batch)
+    if parts <= 1 or (block.needs_examples and site.examples != whole):
+        return gathered(site, x, dy)
+
+    def piece(start: Array | int, size: int) -> Arrays:
+        return gathered(
+            dataclasses.replace(
+                site, examples=Examples(0, size) if site.examples == whole else LOST
+            ),
+            jax.lax.dynamic_slice_in_dim(x, start, size, x_axis),
+            jax.lax.dynamic_slice_in_dim(dy, start, size, y_axis),
+        )
+
+    total = sum_over(lambda index: piece(index * size, size), parts)
+    done = parts * size
+    if done == batch:
+        return total
+    return jax.tree.map(jnp.add, total, piece(done, batch - done))
+
+
+def _repeated(sums: Arrays, row_statistics: frozenset[str], cases: int) -> Arrays:
+    """The statistics of a constant that stands for as many rows as there are cases.
+
+    The output's gradient is the sum over cases. Its square has the expectation of the
+    sum of squares, as the sampled gradients of cases are independent with mean zero.
+    """
+    return {
+        name: value * cases if name in row_statistics else value
+        for name, value in sums.items()
+    }

@@ -1,0 +1,132 @@
+"""The plan: what was asked for, and the layers and groups that a program has."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from kfac_jax._jaxpr.constants import mixed
+from kfac_jax._jaxpr.interpreter import Program
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax._utils.trees import TreeSpec
+from kfac_jax.plan import batch, checks
+from kfac_jax.plan.group import Group, Grouped, Structure, Uses
+from kfac_jax.plan.grouping import BlocksSpec, make_layers
+from kfac_jax.plan.layer import Layer
+from kfac_jax.plan.modes import needs_rng
+from kfac_jax.plan.programs import goes_around_rules, tapped_program
+from kfac_jax.plan.tracing import Traced, trace
+
+Params = Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What was asked for: see `make_curvature`, whose arguments these are."""
+
+    loss_fn: Callable[..., Any]
+    has_aux: bool
+    estimation_mode: str
+    num_samples: int
+    statistics_fraction: float
+    l2: float
+    tree: TreeSpec = dataclasses.field(repr=False)
+    blocks: BlocksSpec = dataclasses.field(repr=False, compare=False)
+    on_unmatched: str
+    weight_sharing: str
+    structure: Structure
+    batch_argnums: batch.Argnums = dataclasses.field(default=None, repr=False)
+    independent_cases: bool = dataclasses.field(default=False, repr=False)
+
+    def derive(self, params: Params, args: Any, *, quiet: bool) -> "Derived":
+        """Traces the loss function and finds layers and groups.
+
+        Both a plan and each computation with it come from here, so that they agree.
+
+        Args:
+          params: the parameters, or their shapes.
+          args: the loss function's further arguments, or their shapes.
+          quiet: do not repeat warnings that the plan gave.
+
+        Returns:
+          What was found.
+
+        Raises:
+          TypeError: if the loss is not a real scalar.
+          ValueError: as `make_curvature`.
+        """
+        traced = trace(
+            self.loss_fn, self.has_aux, self.tree, params, args, self.batch_argnums
+        )
+        uses = traced.found.uses
+        if not needs_rng(self.estimation_mode):
+            mode = self.estimation_mode
+            where = f"; only sampled modes can tell them apart, not {mode!r}"
+            uses = [
+                mixed(use, where) if isinstance(use, Site) and use.cases else use
+                for use in uses
+            ]
+        layers, sites = make_layers(
+            uses,
+            self.tree.paths,
+            self.tree.shapes,
+            self.tree.dtypes,
+            self.blocks,
+            self.weight_sharing,
+        )
+        layers = checks.apply_policy(layers, self.on_unmatched, quiet=quiet)
+        grouped = self.structure.group(
+            Uses(
+                layers,
+                sites,
+                traced.found.graph,
+                self.l2,
+                goes_around_rules(traced, sites),
+            )
+        )
+        return Derived(traced, layers, sites, grouped)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Derived:
+    """What one trace of the loss function gives.
+
+    Attributes:
+      traced: the program, with what was found in it.
+      layers: its layers.
+      sites: by layer name, where each is used.
+      grouped: its groups.
+    """
+
+    traced: Traced
+    layers: tuple[Layer, ...]
+    sites: Mapping[str, Sequence[Site]]
+    grouped: Grouped
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan(Options):
+    """A static, hashable plan: parameters → layers → groups."""
+
+    layers: tuple[Layer, ...]
+    groups: tuple[Group, ...] = dataclasses.field(repr=False)
+    notes: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    lost_examples: str = dataclasses.field(default="", repr=False, compare=False)
+
+    def tapped(self, params: Params, args: Any) -> tuple[Derived, Program]:
+        """Traces the loss function again, and places taps as the plan has them.
+
+        Raises:
+          ValueError: if the program's layers are not the plan's.
+        """
+        derived = self.derive(params, args, quiet=True)
+        mine = {x.names: x.signature for x in self.groups}
+        theirs = {x.names: x.signature for x in derived.grouped.groups}
+        if mine != theirs:
+            both = mine.keys() | theirs.keys()
+            changed = {x for x in both if mine.get(x) != theirs.get(x)}
+            raise ValueError(
+                "The loss function uses its parameters differently from when the plan "
+                f"was made: layers {sorted({n for x in changed for n in x})} changed. "
+                "Make a new plan with make_curvature for these arguments."
+            )
+        return derived, tapped_program(derived.traced, self.groups, derived.sites)

@@ -1,0 +1,88 @@
+"""Programs that are run in place of the loss function: with taps, or parts of it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from jax import Array
+
+from kfac_jax._jaxpr import graph as graph_lib
+from kfac_jax._jaxpr.interpreter import Gather, Probe, Program, Tap, replaces_rules
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax.plan.group import Group
+from kfac_jax.plan.layer import Layer
+from kfac_jax.plan.tracing import Traced
+
+
+def bare_program(traced: Traced) -> Program:
+    """The program without taps."""
+    return Program(traced.found.graph, {}, {})
+
+
+def outputs_program(traced: Traced) -> Program:
+    """What the registered losses are computed from, without taps."""
+    graph = traced.found.graph
+    return Program(graph_lib.without_rest(graph, _tags(graph)), {}, {})
+
+
+def split_program(program: Program) -> tuple[Program, Program]:
+    """What the registered losses are computed from, and the rest without taps."""
+    first, rest = graph_lib.split(program.graph, _tags(program.graph))
+    return dataclasses.replace(program, graph=first), Program(rest, {}, {})
+
+
+def _tags(graph: graph_lib.Graph) -> set[int]:
+    """The results of the loss tags."""
+    return {
+        out for node in graph.walk() if node.name == "kfac_loss" for out in node.outputs
+    }
+
+
+def tapped_program(
+    traced: Traced, groups: Sequence[Group], sites: Mapping[str, Sequence[Site]]
+) -> Program:
+    """The program with a tap at each site of each layer.
+
+    Args:
+      traced: the traced loss function.
+      groups: the groups, which say what taps gather.
+      sites: by layer name, where each is used.
+
+    Returns:
+      The program. Probes are by layer name.
+    """
+    taps: dict[int, list[Tap]] = {}
+    owner: dict[int, str] = {}
+    for group in groups:
+        for layer in group.layers:
+            owner.update(dict.fromkeys(layer.leaves, layer.name))
+            carried = group.carried[layer.name]
+            for site in sites[layer.name]:
+                gather = _gather(group, layer, site)
+                tap = Tap(layer.name, site.x, gather, carried)
+                taps.setdefault(site.output, []).append(tap)
+    scanned = {
+        node: frozenset(owner[leaf] for leaf in leaves)
+        for node, leaves in traced.found.scanned.items()
+    }
+    return Program(traced.found.graph, taps, scanned)
+
+
+def _gather(group: Group, layer: Layer, site: Site) -> Gather:
+    def gather(x: Array | None, dy: Array, carried: Probe) -> Probe:
+        return group.gather(layer, site, x, dy, carried)
+
+    return gather
+
+
+def goes_around_rules(traced: Traced, sites: Mapping[str, Sequence[Site]]) -> bool:
+    """Whether taps at those sites go around a custom derivative rule of the user's."""
+
+    def nothing(x: Array | None, dy: Array, carried: Probe) -> Probe:
+        return {}
+
+    taps = {
+        site.output: [Tap(name, site.x, nothing)]
+        for name, places in sites.items()
+        for site in places
+    }
+    return replaces_rules(Program(traced.found.graph, taps, {}))
