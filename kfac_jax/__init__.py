@@ -1,63 +1,12 @@
 """K-FAC for JAX: curvature of neural networks as pure functional transformations."""
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from kfac_jax import blocks as blocks
 from kfac_jax import distributions as distributions
 from kfac_jax import linalg as linalg
 from kfac_jax import losses as losses
-from kfac_jax.compat import curvature_blocks as curvature_blocks
-from kfac_jax.compat import curvature_estimator as curvature_estimator
-from kfac_jax.compat import layers_and_loss_tags as layers_and_loss_tags
-from kfac_jax.compat import optimizer as optimizer
-from kfac_jax.compat import tag_graph_matcher as tag_graph_matcher
-from kfac_jax.compat import utils as utils
-from kfac_jax.compat.curvature_blocks import Conv2DDiagonal as Conv2DDiagonal
-from kfac_jax.compat.curvature_blocks import Conv2DFull as Conv2DFull
-from kfac_jax.compat.curvature_blocks import Conv2DTNT as Conv2DTNT
-from kfac_jax.compat.curvature_blocks import (
-    Conv2DTwoKroneckerFactored as Conv2DTwoKroneckerFactored,
-)
-from kfac_jax.compat.curvature_blocks import CurvatureBlock as CurvatureBlock
-from kfac_jax.compat.curvature_blocks import DenseDiagonal as DenseDiagonal
-from kfac_jax.compat.curvature_blocks import DenseFull as DenseFull
-from kfac_jax.compat.curvature_blocks import DenseTNT as DenseTNT
-from kfac_jax.compat.curvature_blocks import (
-    DenseTwoKroneckerFactored as DenseTwoKroneckerFactored,
-)
-from kfac_jax.compat.curvature_blocks import KroneckerFactored as KroneckerFactored
-from kfac_jax.compat.curvature_blocks import LayerVjpData as LayerVjpData
-from kfac_jax.compat.curvature_blocks import NaiveDiagonal as NaiveDiagonal
-from kfac_jax.compat.curvature_blocks import NaiveFull as NaiveFull
-from kfac_jax.compat.curvature_blocks import NaiveTNT as NaiveTNT
-from kfac_jax.compat.curvature_blocks import (
-    RepeatedDenseKroneckerFactored as RepeatedDenseKroneckerFactored,
-)
-from kfac_jax.compat.curvature_blocks import (
-    ScaleAndShiftDiagonal as ScaleAndShiftDiagonal,
-)
-from kfac_jax.compat.curvature_blocks import ScaleAndShiftFull as ScaleAndShiftFull
-from kfac_jax.compat.curvature_blocks import ScaledIdentity as ScaledIdentity
-from kfac_jax.compat.curvature_blocks import (
-    get_default_tag_to_block_ctor as get_default_tag_to_block_ctor,
-)
-from kfac_jax.compat.curvature_blocks import (
-    set_default_tag_to_block_ctor as set_default_tag_to_block_ctor,
-)
-from kfac_jax.compat.curvature_estimator import (
-    BlockDiagonalCurvature as BlockDiagonalCurvature,
-)
-from kfac_jax.compat.curvature_estimator import (
-    ExplicitExactCurvature as ExplicitExactCurvature,
-)
-from kfac_jax.compat.curvature_estimator import (
-    ImplicitExactCurvature as ImplicitExactCurvature,
-)
-from kfac_jax.compat.curvature_estimator import (
-    OptaxPreconditioner as OptaxPreconditioner,
-)
-from kfac_jax.compat.curvature_estimator import (
-    OptaxPreconditionState as OptaxPreconditionState,
-)
-from kfac_jax.compat.optimizer import Optimizer as Optimizer
 from kfac_jax.curvature import Curvature as Curvature
 from kfac_jax.curvature import make_curvature as make_curvature
 from kfac_jax.devices import OverAxis as OverAxis
@@ -110,3 +59,33 @@ register_categorical_predictive_distribution = register_softmax_cross_entropy_lo
 register_multi_bernoulli_predictive_distribution = register_sigmoid_cross_entropy_loss
 
 __version__ = "0.1.0"
+
+_FOR_EXISTING_PROGRAMS = {
+    "curvature_blocks": """
+        Conv2DDiagonal Conv2DFull Conv2DTNT Conv2DTwoKroneckerFactored CurvatureBlock
+        DenseDiagonal DenseFull DenseTNT DenseTwoKroneckerFactored KroneckerFactored
+        LayerVjpData NaiveDiagonal NaiveFull NaiveTNT RepeatedDenseKroneckerFactored
+        ScaleAndShiftDiagonal ScaleAndShiftFull ScaledIdentity
+        get_default_tag_to_block_ctor set_default_tag_to_block_ctor
+    """,
+    "curvature_estimator": """
+        BlockDiagonalCurvature ExplicitExactCurvature ImplicitExactCurvature
+        OptaxPreconditioner OptaxPreconditionState
+    """,
+    "optimizer": "Optimizer",
+    "layers_and_loss_tags": "",
+    "tag_graph_matcher": "",
+    "utils": "",
+}
+"""Names that programs written for the existing JAX K-FAC library use, by modules of
+`kfac_jax.compat`, which are such names themselves. They are looked up when asked for:
+nobody else meets them, or waits for their import."""
+
+
+def __getattr__(name: str) -> _Any:
+    """Finds what only existing programs ask for."""
+    for module, names in _FOR_EXISTING_PROGRAMS.items():
+        if name == module or name in names.split():
+            found = _importlib.import_module(f"kfac_jax.compat.{module}")
+            return found if name == module else getattr(found, name)
+    raise AttributeError(f"module 'kfac_jax' has no attribute {name!r}")

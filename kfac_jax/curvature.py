@@ -1,7 +1,7 @@
 """The plan: a loss function's layers and every computation that follows."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,6 +12,7 @@ from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments
 from kfac_jax._utils.trees import tree_spec
 from kfac_jax.blocks.kronecker import check_weight_sharing
+from kfac_jax.operator import inverses
 from kfac_jax.operator.approximation import Approximation
 from kfac_jax.operator.structures import BlockDiagonal
 from kfac_jax.plan import batch as batch_lib
@@ -41,8 +42,8 @@ class Curvature(Plan):
     """A static, hashable plan: parameters → layers → blocks. Print it to see a table.
 
     Made by `make_curvature`. Every method is a pure function of arrays; nothing is
-    jitted or cached. `args` are the loss function's arguments after the parameters;
-    their shapes may differ from those the plan was made with.
+    jitted (but by `over`) or cached. `args` are the loss function's arguments after the
+    parameters; their shapes may differ from those the plan was made with.
 
     Where it is not known which cases of the registered output belong to one example,
     `lost_examples` says since which equation (in exact modes), and with
@@ -368,6 +369,108 @@ class Curvature(Plan):
         arguments.number("decay (ε)", decay, arrays=True)
         arguments.within("decay (ε)", decay, 0.0, 1.0)
         return averages.average(self.groups, factors, statistics, step, decay).factors
+
+    def at(self, params: Params, *args: Any, rng: Array | None = None) -> Approximation:
+        """The operator of one batch, without an optimizer.
+
+        Args:
+          params: the parameters.
+          *args: the loss function's further arguments.
+          rng: a key for the sampled modes.
+
+        Returns:
+          The operator.
+
+        Raises:
+          ValueError: as `value_grad_and_statistics`.
+
+        >>> import jax, jax.numpy as jnp, kfac_jax
+        >>> def loss_fn(w, x, y):
+        ...     return kfac_jax.losses.squared_error(x @ w, y).sum(-1).mean()
+        >>> w, x, y = jnp.ones((3, 2)), jnp.eye(3), jnp.zeros((3, 2))
+        >>> curvature = kfac_jax.make_curvature(
+        ...     loss_fn, w, x, y, estimation_mode="fisher_exact")
+        >>> round(float(curvature.at(w, x, y).trace()), 3)
+        4.0
+        """
+        return self._of_all(params, [args], rng, self._with_batch)
+
+    def over(
+        self, params: Params, batches: Iterable[Any], *, rng: Array | None = None
+    ) -> Approximation:
+        """The operator of a whole data set: the mean over all cases of its batches.
+
+        Each batch counts by its number of cases, as far as no mask hides them, so that
+        the last may be smaller. What is done with a batch is compiled, once for each
+        shape. With `blocks.Eigen` there are two passes, one for the
+        bases and one for what lies in them.
+
+        Args:
+          params: the parameters.
+          batches: for each batch the loss function's further arguments, as a tuple.
+          rng: a key for the sampled modes, of which every batch gets its own.
+
+        Returns:
+          The operator.
+
+        Raises:
+          TypeError: if a batch is no tuple, or if two passes are needed and the batches
+            can be had only once.
+          ValueError: if there is no batch, and as `value_grad_and_statistics`.
+        """
+        if any(group.moves for group in self.groups) and iter(batches) is batches:
+            raise TypeError(
+                "blocks.Eigen takes two passes over the batches: expected what can be "
+                "iterated again, a list or a data loader, got an iterator. Pass "
+                "list(batches)."
+            )
+        return self._of_all(params, batches, rng, jax.jit(self._with_batch))
+
+    def _of_all(
+        self,
+        params: Params,
+        batches: Iterable[Any],
+        rng: Array | None,
+        with_batch: Callable[..., tuple[Factors, Array]],
+    ) -> Approximation:
+        """The operator of several batches, with bases of all of them."""
+        factors = self.init_factors(params)
+        moving = [group for group in self.groups if group.moves]
+        for _ in range(2 if moving else 1):
+            if moving:
+                bases = inverses.move(moving, factors)
+                factors = self.init_factors(params)
+                for group in moving:
+                    for layer, names in group.carried.items():
+                        factors[layer] |= {name: bases[layer][name] for name in names}
+            seen, count = jnp.zeros((), float), 0
+            for count, args in enumerate(batches, 1):
+                arguments.sequence("each batch", args, "arguments of the loss function")
+                key = None if rng is None else jax.random.fold_in(rng, count)
+                factors, seen = with_batch(factors, seen, params, tuple(args), key)
+            if not count:
+                raise ValueError(
+                    "over needs at least one batch, a tuple of the loss function's "
+                    "arguments after the parameters; got none."
+                )
+        return self.approximation(factors)
+
+    def _with_batch(
+        self,
+        factors: Factors,
+        seen: Array,
+        params: Params,
+        args: tuple[Any, ...],
+        key: Array | None,
+    ) -> tuple[Factors, Array]:
+        """The means over the cases so far with those of a batch, and their number."""
+        leaves, part, given = self._prepare(params, args, key, factors)
+        _, _, gather = linearize(self, params, part, leaves, given, own_gradient=True)
+        statistics = gather(key)
+        total = seen + statistics.cases.astype(float)
+        share = seen / jnp.where(total > 0, total, 1.0)
+        new = averages.average(self.groups, factors, statistics, jnp.inf, share)
+        return new.factors, jnp.where(new.informed, total, seen)
 
     def approximation(self, factors: Factors) -> Approximation:
         """The approximate curvature as a linear operator over the parameters.

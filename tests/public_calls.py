@@ -186,6 +186,11 @@ def plans() -> dict[str, Call]:
             call(plan().value_and_statistics, **batch, rng=KEY, factors=factors),
             **sampled,
         ),
+        "Curvature.at": allowing(
+            call(plan().at, **batch, rng=KEY),
+            own={"args": OF_LOSS},
+            legal={"args": INTEGERS},
+        ),
         "Curvature.zero_statistics": call(plan().zero_statistics, params=W),
         "Curvature.init_factors": call(plan().init_factors, params=W),
         "Curvature.report": call(plan().report),

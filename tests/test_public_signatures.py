@@ -45,6 +45,7 @@ def no_defaults_are_set(monkeypatch):
 WITHOUT = {  # what is public and not called with anything wrong, and why
     "AverageIteratesState": "made by init",
     "Curvature": "made by make_curvature",
+    "Curvature.over": "what it refuses is in test_operator_of_data",
     "GraftState": "made by init",
     "Health": "a result",
     "Info": "made by update",

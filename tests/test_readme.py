@@ -129,6 +129,24 @@ def _is_the_fisher_of_its_samples(distribution):
     np.testing.assert_allclose(g.T @ g / len(g), b @ b.T, rtol=0, atol=error)
 
 
+@pytest.mark.slow
+def test_a_structure_of_the_users_own(user_settings, capsys):
+    """Its groups damp by what they say, relative to each layer's curvature."""
+    scope = _run((ROOT / "docs" / "internals.md").read_text())
+    assert "relative to each layer" in capsys.readouterr().out
+    curvature, params, x = scope["curvature"], scope["params"], scope["x"]
+    args = x, x[:, :2]
+    key = jax.random.key(0)
+    balanced = curvature.at(params, *args, rng=key)
+    plain = kfac_jax.make_curvature(scope["loss_fn"], params, *args)
+    operator = plain.at(params, *args, rng=key)
+    found = balanced.solve(params, 0.1)
+    for name, diagonal in operator.diagonal().items():
+        expected = operator.solve(params, 0.1 * diagonal.mean())[name]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-3, atol=1e-6)
+    assert not np.allclose(found["w2"], operator.solve(params, 0.1)["w2"], rtol=1e-2)
+
+
 def _run(text):
     scope = {}
     for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
