@@ -660,7 +660,7 @@ def test_the_operator_of_full_and_diagonal_factors(name):
         factors = models.statistics_to_factors(plan, params, x)
         op = plan.approximation(factors)
         solved = op.solve(v, DAMPING), op.solve(v, DAMPING, "exact")
-        power = op.power(v, -0.5, DAMPING)
+        power = op.power(v, -0.5, DAMPING, "exact")
         return factors, op.to_dense(), [op.matvec(v), op.diagonal(), *solved, power]
 
     factors, found, vectors = compute(params, case.x)

@@ -95,7 +95,7 @@ def apply_policy(
             warnings.warn(
                 f"kfac_jax gives {len(unmatched)} parameter(s) that no layer covers a "
                 f"diagonal block:\n{listing}",
-                stacklevel=3,
+                stacklevel=4,  # the caller of make_curvature, by way of derive
             )
     if on_unmatched != "ignore":
         return tuple(layers)
