@@ -434,6 +434,8 @@ class Curvature(Plan):
         with_batch: Callable[..., tuple[Factors, Array]],
     ) -> Approximation:
         """The operator of several batches, with bases of all of them."""
+        if rng is not None:
+            arguments.key("rng", rng)
         factors = self.init_factors(params)
         moving = [group for group in self.groups if group.moves]
         for _ in range(2 if moving else 1):
