@@ -580,8 +580,8 @@ def make_curvature(
     )
     if isinstance(structure, type) or not callable(getattr(structure, "group", None)):
         raise ValueError(
-            "structure must be BlockDiagonal() or BlockTridiagonal(); got "
-            f"{arguments.shown(structure)}."
+            "structure must be BlockDiagonal() or BlockTridiagonal(), or have a method "
+            f"group(uses) that makes groups; got {arguments.shown(structure)}."
         )
     check_weight_sharing(weight_sharing)
     options: dict[str, Any] = dict(

@@ -80,7 +80,17 @@ class Devices(abc.ABC):
 
     @abc.abstractmethod
     def apart(self, function: Callable[..., T], rows: Any, whole: Any) -> T:
-        """Calls `function(over_axis, rows, whole)` where every device runs it."""
+        """Calls a function of rows and whole arrays that every device runs.
+
+        Args:
+          function: gets an `OverAxis` of these devices, a device's rows, and whole
+            arrays; its results are the same on all devices.
+          rows: a tree of what devices keep.
+          whole: a tree of arrays that all devices have.
+
+        Returns:
+          The results.
+        """
 
     def kept(self, tree: T) -> T:
         """`rows`, of a tree."""

@@ -122,16 +122,7 @@ class OverAxis(Several):
         return jax.tree.unflatten(treedef, leaves)
 
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
-        """Sums statistics over the devices, unless they are without information.
-
-        Args:
-          weight: how many batches they are of.
-          counts: what their sums will be divided by: small.
-          sums: large.
-
-        Returns:
-          All three, of `sums` the rows that this device keeps.
-        """
+        """In one collective for each type, `sums` only where they tell something."""
         small, small_tree = jax.tree.flatten((weight, counts))
         leaves, treedef = jax.tree.flatten(sums)
         if not any(self._differs([*small, *leaves])):  # JAX has summed them
@@ -214,17 +205,7 @@ class OverAxis(Several):
     def apart(
         self, function: Callable[["OverAxis", Any, Any], T], rows: Any, whole: Any
     ) -> T:
-        """Calls a function of rows and whole arrays that every device runs.
-
-        Args:
-          function: gets these devices, rows, and whole arrays; its results are the
-            same on all devices.
-          rows: a tree of a device's rows.
-          whole: a tree of arrays that all devices have.
-
-        Returns:
-          The results.
-        """
+        """Calls it: every device runs this."""
         return function(self, rows, whole)
 
     # --------------------------------------------------------------------- inversion
@@ -235,17 +216,7 @@ class OverAxis(Several):
         function: Callable[[Array], Array],
         shared: Shared | None = None,
     ) -> list[Array]:
-        """Applies a function of `[k, d, d]`, each device to the matrices it owns.
-
-        Args:
-          stacks: `[k, d, d]` matrices, the same on all devices.
-          function: of matrices that come as `[k, d, d]`; it treats them one by one, and
-            its cost grows as `k d³`.
-          shared: the same by all devices, for matrices too large for one.
-
-        Returns:
-          Its results, the same on all devices.
-        """
+        """The largest first, each to the device with least to do."""
         devices, me = self.size(), jax.lax.axis_index(self.axis)
         divisions = divide(
             [(len(x), x.shape[-1]) for x in stacks], devices, shared is not None
@@ -300,16 +271,7 @@ class OverAxis(Several):
         functions: Sequence[Callable[[Any], list[Array]]],
         operands: Sequence[Any],
     ) -> list[list[Array]]:
-        """Applies functions to operands of their own, each by its owner.
-
-        Args:
-          costs: of each.
-          functions: the functions.
-          operands: the same on all devices.
-
-        Returns:
-          The results, the same on all devices; one collective for each type.
-        """
+        """In one collective for each type."""
         me = jax.lax.axis_index(self.axis)
         own: list[list[Array]] = []
         owners = balance(costs, self.size())

@@ -131,16 +131,7 @@ class OverMesh(Several):
     def apart(
         self, function: Callable[[OverAxis, Any, Any], T], rows: Any, whole: Any
     ) -> T:
-        """Calls a function of rows and whole arrays that every device runs.
-
-        Args:
-          function: as for `OverAxis.apart`.
-          rows: a tree of arrays in rows.
-          whole: a tree of other arrays.
-
-        Returns:
-          The results.
-        """
+        """Calls it in a `shard_map`, with what the devices are there."""
         local = functools.partial(function, self._inside)
         return self._mapped(local, (P(self.state_axes), P()), P())(rows, whole)
 
@@ -163,16 +154,7 @@ class OverMesh(Several):
         function: Callable[[Array], Array],
         shared: Shared | None = None,
     ) -> list[Array]:
-        """Applies a function of `[k, d, d]`, each device to the matrices it owns.
-
-        Args:
-          stacks: `[k, d, d]` matrices.
-          function: as for `OverAxis.map`.
-          shared: as there.
-
-        Returns:
-          Its results.
-        """
+        """As `OverAxis` does, in a `shard_map`."""
 
         def local(stacks: list[Array]) -> list[Array]:
             return self._inside.map(stacks, function, shared)
@@ -185,16 +167,7 @@ class OverMesh(Several):
         functions: Sequence[Callable[[Any], list[Array]]],
         operands: Sequence[Any],
     ) -> list[list[Array]]:
-        """Applies functions to operands of their own, each by its owner.
-
-        Args:
-          costs: of each.
-          functions: the functions.
-          operands: trees of arrays.
-
-        Returns:
-          The results.
-        """
+        """As `OverAxis` does, in a `shard_map`."""
 
         def local(operands: list[Any]) -> list[list[Array]]:
             return self._inside.each(costs, functions, operands)

@@ -83,10 +83,6 @@ class Linked(Group):
             if parent:
                 yield layer, known[parent]
 
-    def parent_of(self, name: str) -> str:
-        """A layer's parent, empty for the root."""
-        return dict(zip(self.names, self.parents, strict=True))[name]
-
     # ------------------------------------------------------------------ what it holds
 
     @property

@@ -13,7 +13,6 @@ from kfac_jax._jaxpr import graph as graph_lib
 from kfac_jax._jaxpr.discovery import Found, discover
 from kfac_jax._utils import arguments
 from kfac_jax._utils.trees import TreeSpec
-from kfac_jax._utils.trees import tree_spec as tree_spec
 from kfac_jax.distributions import Convex
 from kfac_jax.plan import batch
 
