@@ -17,7 +17,7 @@ import oracles
 import pytest
 
 import kfac_jax
-from kfac_jax._jaxpr.convolution import Convolution
+from kfac_jax._jaxpr.kinds.convolution import Convolution
 from kfac_jax.blocks import TNT, Diagonal, Eigen, Full, Kronecker
 from kfac_jax.losses import squared_error
 

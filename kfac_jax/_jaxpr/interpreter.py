@@ -43,12 +43,13 @@ class Program:
     Attributes:
       graph: the program.
       taps: by the id of the value; several where parameters were joined.
-      scanned: for each scan the layers whose parameters (and probes) it runs over.
+      scanned: for each scan, by its first result, the layers whose parameters (and
+        probes) it runs over.
     """
 
     graph: Graph
     taps: Mapping[int, Sequence[Tap]]
-    scanned: Mapping[Node, frozenset[str]]
+    scanned: Mapping[int, frozenset[str]]
 
 
 def run(
@@ -230,7 +231,7 @@ def _scan(
     layout = _compat.scan_layout(node.params)
     start, stop = layout.num_consts, layout.num_consts + layout.num_carry
     consts = operands[:start]
-    stacked_layers = program.scanned.get(node, frozenset())
+    stacked_layers = program.scanned.get(node.outputs[0], frozenset())
     shared = {k: v for k, v in (probes or {}).items() if k not in stacked_layers}
     stacked = {k: v for k, v in (probes or {}).items() if k in stacked_layers}
 

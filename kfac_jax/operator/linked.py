@@ -589,4 +589,4 @@ def paired_rows(layer: Layer, site: Site) -> int:
     """How many rows of a layer count as cases, and are paired with its parent's."""
     assert isinstance(site.examples, Examples)
     reduces = _kronecker(layer).weight_sharing == "reduce"
-    return site.examples.size if reduces else site.rows
+    return site.examples.size if reduces else site.count

@@ -313,12 +313,12 @@ def site_statistics(
             sums = _repeated(sums, block.row_statistics, site.cases)
         return join({}, sums) if site.swapped else sums
 
-    conv = site.convolution
-    if conv is None or x is None:
+    axes = site.reader.batch_axes
+    if axes is None or x is None:
         return gathered(site, x, dy)
-    x_axis, y_axis = conv.batch_axes
+    x_axis, y_axis = axes
     batch = x.shape[x_axis]
-    parts, size = conv.chunks(batch)
+    parts, size = site.reader.chunks(batch)
     whole = Examples(0, batch)
     if parts <= 1 or (block.needs_examples and site.examples != whole):
         return gathered(site, x, dy)

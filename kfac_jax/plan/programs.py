@@ -51,19 +51,16 @@ def tapped_program(
       The program. Probes are by layer name.
     """
     taps: dict[int, list[Tap]] = {}
-    owner: dict[int, str] = {}
+    scanned: dict[int, frozenset[str]] = {}
     for group in groups:
         for layer in group.layers:
-            owner.update(dict.fromkeys(layer.leaves, layer.name))
             carried = group.carried[layer.name]
             for site in sites[layer.name]:
                 gather = _gather(group, layer, site)
                 tap = Tap(layer.name, site.x, gather, carried)
                 taps.setdefault(site.output, []).append(tap)
-    scanned = {
-        node: frozenset(owner[leaf] for leaf in leaves)
-        for node, leaves in traced.found.scanned.items()
-    }
+                for scan in site.scans:
+                    scanned[scan] = scanned.get(scan, frozenset()) | {layer.name}
     return Program(traced.found.graph, taps, scanned)
 
 

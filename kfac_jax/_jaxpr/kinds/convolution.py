@@ -3,25 +3,26 @@
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._jaxpr.graph import Node
-from kfac_jax._jaxpr.outcomes import Linear, Outcome, Refused, Shapes
-from kfac_jax._jaxpr.sites import Site
-from kfac_jax._jaxpr.states import LOST, Examples, State
-from kfac_jax._jaxpr.view import View, layout, source_view
+from kfac_jax._jaxpr.kinds.outcome import Linear, Outcome, Refused, site_of
+from kfac_jax._jaxpr.sites import Axes, Reader
+from kfac_jax._jaxpr.states import State
+from kfac_jax._jaxpr.view import View, source_view
 
 
 @dataclasses.dataclass(frozen=True)
-class Convolution:
-    """The static description of a `conv_general_dilated`, of any rank.
+class Convolution(Reader):
+    """Patches of a `conv_general_dilated`, of any rank.
 
     Attributes:
-      x_axes: where the input has its batch, channel and spatial axes.
-      y_axes: where the output has them.
+      x_order: where the input has its batch, channel and spatial axes.
+      y_order: where the output has them.
       kernel: the kernel's spatial shape.
       positions: the output's spatial shape.
       strides: between positions.
@@ -31,8 +32,10 @@ class Convolution:
       groups: the number of independent groups of channels.
     """
 
-    x_axes: tuple[int, ...]
-    y_axes: tuple[int, ...]
+    kind: ClassVar[str] = "conv"
+
+    x_order: tuple[int, ...]
+    y_order: tuple[int, ...]
     kernel: tuple[int, ...]
     positions: tuple[int, ...]
     strides: tuple[int, ...]
@@ -42,13 +45,25 @@ class Convolution:
     groups: int
 
     @property
+    def y_axes(self) -> Axes:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The axes of `outputs`."""
+        rank = len(self.kernel)
+        return _kinds(self.groups, tuple(range(rank + 1)), rank + 1)
+
+    @property
     def batch_axes(self) -> tuple[int, int]:
-        """The axes of input and output that hold the batch."""
-        return self.x_axes[0], self.y_axes[0]
+        """Where input and output have the batch."""
+        return self.x_order[0], self.y_order[0]
+
+    def rows(self, x: Array | None, dy: Array) -> tuple[Array, Array]:
+        """One for each position of the kernel."""
+        assert x is not None
+        axes = self.y_axes
+        return axes.arrange(self.inputs(x)), axes.arrange(self.outputs(dy))
 
     def inputs(self, x: Array) -> Array:
         """Patches `[batch, *positions, group, channels · kernel]`."""
-        x = x.transpose((self.x_axes[0], *self.x_axes[2:], self.x_axes[1]))
+        x = x.transpose((self.x_order[0], *self.x_order[2:], self.x_order[1]))
         edges = [
             (low, high, d - 1)
             for (low, high), d in zip(self.padding, self.x_dilation, strict=True)
@@ -68,7 +83,7 @@ class Convolution:
 
     def outputs(self, y: Array) -> Array:
         """The output, or its cotangent, `[batch, *positions, group, channels]`."""
-        y = y.transpose((self.y_axes[0], *self.y_axes[2:], self.y_axes[1]))
+        y = y.transpose((self.y_order[0], *self.y_order[2:], self.y_order[1]))
         return y.reshape(*y.shape[:-1], self.groups, y.shape[-1] // self.groups)
 
     def chunks(self, batch: int) -> tuple[int, int]:
@@ -86,9 +101,7 @@ class Convolution:
         return batch // size, size
 
 
-def convolution(
-    node: Node, views: Sequence[View | None], shapes: Shapes, state: State
-) -> Outcome:
+def convolution(node: Node, views: Sequence[View | None], state: State) -> Outcome:
     """A convolution: patches are inputs, channels outputs, positions are shared.
 
     Groups of channels are independent layers.
@@ -98,81 +111,58 @@ def convolution(
         return Refused(f"convolved with {other}")
     view = views[1]
     assert view is not None
-    params = node.params
-    if params["batch_group_count"] != 1:
+    if node.params["batch_group_count"] != 1:
         return Refused("convolved with batch_group_count > 1")
-    numbers = params["dimension_numbers"]
-    out_axis, in_axis, *spatial = numbers.rhs_spec
-    y_axes, y_shape = tuple(numbers.out_spec), node.out_shape()
-    conv = Convolution(
-        x_axes=tuple(numbers.lhs_spec),
-        y_axes=y_axes,
+    out_axis, in_axis, *spatial = node.params["dimension_numbers"].rhs_spec
+    reader = _reader(node, spatial)
+    grouped = view.reshape(_split(node.shape(1), out_axis, reader.groups))
+    if grouped is None:
+        return Refused("convolved in groups that do not match its axes")
+    # the axes of the split kernel: the group's comes just before the outputs'
+    move = [a + (a > out_axis) for a in range(len(view.axes))]
+    weight = grouped.layout(
+        [
+            *([grouped.axes[out_axis]] for _ in range(reader.groups > 1)),
+            [grouped.axes[move[a]] for a in (in_axis, *spatial)],
+            [grouped.axes[out_axis + 1]],
+        ],
+    )
+    if weight is None:
+        return Refused("repeated or only partly used by `conv_general_dilated`")
+    # positions of the kernel mix within an example, so that only the batch keeps them
+    batch = Axes((), reader.y_order[:1], ()).examples(state)
+    site = site_of(node, view, reader, batch, x=node.inputs[0], weight=weight)
+    y_shape, feature = node.out_shape(), reader.y_order[1]
+    grouped_shape = _split(y_shape, feature, reader.groups)
+    own_view = source_view(-1, grouped_shape).reshape(y_shape)
+    assert own_view is not None
+    order = [a + (a > feature) for a in reader.y_order]
+    rows = (order[0], *order[2:])
+    return Linear(site, own_view, grouped_shape, _kinds(reader.groups, rows, feature))
+
+
+def _reader(node: Node, spatial: Sequence[int]) -> Convolution:
+    params, numbers = node.params, node.params["dimension_numbers"]
+    y_order = tuple(numbers.out_spec)
+    return Convolution(
+        x_order=tuple(numbers.lhs_spec),
+        y_order=y_order,
         kernel=tuple(node.shape(1)[a] for a in spatial),
-        positions=tuple(y_shape[a] for a in y_axes[2:]),
+        positions=tuple(node.out_shape()[a] for a in y_order[2:]),
         strides=tuple(params["window_strides"]),
         padding=tuple((low, high) for low, high in params["padding"]),
         x_dilation=tuple(params["lhs_dilation"]),
         kernel_dilation=tuple(params["rhs_dilation"]),
         groups=params["feature_group_count"],
     )
-    split = _split(node.shape(1), out_axis, conv.groups)
-    grouped = view.reshape(split)
-    if grouped is None:
-        return Refused("convolved in groups that do not match its axes")
-    # the axes of the split kernel: the group's comes just before the outputs'
-    move = [a + (a > out_axis) for a in range(len(view.axes))]
-    found = layout(
-        grouped,
-        shapes[view.source],
-        [
-            *([a] for a in grouped.stacked),
-            *([grouped.axes[out_axis]] for _ in range(conv.groups > 1)),
-            [grouped.axes[move[a]] for a in (in_axis, *spatial)],
-            [grouped.axes[out_axis + 1]],
-        ],
-    )
-    if found is None:
-        return Refused("repeated or only partly used by `conv_general_dilated`")
-    rank = len(spatial)
-    axes = _kinds(conv.groups, tuple(range(rank + 1)), rank + 1)
-    site = Site(
-        kind="conv",
-        output=node.outputs[0],
-        x=node.inputs[0],
-        x_axes=axes,
-        y_axes=axes,
-        examples=_examples(state, y_axes[0]),
-        weight=(view.source, found),
-        bias=None,
-        scale=view.scale,
-        scans=view.scans,
-        repeated=view.repeated,
-        source=node.source,
-        convolution=conv,
-    )
-    feature = y_axes[1]
-    virtual = _split(y_shape, feature, conv.groups)
-    raw = [a + (a > feature) for a in y_axes]
-    own_view = source_view(-1, virtual).reshape(y_shape)
-    assert own_view is not None
-    rows = (raw[0], *raw[2:])
-    return Linear(site, own_view, virtual, _kinds(conv.groups, rows, feature))
 
 
-def _kinds(
-    groups: int, rows: tuple[int, ...], group_axis: int
-) -> tuple[tuple[int, ...], ...]:
+def _kinds(groups: int, rows: tuple[int, ...], group_axis: int) -> Axes:
     """Which axes are independent, rows, features; a single group is no axis."""
     if groups == 1:
-        return (), rows, (group_axis, group_axis + 1)
-    return (group_axis,), rows, (group_axis + 1,)
+        return Axes((), rows, (group_axis, group_axis + 1))
+    return Axes((group_axis,), rows, (group_axis + 1,))
 
 
 def _split(shape: Sequence[int], axis: int, groups: int) -> tuple[int, ...]:
     return (*shape[:axis], groups, shape[axis] // groups, *shape[axis + 1 :])
-
-
-def _examples(state: State, batch_axis: int) -> State:
-    if not isinstance(state, Examples):
-        return state
-    return dataclasses.replace(state, axis=0) if state.axis == batch_axis else LOST
