@@ -24,15 +24,14 @@ from kfac_jax._jaxpr.graph import (
     Atom,
     Graph,
     Node,
-    differentiated,
     has_own_rule,
     is_value,
-    needed,
     read_inputs,
 )
 from kfac_jax._jaxpr.kinds.one_hot import as_embedding, one_hot_values
 from kfac_jax._jaxpr.kinds.outcome import Generic, Linear, Refused
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.slicing import differentiated, needed
 from kfac_jax._jaxpr.states import Examples, State
 from kfac_jax._jaxpr.tracking import track
 from kfac_jax._jaxpr.view import View, source_view
