@@ -130,6 +130,7 @@ def plans() -> dict[str, Call]:
         structure=kfac_jax.BlockDiagonal(),
         weight_sharing="expand",
         on_unmatched="warn",
+        on_rest="warn",
         num_samples=1,
         statistics_fraction=1.0,
         l2=0.0,
@@ -461,8 +462,9 @@ def registrations() -> dict[str, Call]:
                 targets=LOGITS,
                 variance=0.5,
                 weight=1.0,
+                mask=jnp.ones(4),
             ),
-            legal={**real, "variance": {"fraction bool": "a number"}},
+            legal={**real, "mask": mask, "variance": {"fraction bool": "a number"}},
             words={"mean": "(mean|output)"},
         ),
         "register_squared_error_loss": allowing(
@@ -471,8 +473,9 @@ def registrations() -> dict[str, Call]:
                 prediction=LOGITS,
                 targets=LOGITS,
                 weight=1.0,
+                mask=jnp.ones(4),
             ),
-            legal=real,
+            legal={**real, "mask": mask},
             words={"prediction": "(prediction|output)"},
         ),
     }
@@ -480,6 +483,13 @@ def registrations() -> dict[str, Call]:
 
 def loss_functions() -> dict[str, Call]:
     weight = {"weight": {"fraction bool integers": "a number"}}
+    weight |= {
+        "mask": {
+            "none": "all cases count",
+            "bool integers": "0 and 1",
+            "negative nan fraction": "x",
+        }
+    }
     where = {"none": "all classes take part", "bool": "it broadcasts"}
 
     return {
@@ -490,6 +500,7 @@ def loss_functions() -> dict[str, Call]:
                 labels=LABELS,
                 axis=-1,
                 where=jnp.ones((4, 3), bool),
+                mask=jnp.ones(4),
                 weight=1.0,
             ),
             legal={"where": where, **weight},
@@ -501,6 +512,7 @@ def loss_functions() -> dict[str, Call]:
                 labels=ONE_HOT,
                 axis=-1,
                 where=jnp.ones((4, 3), bool),
+                mask=jnp.ones(4),
                 weight=1.0,
             ),
             legal={"where": where, "labels": INTEGERS, **weight},
@@ -510,13 +522,20 @@ def loss_functions() -> dict[str, Call]:
                 losses.sigmoid_binary_cross_entropy,
                 logits=LOGITS,
                 labels=LOGITS,
+                mask=jnp.ones(4),
                 weight=1.0,
             ),
             legal={"labels": INTEGERS, **weight},
             words={"logits": "(logits|output)", "labels": "(labels|targets)"},
         ),
         "losses.squared_error": allowing(
-            call(losses.squared_error, predictions=LOGITS, targets=LOGITS, weight=1.0),
+            call(
+                losses.squared_error,
+                predictions=LOGITS,
+                targets=LOGITS,
+                mask=jnp.ones(4),
+                weight=1.0,
+            ),
             legal={"targets": OPTIONAL | INTEGERS, **weight},
             words={"predictions": "(predictions|output)"},
         ),
@@ -526,6 +545,7 @@ def loss_functions() -> dict[str, Call]:
                 mean=LOGITS,
                 log_variance=LOGITS,
                 targets=LOGITS,
+                mask=jnp.ones(4),
                 weight=1.0,
             ),
             legal={"targets": INTEGERS, **weight},
