@@ -1,13 +1,6 @@
 """The logic of benchmarks/bench.py; nothing is measured."""
 
 import json
-import sys
-from pathlib import Path
-
-import pytest
-
-# Last, as both folders have a models.py.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 import bench
 import bench_plots
@@ -15,6 +8,7 @@ import bench_report
 import environments
 import history
 import pairs
+import pytest
 from bench_targets import TARGETS, verdicts
 
 MODEL = pairs.SMALL

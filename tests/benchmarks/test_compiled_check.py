@@ -1,7 +1,7 @@
 """What the benchmark of compiled costs calls worse than its record."""
 
 import copy
-import importlib.util
+import importlib
 import json
 import math
 from pathlib import Path
@@ -36,12 +36,7 @@ FOUND = {
 
 @pytest.fixture(scope="module")
 def check() -> ModuleType:
-    path = BENCHMARKS / "compiled_check.py"
-    spec = importlib.util.spec_from_file_location("compiled_check", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("compiled_check")
 
 
 def changed(program: str, key: str, value: float) -> Any:

@@ -1,7 +1,6 @@
 """What the benchmark of compiled costs counts in a program's text."""
 
-import importlib.util
-from pathlib import Path
+import importlib
 from types import ModuleType
 
 import jax
@@ -11,12 +10,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def text() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "compiled_text.py"
-    spec = importlib.util.spec_from_file_location("compiled_text", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("compiled_text")
 
 
 def compiled(function, *args) -> str:

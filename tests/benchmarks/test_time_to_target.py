@@ -2,14 +2,9 @@
 
 import dataclasses
 import math
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import time_to_target
 from time_to_target_methods import METHODS, scheduled
 from time_to_target_report import MISSED, success

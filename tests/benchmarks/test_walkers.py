@@ -13,16 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import walkers
+import walkers_model as model
 from jax.flatten_util import ravel_pytree
 
 import kfac_jax
 from tests.helpers import oracles
-
-# Last, as both folders have a models.py.
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import walkers
-import walkers_model as model
 
 SIZES = {"layers": 2, "width": 4, "pair_width": 3, "determinants": 2, "heads": 2}
 KINDS = {

@@ -1,28 +1,15 @@
 """The defaults on training tasks, by steps: finite, and ahead of AdamW's tuned runs."""
 
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
 import workloads
 from workloads import compare, training
 
 BASELINES = json.loads(compare.BASELINES.read_text("utf-8"))
 NO_DOWNLOAD = [x for x in workloads.WORKLOADS if x not in workloads.OF_TEXT]
-
-
-@pytest.fixture
-def user_settings():
-    """What a user's program has, not what the other tests set."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        with jax.numpy_rank_promotion("allow"):
-            yield
 
 
 @pytest.mark.parametrize("name", workloads.WORKLOADS)

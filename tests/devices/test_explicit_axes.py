@@ -9,7 +9,7 @@ from jax.sharding import AxisType, NamedSharding, reshard
 from jax.sharding import PartitionSpec as P
 
 import kfac_jax
-from tests.devices.test_sharding import (
+from tests.devices.device_problem import (
     RULES,
     STEPS,
     STRUCTURES,

@@ -15,14 +15,6 @@ from tests.helpers import models
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture
-def user_settings():
-    """What a user's program has, not what the other tests set."""
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
-        with jax.numpy_rank_promotion("allow"):
-            yield
-
-
 def test_the_readme_runs_as_written(user_settings, capsys):
     text = (ROOT / "README.md").read_text()
     _run(text)

@@ -94,10 +94,13 @@ def assert_trees_equal(found: Any, expected: Any) -> None:
     assert jax.tree.structure(found) == jax.tree.structure(expected)
 
 
-def assert_trees_close(found: Any, expected: Any, atol: float = 1e-12) -> None:
-    """To rounding in float64."""
+def assert_trees_close(
+    found: Any, expected: Any, rtol: float = 1e-9, atol: float = 1e-12
+) -> None:
+    """Unless said otherwise, to rounding in float64."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-9, atol=atol),
+        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol),
         found,
         expected,
     )

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import kfac_jax
-from tests.devices.test_sharding import (
+from tests.devices.device_problem import (
     AXIS,
     STRUCTURES,
     make_step,

@@ -10,6 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfac_jax
+from tests.helpers import models
 from tests.helpers.models import PAPER_MODEL, traced_once
 
 SIZES = (3, 4, 2)
@@ -156,12 +157,7 @@ class Naive:
         }
 
 
-def assert_trees_close(actual, expected, rtol=1e-10, atol=1e-12):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol),
-        actual,
-        expected,
-    )
+assert_trees_close = functools.partial(models.assert_trees_close, rtol=1e-10)
 
 
 def dense_fisher(params, x):

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import kfac_jax
-from tests.helpers.models import traced_once
+from tests.helpers.models import assert_trees_close, assert_trees_equal, traced_once
 
 ADAPTIVE = (
     kfac_jax.QuadraticModel(),
@@ -71,20 +71,6 @@ def full_step(tx, params, state, batch, key, curvature=None):
         grads, state, params, statistics=statistics, value=value, args=batch
     )
     return optax.apply_updates(params, updates), state
-
-
-def assert_trees_close(actual, expected, rtol=1e-9, atol=1e-12):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol),
-        actual,
-        expected,
-    )
-
-
-def assert_trees_equal(actual, expected):
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def run(tx, steps=3):

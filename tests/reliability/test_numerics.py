@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 import kfac_jax
 from kfac_jax import linalg
 from tests.helpers import models
+from tests.helpers.models import assert_trees_equal
 
 NAMES = ("first", "second")
 
@@ -98,10 +99,6 @@ def gathered():
 
 def spoil(tree, value=jnp.nan):
     return jax.tree.map(lambda leaf: jnp.full_like(leaf, value), tree)
-
-
-def assert_trees_equal(actual, expected):
-    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def assert_zero(tree):

@@ -13,7 +13,7 @@ import pytest
 
 import kfac_jax
 from kfac_jax import blocks
-from tests.helpers.models import PAPER_MODEL, array, traced_once
+from tests.helpers.models import PAPER_MODEL, array, assert_trees_close, traced_once
 
 BLOCKS = {
     "Kronecker": blocks.Kronecker(),
@@ -76,14 +76,6 @@ def separate(initial=None, every=2, inverse_every=1, damping=0.1, **options):
         damping,
         factored_damping=rule,
         inverse_every=inverse_every,
-    )
-
-
-def assert_trees_close(actual, expected, rtol=1e-9, atol=1e-12):
-    jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=rtol, atol=atol),
-        actual,
-        expected,
     )
 
 
