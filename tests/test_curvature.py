@@ -5,14 +5,13 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
-import oracles
 import pytest
 
 import kfac_jax
 from kfac_jax import blocks
 from kfac_jax.losses import squared_error
+from tests.helpers import models, oracles
 
 SAMPLES = 4000
 MC_TOLERANCE = 0.12  # of the largest entry, about 5 · √(2 / samples) with a margin

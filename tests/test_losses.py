@@ -4,10 +4,8 @@ import re
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
-import oracles
 import pytest
 
 import kfac_jax
@@ -20,6 +18,7 @@ from kfac_jax.distributions import (
     NormalWithVariance,
     RegisteredLoss,
 )
+from tests.helpers import models, oracles
 
 SAMPLES = 20_000
 MC_TOLERANCE = 0.06  # of the largest entry, about 5 / √(samples · cases)
