@@ -120,10 +120,8 @@ def _is_factor(ratio: float, traced: Traced) -> bool:
         for lengths in itertools.combinations(shape, count)
     }
     factors = {a * b for a in sums for b in (0.5, 1.0, 2.0)} - {0.0, 1.0}
-    return any(math.isclose(ratio, f, rel_tol=_FACTOR_TOLERANCE) for f in factors) or (
-        ratio != 0
-        and any(math.isclose(1 / ratio, f, rel_tol=_FACTOR_TOLERANCE) for f in factors)
-    )
+    factors |= {1 / f for f in factors} | {-1.0}  # and of another sign
+    return any(math.isclose(ratio, f, rel_tol=_FACTOR_TOLERANCE) for f in factors)
 
 
 _FACTOR_TOLERANCE = 1e-3

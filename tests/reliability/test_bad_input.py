@@ -130,7 +130,7 @@ def test_undeclared_penalty():
     def penalized(params, x, y):
         return loss_fn(params, x, y) + 0.5 * jnp.vdot(params["w"], params["w"])
 
-    with pytest.raises(ValueError, match="declare a penalty with `l2`"):
+    with pytest.warns(UserWarning, match="declare a penalty with `l2`"):
         make(penalized)
 
 

@@ -4,12 +4,12 @@ import warnings
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
 
 import kfac_jax
 from kfac_jax import losses
+from tests.helpers import models
 
 N = 12
 X = models.array(0, N, 4)
