@@ -175,14 +175,14 @@ def estimators() -> dict[str, Call]:
         "exact_power": False,
         "use_cached": False,
         "pmap_axis_name": None,
-        "norm_to_scale_identity_weight_per_block": None,
+        "power": -1,
     }
     multiply = {
         "legal": {
             "identity_weight": NUMBER,
             "exact_power": FLAG,
             "use_cached": FLAG,
-            "norm_to_scale_identity_weight_per_block": OPTIONAL,
+            "power": SIGNED,
         },
         "skipped": {"state": STATES, "pmap_axis_name": ANYTHING},
         "words": {"parameter_structured_vector": "vector"},
@@ -260,10 +260,6 @@ def estimators() -> dict[str, Call]:
                 "estimation_mode": OPTIONAL,
             },
         ),
-        "BlockDiagonalCurvature.sync": allowing(
-            call(made.sync, state=state, pmap_axis_name=None),
-            skipped={"state": STATES, "pmap_axis_name": ANYTHING},
-        ),
         "BlockDiagonalCurvature.update_cache": allowing(
             call(
                 made.update_cache,
@@ -273,14 +269,12 @@ def estimators() -> dict[str, Call]:
                 approx_powers=-1,
                 eigenvalues=False,
                 pmap_axis_name=None,
-                norm_to_scale_identity_weight_per_block=None,
             ),
             legal={
                 "identity_weight": NUMBER,
                 "approx_powers": OPTIONAL
                 | SIGNED
                 | {"nan list": "a power, or several"},
-                "norm_to_scale_identity_weight_per_block": OPTIONAL,
             },
             skipped={
                 "state": STATES,
@@ -290,47 +284,23 @@ def estimators() -> dict[str, Call]:
             },
         ),
         "BlockDiagonalCurvature.multiply_matpower": allowing(
-            call(made.multiply_matpower, **product, power=-1),
-            **multiply | {"legal": {**multiply["legal"], "power": SIGNED}},
-        ),
-        "BlockDiagonalCurvature.multiply_inverse": allowing(
-            call(made.multiply_inverse, **product), **multiply
-        ),
-        "BlockDiagonalCurvature.multiply": allowing(
-            call(made.multiply, **product), **multiply
-        ),
-        "BlockDiagonalCurvature.to_dense_matrix": allowing(
-            call(made.to_dense_matrix, state=state), **of_state
+            call(made.multiply_matpower, **product), **multiply
         ),
         "BlockDiagonalCurvature.to_diagonal_block_dense_matrix": allowing(
             call(made.to_diagonal_block_dense_matrix, state=state), **of_state
         ),
-        "BlockDiagonalCurvature.undamped_diagonal": allowing(
-            call(made.undamped_diagonal, state=state), **of_state
-        ),
         "BlockDiagonalCurvature.approximation": allowing(
             call(made.approximation, state=state), **of_state
-        ),
-        "ExplicitExactCurvature": allowing(
-            call(
-                kfac_jax.ExplicitExactCurvature,
-                **defaults(kfac_jax.ExplicitExactCurvature, func=of_batch),
-            ),
-            legal={
-                "func": {"function": "any function"},
-                "func_and_grad": OPTIONAL,
-                "default_estimation_mode": OPTIONAL,
-                "layer_tag_to_block_ctor": OPTIONAL,
-            },
-            skipped={"auto_register_tags": ANYTHING, "param_order": ANYTHING},
         ),
         "ImplicitExactCurvature": allowing(
             call(
                 kfac_jax.ImplicitExactCurvature,
                 **defaults(kfac_jax.ImplicitExactCurvature, func=of_batch),
             ),
-            legal={"func": {"function": "any function"}},
-            skipped={"batch_size_extractor": ANYTHING},
+            legal={
+                "func": {"function": "any function"},
+                "batch_size_extractor": OPTIONAL,
+            },
         ),
         **{
             f"ImplicitExactCurvature.{name}": allowing(
@@ -339,7 +309,7 @@ def estimators() -> dict[str, Call]:
                 words=parameters | {"parameter_structured_vector": "(v|vector)"},
                 skipped=short,
             )
-            for name in ("multiply_fisher", "multiply_ggn", "multiply_hessian")
+            for name in ("multiply_fisher", "multiply_ggn")
         },
         "OptaxPreconditioner": allowing(
             call(
@@ -361,6 +331,7 @@ def estimators() -> dict[str, Call]:
                 "auto_register_kwargs": OPTIONAL,
                 "layer_tag_to_block_ctor": OPTIONAL,
                 "estimation_mode": {"none": "that of the estimator"},
+                "curvature_update_period": {"bool": "it equals 1"},
                 "norm_to_scale_identity_weight_per_block": OPTIONAL,
             },
             skipped={

@@ -15,8 +15,14 @@ import pytest
 
 import kfac_jax
 from kfac_jax import blocks
-from kfac_jax.compat import curvature_blocks, tag_graph_matcher, utils
-from kfac_jax.compat.curvature_blocks import native_blocks
+from kfac_jax.compat import (
+    _native_blocks,
+    curvature_blocks,
+    curvature_estimator,
+    tag_graph_matcher,
+    utils,
+)
+from kfac_jax.compat._native_blocks import native_blocks
 
 NAMES = {  # where programs of the first two tiers find what
     "utils": """
@@ -38,7 +44,6 @@ NAMES = {  # where programs of the first two tiers find what
     NaiveFull NaiveTNT DenseDiagonal DenseFull DenseTNT DenseTwoKroneckerFactored
     RepeatedDenseKroneckerFactored Conv2DDiagonal Conv2DFull Conv2DTNT
     Conv2DTwoKroneckerFactored ScaleAndShiftDiagonal ScaleAndShiftFull LayerVjpData
-    set_default_tag_to_block_ctor get_default_tag_to_block_ctor
     """,
     "": """
     CurvatureBlock KroneckerFactored DenseTwoKroneckerFactored NaiveDiagonal
@@ -353,7 +358,7 @@ KRONECKER = blocks.Kronecker(exact_scalars=True)
 
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch):
-    monkeypatch.setattr(curvature_blocks, "_registered", {})
+    monkeypatch.setattr(_native_blocks, "_registered", {})
 
 
 def plan_of(network, blocks=None):
@@ -546,14 +551,13 @@ def test_blocks_of_convolutions_and_of_scales_are_chosen_by_their_tags():
 
 
 def test_defaults_are_set_for_several_tags():
-    curvature_blocks.set_multi_default_tag_to_block_ctor(
-        {"dense_tag": blocks.Full(), "generic": blocks.Identity()}
-    )
+    kfac_jax.set_default_tag_to_block_ctor("dense_tag", blocks.Full())
+    kfac_jax.set_default_tag_to_block_ctor("generic", blocks.Identity())
     found = dict(native_blocks().kinds)
     assert found["dense"] == blocks.Full()
     assert found["generic"] == found["unmatched"] == blocks.Identity()
     assert native_blocks({"dense": blocks.TNT()}).kinds[0] == ("dense", blocks.TNT())
-    default = curvature_blocks.get_default_tag_to_block_ctor
+    default = curvature_estimator.get_default_tag_to_block_ctor
     assert default("conv2d") is curvature_blocks.Conv2DTwoKroneckerFactored
     assert default("unknown") is None
 

@@ -18,7 +18,7 @@ import pytest
 import test_public_names as names
 
 import kfac_jax
-from kfac_jax.compat import curvature_blocks
+from kfac_jax.compat import _native_blocks
 
 PACKAGE = str(pathlib.Path(kfac_jax.__file__).parent)
 USERS = ("loss_fn", "logcosh", "of_batch")  # functions of the tables, as of a user
@@ -39,7 +39,7 @@ TABLES = {
 
 @pytest.fixture(autouse=True)
 def no_defaults_are_set(monkeypatch):
-    monkeypatch.setattr(curvature_blocks, "_registered", {})
+    monkeypatch.setattr(_native_blocks, "_registered", {})
 
 
 COMPAT_MODULES = (
@@ -346,8 +346,8 @@ MESSAGES = {  # by message: the table, the function, and the wrong argument
         *("helpers", "utils.get_sum"),
         *("obj", 3),
     ),
-    "norm_to_scale_identity_weight_per_block is expected to be None; got 'a'. kfac_jax "
-    "adds the same λ I to each block.": (
+    "norm_to_scale_identity_weight_per_block: expected None, got 'a'. kfac_jax adds "
+    "the same λ I to each block.": (
         *("estimators", "OptaxPreconditioner"),
         *("norm_to_scale_identity_weight_per_block", "a"),
     ),

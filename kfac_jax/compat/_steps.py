@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax._jaxpr.interpreter import without_tags
 from kfac_jax.compat import _norms, _options
 from kfac_jax.compat._adaptation import Adaptation
-from kfac_jax.compat._plans import warn_of_lost_examples
-from kfac_jax.compat.curvature_blocks import native_blocks
+from kfac_jax.compat._native_blocks import native_blocks
+from kfac_jax.compat._registering import (
+    all_generic,
+    warn_of_lost_examples,
+    without_tags,
+)
 from kfac_jax.compat.utils import default_batch_size_extractor
 from kfac_jax.curvature import Curvature, make_curvature
 from kfac_jax.devices import ALONE, Devices, OverAxis
@@ -23,7 +26,6 @@ from kfac_jax.optimization.transform import kfac
 from kfac_jax.plan.group import Factors
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, RefreshSchedule
 from kfac_jax.statistics import averages
-from kfac_jax.tags import register_generic
 
 Params = Any
 Batch = Any
@@ -245,7 +247,7 @@ class Steps:
         function = self.value_and_grad
         tagged = params
         if self.generic_only:
-            tagged = jax.tree.map(register_generic, params)
+            tagged = all_generic(params)
         if self.for_estimator is not None:
             self.for_estimator(tagged, *arguments)
             function, tagged = without_tags(function), params

@@ -174,7 +174,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         """Checks the options."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        _options.refuse(own)
+        _options.check(own)
         steps = _steps.from_options(own)
         self._steps = steps
         self._staged = [self._stage(f) for f in (steps.init, steps.step, steps.burn_in)]
