@@ -413,17 +413,6 @@ def helpers() -> dict[str, Call]:
         )
         for name in ("psum_if_pmap", "pmean_if_pmap")
     }
-    averages = {
-        name: allowing(
-            call(getattr(utils, name), obj=spread),
-            legal={
-                "obj": {
-                    "none integers complex tree shape inner_shape": "any tree",
-                }
-            },
-        )
-        for name in ("get_mean", "get_sum")
-    }
     damped = {
         name: allowing(
             call(getattr(utils, name), factors=(matrix, matrix), damping=0.1),
@@ -440,52 +429,15 @@ def helpers() -> dict[str, Call]:
                 "in_float64": FLAG,
             },
         ),
-        "utils.squared_norm": allowing(
-            call(utils.squared_norm, obj=W), legal={"obj": any_tree}
-        ),
         "utils.norm": allowing(call(utils.norm, obj=W), legal={"obj": any_tree}),
         "utils.scalar_mul": allowing(
             call(utils.scalar_mul, obj=W, scalar=2.0),
             legal={"obj": any_tree, "scalar": numbers},
             skipped={"scalar": {"shape": "JAX broadcasts, or says why not"}},
         ),
-        "utils.scalar_div": allowing(
-            call(utils.scalar_div, obj=W, scalar=2.0),
-            legal={"obj": any_tree, "scalar": numbers},
-            skipped={"scalar": {"shape": "JAX broadcasts, or says why not"}},
-        ),
-        "utils.sum_of_objects": allowing(
-            call(utils.sum_of_objects, objects=[W, W]),
-            legal={"objects": {"integers complex list": "trees of one structure"}},
-            skipped={"objects": {"inner_shape": "JAX broadcasts"}},
-        ),
-        "utils.weighted_sum_of_objects": allowing(
-            call(utils.weighted_sum_of_objects, objects=[W, W], coefficients=[1, 2]),
-            legal={"objects": {"integers complex": "of any type"}},
-            skipped={"objects": {"inner_shape": "JAX broadcasts"}},
-        ),
-        "utils.per_parameter_norm": allowing(
-            call(utils.per_parameter_norm, obj=W, key_prefix="norm"),
-            legal={"obj": any_tree, "key_prefix": {"text": "any text"}},
-        ),
         "utils.product": allowing(
             call(utils.product, iterable_object=(2, 3)),
             skipped={"iterable_object": {"*": "what can be multiplied, Python says"}},
-        ),
-        "utils.pytree_size": allowing(
-            call(utils.pytree_size, pytree=W), legal={"pytree": any_tree}
-        ),
-        "utils.tree_is_empty": allowing(
-            call(utils.tree_is_empty, obj=W),
-            skipped={"obj": {"*": "anything is a tree"}},
-        ),
-        "utils.abstract_objects_equal": allowing(
-            call(utils.abstract_objects_equal, obj1=W, obj2=W, check_dtype=True),
-            legal={"check_dtype": FLAG},
-            skipped={
-                "obj1": {"*": "anything is a tree"},
-                "obj2": {"*": "anything is a tree"},
-            },
         ),
         "utils.first_dim_is_size": allowing(
             call(utils.first_dim_is_size, size=4, args=(X, Y)),
@@ -497,10 +449,6 @@ def helpers() -> dict[str, Call]:
         ),
         "utils.psd_inv": call(utils.psd_inv, matrix=matrix),
         **{f"utils.{name}": entry for name, entry in damped.items()},
-        "utils.auto_scope_function": allowing(
-            call(utils.auto_scope_function, func=loss_fn),
-            legal={"func": {"function": "any function"}},
-        ),
         "utils.auto_scope_method": allowing(
             call(utils.auto_scope_method, method=loss_fn),
             legal={"method": {"function": "any function"}},
@@ -514,7 +462,6 @@ def helpers() -> dict[str, Call]:
             legal={"p_func": {"function": "any function"}},
         ),
         **{f"utils.{name}": entry for name, entry in mapped.items()},
-        **{f"utils.{name}": entry for name, entry in averages.items()},
         "utils.replicate_all_local_devices": allowing(
             call(utils.replicate_all_local_devices, obj=W, axis_name=None),
             legal={"obj": any_tree, **named},

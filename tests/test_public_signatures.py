@@ -342,18 +342,10 @@ MESSAGES = {  # by message: the table, the function, and the wrong argument
     ),
     "args[0] must be an array; got 'a'. Pass what is no array through a closure, or "
     "functools.partial.": ("plans", "make_curvature", "args", ("a",)),
-    "obj must hold arrays with a leading axis of devices; got 3.": (
-        *("helpers", "utils.get_sum"),
-        *("obj", 3),
-    ),
     "norm_to_scale_identity_weight_per_block: expected None, got 'a'. kfac_jax adds "
     "the same λ I to each block.": (
         *("estimators", "OptaxPreconditioner"),
         *("norm_to_scale_identity_weight_per_block", "a"),
-    ),
-    "objects must be trees of one structure, at least one; got []": (
-        *("helpers", "utils.sum_of_objects"),
-        *("objects", []),
     ),
     "args must be arrays with a leading axis; got 3.": (
         *("helpers", "utils.first_dim_is_size"),

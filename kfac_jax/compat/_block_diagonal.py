@@ -328,7 +328,7 @@ def _powers(name: str, given: _Powers) -> tuple[float, ...]:
     """One power or several, as a tuple."""
     if given is None:
         return ()
-    found = tuple(given) if isinstance(given, list | tuple) else (given,)
+    found: Any = tuple(given) if isinstance(given, list | tuple) else (given,)
     for power in found:
         arguments.number(f"each of {name}", power)
     return found

@@ -212,17 +212,17 @@ class OptaxPreconditioner:
         """
         multiply = self.apply if use_inverse else self.multiply_curvature
 
-        def init(params: ArrayTree) -> optax.EmptyState:
+        def init(params: optax.Params) -> optax.EmptyState:
             return optax.EmptyState()
 
         def update(
-            updates: ArrayTree,
-            state: ArrayTree,
-            params: ArrayTree | None = None,
+            updates: Any,
+            state: optax.OptState,
+            params: optax.Params | None = None,
             *,
             precond_state: OptaxPreconditionState | None = None,
             **extra_args: Any,
-        ) -> tuple[ArrayTree, ArrayTree]:
+        ) -> tuple[ArrayTree, optax.OptState]:
             if not isinstance(precond_state, OptaxPreconditionState):
                 raise ValueError(
                     "The transformation of OptaxPreconditioner expects "

@@ -1,6 +1,5 @@
 """Functions that register a loss, as the estimators and the optimizer take them."""
 
-import functools
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,8 +9,6 @@ import jax.numpy as jnp
 from chex import ArrayTree
 from jax import Array
 
-from kfac_jax._jaxpr.graph import build
-from kfac_jax._jaxpr.interpreter import Program, run
 from kfac_jax._utils import arguments
 from kfac_jax.compat._native_blocks import callers_level
 from kfac_jax.curvature import Curvature
@@ -57,26 +54,6 @@ def as_loss(
 def all_generic(params: ArrayTree) -> Any:
     """The parameters, each registered as a generic one."""
     return jax.tree.map(register_generic, params)
-
-
-def without_tags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function for the eyes of discovery: without what it registers.
-
-    Args:
-      function: a function of arrays.
-
-    Returns:
-      A function with its results.
-    """
-
-    @functools.wraps(function)
-    def untagged(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        program = Program(build(closed), {}, {})
-        outputs, _ = run(program, jax.tree.leaves(args), None)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
-
-    return untagged
 
 
 def warn_of_lost_examples(curvature: Curvature) -> None:
