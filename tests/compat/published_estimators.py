@@ -75,16 +75,11 @@ def _loss(params: Any, batch: Any) -> jax.Array:
 # --- estimators -----------------------------------------------------------------------
 
 
-def _updated(
-    func: Callable[..., Any],
-    constructor: str = "BlockDiagonalCurvature",
-    args: Any = ARGS,
-    **options: Any,
-) -> tuple[Any, Any]:
-    estimator = getattr(kfac_jax.curvature_estimator, constructor)(func=func, **options)
-    state = estimator.init(KEY, args, [-1, 1], -1, True)
+def _updated(func: Callable[..., Any], **options: Any) -> tuple[Any, Any]:
+    estimator = kfac_jax.BlockDiagonalCurvature(func=func, **options)
+    state = estimator.init(KEY, ARGS, [-1, 1], -1, True)
     state = estimator.update_curvature_matrix_estimate(
-        state, 0.0, 1.0, 0.0, 6, KEY, args, "fisher_exact"
+        state, 0.0, 1.0, 0.0, 6, KEY, ARGS, "fisher_exact"
     )
     return estimator, state
 
@@ -104,11 +99,6 @@ def _blocks(estimator: Any, state: Any) -> Found:
     return {"blocks": _digest(estimator.to_diagonal_block_dense_matrix(state))}
 
 
-def _eigenvalues(estimator: Any, state: Any) -> Found:
-    by_block = estimator.block_eigenvalues(state, False)
-    return {"eigenvalues": _digest([jnp.sort(w.reshape(-1)) for w in by_block])}
-
-
 def returned_values() -> Found:
     """What a function returns besides registering its loss does not matter."""
 
@@ -123,60 +113,32 @@ def returned_values() -> Found:
         found |= {f"{name}: {k}": x for k, x in _blocks(estimator, state).items()}
         exact = kfac_jax.ImplicitExactCurvature(function)
         found[f"{name}: fisher"] = _digest(exact.multiply_fisher(ARGS, V))
-        found[f"{name}: hessian"] = _digest(exact.multiply_hessian(ARGS, V))
     return found
 
 
-def blocks_by_index() -> Found:
-    """A mapping from the indices of a block's parameters, in the block's order."""
-    classes = kfac_jax.curvature_blocks
-    estimator, state = _updated(
-        _loss,
-        index_to_block_ctor={(1, 0): classes.DenseFull, (2,): classes.DenseDiagonal},
-    )
-    found = _blocks(estimator, state) | _powers(estimator, state)
-    found["keys"] = _digest([jnp.array(k) for k in estimator.indices_to_block_map])
-    found["of parameters"] = _digest(estimator.params_block_index)
-    only, state = _updated(_loss, index_to_block_ctor={(2,): classes.DenseFull})
-    return found | {f"only the last: {k}": x for k, x in _blocks(only, state).items()}
-
-
-def tags_without_blocks() -> Found:
+def blocks_by_tag() -> Found:
     """None is accepted for tags that no layer has."""
     classes = kfac_jax.curvature_blocks
-    estimator, state = _updated(
-        _loss,
-        layer_tag_to_block_ctor={
-            "dense": classes.DenseFull,
-            "conv2d": None,
-            "generic": None,
-            "scale_and_shift": None,
-        },
-    )
-    return _blocks(estimator, state) | _eigenvalues(estimator, state)
+    found: Found = {}
+    for ctor in (classes.DenseFull, classes.DenseDiagonal):
+        blocks = {"dense": ctor, "conv2d": None, "generic": None}
+        estimator, state = _updated(_loss, layer_tag_to_block_ctor=blocks)
+        known = _blocks(estimator, state) | _powers(estimator, state)
+        found |= {f"{ctor.__name__}: {name}": x for name, x in known.items()}
+    return found
 
 
-def eigenvalues() -> Found:
-    """Those of Kronecker-factored blocks."""
-    return _eigenvalues(*_updated(_loss))
-
-
-def explicit() -> Found:
-    """The exact matrix, averaged over two batches."""
-    estimator, state = _updated(_loss, "ExplicitExactCurvature")
-    found = {"first": _digest(estimator.to_dense_matrix(state))}
-    found |= _blocks(estimator, state) | _powers(estimator, state)
-    found |= _eigenvalues(estimator, state)
+def powers() -> Found:
+    """Of Kronecker-factored blocks, averaged over two batches, and as cached before."""
+    estimator, state = _updated(_loss)
+    found = _powers(estimator, state)
     cached = estimator.update_cache(state, 0.1, [-1, 1], -1, True, None)
     later = estimator.update_curvature_matrix_estimate(
         cached, 0.5, 1.5, 0.0, 6, KEY, (PARAMS, (2 * X, Y)), "ggn_exact"
     )
-    found["second"] = _digest(estimator.to_dense_matrix(later))
+    found |= _blocks(estimator, later)
     known = _powers(estimator, later, use_cached=True)
-    found |= {f"cached {name}": x for name, x in known.items()}
-    turned, state = _updated(_loss, "ExplicitExactCurvature", param_order=(2, 0, 1))
-    found["in another order"] = _digest(turned.to_dense_matrix(state))
-    return found
+    return found | {f"cached {name}": x for name, x in known.items()}
 
 
 # --- exact products -------------------------------------------------------------------
@@ -198,31 +160,19 @@ LOSSES: dict[str, Callable[[jax.Array], Any]] = {
 }
 
 
-def exact_products(name: str, size: int | None = None) -> Found:
-    """Products with the matrices and with their factors."""
+def exact_products(name: str) -> Found:
+    """Products with the matrices."""
 
     def func(params: Any, batch: Any) -> jax.Array:
         z = _outputs(params, batch[0])
         LOSSES[name](z)
         return z.sum(-1)
 
-    options = {} if size is None else {"batch_size_extractor": lambda batch: size}
-    exact = kfac_jax.ImplicitExactCurvature(func, **options)
-    shapes, batch_size = exact.get_loss_inner_vector_shapes_and_batch_size(
-        ARGS, "fisher"
-    )
-    inner = tuple(_array(20 + i, *shape) for i, shape in enumerate(shapes))
-    found = {"hessian": _digest(exact.multiply_hessian(ARGS, V))}
-    found["size"] = [float(batch_size)]
-    for matrix in ("fisher", "ggn"):
-        product = getattr(exact, f"multiply_{matrix}")(ARGS, V)
-        factor = getattr(exact, f"multiply_{matrix}_factor")
-        transpose = getattr(exact, f"multiply_{matrix}_factor_transpose")
-        found[matrix] = _digest(product)
-        found[f"{matrix} factor"] = _digest(factor(ARGS, inner))
-        found[f"{matrix} factor, transposed"] = _digest(transpose(ARGS, V))
-        found[f"{matrix} of both"] = _digest(factor(ARGS, transpose(ARGS, V)))
-    return found
+    exact = kfac_jax.ImplicitExactCurvature(func)
+    return {
+        "fisher": _digest(exact.multiply_fisher(ARGS, V)),
+        "ggn": _digest(exact.multiply_ggn(ARGS, V)),
+    }
 
 
 # --- preconditioners ------------------------------------------------------------------
@@ -236,34 +186,6 @@ def _preconditioner(func: Callable[..., Any], **options: Any) -> Any:
         pmap_axis_name=None,
         **options,
     )
-
-
-def several_batches_a_step() -> Found:
-    """Statistics are gathered apart from the inverses, and decay once a step."""
-    preconditioner = _preconditioner(_loss, inverse_update_period=2, curvature_ema=0.8)
-    state = preconditioner.init(ARGS, KEY)
-    found: Found = {}
-    for step in range(3):
-        for part in range(3):
-            state = preconditioner.maybe_update_estimator_curvature(
-                state,
-                (PARAMS, ((1 + step + 0.1 * part) * X, Y)),
-                KEY,
-                decay_old_ema=part == 0,
-                sync=part == 2,
-            )
-        state = preconditioner.maybe_update_inverse_cache(state)
-        found[f"step {step}"] = _digest(preconditioner.apply(V, state))
-        blocks = preconditioner.estimator.to_diagonal_block_dense_matrix(
-            state.estimator_state
-        )
-        found[f"blocks {step}"] = _digest(blocks)
-        found[f"due {step}"] = [
-            float(preconditioner.should_update_estimator_curvature(state)),
-            float(preconditioner.should_update_inverse_cache(state)),
-        ]
-        state = preconditioner.increment_count(state)
-    return found
 
 
 def _preconditioned(func: Any, params: Any, batch: Any, **options: Any) -> Found:
@@ -477,16 +399,12 @@ def three_optimizers() -> Found:
 
 PROGRAMS: dict[str, Callable[[], Found]] = {
     "returned values": returned_values,
-    "blocks by index": blocks_by_index,
-    "tags without blocks": tags_without_blocks,
-    "eigenvalues": eigenvalues,
-    "explicit": explicit,
+    "blocks by tag": blocks_by_tag,
+    "powers": powers,
     **{
         f"exact products, {name}": functools.partial(exact_products, name)
         for name in LOSSES
     },
-    "exact products, another size": functools.partial(exact_products, "two", 12),
-    "several batches a step": several_batches_a_step,
     "custom patterns": custom_patterns,
     "scale tags": scale_tags,
     "list parameters": list_parameters,

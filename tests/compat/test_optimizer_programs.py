@@ -195,7 +195,7 @@ def test_numbers_out_of_range(options, message):
 
 def test_a_state_of_something_else():
     optimizer = kfac_jax.Optimizer(VALUE_AND_GRAD, **EXACT)
-    with pytest.raises(TypeError, match="step expects the state from init"):
+    with pytest.raises(TypeError, match="state must be what init, or the step before"):
         optimizer.step(PARAMS, PARAMS, KEY, batch=BATCH, **RATES)
 
 

@@ -1,9 +1,7 @@
-"""`OptaxPreconditioner` where its parts are called one by one, and with patterns.
+"""`OptaxPreconditioner` in a shard_map, with patterns, and parameters in lists.
 
 Its numbers are compared in `test_published_estimators` and `test_estimators`.
 """
-
-import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +10,6 @@ import pytest
 
 import kfac_jax
 from kfac_jax import blocks, tag_graph_matcher
-from kfac_jax.compat import utils
 from tests.helpers import models
 
 KEY = jax.random.PRNGKey(0)
@@ -42,77 +39,6 @@ def curvature_of(state):
     return state.estimator_state.factors
 
 
-# ------------------------------------------------------------------ one part by another
-
-
-def test_an_update_is_its_two_parts():
-    preconditioner = made(inverse_update_period=2)
-    whole = parts = preconditioner.init(args(), KEY)
-    for step in range(3):
-        batch = args(1.0 + step)
-        whole = preconditioner.maybe_update(whole, batch, KEY)
-        parts = preconditioner.maybe_update_estimator_curvature(parts, batch, KEY)
-        parts = preconditioner.maybe_update_inverse_cache(parts)
-        models.assert_trees_close(parts, whole)
-        due = step != 1
-        assert preconditioner.should_update_inverse_cache(parts) == due
-        assert preconditioner.should_sync_estimate_curvature(parts) == due
-        assert preconditioner.should_update_estimator_curvature(parts)
-        whole, parts = map(preconditioner.increment_count, (whole, parts))
-
-
-def test_conditions_may_be_traced():
-    preconditioner = made(curvature_ema=0.8)
-
-    @jax.jit
-    def gather(state, batch, decay, sync):
-        return preconditioner.maybe_update_estimator_curvature(
-            state, batch, KEY, decay, sync
-        )
-
-    start = preconditioner.init(args(), KEY)
-    for decay in (False, True):
-        state = gather(gather(start, args(), True, True), args(2.0), decay, False)
-        assert state.estimator_state.weight == (1.8 if decay else 2.0)
-        a = curvature_of(state)["a"]["input"]
-        first, second = X.T @ X / 6, 4 * X.T @ X / 6
-        old = 0.8 if decay else 1.0
-        np.testing.assert_allclose(a, (old * first + second) / (old + 1), rtol=1e-10)
-
-
-@models.EIGHT_DEVICES
-@pytest.mark.parametrize("traced", [False, True])
-def test_devices_agree_once_they_sync(traced):
-    """Two batches a step: apart after the first, the whole batch's after the second."""
-    preconditioner = made(curvature_ema=0.8)
-
-    def update(batch, sync):
-        state = preconditioner.init((PARAMS, batch), KEY)
-        apart = preconditioner.maybe_update_estimator_curvature(
-            state, (PARAMS, batch), KEY, sync=jnp.array(False) if traced else False
-        )
-        twice = PARAMS, (2 * batch[0], batch[1])
-        together = preconditioner.maybe_update_estimator_curvature(
-            apart, twice, KEY, False, sync if traced else True
-        )
-        return apart, together, preconditioner.sync_estimator_state(apart)
-
-    over = jax.pmap(
-        update,
-        preconditioner.pmap_axis_name,
-        in_axes=(0, None),
-        devices=jax.devices()[:3],
-    )
-    batch = X.reshape(3, 2, 3), Y.reshape(3, 2, 2)
-    apart, together, synced = over(batch, True)
-    expected = update((X, Y), True)
-    first, second = (utils.get_first(curvature_of(x)) for x in (synced, together))
-    models.assert_trees_close(first, curvature_of(expected[0]))
-    models.assert_trees_close(second, curvature_of(expected[1]))
-    different = curvature_of(apart)["a"]["input"]
-    assert not np.allclose(different[0], different[1])
-
-
 @models.EIGHT_DEVICES
 def test_devices_agree_in_a_shard_map():
     preconditioner = made(pmap_axis_name="i")
@@ -126,8 +52,7 @@ def test_devices_agree_in_a_shard_map():
     def update(x, y):
         arguments = PARAMS, (x, y)
         state = preconditioner.init(arguments, KEY)
-        state = preconditioner.maybe_update_estimator_curvature(state, arguments, KEY)
-        return curvature_of(state)
+        return curvature_of(preconditioner.maybe_update(state, arguments, KEY))
 
     split = jax.sharding.PartitionSpec("i")
     over = jax.shard_map(
@@ -215,35 +140,3 @@ def test_parameters_in_lists():
 
     found = update(function, move(PARAMS), move(V))
     models.assert_trees_close(found, move(update(losses_of_cases, PARAMS, V)))
-
-
-# ----------------------------------------------------------------------------- refusals
-
-
-def gathered(**options):
-    preconditioner = made()
-    state = preconditioner.init(args(), KEY)
-    preconditioner.maybe_update_estimator_curvature(state, args(), KEY, **options)
-
-
-REFUSED = {
-    "decay_old_ema must be an array of real numbers; got None.": (
-        TypeError,
-        lambda: gathered(decay_old_ema=None),
-    ),
-    "must be one bool, or an array of one; got": (
-        ValueError,
-        lambda: gathered(sync=jnp.array([True, False])),
-    ),
-    "state must be what init or maybe_update of the preconditioner returned": (
-        TypeError,
-        lambda: made().maybe_update_inverse_cache(None),
-    ),
-}
-
-
-@pytest.mark.parametrize("text", REFUSED)
-def test_what_is_not_supported_is_refused(text):
-    error, function = REFUSED[text]
-    with pytest.raises(error, match=re.escape(text)):
-        function()

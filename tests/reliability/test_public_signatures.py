@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import pytest
 
 import kfac_jax
-from kfac_jax.compat import curvature_blocks
+from kfac_jax.compat import _native_blocks
 from tests import test_public_names as names
 from tests.reliability import public_calls, public_calls_compat
 
@@ -38,7 +38,7 @@ TABLES = {
 
 @pytest.fixture(autouse=True)
 def no_defaults_are_set(monkeypatch):
-    monkeypatch.setattr(curvature_blocks, "_registered", {})
+    monkeypatch.setattr(_native_blocks, "_registered", {})
 
 
 COMPAT_MODULES = (
@@ -341,18 +341,10 @@ MESSAGES = {  # by message: the table, the function, and the wrong argument
     ),
     "args[0] must be an array; got 'a'. Pass what is no array through a closure, or "
     "functools.partial.": ("plans", "make_curvature", "args", ("a",)),
-    "obj must hold arrays with a leading axis of devices; got 3.": (
-        *("helpers", "utils.get_sum"),
-        *("obj", 3),
-    ),
-    "norm_to_scale_identity_weight_per_block is expected to be None; got 'a'. kfac_jax "
-    "adds the same λ I to each block.": (
+    "norm_to_scale_identity_weight_per_block: expected None, got 'a'. kfac_jax adds "
+    "the same λ I to each block.": (
         *("estimators", "OptaxPreconditioner"),
         *("norm_to_scale_identity_weight_per_block", "a"),
-    ),
-    "objects must be trees of one structure, at least one; got []": (
-        *("helpers", "utils.sum_of_objects"),
-        *("objects", []),
     ),
     "args must be arrays with a leading axis; got 3.": (
         *("helpers", "utils.first_dim_is_size"),
