@@ -11,7 +11,7 @@ from jax import Array
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments
 from kfac_jax._utils.trees import tree_spec
-from kfac_jax.blocks.kronecker import check_weight_sharing
+from kfac_jax.blocks._moments import check_weight_sharing
 from kfac_jax.operator import inverses
 from kfac_jax.operator.approximation import Approximation
 from kfac_jax.operator.structures import BlockDiagonal

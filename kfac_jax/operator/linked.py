@@ -14,15 +14,15 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import linalg
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.flow import sources
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.states import Examples
 from kfac_jax._utils import fresh
-from kfac_jax.blocks import Kronecker
+from kfac_jax.blocks import Block
 from kfac_jax.devices import ALONE, Devices
 from kfac_jax.linalg import Inverted
+from kfac_jax.linalg._coherence import pseudo_inverse
 from kfac_jax.operator.products import by_themselves, not_one_product
 from kfac_jax.operator.single import site_statistics, statistics_cost
 from kfac_jax.plan.group import (
@@ -126,7 +126,7 @@ class Linked(Group):
         """The blocks', and second moments of inputs with the parent's."""
         linked = self.cross_shapes
         return {
-            x.name: _kronecker(x).row_statistics
+            x.name: _block(x).row_statistics
             | ({CROSS[0]} if x.name in linked else frozenset())
             for x in self.layers
         }
@@ -153,12 +153,10 @@ class Linked(Group):
         self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
     ) -> Arrays:
         """The block's statistics, and rows, zero where they do not count."""
-        block = _kronecker(layer)
+        block = _block(layer)
         sums = site_statistics(site, block, layer.shape, x, dy, carried)
         x, dy = site.canonical(x, dy, layer.shape.homogeneous)
-        active = (dy != 0).any(-1)
-        rows = block.input_rows(x, active), block.output_rows(dy)
-        return sums | dict(zip(ROWS, rows, strict=True))
+        return sums | dict(zip(ROWS, block.rows(x, dy), strict=True))
 
     def collect(self, sums: Factors) -> Factors:
         """Second moments of layers' rows with those of their parents' for the rows."""
@@ -181,7 +179,7 @@ class Linked(Group):
             shared = cross.get(x.name, {})
             own = {n: s for n, s in statistics[x.name].items() if n not in shared}
             batches = weight.astype(x.dtype)
-            found[x.name] = _kronecker(x).counts(own, batches)
+            found[x.name] = _block(x).counts(own, batches)
             found[x.name] |= dict.fromkeys(shared, batches)
         return found
 
@@ -201,7 +199,7 @@ class Linked(Group):
     def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
         """Entry by entry."""
         return {
-            x.name: _kronecker(x).average(old[x.name], new[x.name], epsilon)
+            x.name: _block(x).average(old[x.name], new[x.name], epsilon)
             for x in self.layers
         }
 
@@ -230,7 +228,7 @@ class Linked(Group):
         found = ToInvert({}, {})
         for x in self.layers:
             own = {side: factors[x.name][side] for side in SIDES}
-            damped = _kronecker(x).damp(own, jnp.asarray(damping, x.dtype))
+            damped = _block(x).damp(own, jnp.asarray(damping, x.dtype))
             for side, part in damped.items():
                 found.matrices[x.name, side] = part
         return found
@@ -316,8 +314,7 @@ class Linked(Group):
         """
         regressions = {
             layer.name: [
-                factors[layer.name][cross]
-                @ linalg.pseudo_inverse(factors[parent.name][side])
+                factors[layer.name][cross] @ pseudo_inverse(factors[parent.name][side])
                 for side, cross in zip(SIDES, CROSS, strict=True)
             ]
             for layer, parent in self.links
@@ -342,8 +339,7 @@ class Linked(Group):
     def diagonal(self, factors: Factors) -> Vectors:
         """That of the layers' own curvature."""
         return {
-            x.name: _kronecker(x).diagonal(factors[x.name], x.shape)
-            for x in self.layers
+            x.name: _block(x).diagonal(factors[x.name], x.shape) for x in self.layers
         }
 
     def check_mode(self, damping: Any, mode: str) -> None:
@@ -463,8 +459,8 @@ def _sizes(layer: Layer) -> tuple[int, int]:
     return layer.shape.inputs, layer.shape.outputs
 
 
-def _kronecker(layer: Layer) -> Kronecker:
-    assert isinstance(layer.block, Kronecker)
+def _block(layer: Layer) -> Block:
+    assert layer.block is not None and layer.block.handles_links
     return layer.block
 
 
@@ -563,7 +559,7 @@ def _refusal(layer: Layer, sites: Sequence[Site]) -> str:
     """Why a layer can be neither child nor parent; empty if it can."""
     if layer.kind not in ("dense", "conv"):
         return f'its kind is "{layer.kind}"'
-    if type(layer.block) is not Kronecker:
+    if layer.block is None or not layer.block.handles_links:
         return f"its block is {layer.block!r}"
     return not_one_product(layer, sites)
 
@@ -572,8 +568,8 @@ def _mismatch(
     layers: Mapping[str, Layer], sites: Mapping[str, Site], name: str, parent: str
 ) -> str:
     """Why two layers that can be linked cannot be linked to each other."""
-    first, second = _kronecker(layers[name]), _kronecker(layers[parent])
-    if first.weight_sharing != second.weight_sharing:
+    first, second = _block(layers[name]), _block(layers[parent])
+    if first.needs_examples != second.needs_examples:
         return f"{parent}, which uses its output, has another weight_sharing"
     examples = [sites[n].examples for n in (name, parent)]
     known = [x for x in examples if isinstance(x, Examples)]
@@ -588,5 +584,4 @@ def _mismatch(
 def paired_rows(layer: Layer, site: Site) -> int:
     """How many rows of a layer count as cases, and are paired with its parent's."""
     assert isinstance(site.examples, Examples)
-    reduces = _kronecker(layer).weight_sharing == "reduce"
-    return site.examples.size if reduces else site.rows
+    return site.examples.size if _block(layer).needs_examples else site.rows

@@ -16,7 +16,6 @@ from jax import Array
 from kfac_jax._jaxpr.flow import types_outside_loops
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._utils.dtypes import wide_dtype
-from kfac_jax.blocks import Kronecker
 from kfac_jax.operator.single import Single
 from kfac_jax.plan.group import Arrays, Factors, Group, Products, Uses, Vectors
 from kfac_jax.plan.layer import Layer
@@ -134,7 +133,7 @@ def by_themselves(
     kept: list[str] = []
     others: list[str] = []
     for layer in layers:
-        asked = isinstance(layer.block, Kronecker) and layer.block.gradient_products
+        asked = layer.block is not None and layer.block.gradient_products
         reason = _refusal(layer, uses, types, layer.name in linked) if asked else ""
         if layer.name in linked or not asked or reason:
             if layer.name not in linked:
@@ -150,7 +149,7 @@ def by_themselves(
 
 
 def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:
-    """Why a layer with a `Kronecker` block is not one product with two full factors.
+    """Why a layer is not one product with two full factors, `input` and `output`.
 
     Args:
       layer: the layer.

@@ -14,7 +14,7 @@ from kfac_jax._jaxpr.loops import sum_over
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.states import LOST, Examples
 from kfac_jax._utils import fresh
-from kfac_jax.blocks import TNT, Block, BlockShape, Kronecker, Spectrum
+from kfac_jax.blocks import Block, BlockShape, Spectrum
 from kfac_jax.blocks._tied import join
 from kfac_jax.devices import Devices
 from kfac_jax.devices.rows import row_axis
@@ -71,11 +71,8 @@ class Single(Group):
 
     @property
     def solves_by_rows(self) -> bool:
-        """Whether its inverse is `A⁻¹ ⊗ G⁻¹`, with rows where they are expected.
-
-        Subclasses of these blocks may solve in another way.
-        """
-        if type(self.layer.block) not in (Kronecker, TNT):
+        """Whether its inverse is `A⁻¹ ⊗ G⁻¹`, with rows where they are expected."""
+        if self.layer.block is None or not self.block.solves_by_sides:
             return False
         lead = len(self.layer.shape.lead)
         shapes = self.inverse_shapes[self.name].values()
