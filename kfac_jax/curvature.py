@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments
@@ -18,7 +19,7 @@ from kfac_jax.operator.structures import BlockDiagonal
 from kfac_jax.plan import batch as batch_lib
 from kfac_jax.plan import checks
 from kfac_jax.plan import report as report_lib
-from kfac_jax.plan.group import Factors, Structure
+from kfac_jax.plan.group import Factors, Structure, widened
 from kfac_jax.plan.grouping import BlocksSpec
 from kfac_jax.plan.modes import needs_rng
 from kfac_jax.plan.plan import Options, Plan
@@ -488,6 +489,7 @@ class Curvature(Plan):
           ValueError: if the factors are of another plan.
         """
         averages.check(self.groups, "factor_shapes", factors)
+        factors = widened(self.groups, factors)
         return Approximation(groups=self.groups, tree=self.tree, factors=factors)
 
 
@@ -506,6 +508,7 @@ def make_curvature(
     l2: float = 0.0,
     batch_argnums: int | Sequence[int] | None = None,
     independent_cases: bool = False,
+    factor_dtype: DTypeLike | None = None,
 ) -> Curvature:
     """Traces a loss function and plans its curvature approximation.
 
@@ -548,6 +551,11 @@ def make_curvature(
         input. Exact modes pull back the cases of one example (positions of a sequence)
         one by one, and all cases where they could not follow which belong to one
         example; there, but not where they could, they then pull back all at once.
+      factor_dtype: bfloat16 or float32, in which factors are kept, or None for the type
+        of their statistics. These, averages, inverses and bases are computed in float32
+        or wider. Of bfloat16, an average does not follow changes of less than about
+        2⁻⁹ / (1 - ε) of an entry, and damped factors must be positive definite after
+        entries lost all but eight bits; where they are not, inverses stay as they were.
 
     Returns:
       The plan.
@@ -598,6 +606,7 @@ def make_curvature(
         structure=structure,
         batch_argnums=batch_lib.check_argnums(batch_argnums, args),
         independent_cases=independent_cases,
+        factor_dtype=checks.check_factor_dtype(factor_dtype),
     )
     derived = Options(**options).derive(params, args, quiet=False)
     if statistics_fraction < 1.0:

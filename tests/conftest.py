@@ -39,7 +39,10 @@ import jaxtyping  # noqa: E402
 jaxtyping.install_import_hook(
     [
         "kfac_jax.blocks",
-        *(f"kfac_jax.linalg._{name}" for name in ("coherence", "gram", "psd", "shared")),
+        *(
+            f"kfac_jax.linalg._{name}"
+            for name in ("coherence", "gram", "psd", "shared")
+        ),
     ],
     "typechecking.functions",
 )

@@ -135,6 +135,7 @@ def plans() -> dict[str, Call]:
         l2=0.0,
         batch_argnums=(0,),
         independent_cases=False,
+        factor_dtype=jnp.bfloat16,
     )
     operators = {
         "matvec": call(operator().matvec, v=W),
@@ -169,6 +170,7 @@ def plans() -> dict[str, Call]:
                 "blocks": OPTIONAL,
                 "batch_argnums": OPTIONAL,
                 "independent_cases": FLAG,
+                "factor_dtype": OPTIONAL,
             },
             skipped={
                 "loss_fn": {"function": "what it must return: test_bad_input"},

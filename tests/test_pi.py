@@ -126,7 +126,9 @@ def test_trace_is_the_default():
 def test_a_number_is_damped_exactly(diagonal, lead, sizes):
     block, given = Kronecker(exact_scalars=True), factors(8, lead, sizes, diagonal)
     damped = block.damp(given, jnp.asarray(DAMPING))
-    eigenvalues = block.spectrum(given, BlockShape(lead, (), *sizes)).eigenvalues(jnp.asarray(DAMPING), "")
+    eigenvalues = block.spectrum(given, BlockShape(lead, (), *sizes)).eigenvalues(
+        jnp.asarray(DAMPING), ""
+    )
     found = {
         name: np.reshape(x.factor, (-1, *x.factor.shape[len(lead) :]))
         for name, x in damped.items()

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 
 from kfac_jax._utils import arguments
 from kfac_jax._utils.dtypes import wide_dtype
-from kfac_jax.blocks._block import Arrays, BlockShape, Outputs, Shapes
+from kfac_jax.blocks._layout import Arrays, BlockShape, Outputs, Shapes
 from kfac_jax.blocks._sides import Side, named, side_shapes, sides
 from kfac_jax.linalg._gram import gram
 
@@ -23,13 +23,6 @@ def shapes(shape: BlockShape, max_factor_dim: int | None) -> Shapes:
     """Shapes of the sums for both sides, and of the number of rows that count.
 
     With a homogeneous coordinate that is the last entry of the inputs' sum.
-
-    Args:
-      shape: of a weight that is used in one way.
-      max_factor_dim: the longest side with a full factor; None for no limit.
-
-    Returns:
-      The shapes by name.
     """
     count = {} if shape.homogeneous else {"count": shape.lead}
     return side_shapes(shape, max_factor_dim) | count
@@ -42,18 +35,7 @@ def moments(
     max_factor_dim: int | None,
     weight_sharing: str,
 ) -> Arrays:
-    """The sums over rows.
-
-    Args:
-      x: inputs, zero where there is no gradient; integers if they are `one_hot`.
-      dy: output gradients.
-      shape: of the weight.
-      max_factor_dim: as for `shapes`.
-      weight_sharing: "expand" or "reduce".
-
-    Returns:
-      Arrays of those shapes.
-    """
+    """The sums over rows, of `x` that are zero where there is no gradient."""
     wanted = shapes(shape, max_factor_dim)
     if shape.one_hot:
         inputs = Side(_occurrences(x, dy, shape.inputs, weight_sharing), False)

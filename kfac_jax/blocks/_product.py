@@ -4,7 +4,8 @@ import jax.numpy as jnp
 from chex import Numeric
 from jax import Array
 
-from kfac_jax.blocks._block import Arrays, Damped, Matrix, Spectrum
+from kfac_jax.blocks._block import Damped, Spectrum
+from kfac_jax.blocks._layout import Arrays, Matrix
 from kfac_jax.blocks._pi import pi
 from kfac_jax.blocks._sides import Side, Sides, names, sides
 from kfac_jax.linalg._psd import eigh
@@ -26,19 +27,9 @@ def diagonal(factors: Arrays) -> Matrix:
 def damp(
     factors: Arrays, damping: Numeric, norm: str, exact_scalars: bool
 ) -> dict[str, Damped]:
-    """Factored Tikhonov damping, `A + π √λ I` and `G + √λ / π I`.
+    """`A + π √λ I` and `G + √λ / π I` (section 6.3), by the names of the factors.
 
-    Args:
-      factors: A and G.
-      damping: λ.
-      norm: the norm in π.
-      exact_scalars: whether to damp exactly where one of them is a number.
-
-    Returns:
-      What is to be inverted, by the names of the factors.
-
-    References:
-      Martens & Grosse 2015, section 6.3.
+    With `exact_scalars`, where one of them is a number, their product is `A ⊗ G + λ I`.
     """
     both = sides(factors)
     damping = jnp.asarray(damping, both[0].array.dtype)
@@ -70,16 +61,7 @@ def _damped_scalar(both: Sides, damping: Array) -> list[Damped]:
 
 
 def spectrum(factors: Arrays, norm: str, exact_scalars: bool) -> Spectrum:
-    """The joint eigenbasis `U_A ⊗ U_G`; exact damping adds λ to the products.
-
-    Args:
-      factors: A and G.
-      norm: as for `damp`.
-      exact_scalars: as there.
-
-    Returns:
-      The eigendecomposition.
-    """
+    """The joint eigenbasis `U_A ⊗ U_G`; exact damping adds λ to the products."""
     both = sides(factors)
     (wa, ua), (wg, ug) = (eigh(x) if is_full else (x, None) for x, is_full in both)
     is_exact = exact_scalars and _has_scalar(both)

@@ -7,7 +7,7 @@ from jax import Array
 from jaxtyping import Float
 
 from kfac_jax._utils import arguments
-from kfac_jax.blocks._block import Arrays, BlockShape, Shapes
+from kfac_jax.blocks._layout import Arrays, BlockShape, Shapes
 from kfac_jax.linalg._psd import diagonal
 
 DIAGONAL = "_diagonal"
@@ -74,15 +74,7 @@ def named(inputs: Side, outputs: Side) -> Arrays:
 
 
 def side_shapes(shape: BlockShape, max_factor_dim: int | None) -> Shapes:
-    """`input: [*e, i, i]` and `output: [*e, o, o]`, or their diagonals.
-
-    Args:
-      shape: of a weight that is used in one way.
-      max_factor_dim: the longest side with a full factor; None for no limit.
-
-    Returns:
-      The shapes by name.
-    """
+    """`input: [*e, i, i]` and `output: [*e, o, o]`, or their diagonals."""
     result: Shapes = {}
     for name, d in zip(SIDES, (shape.inputs, shape.outputs), strict=True):
         is_long = max_factor_dim is not None and d > max_factor_dim

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from kfac_jax.blocks._block import Arrays
+from kfac_jax.blocks._layout import Arrays
 from kfac_jax.blocks._sides import Side, Sides, named, sides
 
 TRANSPOSED = "transposed_"

@@ -9,18 +9,8 @@ from jax import Array
 from jaxtyping import Int
 
 from kfac_jax._utils.dtypes import wide_dtype
-from kfac_jax.blocks._block import (
-    Arrays,
-    Block,
-    BlockShape,
-    Damped,
-    Inputs,
-    Matrix,
-    Outputs,
-    Shapes,
-    Spectrum,
-    per_example,
-)
+from kfac_jax.blocks._block import Block, Damped, Spectrum, per_example
+from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
 
 
 @final

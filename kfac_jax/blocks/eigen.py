@@ -11,17 +11,8 @@ from jaxtyping import Bool, Float
 
 from kfac_jax._utils import arguments
 from kfac_jax.blocks import _moments
-from kfac_jax.blocks._block import (
-    Arrays,
-    Block,
-    BlockShape,
-    Damped,
-    Inputs,
-    Matrix,
-    Outputs,
-    Shapes,
-    Spectrum,
-)
+from kfac_jax.blocks._block import Block, Damped, Spectrum
+from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
 from kfac_jax.blocks._sides import DIAGONAL, SIDES, check_max_factor_dim, side_shapes
 from kfac_jax.blocks.diagonal import Diagonal
 from kfac_jax.linalg._psd import eigh, turned_basis

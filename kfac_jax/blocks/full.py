@@ -7,18 +7,8 @@ import jax.numpy as jnp
 from chex import Numeric
 from jax import Array
 
-from kfac_jax.blocks._block import (
-    Arrays,
-    Block,
-    BlockShape,
-    Damped,
-    Inputs,
-    Matrix,
-    Outputs,
-    Shapes,
-    Spectrum,
-    per_example,
-)
+from kfac_jax.blocks._block import Block, Damped, Spectrum, per_example
+from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
 from kfac_jax.linalg._psd import diagonal, eigh
 
 

@@ -6,17 +6,8 @@ from typing import final
 import jax.numpy as jnp
 from chex import Numeric
 
-from kfac_jax.blocks._block import (
-    Arrays,
-    Block,
-    BlockShape,
-    Damped,
-    Inputs,
-    Matrix,
-    Outputs,
-    Shapes,
-    Spectrum,
-)
+from kfac_jax.blocks._block import Block, Damped, Spectrum
+from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
 
 
 @final

@@ -11,17 +11,8 @@ from jaxtyping import Float
 from kfac_jax._utils import arguments
 from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks import _product
-from kfac_jax.blocks._block import (
-    Arrays,
-    Block,
-    BlockShape,
-    Damped,
-    Inputs,
-    Matrix,
-    Outputs,
-    Shapes,
-    Spectrum,
-)
+from kfac_jax.blocks._block import Block, Damped, Spectrum
+from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
 from kfac_jax.blocks._pi import check_pi
 from kfac_jax.blocks._sides import (
     Side,

@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from chex import ArrayTree, Numeric
 from jax import Array
+from jaxtyping import Float
 
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.flow import sources
@@ -29,11 +31,11 @@ from kfac_jax.plan.group import (
     Arrays,
     Decomposed,
     Factors,
+    FactorShapes,
     Group,
     Grouped,
     Name,
     Products,
-    Shapes,
     ToInvert,
     Uses,
     Vectors,
@@ -86,7 +88,7 @@ class Linked(Group):
     # ------------------------------------------------------------------ what it holds
 
     @property
-    def cross_shapes(self) -> Shapes:
+    def cross_shapes(self) -> FactorShapes:
         """The shapes of the factors that layers share with their parents."""
         return {
             layer.name: {
@@ -97,17 +99,17 @@ class Linked(Group):
         }
 
     @property
-    def factor_shapes(self) -> Shapes:
+    def factor_shapes(self) -> FactorShapes:
         """The layers' own, and those they share."""
         return _joined(super().factor_shapes, self.cross_shapes)
 
     @property
-    def statistics_shapes(self) -> Shapes:
+    def statistics_shapes(self) -> FactorShapes:
         """The layers' own, and those they share."""
         return _joined(super().statistics_shapes, self.cross_shapes)
 
     @property
-    def inverse_shapes(self) -> Shapes:
+    def inverse_shapes(self) -> FactorShapes:
         """Of K, s and Ψ of both sides, see `inverses`."""
         cross = self.cross_shapes
         return {
@@ -132,7 +134,7 @@ class Linked(Group):
         }
 
     def probes(
-        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
         """Zeros like the statistics of blocks, and like rows.
 
@@ -223,7 +225,7 @@ class Linked(Group):
             for x in self.layers
         }
 
-    def to_invert(self, factors: Factors, damping: Any) -> ToInvert:
+    def to_invert(self, factors: Factors, damping: Numeric) -> ToInvert:
         """The layers' own factors with factored damping (section 6.3)."""
         found = ToInvert({}, {})
         for x in self.layers:
@@ -342,7 +344,7 @@ class Linked(Group):
             x.name: _block(x).diagonal(factors[x.name], x.shape) for x in self.layers
         }
 
-    def check_mode(self, damping: Any, mode: str) -> None:
+    def check_mode(self, damping: Numeric, mode: str) -> None:
         """Damping is factored."""
         undamped = isinstance(damping, numbers.Real) and damping == 0
         if mode == "exact" and not undamped:
@@ -358,7 +360,12 @@ class Linked(Group):
         return False
 
     def power(
-        self, factors: Factors, vectors: Vectors, exponent: Any, damping: Any, mode: str
+        self,
+        factors: Factors,
+        vectors: Vectors,
+        exponent: Numeric,
+        damping: Numeric,
+        mode: str,
     ) -> Vectors:
         """Is refused."""
         raise ValueError(
@@ -367,7 +374,7 @@ class Linked(Group):
             "covariance (F + λ I)⁻¹ use sample."
         )
 
-    def logdet(self, factors: Factors, damping: Any, mode: str) -> Array:
+    def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
         """`log det F̂`: Ξ has unit determinant."""
         inverses, total = self._inverses(factors, damping), jnp.zeros(())
         for x in self.layers:
@@ -378,7 +385,7 @@ class Linked(Group):
         return total
 
     def sample(
-        self, factors: Factors, noise: Vectors, damping: Any, mode: str
+        self, factors: Factors, noise: Vectors, damping: Numeric, mode: str
     ) -> Vectors:
         """Applies `Ξᵀ` and a root of Λ."""
         inverses, left = self._inverses(factors, damping), Vectors()
@@ -388,7 +395,7 @@ class Linked(Group):
             left[name] = own["input_basis"] @ x @ own["output_basis"].T
         return self._transposed(inverses, left)
 
-    def _inverses(self, factors: Factors, damping: Any) -> Factors:
+    def _inverses(self, factors: Factors, damping: Numeric) -> Factors:
         """Computed here and now."""
         wanted = self.to_invert(factors, damping).matrices
         shifted = [(x, jnp.broadcast_to(s, x.shape[:-2])) for x, s in wanted.values()]
@@ -435,7 +442,7 @@ class Linked(Group):
         return sum(statistics_cost(x, shapes[x.name]) for x in self.layers)
 
 
-def _joined(first: Shapes, second: Shapes) -> Shapes:
+def _joined(first: FactorShapes, second: FactorShapes) -> FactorShapes:
     return {name: part | second.get(name, {}) for name, part in first.items()}
 
 
@@ -448,8 +455,8 @@ def _inverse_shapes(side: str, n: int, cross: Any) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def _unexplained(own: Arrays) -> Array | float:
-    """`1 - s_A s_Gᵀ`, [i, o]."""
+def _unexplained(own: Arrays) -> Float[Array, "i o"] | float:
+    """`1 - s_A s_Gᵀ`."""
     if "input_explained" not in own:
         return 1.0
     return 1 - own["input_explained"][:, None] * own["output_explained"][None, :]

@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from chex import ArrayTree
 from jax import Array
+from jaxtyping import Bool, Float
 
 from kfac_jax._jaxpr.flow import types_outside_loops
 from kfac_jax._jaxpr.sites import Site
@@ -42,7 +44,7 @@ class KeptProduct(Single):
         return self.rows
 
     def probes(
-        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
         """Also for the two sides."""
         found = super().probes(sites, data)
@@ -100,7 +102,9 @@ class KeptProduct(Single):
         return jax.lax.cond(jnp.stack(same).all(), by_rows, by_matrix)
 
 
-def _is_product(v: Array, x: Array, dy: Array) -> Array:
+def _is_product(
+    v: Float[Array, "i o"], x: Float[Array, "r i"], dy: Float[Array, "r o"]
+) -> Bool[Array, ""]:
     """Whether `V = Xᵀ dY`, seen from the left by one vector of random signs.
 
     A gradient may have been clipped, or averaged over devices, since. `uᵀ V = (X u)ᵀ
@@ -130,7 +134,7 @@ def by_themselves(
     """
     types = types_outside_loops(uses.graph)
     groups: list[Group] = []
-    kept: list[str] = []
+    products: list[str] = []
     others: list[str] = []
     for layer in layers:
         asked = layer.block is not None and layer.block.gradient_products
@@ -142,8 +146,8 @@ def by_themselves(
             continue
         rows = uses.sites[layer.name][0].rows
         groups.append(KeptProduct(layer, rows))
-        kept.append(f"  {layer.name}: {rows} cases")
-    notes = ["Gradients preconditioned as products:", *kept] if kept else []
+        products.append(f"  {layer.name}: {rows} cases")
+    notes = ["Gradients preconditioned as products:", *products] if products else []
     notes += ["Gradients not kept as products:", *others] if others else []
     return groups, notes
 
