@@ -7,18 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments
 from kfac_jax._utils.trees import tree_spec
-from kfac_jax.blocks.kronecker import check_weight_sharing
+from kfac_jax.blocks._moments import check_weight_sharing
 from kfac_jax.operator import inverses
 from kfac_jax.operator.approximation import Approximation
 from kfac_jax.operator.structures import BlockDiagonal
 from kfac_jax.plan import batch as batch_lib
 from kfac_jax.plan import checks
 from kfac_jax.plan import report as report_lib
-from kfac_jax.plan.group import Factors, Structure
+from kfac_jax.plan.group import Factors, Structure, widened
 from kfac_jax.plan.grouping import BlocksSpec
 from kfac_jax.plan.loss_check import check_loss
 from kfac_jax.plan.modes import needs_rng
@@ -489,6 +490,7 @@ class Curvature(Plan):
           ValueError: if the factors are of another plan.
         """
         averages.check(self.groups, "factor_shapes", factors)
+        factors = widened(self.groups, factors)
         return Approximation(groups=self.groups, tree=self.tree, factors=factors)
 
 
@@ -508,6 +510,7 @@ def make_curvature(
     l2: float = 0.0,
     batch_argnums: int | Sequence[int] | None = None,
     independent_cases: bool = False,
+    factor_dtype: DTypeLike | None = None,
 ) -> Curvature:
     """Traces a loss function and plans its curvature approximation.
 
@@ -555,6 +558,11 @@ def make_curvature(
         input. Exact modes pull back the cases of one example (positions of a sequence)
         one by one, and all cases where they could not follow which belong to one
         example; there, but not where they could, they then pull back all at once.
+      factor_dtype: bfloat16 or float32, in which factors are kept, or None for the type
+        of their statistics. These, averages, inverses and bases are computed in float32
+        or wider. Of bfloat16, an average does not follow changes of less than about
+        2⁻⁹ / (1 - ε) of an entry, and damped factors must be positive definite after
+        entries lost all but eight bits; where they are not, inverses stay as they were.
 
     Returns:
       The plan.
@@ -607,6 +615,7 @@ def make_curvature(
         structure=structure,
         batch_argnums=batch_lib.check_argnums(batch_argnums, args),
         independent_cases=independent_cases,
+        factor_dtype=checks.check_factor_dtype(factor_dtype),
     )
     derived = Options(**options).derive(params, args, quiet=False)
     if statistics_fraction < 1.0:

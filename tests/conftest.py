@@ -33,6 +33,21 @@ jax.config.update("jax_default_matmul_precision", "highest")  # on GPUs
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+import jaxtyping  # noqa: E402
+
+# Shapes in signatures, which cost nothing elsewhere. Not those of `linalg._checked`,
+# which is there to be called with anything.
+jaxtyping.install_import_hook(
+    [
+        "kfac_jax.blocks",
+        *(
+            f"kfac_jax.linalg._{name}"
+            for name in ("coherence", "gram", "psd", "shared")
+        ),
+    ],
+    "tests.helpers.typechecking.functions",
+)
+
 
 @pytest.fixture
 def user_settings():

@@ -3,6 +3,7 @@
 import functools
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -487,16 +488,14 @@ def test_plans_are_hashable_and_equal():
 
 def test_a_plan_is_a_static_argument_and_does_not_recompile():
     p = models.problem("softmax")
-    traces = []
 
     @functools.partial(jax.jit, static_argnums=0)
+    @chex.assert_max_traces(n=1)
     def step(plan, params, x, y):
-        traces.append(plan)
         return plan.value_grad_and_statistics(params, x, y, rng=jax.random.key(0))[0]
 
     for _ in range(3):
         step(kfac_jax.make_curvature(p.loss_fn, p.params, *p.args), p.params, *p.args)
-    assert len(traces) == 1
 
 
 @pytest.mark.parametrize(

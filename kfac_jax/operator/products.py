@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from chex import ArrayTree
 from jax import Array
+from jaxtyping import Bool, Float
 
 from kfac_jax._jaxpr.flow import types_outside_loops
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._utils.dtypes import wide_dtype
-from kfac_jax.blocks import Kronecker
 from kfac_jax.operator.single import Single
 from kfac_jax.plan.group import Arrays, Factors, Group, Products, Uses, Vectors
 from kfac_jax.plan.layer import Layer
@@ -43,7 +44,7 @@ class KeptProduct(Single):
         return self.rows
 
     def probes(
-        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
         """Also for the two sides."""
         found = super().probes(sites, data)
@@ -101,7 +102,9 @@ class KeptProduct(Single):
         return jax.lax.cond(jnp.stack(same).all(), by_rows, by_matrix)
 
 
-def _is_product(v: Array, x: Array, dy: Array) -> Array:
+def _is_product(
+    v: Float[Array, "i o"], x: Float[Array, "r i"], dy: Float[Array, "r o"]
+) -> Bool[Array, ""]:
     """Whether `V = Xᵀ dY`, seen from the left by one vector of random signs.
 
     A gradient may have been clipped, or averaged over devices, since. `uᵀ V = (X u)ᵀ
@@ -131,10 +134,10 @@ def by_themselves(
     """
     types = types_outside_loops(uses.graph)
     groups: list[Group] = []
-    kept: list[str] = []
+    products: list[str] = []
     others: list[str] = []
     for layer in layers:
-        asked = isinstance(layer.block, Kronecker) and layer.block.gradient_products
+        asked = layer.block is not None and layer.block.gradient_products
         reason = _refusal(layer, uses, types, layer.name in linked) if asked else ""
         if layer.name in linked or not asked or reason:
             if layer.name not in linked:
@@ -143,14 +146,14 @@ def by_themselves(
             continue
         rows = uses.sites[layer.name][0].count
         groups.append(KeptProduct(layer, rows))
-        kept.append(f"  {layer.name}: {rows} cases")
-    notes = ["Gradients preconditioned as products:", *kept] if kept else []
+        products.append(f"  {layer.name}: {rows} cases")
+    notes = ["Gradients preconditioned as products:", *products] if products else []
     notes += ["Gradients not kept as products:", *others] if others else []
     return groups, notes
 
 
 def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:
-    """Why a layer with a `Kronecker` block is not one product with two full factors.
+    """Why a layer is not one product with two full factors, `input` and `output`.
 
     Args:
       layer: the layer.

@@ -4,6 +4,8 @@ import dataclasses
 import warnings
 from collections.abc import Sequence
 
+from jax.typing import DTypeLike
+
 from kfac_jax._jaxpr.states import Lost
 from kfac_jax._utils import arguments
 from kfac_jax.blocks import Identity
@@ -53,6 +55,24 @@ def check_options(
     arguments.number("l2 (η)", l2)
     if not 0.0 <= l2 < float("inf"):
         raise ValueError(f"l2 (η) must be finite and at least 0; got {l2!r}.")
+
+
+def check_factor_dtype(dtype: DTypeLike | None) -> str | None:
+    """The name of a type to keep factors in, or None.
+
+    Raises:
+      TypeError: if it is no type of real floating point.
+      ValueError: if it is another than bfloat16 and float32.
+    """
+    if dtype is None:
+        return None
+    name = str(arguments.floating_type("factor_dtype", dtype))
+    if name not in ("bfloat16", "float32"):
+        raise ValueError(
+            "factor_dtype must be bfloat16 or float32, which have the range of what "
+            f"factors are computed in, or None for that type; got {name}."
+        )
+    return name
 
 
 def apply_policy(

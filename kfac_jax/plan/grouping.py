@@ -70,7 +70,7 @@ def make_layers(
             made = _shift_layer(leaf, uses)
             layers[leaf.index] = made or (_other_layer(leaf, uses), [])
     ordered = [
-        (_with_sharing(layer, weight_sharing), sites)
+        (_with_default_block(layer, sites, weight_sharing), sites)
         for layer, sites in sorted(
             layers.values(), key=lambda pair: min(pair[0].leaves)
         )
@@ -197,9 +197,10 @@ def _layer(
         params=tuple(leaf.path for leaf in leaves),
         shapes=tuple(leaf.shape for leaf in leaves),
         dtype=_wide(leaves[0].dtype),
+        factor_dtype=_wide(leaves[0].dtype),
         uses=len(sites),
         rows=sum(site.count for site in sites),
-        block=_default_block(kind, sites),
+        block=None,
         shape=block_shape,
         source=sites[0].source,
         leaves=tuple(leaf.index for leaf in leaves),
@@ -224,18 +225,17 @@ def _distinct(
     ]
 
 
-def _default_block(kind: str, sites: Sequence[Site]) -> Block:
+def _with_default_block(
+    layer: Layer, sites: Sequence[Site], weight_sharing: str
+) -> Layer:
     """Elementwise layers get their exact diagonal where one use can be summed."""
-    matrix = kind in ("dense", "conv", "embedding", "tied")
-    if matrix or _is_shared(sites) or _is_lost(sites):
-        return Kronecker()
-    return Diagonal()
-
-
-def _with_sharing(layer: Layer, weight_sharing: str) -> Layer:
-    if not isinstance(layer.block, Kronecker):
+    if not layer.tagged:
         return layer
-    block = dataclasses.replace(layer.block, weight_sharing=weight_sharing)
+    matrix = layer.kind in ("dense", "conv", "embedding", "tied")
+    if matrix or _is_shared(sites) or _is_lost(sites):
+        block = Kronecker(weight_sharing=weight_sharing)
+    else:
+        block = Diagonal()
     return dataclasses.replace(layer, block=block)
 
 
@@ -293,6 +293,7 @@ def _bare_layer(leaf: _Leaf, kind: str, uses: int, reason: str, source: str) -> 
         params=(leaf.path,),
         shapes=(leaf.shape,),
         dtype=_wide(leaf.dtype),
+        factor_dtype=_wide(leaf.dtype),
         uses=uses,
         block=Identity() if kind == "unused" else Diagonal(),
         shape=BlockShape((), (), 1, size),

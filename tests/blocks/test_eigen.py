@@ -1,5 +1,6 @@
 """EKFAC in an optimizer: where its basis comes from, and what becomes of moments."""
 
+import dataclasses
 import functools
 
 import jax
@@ -120,11 +121,6 @@ def test_moments_are_exact_with_shared_weights_and_long_sides(weight_sharing, li
         found = tnt[f"{side}_diagonal"] if long else tnt[side]
         expected = np.diag(marginal) if long else marginal
         np.testing.assert_allclose(found, expected, rtol=1e-10)
-
-
-def test_tnt_has_no_weight_sharing():
-    with pytest.raises(ValueError, match="TNT sums gradients over an example's"):
-        kfac_jax.blocks.TNT(weight_sharing="reduce")
 
 
 def test_moments_are_gathered_in_the_basis_that_is_passed():
@@ -281,10 +277,20 @@ def test_a_warm_start_stays_near_the_eigenbasis():
 def test_options_that_do_not_fit():
     with pytest.raises(TypeError, match="warm_start must be a bool; got 2"):
         Eigen(warm_start=2)
-    with pytest.raises(ValueError, match="Eigen multiplies gradients in its basis"):
-        Eigen(gradient_products=True)
-    with pytest.raises(ValueError, match="TNT multiplies gradients, not products"):
-        kfac_jax.blocks.TNT(gradient_products=True)
+
+
+@pytest.mark.parametrize(
+    ("block", "options"),
+    [
+        (Kronecker, "exact_scalars gradient_products max_factor_dim pi weight_sharing"),
+        (Eigen, "max_factor_dim warm_start weight_sharing"),
+        (kfac_jax.blocks.TNT, "exact_scalars max_factor_dim pi"),
+    ],
+)
+def test_blocks_have_the_options_that_apply_to_them_and_no_others(block, options):
+    fields = dataclasses.fields(block)
+    assert sorted(x.name for x in fields) == options.split()
+    assert block.__mro__[1:] == kfac_jax.blocks.Block.__mro__
 
 
 def test_factors_of_another_plan_are_refused():

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kfac_jax.blocks import TNT, Eigen, Kronecker
+from kfac_jax.blocks import TNT, BlockShape, Kronecker
 from kfac_jax.blocks._tied import join, nearest_product
 from tests.helpers import oracles
 
@@ -80,7 +80,7 @@ def test_marginals_are_balanced_after_scaling(norm):
 @pytest.mark.parametrize("diagonal", [(), ("input",)])
 def test_the_spectrum_is_damped_alike(norm, diagonal):
     block, given = Kronecker(pi=norm), factors(4, diagonal=diagonal)
-    spectrum = block.spectrum(given, None)
+    spectrum = block.spectrum(given, BlockShape((), (), 4, 3))
     found = np.asarray(spectrum.eigenvalues(jnp.asarray(DAMPING), "factored"))
     a, g = dense(given, "input", 0), dense(given, "output", 0)
     expected = np.linalg.eigvalsh(oracles.factored_damping(a, g, DAMPING, norm))
@@ -108,7 +108,7 @@ def test_the_norms_differ():
     assert len(set(np.round(found, 6))) == 4
 
 
-@pytest.mark.parametrize("make", [Kronecker, TNT, Eigen])
+@pytest.mark.parametrize("make", [Kronecker, TNT])
 @pytest.mark.parametrize("wrong", ["nuclear", "Trace", "", 1])
 def test_an_unknown_norm_is_refused_with_the_list(make, wrong):
     names = 'one of "trace", "frobenius", "spectral" or "one"'
@@ -116,14 +116,8 @@ def test_an_unknown_norm_is_refused_with_the_list(make, wrong):
         make(pi=wrong)
 
 
-@pytest.mark.parametrize("norm", NORMS[1:])
-def test_eigen_has_no_pi(norm):
-    with pytest.raises(ValueError, match=r"Eigen damps.*no π; got pi=.*Leave it out"):
-        Eigen(pi=norm)
-
-
 def test_trace_is_the_default():
-    assert Kronecker().pi == TNT().pi == Eigen().pi == "trace"
+    assert Kronecker().pi == TNT().pi == "trace"
 
 
 @pytest.mark.parametrize("diagonal", [(), ("input",), ("output",), ("input", "output")])
@@ -132,7 +126,9 @@ def test_trace_is_the_default():
 def test_a_number_is_damped_exactly(diagonal, lead, sizes):
     block, given = Kronecker(exact_scalars=True), factors(8, lead, sizes, diagonal)
     damped = block.damp(given, jnp.asarray(DAMPING))
-    eigenvalues = block.spectrum(given, None).eigenvalues(jnp.asarray(DAMPING), "")
+    eigenvalues = block.spectrum(given, BlockShape(lead, (), *sizes)).eigenvalues(
+        jnp.asarray(DAMPING), ""
+    )
     found = {
         name: np.reshape(x.factor, (-1, *x.factor.shape[len(lead) :]))
         for name, x in damped.items()

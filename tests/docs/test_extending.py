@@ -200,3 +200,20 @@ def test_a_block_that_handles_one_hot_gets_integers(block):
 )
 def test_blocks_of_the_library_never_see_one_hot_rows(block):
     assert _problem("embedding", block)[0].layers[0].shape.one_hot
+
+
+@models.EIGHT_DEVICES
+def test_devices_that_keep_rows_ask_the_block_to_solve(block):
+    p = models.problem()
+    curvature = kfac_jax.make_curvature(
+        p.loss_fn, p.params, *p.args, blocks=block, estimation_mode="fisher_exact"
+    )
+
+    def update(distribution):
+        tx = kfac_jax.scale_by_kfac(curvature, 0.1, devices=distribution)
+        _, grads, statistics = curvature.value_grad_and_statistics(p.params, *p.args)
+        state = tx.init(p.params)
+        return jax.jit(lambda s: tx.update(grads, s, statistics=statistics)[0])(state)
+
+    over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
+    models.assert_trees_close(update(over), update(None))

@@ -497,27 +497,3 @@ def test_what_jax_says_of_cases_that_devices_cannot_divide():
         jax.device_put(x, NamedSharding(mesh, P("data")))
     with pytest.raises(ValueError, match="not evenly divisible"):
         mapped(lambda x: x, 8, P("data"), P("data"))(x)
-
-
-class Halved(kfac_jax.blocks.Kronecker):
-    """A block of the user's own that solves in another way."""
-
-    def solve(self, inverses, v):
-        return 0.5 * super().solve(inverses, v)
-
-
-@models.EIGHT_DEVICES
-def test_a_subclass_that_solves_in_its_own_way_is_asked():
-    p = models.problem()
-    curvature = kfac_jax.make_curvature(
-        p.loss_fn, p.params, *p.args, blocks=Halved(), estimation_mode="fisher_exact"
-    )
-
-    def update(distribution):
-        tx = kfac_jax.scale_by_kfac(curvature, 0.1, devices=distribution)
-        _, grads, statistics = curvature.value_grad_and_statistics(p.params, *p.args)
-        state = tx.init(p.params)
-        return jax.jit(lambda s: tx.update(grads, s, statistics=statistics)[0])(state)
-
-    over = kfac_jax.OverMesh(models.mesh(8, "data"), state_axes="data")
-    models.assert_trees_close(update(over), update(None))

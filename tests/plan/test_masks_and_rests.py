@@ -1,4 +1,4 @@
-"""Losses of which some cases do not count, and returned losses with terms of their own."""
+"""Losses of which not all cases count, and returned losses with terms of their own."""
 
 import warnings
 

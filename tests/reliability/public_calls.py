@@ -136,6 +136,7 @@ def plans() -> dict[str, Call]:
         l2=0.0,
         batch_argnums=(0,),
         independent_cases=False,
+        factor_dtype=jnp.bfloat16,
     )
     operators = {
         "matvec": call(operator().matvec, v=W),
@@ -170,6 +171,7 @@ def plans() -> dict[str, Call]:
                 "blocks": OPTIONAL,
                 "batch_argnums": OPTIONAL,
                 "independent_cases": FLAG,
+                "factor_dtype": OPTIONAL,
             },
             skipped={
                 "loss_fn": {"function": "what it must return: test_bad_input"},
@@ -723,25 +725,28 @@ def rules() -> dict[str, Call]:
 
 
 def blocks() -> dict[str, Call]:
-    of_kronecker = {
-        "max_factor_dim": 8192,
-        "weight_sharing": "expand",
-        "pi": "trace",
-        "gradient_products": False,
-        "exact_scalars": False,
-    }
-    limit = {"max_factor_dim": {"none": "no limit"}, "exact_scalars": FLAG}
+    of_all = {"max_factor_dim": 8192}
+    sharing, pi = {"weight_sharing": "expand"}, {"pi": "trace", "exact_scalars": False}
+    limit = {"max_factor_dim": {"none": "no limit"}}
+    flags = {"gradient_products": FLAG, "exact_scalars": FLAG}
     return {
         "blocks.Diagonal": call(kfac_jax.blocks.Diagonal),
         "blocks.Full": call(kfac_jax.blocks.Full),
         "blocks.Identity": call(kfac_jax.blocks.Identity),
         "blocks.Kronecker": allowing(
-            call(kfac_jax.blocks.Kronecker, **of_kronecker),
-            legal={**limit, "gradient_products": FLAG},
+            call(
+                kfac_jax.blocks.Kronecker,
+                **(of_all | sharing | pi),
+                gradient_products=False,
+            ),
+            legal=limit | flags,
         ),
-        "blocks.TNT": allowing(call(kfac_jax.blocks.TNT, **of_kronecker), legal=limit),
+        "blocks.TNT": allowing(
+            call(kfac_jax.blocks.TNT, **(of_all | pi)),
+            legal=limit | {"exact_scalars": FLAG},
+        ),
         "blocks.Eigen": allowing(
-            call(kfac_jax.blocks.Eigen, **of_kronecker, warm_start=False),
+            call(kfac_jax.blocks.Eigen, **(of_all | sharing), warm_start=False),
             legal={**limit, "warm_start": FLAG},
         ),
     }

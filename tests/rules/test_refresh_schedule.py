@@ -4,6 +4,7 @@ import functools
 import itertools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -210,11 +211,11 @@ def test_stale_refreshes_do_not_hold_up_the_update():
 
 
 def test_the_schedule_is_traced():
-    curvature, traces = plan(), []
+    curvature = plan()
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def run(every):
-        traces.append(None)
         tx = kfac_jax.kfac(
             curvature,
             inverse_every=kfac_jax.RefreshSchedule(every, shares=2),
@@ -229,7 +230,6 @@ def test_the_schedule_is_traced():
         return state.info.inverse_refreshes
 
     assert run(4) == run(5) == 2
-    assert len(traces) == 1
 
 
 @given(

@@ -491,10 +491,10 @@ def test_sampled_factors_of_constants_are_those_of_copies(name):
 
 
 def test_blocks_that_do_not_tell_inputs_apart_refuse_constants():
-    class Plain(blocks.Kronecker):
-        row_statistics = frozenset()
-
-    options = {"estimation_mode": "fisher_gradients", "blocks": {"layer0/w": Plain()}}
+    options = {
+        "estimation_mode": "fisher_gradients",
+        "blocks": {"layer0/w": blocks.Full()},
+    }
     with pytest.warns(UserWarning, match="is not for inputs that all cases share"):
         plan = make(SHARED["along fixed axes"][0], **options)
     assert by_name(plan)["layer0/w"].kind == "unmatched"
