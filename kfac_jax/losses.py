@@ -83,22 +83,24 @@ def _counted(
       The mask as numbers, and the factor of the mean over all cases.
 
     Raises:
-      TypeError: if the mask is no array of real numbers.
-      ValueError: if it does not have the leading axes.
+      TypeError: if the mask is no array of real numbers, or the weight no number.
+      ValueError: if the mask does not have the leading axes, or the weight is out of
+        its range.
     """
     if mask is None:
         return None, weight
     mask = real("mask", mask)
     if not mask.ndim or mask.shape != shape[: mask.ndim]:
         raise ValueError(
-            f"mask must have the leading axes of the values {shape}, that of cases at "
-            f"least; got shape {mask.shape}. Under vmap, register the outputs of all "
-            "cases outside of it."
+            f"mask must have the leading axes of the output's values {shape}, that of "
+            f"cases at least; got shape {mask.shape}. Under vmap, register the outputs "
+            "of all cases outside of it."
         )
     mask = mask.astype(jnp.result_type(float))
     total = mask.sum()
     scale = jnp.where(total > 0, shape[0] / jnp.where(total > 0, total, 1.0), 0.0)
-    return mask, jnp.asarray(weight) * scale
+    weight = tags.loss_weight(weight)
+    return mask, weight.astype(scale.dtype) * scale
 
 
 def _masked(values: Array, mask: Array | None) -> Array:
@@ -330,6 +332,7 @@ def convex(
     per_case_loss: Callable[..., Array],
     outputs: ArrayLike,
     *data: ArrayLike,
+    mask: ArrayLike | None = None,
     weight: ArrayLike = 1.0,
 ) -> Array:
     """Computes and registers any loss that is convex in the network's output.
@@ -349,6 +352,8 @@ def convex(
         what is computed of them): pass those as data. `make_curvature` refuses it.
       outputs: `[n, ...]`.
       *data: arrays with the same leading axis.
+      mask: which cases count, `[n]`, as bools or factors; None for all. What does not
+        count is zero in the result; average with `.sum() / mask.sum()`.
       weight: the factor of this loss in the returned scalar.
 
     Returns:
@@ -371,5 +376,6 @@ def convex(
             "convex expects outputs and data with one leading axis of cases; got "
             f"{outputs.shape} and {[x.shape for x in arrays]}."
         )
-    tags.bind_loss(distribution, outputs, arrays, None, weight)
-    return jax.vmap(per_case_loss)(outputs, *arrays)
+    mask, weight = _counted(mask, outputs.shape[:1], weight)
+    tags.bind_loss(distribution, outputs, arrays, mask, weight)
+    return _masked(jax.vmap(per_case_loss)(outputs, *arrays), mask)

@@ -297,11 +297,7 @@ def bind_loss(
       ValueError: if mask or weight do not fit.
     """
     z = floating("A registered output z", z)
-    if is_number(weight) and not 0 <= float(weight) < math.inf:  # pyright: ignore[reportArgumentType]
-        raise ValueError(f"A loss weight must be finite and at least 0; got {weight}.")
-    weight = real("A loss weight", weight).astype(z.dtype)
-    if weight.ndim:
-        raise ValueError(f"A loss weight must be a scalar; got shape {weight.shape}.")
+    weight = loss_weight(weight).astype(z.dtype)
     operands = [z, *data]
     if mask is not None:
         if is_number(mask) and not 0 <= float(mask) < math.inf:  # pyright: ignore[reportArgumentType]
@@ -322,6 +318,27 @@ def bind_loss(
         num_data=len(data),
         has_mask=mask is not None,
     )
+
+
+def loss_weight(weight: ArrayLike) -> Array:
+    """Checks the factor of a loss.
+
+    Args:
+      weight: a number.
+
+    Returns:
+      It as an array.
+
+    Raises:
+      TypeError: if it is no real number.
+      ValueError: if it is negative, not finite or not a scalar.
+    """
+    if is_number(weight) and not 0 <= float(weight) < math.inf:  # pyright: ignore[reportArgumentType]
+        raise ValueError(f"A loss weight must be finite and at least 0; got {weight}.")
+    weight = real("A loss weight", weight)
+    if weight.ndim:
+        raise ValueError(f"A loss weight must be a scalar; got shape {weight.shape}.")
+    return weight
 
 
 def register_loss(

@@ -35,6 +35,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import jaxtyping  # noqa: E402
 
+import tests.helpers.typechecking  # noqa: E402, F401  # found by its name below
+
 # Shapes in signatures, which cost nothing elsewhere. Not those of `linalg._checked`,
 # which is there to be called with anything.
 jaxtyping.install_import_hook(

@@ -57,7 +57,7 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "make_curvature": (
         "loss_fn params *args has_aux estimation_mode blocks structure weight_sharing "
         "on_unmatched on_rest num_samples statistics_fraction l2 batch_argnums "
-        "independent_cases"
+        "independent_cases factor_dtype"
     ),
     "kfac": (
         "curvature learning_rate momentum damping * norm_constraint decay "
@@ -86,7 +86,7 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "OverAxis": "axis state_axes",
     "OverMesh": "mesh axes state_axes",
     "RefreshSchedule": "every * shares stale phase warm_up",
-    "losses.convex": "per_case_loss outputs *data weight",
+    "losses.convex": "per_case_loss outputs *data mask weight",
     "losses.normal_negative_log_likelihood": "mean log_variance targets * mask weight",
     "Curvature.approximation": "self factors",
     "Curvature.at": "self params *args rng",

@@ -26,7 +26,12 @@ def normal(z, y, **options):
     return losses.normal_negative_log_likelihood(z, 0.3 * z, y, **options)
 
 
+def logcosh(z, y, **options):
+    return losses.convex(lambda z, y: jnp.log(jnp.cosh(z - y)).sum(), z, y, **options)
+
+
 CASES = {
+    "convex": (logcosh, models.array(8, N, 2)),
     "integer": (
         losses.softmax_cross_entropy_with_integer_labels,
         models.classes(3, 2, N),
@@ -130,7 +135,9 @@ def test_a_rest_is_told_and_only_its_gradient_counts():
         UserWarning, match=r'mask=.*a term that is not.*on_rest="ignore"'
     ):
         plan = kfac_jax.make_curvature(regularized, PARAMS, *ARGS)
-    value, grads, _ = plan.value_grad_and_statistics(PARAMS, *ARGS)
+    value, grads, _ = plan.value_grad_and_statistics(
+        PARAMS, *ARGS, rng=jax.random.key(0)
+    )
     expected, slopes = jax.value_and_grad(regularized)(PARAMS, *ARGS)
     np.testing.assert_allclose(value, expected, rtol=1e-12)
     jax.tree.map(

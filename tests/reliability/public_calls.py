@@ -485,13 +485,7 @@ def registrations() -> dict[str, Call]:
 
 def loss_functions() -> dict[str, Call]:
     weight = {"weight": {"fraction bool integers": "a number"}}
-    weight |= {
-        "mask": {
-            "none": "all cases count",
-            "bool integers": "0 and 1",
-            "negative nan fraction": "x",
-        }
-    }
+    weight |= {"mask": {"none": "all cases count", "integers": "0 and 1"}}
     where = {"none": "all classes take part", "bool": "it broadcasts"}
 
     return {
@@ -558,6 +552,7 @@ def loss_functions() -> dict[str, Call]:
                 per_case_loss=logcosh,
                 outputs=LOGITS,
                 data=(LOGITS,),
+                mask=jnp.ones(4),
                 weight=1.0,
             ),
             legal={
