@@ -10,6 +10,9 @@ from typing import Any, ParamSpec, TypeVar
 
 from jax import Array
 
+import kfac_jax.linalg._coherence as coherence
+import kfac_jax.linalg._gram as grams
+import kfac_jax.linalg._psd as psd
 from kfac_jax._utils.arguments import (
     callable_or_none,
     floating,
@@ -18,7 +21,6 @@ from kfac_jax._utils.arguments import (
     real,
     sequence,
 )
-from kfac_jax.linalg import _coherence, _gram, _psd
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -87,9 +89,9 @@ def _pairs(name: str, value: Any) -> list[tuple[Array, Array]]:
     return pairs
 
 
-def _triples(name: str, value: Any) -> list[_coherence.Triple]:
+def _triples(name: str, value: Any) -> list[coherence.Triple]:
     sequence(name, value, "triples (R_A, X, R_Z)")
-    triples: list[_coherence.Triple] = []
+    triples: list[coherence.Triple] = []
     for i, part in enumerate(value):
         sequence(f"{name}[{i}]", part, "R_A, X and R_Z", 3)
         first, last = (matrices(f"{name}[{i}][{j}]", part[j]) for j in (0, 2))
@@ -123,20 +125,18 @@ def _same_but_last(name: str, value: Any) -> list[Array]:
     return rows
 
 
-conditionals = _checked(
-    _coherence.conditionals, parts=_triples, each=_optional_function
-)
-pseudo_inverse = _checked(_coherence.pseudo_inverse, x=matrices)
-gram = _checked(_gram.gram, rows=_rows, dtype=floating_type)
-diagonal = _checked(_psd.diagonal, x=matrices)
-eigh = _checked(_psd.eigh, x=matrices)
-finite_diagonals = _checked(_psd.finite_diagonals, groups=_groups)
-inverse = _checked(_psd.inverse, x=matrices)
-inverse_many = _checked(_psd.inverse_many, shifted=_pairs, apply=_optional_function)
+conditionals = _checked(coherence.conditionals, parts=_triples, each=_optional_function)
+pseudo_inverse = _checked(coherence.pseudo_inverse, x=matrices)
+gram = _checked(grams.gram, rows=_rows, dtype=floating_type)
+diagonal = _checked(psd.diagonal, x=matrices)
+eigh = _checked(psd.eigh, x=matrices)
+finite_diagonals = _checked(psd.finite_diagonals, groups=_groups)
+inverse = _checked(psd.inverse, x=matrices)
+inverse_many = _checked(psd.inverse_many, shifted=_pairs, apply=_optional_function)
 inverse_root_many = _checked(
-    _psd.inverse_root_many, shifted=_pairs, apply=_optional_function
+    psd.inverse_root_many, shifted=_pairs, apply=_optional_function
 )
-mean_rows = _checked(_psd.mean_rows, rows=_same_but_last)
-symmetrize = _checked(_psd.symmetrize, x=matrices)
-trace_pi = _checked(_alike(_psd.trace_pi), mean_a=floating, mean_g=floating)
-turned_basis = _checked(_alike(_psd.turned_basis), x=matrices, basis=matrices)
+mean_rows = _checked(psd.mean_rows, rows=_same_but_last)
+symmetrize = _checked(psd.symmetrize, x=matrices)
+trace_pi = _checked(_alike(psd.trace_pi), mean_a=floating, mean_g=floating)
+turned_basis = _checked(_alike(psd.turned_basis), x=matrices, basis=matrices)

@@ -68,8 +68,8 @@ def zero_statistics(groups: Sequence[Group]) -> "Statistics":
         x.name: {n: fresh.full(s, 0.0, x.dtype) for n, s in shapes[x.name].items()}
         for x in layers_of(groups)
     }
-    none = [jnp.zeros((), jnp.float32) for _ in range(2)]
-    return Statistics(*none, sums, products)
+    weight, cases = (jnp.zeros((), jnp.float32) for _ in range(2))
+    return Statistics(weight, cases, sums, products)
 
 
 def _shapes(groups: Sequence[Group], which: str) -> FactorShapes:
