@@ -9,7 +9,7 @@ import optax
 from chex import ArrayTree
 from jax import Array
 
-from kfac_jax._utils.vectors import tree_product
+from kfac_jax.compat._norms import tree_product
 from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices
 from kfac_jax.optimization.loss import loss_of

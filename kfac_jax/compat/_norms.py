@@ -8,10 +8,15 @@ import jax.numpy as jnp
 from chex import ArrayTree
 from jax import Array
 
-from kfac_jax._utils.vectors import tree_product
+from kfac_jax._utils.vectors import inner_product
 from kfac_jax.curvature import Curvature
 from kfac_jax.operator.inverses import precondition
 from kfac_jax.optimization.state import KFACState
+
+
+def tree_product(u: ArrayTree, v: ArrayTree) -> Array:
+    """`uᵀ v` of two trees of arrays, accumulated in float32 or wider."""
+    return inner_product(jax.tree.leaves(u), jax.tree.leaves(v))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
