@@ -1,15 +1,16 @@
 """One device, or many that each do everything."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jax import Array
 
 from kfac_jax import linalg
-from kfac_jax.devices.base import Devices, Shifted
+from kfac_jax.devices.base import Devices, Shifted, Task, by_name
 from kfac_jax.devices.rows import Shape
 
+K = TypeVar("K")
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -71,25 +72,20 @@ class Alone(Devices):
         """Makes it, array by array."""
         return make()
 
-    def inverses(self, shifted: Shifted) -> list[linalg.Inverted]:
+    def inverses(self, shifted: Mapping[K, Shifted]) -> dict[K, linalg.Inverted]:
         """Size by size."""
-        return linalg.inverse_many(shifted)
+        return by_name(linalg.inverse_many, shifted)
 
-    def roots(self, shifted: Shifted) -> list[Array]:
+    def roots(self, shifted: Mapping[K, Shifted]) -> dict[K, Array]:
         """Size by size."""
-        return linalg.inverse_root_many(shifted)
+        return by_name(linalg.inverse_root_many, shifted)
 
     def conditionals(
-        self, parts: Sequence[tuple[Array, Array, Array]]
-    ) -> list[linalg.Conditional]:
+        self, parts: Mapping[K, tuple[Array, Array, Array]]
+    ) -> dict[K, linalg.Conditional]:
         """One by one."""
-        return linalg.conditionals(parts)
+        return by_name(linalg.conditionals, parts)
 
-    def each(
-        self,
-        costs: Sequence[float],
-        functions: Sequence[Callable[[Any], list[Array]]],
-        operands: Sequence[Any],
-    ) -> list[list[Array]]:
+    def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
         """One by one."""
-        return [f(x) for f, x in zip(functions, operands, strict=True)]
+        return {name: task.function(task.operand) for name, task in tasks.items()}

@@ -2,16 +2,17 @@
 
 import abc
 import functools
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax import Array
 
 from kfac_jax import linalg
-from kfac_jax.devices.base import Devices, Shifted
+from kfac_jax.devices.base import Devices, Shifted, Task, by_name
 from kfac_jax.linalg._shared import Columns, shared_inverse
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 Shared = Callable[[Array, Columns], Array]
@@ -51,18 +52,24 @@ class Several(Devices):
         """Makes it in one program."""
         return jax.jit(make)()
 
-    def inverses(self, shifted: Shifted) -> list[linalg.Inverted]:
+    def inverses(self, shifted: Mapping[K, Shifted]) -> dict[K, linalg.Inverted]:
         """Each device inverts what it owns, all together what is too large for one."""
-        return linalg.inverse_many(
-            shifted, functools.partial(self.map, shared=shared_inverse)
+        apply = functools.partial(self.map, shared=shared_inverse)
+        return by_name(functools.partial(linalg.inverse_many, apply=apply), shifted)
+
+    def roots(self, shifted: Mapping[K, Shifted]) -> dict[K, Array]:
+        """Each device those of what it owns."""
+        return by_name(
+            functools.partial(linalg.inverse_root_many, apply=self.map), shifted
         )
 
-    def roots(self, shifted: Shifted) -> list[Array]:
-        """Each device those of what it owns."""
-        return linalg.inverse_root_many(shifted, self.map)
-
     def conditionals(
-        self, parts: Sequence[tuple[Array, Array, Array]]
-    ) -> list[linalg.Conditional]:
+        self, parts: Mapping[K, tuple[Array, Array, Array]]
+    ) -> dict[K, linalg.Conditional]:
         """Each device decomposes what it owns."""
-        return linalg.conditionals(parts, self.each)
+
+        def each(*columns: Sequence[Any]) -> list[list[Array]]:
+            tasks = dict(zip(parts, map(Task, *columns), strict=True))
+            return [*self.each(tasks).values()]
+
+        return by_name(functools.partial(linalg.conditionals, each=each), parts)

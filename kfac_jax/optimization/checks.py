@@ -59,25 +59,24 @@ def check_common(
         check_kind("inverse_every", inverse_every, (), allowed, schedule=False)
         within("inverse_every (T3)", inverse_every, 1, float("inf"))
         whole("inverse_every (T3)", inverse_every, arrays=True)
-    shared = checked(devices)
-    if shared.cuts_state:
-        _check_by_rows(curvature)
+    check_devices(curvature, devices)
+
+
+def check_devices(curvature: Curvature, devices: Any) -> None:
+    """Checks that devices can share what a plan's layers need."""
+    refused = [n for x in curvature.groups if not x.by_entry for n in x.names]
+    if checked(devices).cuts_state and refused:
+        raise ValueError(
+            "With state_axes devices keep rows of the factors: expected blocks whose "
+            f"factors are averages by entry and carry no basis, got layers {refused}. "
+            "Give them Kronecker blocks, or leave state_axes out."
+        )
     products = [x.name for x in curvature.groups if x.product_rows]
     if devices is not None and products:
         raise ValueError(
             "Gradients that are averages over devices are no products of one device's "
             f"inputs: expected no layers with gradient_products, got {products}. Leave "
             "gradient_products or devices out."
-        )
-
-
-def _check_by_rows(curvature: Curvature) -> None:
-    refused = [n for x in curvature.groups if not x.by_entry for n in x.names]
-    if refused:
-        raise ValueError(
-            "With state_axes devices keep rows of the factors: expected blocks whose "
-            f"factors are averages by entry and carry no basis, got layers {refused}. "
-            "Give them Kronecker blocks, or leave state_axes out."
         )
 
 
