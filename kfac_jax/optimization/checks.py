@@ -6,7 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kfac_jax._utils.arguments import is_number, shown, whole, within
+from kfac_jax._utils import schedules
+from kfac_jax._utils.arguments import shown, whole
 from kfac_jax._utils.trees import path_name
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.devices import Devices, checked
@@ -19,21 +20,9 @@ from kfac_jax.rules import (
 )
 from kfac_jax.statistics.averages import check_statistics
 
+_INF = float("inf")
 _SHOWN = 10
 """How many of the leaves that differ an error lists."""
-
-
-def check_kind(
-    name: str,
-    value: Any,
-    rules: tuple[type, ...],
-    allowed: str,
-    schedule: bool = True,
-) -> None:
-    """Raises TypeError unless it is a number, one of the rules, or a schedule."""
-    fits = is_number(value, arrays=True) or isinstance(value, rules)
-    if not (fits or (schedule and callable(value))):
-        raise TypeError(f"{name} must be {allowed}; got {shown(value)}.")
 
 
 def check_plan(curvature: Any) -> None:
@@ -50,15 +39,16 @@ def check_common(
 ) -> None:
     """Checks what both transformations take."""
     check_plan(curvature)
-    check_kind("damping", damping, (LevenbergMarquardt,), "a number, schedule or rule")
-    within("damping (λ)", damping, 0.0, float("inf"))
-    check_kind("decay (ε)", decay, (), "a number", schedule=False)
-    within("decay (ε)", decay, 0.0, 1.0)
+    if not isinstance(damping, LevenbergMarquardt):
+        allowed = "a number, schedule or rule"
+        schedules.check("damping", damping, 0.0, _INF, symbol="λ", allowed=allowed)
+    schedules.check("decay", decay, 0.0, 1.0, symbol="ε")
     if not isinstance(inverse_every, RefreshSchedule):
-        allowed = "a number of steps or RefreshSchedule"
-        check_kind("inverse_every", inverse_every, (), allowed, schedule=False)
-        within("inverse_every (T3)", inverse_every, 1, float("inf"))
-        whole("inverse_every (T3)", inverse_every, arrays=True)
+        allowed = "a number of steps, a schedule or RefreshSchedule"
+        name = "inverse_every"
+        schedules.check(name, inverse_every, 1, _INF, symbol="T3", allowed=allowed)
+        if not callable(inverse_every):
+            whole("inverse_every (T3)", inverse_every, arrays=True)
     check_devices(curvature, devices)
 
 
@@ -174,25 +164,25 @@ def _described(tree: Any) -> dict[str, str]:
 
 def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:
     """Checks what decides the length of a step."""
-    check_kind(
-        "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
-    )
-    within("learning_rate (α)", learning_rate, 0.0, float("inf"))
     modelled = isinstance(learning_rate, QuadraticModel)
-    if isinstance(norm_constraint, str) and norm_constraint == "auto":
-        norm_constraint = None
-    if norm_constraint is not None:
+    if not modelled:
+        allowed = "a number, schedule or rule"
+        name = "learning_rate"
+        schedules.check(name, learning_rate, 0.0, _INF, symbol="α", allowed=allowed)
+    automatic = isinstance(norm_constraint, str) and norm_constraint == "auto"
+    if norm_constraint is not None and not automatic:
         allowed = 'a number, a schedule, "auto" or None'
-        check_kind("norm_constraint", norm_constraint, (), allowed)
-    within("norm_constraint", norm_constraint, 0.0, float("inf"))
-    if norm_constraint is not None and modelled:
-        raise ValueError(
-            "norm_constraint limits steps of a given learning rate: expected None "
-            f"with QuadraticModel, got {shown(norm_constraint)}."
-        )
+        schedules.check("norm_constraint", norm_constraint, 0.0, _INF, allowed=allowed)
+        if modelled:
+            raise ValueError(
+                "norm_constraint limits steps of a given learning rate: expected None "
+                f"with QuadraticModel, got {shown(norm_constraint)}."
+            )
     if momentum is not None:
-        check_kind("momentum", momentum, (), "a number, a schedule or None")
-        within("momentum (μ)", momentum, 0.0, 1.0, closed=True)
+        allowed = "a number, a schedule or None"
+        schedules.check(
+            "momentum", momentum, 0.0, 1.0, symbol="μ", closed=True, allowed=allowed
+        )
 
 
 def check_separate(
