@@ -537,7 +537,8 @@ def make_curvature(
       weight_sharing: what default blocks do with the positions of one example at which
         a weight is used: "expand" takes each for a case, "reduce" averages inputs and
         adds output gradients first, which suits losses of the positions' mean. Blocks
-        given in `blocks` have their own.
+        given in `blocks` have their own; if no layer is left that "reduce" is for, it
+        is an error.
       on_unmatched: what to do about parameters no layer covers: "warn" gives them the
         diagonal `N · ḡ²` of the sampled batch gradient ḡ; in the exact modes their
         exact diagonal, by a forward pass for each entry of the smallest, up to 32
@@ -618,6 +619,7 @@ def make_curvature(
         factor_dtype=checks.check_factor_dtype(factor_dtype),
     )
     derived = Options(**options).derive(params, args, quiet=False)
+    checks.check_sharing(derived.layers, blocks is not None, weight_sharing)
     if statistics_fraction < 1.0:
         batch_lib.batch_size(args, options["batch_argnums"])
     check_loss(derived.traced, params, args, l2, on_rest)

@@ -25,7 +25,7 @@ from kfac_jax.plan.group import Factors
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, RefreshSchedule
 from kfac_jax.statistics import averages
 
-Params = ArrayTree
+Params = optax.Params
 Batch = ArrayTree
 FuncState = ArrayTree | None
 Rates = Sequence[Array | None]

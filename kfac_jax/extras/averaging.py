@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax._utils import arguments
+from kfac_jax._utils import arguments, schedules
 from kfac_jax._utils.dtypes import wide_dtype
 
 Params = Any
@@ -22,7 +22,7 @@ class AverageIteratesState(NamedTuple):
 
 
 def average_iterates(
-    decay: float | Array = 0.99, *, start: int | Array | None = 1
+    decay: optax.ScalarOrSchedule = 0.99, *, start: int | Array | None = 1
 ) -> optax.GradientTransformation:
     """Keeps an exponential average of the parameters: `θ̄ = ξ_k θ̄ + (1 - ξ_k) θ`.
 
@@ -39,7 +39,7 @@ def average_iterates(
     A refused update of `kfac` is zero: θ̄ moves towards the θ that stayed.
 
     Args:
-      decay: ξ, in [0, 1).
+      decay: ξ, in [0, 1), a number or a schedule of the step.
       start: k0, the step, counted from 1, at which averaging starts. Until then θ̄ = θ,
         and from then on `ξ_k = min(1 - 1/(k - k0 + 1), ξ)`: an equal average of all
         iterates from k0 on while they are few. None for `ξ_k = ξ` throughout, as in the
@@ -87,7 +87,7 @@ def average_iterates(
             )
         _check_trees(updates, state, params)
         k = state.num_updates + 1
-        xi = jnp.asarray(decay, float)
+        xi = jnp.asarray(schedules.at(decay, state.num_updates), float)
         if start is not None:
             since = k - jnp.asarray(start, k.dtype) + 1
             xi = jnp.minimum(1.0 - 1.0 / jnp.maximum(since, 1).astype(xi.dtype), xi)
@@ -143,9 +143,7 @@ def _wide_copy(p: Any) -> Array:
 
 
 def _check(decay: Any, start: Any) -> None:
-    arguments.number("decay (ξ)", decay, arrays=True)
-    if isinstance(decay, numbers.Real) and not 0.0 <= float(decay) < 1.0:
-        raise ValueError(f"decay (ξ) must be in [0, 1); got {decay}.")
+    schedules.check("decay", decay, 0.0, 1.0, symbol="ξ")
     if start is None:
         return
     arguments.whole("start (k0)", start, arrays=True)

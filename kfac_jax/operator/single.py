@@ -21,7 +21,6 @@ from kfac_jax.devices.rows import row_axis
 from kfac_jax.linalg import Inverted
 from kfac_jax.plan.group import (
     Arrays,
-    Decomposed,
     Factors,
     FactorShapes,
     Group,
@@ -245,19 +244,6 @@ class Single(Group):
             for name, shape in inverted.items()
             if name not in names
         )
-
-    @property
-    def decomposed(self) -> list[Decomposed]:
-        """The basis that a block carries, if it does."""
-        layer = self.layer
-        if layer.block is None or not self.moves:
-            return []
-        names = layer.block.carried | layer.block.elementwise
-        entries = sum(
-            math.prod(shape) for n, shape in layer.factor_shapes.items() if n in names
-        )
-        size = entries * jnp.dtype(layer.dtype).itemsize
-        return [Decomposed(layer.name, "basis", float(self.inversion_cost), size)]
 
     @property
     def statistics_cost(self) -> float:

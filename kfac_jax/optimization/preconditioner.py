@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from kfac_jax._jaxpr import axis_types
+from kfac_jax._utils import schedules
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.devices import Devices
 from kfac_jax.operator import inverses as inverses_lib
@@ -17,8 +19,6 @@ from kfac_jax.optimization.refresh import refresh
 from kfac_jax.optimization.separate_damping import Candidates
 from kfac_jax.optimization.state import (
     KFACState,
-    Scalar,
-    Schedule,
     at,
     initial_damping,
     initial_factored_damping,
@@ -61,15 +61,15 @@ class Preconditioner:
     Attributes:
       curvature: the plan.
       damping: λ: a number, a schedule or a rule.
-      decay: the largest ε.
+      decay: the largest ε: a number or a schedule.
       schedule: when inverses are refreshed.
       devices: which share the work.
       factored_damping: the rule for γ, or None for √(λ+η).
     """
 
     curvature: Curvature
-    damping: Scalar | Schedule | LevenbergMarquardt
-    decay: Scalar
+    damping: optax.ScalarOrSchedule | LevenbergMarquardt
+    decay: optax.ScalarOrSchedule
     schedule: RefreshSchedule
     devices: Devices
     factored_damping: SeparateDamping | None = None
@@ -163,12 +163,12 @@ class Preconditioner:
             state.factors,
             batch.statistics,
             state.batches + 1,
-            axis_types.here(self.decay),
+            at(self.decay, state.step),
             self.devices,
             batch.usable,
         )
         batches = state.batches + averaged.informed.astype(jnp.int32)
-        every = axis_types.here(self.schedule.every)
+        every = axis_types.here(schedules.at(self.schedule.every, state.step))
         schedule = dataclasses.replace(self.schedule, every=every)
         turns = schedule.turns(step) & (batches > 0)
         if candidates is not None:  # a traced T3 may not divide T2

@@ -24,7 +24,7 @@ from kfac_jax.optimization.checks import (
 from kfac_jax.optimization.loss import loss_of, with_loss
 from kfac_jax.optimization.preconditioner import Batch, Preconditioner
 from kfac_jax.optimization.separate_damping import Candidates
-from kfac_jax.optimization.state import KFACState, Scalar, Schedule, at
+from kfac_jax.optimization.state import KFACState, at
 from kfac_jax.optimization.step import Rates, Step, averaged_curvature
 from kfac_jax.plan.group import Products
 from kfac_jax.rules import (
@@ -46,9 +46,9 @@ DAMPING = LevenbergMarquardt(0.1, relative_minimum=1e-4, relative_maximum=10.0)
 
 def scale_by_kfac(
     curvature: Curvature,
-    damping: Scalar | Schedule = 1e-1,
-    decay: Scalar = 0.95,
-    inverse_every: int | Array | RefreshSchedule = 20,
+    damping: optax.ScalarOrSchedule = 1e-1,
+    decay: optax.ScalarOrSchedule = 0.95,
+    inverse_every: optax.ScalarOrSchedule | RefreshSchedule = 20,
     *,
     devices: Sharing | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -62,9 +62,9 @@ def scale_by_kfac(
     Args:
       curvature: the plan.
       damping: λ, a number or a schedule of the step.
-      decay: the largest ε of the factors' moving averages.
-      inverse_every: T3, how many steps inverses are kept; they are also computed at the
-        first three steps. Or a `RefreshSchedule`.
+      decay: the largest ε of the factors' moving averages, a number or a schedule.
+      inverse_every: T3, how many steps inverses are kept, a number or a schedule; they
+        are also computed at the first three steps. Or a `RefreshSchedule`.
       devices: how several devices share the inversions: `OverAxis` in a step that
         each of them runs on its part of the batch, `OverMesh` in one under `jit`; None
         if each is to do all.
@@ -137,13 +137,13 @@ def scale_by_kfac(
 
 def kfac(
     curvature: Curvature,
-    learning_rate: Scalar | Schedule | QuadraticModel = QUADRATIC_MODEL,
-    momentum: Scalar | Schedule | None = None,
-    damping: Scalar | Schedule | LevenbergMarquardt = DAMPING,
+    learning_rate: optax.ScalarOrSchedule | QuadraticModel = QUADRATIC_MODEL,
+    momentum: optax.ScalarOrSchedule | None = None,
+    damping: optax.ScalarOrSchedule | LevenbergMarquardt = DAMPING,
     *,
-    norm_constraint: Scalar | Schedule | str | None = "auto",
-    decay: Scalar = 0.95,
-    inverse_every: int | Array | RefreshSchedule = 20,
+    norm_constraint: optax.ScalarOrSchedule | str | None = "auto",
+    decay: optax.ScalarOrSchedule = 0.95,
+    inverse_every: optax.ScalarOrSchedule | RefreshSchedule = 20,
     factored_damping: SeparateDamping | None = None,
     devices: Sharing | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -157,6 +157,8 @@ def kfac(
     rules (`QuadraticModel`, `LevenbergMarquardt`) the update also needs `params`,
     `value=` and `args=`, the loss function's arguments after the parameters;
     `make_step` passes them.
+
+    Schedules are functions of the step, counted from 0, as those of optax.
 
     A factor, inverse or update that is not finite never enters the state: the last good
     one stays, the update is zero, and `state.info.skipped_updates` counts it. A batch
@@ -175,9 +177,9 @@ def kfac(
         `value=`); give a number where the loss may cross zero. None for no
         limit. Where it limits most steps, it is what decides their length: let it fall
         (as the square) where the learning rate does.
-      decay: the largest ε of the factors' moving averages.
-      inverse_every: T3, how many steps inverses are kept; they are also computed at the
-        first three steps. Or a `RefreshSchedule`.
+      decay: the largest ε of the factors' moving averages, a number or a schedule.
+      inverse_every: T3, how many steps inverses are kept, a number or a schedule; they
+        are also computed at the first three steps. Or a `RefreshSchedule`.
       factored_damping: γ, the damping of the approximate Fisher: None for √(λ+η), or a
         `SeparateDamping` rule, which needs a `QuadraticModel` and a T2 that T3 divides.
       devices: how several devices share the inversions: `OverAxis` in a step that
@@ -236,9 +238,9 @@ def kfac(
 class _Optimizer(Preconditioner):
     """A preconditioner with what decides the length of its steps: see `kfac`."""
 
-    learning_rate: Scalar | Schedule | QuadraticModel
-    momentum: Scalar | Schedule | None
-    norm_constraint: Scalar | Schedule | str | None
+    learning_rate: optax.ScalarOrSchedule | QuadraticModel
+    momentum: optax.ScalarOrSchedule | None
+    norm_constraint: optax.ScalarOrSchedule | str | None
 
     @property
     def modelled(self) -> bool:

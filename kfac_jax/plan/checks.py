@@ -75,6 +75,22 @@ def check_factor_dtype(dtype: DTypeLike | None) -> str | None:
     return name
 
 
+def check_sharing(
+    layers: Sequence[Layer], blocks_given: bool, weight_sharing: str
+) -> None:
+    """Raises ValueError if `blocks` leaves no layer a block with that setting."""
+    settings = {getattr(layer.block, "weight_sharing", None) for layer in layers}
+    if blocks_given and weight_sharing != "expand" and weight_sharing not in settings:
+        own = ", ".join(sorted({repr(layer.block) for layer in layers}))
+        raise ValueError(
+            "weight_sharing is for default blocks, and none is left that uses it: "
+            "expected a layer without a block of its own, got "
+            f"weight_sharing={weight_sharing!r} and from blocks {own}. Give the "
+            f"setting to a block, Kronecker(weight_sharing={weight_sharing!r}), or "
+            "leave it out."
+        )
+
+
 def apply_policy(
     layers: Sequence[Layer], on_unmatched: str, *, quiet: bool
 ) -> tuple[Layer, ...]:

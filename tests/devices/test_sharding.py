@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import kfac_jax
 from kfac_jax._jaxpr._compat import vary_like
-from kfac_jax.devices import planner
+from kfac_jax.devices import over_axis, planner
 from kfac_jax.devices.planner import (
     ALL,
     assign,
@@ -461,6 +461,39 @@ def test_the_report_says_what_is_moved(route, state_axes, structure):
     expected += received(f"f64[{gradient // 8}]", "all-reduce", 8)
     moved = sum(received(result, kind, 8) for result, kind in found)
     np.testing.assert_allclose(moved, expected, rtol=0.01)
+
+
+@models.EIGHT_DEVICES
+def test_the_report_names_the_owners_of_a_step(monkeypatch):
+    """Of linked layers of one size: their order is not that of their names."""
+    params = models.dense_params(0, 7, 7, 7, 7)
+    p = models.problem("softmax", params=params, x=models.array(1, CASES, 7))
+    curvature = kfac_jax.make_curvature(
+        p.loss_fn,
+        p.params,
+        *p.args,
+        estimation_mode="fisher_empirical",
+        structure=kfac_jax.BlockTridiagonal(),
+    )
+    seen, roots = {}, kfac_jax.OverAxis.roots
+
+    def noted(over, shifted):
+        def allot(stacks, *rest):
+            allotment = planner.allot(stacks, *rest)
+            (division,) = allotment.divisions
+            seen.update(zip(shifted, division.owners.tolist(), strict=True))
+            return allotment
+
+        with monkeypatch.context() as patch:
+            patch.setattr(over_axis, "allot", allot)
+            return roots(over, shifted)
+
+    monkeypatch.setattr(kfac_jax.OverAxis, "roots", noted)
+    tx, step = make_step(curvature, "fixed", AXIS, part)
+    jax.eval_shape(over_shard_map(step, 8), p.params, tx.init(p.params), *p.args)
+    owners = kfac_jax.sharing_report(curvature, AXIS, {"batch": 8}).owners
+    assert len(set(seen.values())) == 6
+    assert seen == {(layer, side): owners[layer][side][0] for layer, side in seen}
 
 
 @models.EIGHT_DEVICES

@@ -464,6 +464,15 @@ def test_a_report_needs_the_sizes_of_axes():
         kfac_jax.sharing_report(curvature, None)
 
 
+def test_a_report_of_what_kfac_refuses():
+    dense, params, args = setup("dense")
+    curvature = kfac_jax.make_curvature(
+        dense.loss_fn, params, *args, blocks=kfac_jax.blocks.Eigen()
+    )
+    with pytest.raises(ValueError, match="Give them Kronecker blocks, or leave state_"):
+        kfac_jax.sharing_report(curvature, AXIS, {"data": 4})
+
+
 ROUTES = {
     "pmap without a name": lambda f, x: jax.pmap(f)(x[None]),
     "pmap over another axis": lambda f, x: jax.pmap(f, "batch")(x[None]),

@@ -220,7 +220,13 @@ def transformations() -> dict[str, Call]:
     tx = kfac_jax.kfac(plan(), kfac_jax.QuadraticModel())
     scale = kfac_jax.scale_by_kfac(plan())
     average = kfac_jax.average_iterates()
-    common = {"damping": SCHEDULE, "devices": OPTIONAL}
+    schedule = {"function": "a schedule of the step"}
+    common = {
+        "damping": SCHEDULE,
+        "decay": schedule,
+        "inverse_every": schedule,
+        "devices": OPTIONAL,
+    }
     update = {"updates": grads, "params": W, "statistics": statistics, "value": value}
     numbers = {"fraction negative nan integers": "a loss, or NaN where it is not known"}
     others = {
@@ -243,7 +249,7 @@ def transformations() -> dict[str, Call]:
             ),
             legal={
                 "learning_rate": SCHEDULE,
-                "momentum": OPTIONAL | {"function": "a schedule of the step"},
+                "momentum": OPTIONAL | schedule,
                 "norm_constraint": OPTIONAL | SCHEDULE,
                 "factored_damping": OPTIONAL,
                 **common,
@@ -287,7 +293,7 @@ def transformations() -> dict[str, Call]:
                 statistics_every=1,
                 devices=None,
             ),
-            legal={"devices": OPTIONAL},
+            legal={"devices": OPTIONAL, "statistics_every": schedule},
         ),
         "health": allowing(
             call(kfac_jax.health, state=tx.init(W)), skipped={"state": STATES}
@@ -295,7 +301,7 @@ def transformations() -> dict[str, Call]:
         "graft": call(kfac_jax.graft, direction=scale, magnitude=average),
         "average_iterates": allowing(
             call(kfac_jax.average_iterates, decay=0.99, start=1),
-            legal={"start": OPTIONAL},
+            legal={"start": OPTIONAL, "decay": schedule},
         ),
         "average_iterates().init": allowing(
             call(average.init, params=W),
@@ -648,7 +654,7 @@ def rules() -> dict[str, Call]:
                 phase=0,
                 warm_up=3,
             ),
-            legal={"stale": FLAG},
+            legal={"stale": FLAG, "every": {"function": "a schedule of the step"}},
         ),
         "RefreshSchedule.turns": call(kfac_jax.RefreshSchedule().turns, step=1),
         "SeparateDamping": allowing(

@@ -149,6 +149,44 @@ def test_several_uses_cannot_be_reduced():
         )
 
 
+KRONECKER = blocks.Kronecker()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        KRONECKER,
+        blocks.Diagonal(),
+        {"dense": KRONECKER},
+        {"layer0": KRONECKER, "layer1": None},
+        lambda layer: KRONECKER,
+    ],
+)
+def test_a_setting_that_no_block_would_use(given):
+    loss_fn, params, _, _ = _problem("dense", "reduce")
+    message = (
+        "none is left that uses it: expected a layer without a block of its own, got "
+        r"weight_sharing='reduce' and from blocks \w+\(.* Give the setting to a block, "
+    )
+    with pytest.raises(ValueError, match=message):
+        _dense(loss_fn, params, weight_sharing="reduce", blocks=given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        blocks.Kronecker(weight_sharing="reduce"),
+        {"layer0": KRONECKER},
+        {"embedding|layer0": None},
+        lambda layer: layer.block,
+    ],
+)
+def test_a_setting_that_a_block_uses(given):
+    loss_fn, params, _, _ = _problem("dense", "reduce")
+    plan, _ = _dense(loss_fn, params, weight_sharing="reduce", blocks=given)
+    assert plan.layers[-1].block == blocks.Kronecker(weight_sharing="reduce")
+
+
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="weight_sharing must be"):
         blocks.Kronecker(weight_sharing="mean")
