@@ -402,7 +402,7 @@ class Curvature(Plan):
     ) -> Approximation:
         """The operator of a whole data set: the mean over all cases of its batches.
 
-        Each batch counts by its number of cases, as far as no mask hides them, so that
+        Each batch counts by the number of cases that its loss is the mean of, so that
         the last may be smaller. What is done with a batch is compiled, once for each
         shape. With `blocks.Eigen` there are two passes, one for the
         bases and one for what lies in them.
@@ -471,7 +471,7 @@ class Curvature(Plan):
         leaves, part, given = self._prepare(params, args, key, factors)
         _, _, gather = linearize(self, params, part, leaves, given, own_gradient=True)
         statistics = gather(key)
-        total = seen + statistics.cases.astype(float)
+        total = seen + statistics.weight.astype(float)
         share = seen / jnp.where(total > 0, total, 1.0)
         new = averages.average(self.groups, factors, statistics, jnp.inf, share)
         return new.factors, jnp.where(new.informed, total, seen)
