@@ -57,7 +57,7 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "make_curvature": (
         "loss_fn params *args has_aux estimation_mode blocks structure weight_sharing "
         "on_unmatched num_samples statistics_fraction l2 batch_argnums "
-        "independent_cases"
+        "independent_cases factor_dtype"
     ),
     "kfac": (
         "curvature learning_rate momentum damping * norm_constraint decay "
