@@ -75,8 +75,8 @@ def check_sharing(
         raise ValueError(
             "weight_sharing is for default blocks, and none is left that uses it: "
             "expected a layer without a block of its own, got "
-            f"weight_sharing={weight_sharing!r} and from blocks {own}. Give the setting "
-            f"to a block, Kronecker(weight_sharing={weight_sharing!r}), or leave it out."
+            f"weight_sharing={weight_sharing!r} and from blocks {own}. Give it to a "
+            f"block, Kronecker(weight_sharing={weight_sharing!r}), or leave it out."
         )
 
 
