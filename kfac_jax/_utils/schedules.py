@@ -4,11 +4,12 @@ from typing import Any
 
 import optax
 from chex import Numeric
+from jax.typing import ArrayLike
 
 from kfac_jax._utils.arguments import is_number, shown, within
 
 
-def at(value: optax.ScalarOrSchedule, step: Numeric) -> Numeric:
+def at(value: optax.ScalarOrSchedule, step: Numeric) -> ArrayLike:
     """The number, or what the schedule says of a step, counted from 0.
 
     >>> at(0.5, 3), at(lambda step: 0.5**step, 3)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments, schedules
 
 
@@ -70,7 +71,8 @@ class RefreshSchedule:
     def turns(self, step: Array | int) -> Array:
         """Whose turn it is at a step, counted from 1: `[shares]`."""
         arguments.whole("step", step, arrays=True)
-        every = jnp.asarray(schedules.at(self.every, step - 1), jnp.int32)
+        every = axis_types.here(schedules.at(self.every, step - 1))
+        every = jnp.asarray(every, jnp.int32)
         starts = jnp.arange(self.shares, dtype=jnp.int32) * every // self.shares
         return (step - self.phase) % every == starts
 

@@ -166,7 +166,7 @@ def test_a_setting_that_no_block_would_use(given):
     loss_fn, params, _, _ = _problem("dense", "reduce")
     message = (
         "none is left that uses it: expected a layer without a block of its own, got "
-        r"weight_sharing='reduce' and from blocks \w+\(.* Give the setting to a block, "
+        r"weight_sharing='reduce' and from blocks \w+\(.* Give it to a block, "
     )
     with pytest.raises(ValueError, match=message):
         _dense(loss_fn, params, weight_sharing="reduce", blocks=given)
