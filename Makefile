@@ -64,25 +64,25 @@ docs: $(VENV)/docs.stamp
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs site
 
 demo: $(VENV)/examples.stamp
-	$(BIN)/python examples/autoencoder.py
+	$(BIN)/python experiments/autoencoder.py
 
 classifier: $(VENV)/examples.stamp
-	$(BIN)/python examples/classifier.py
+	$(BIN)/python experiments/classifier.py
 
 language-model: $(VENV)/examples.stamp
-	$(BIN)/python examples/language_model.py
+	$(BIN)/python experiments/language_model.py
 
 wavefunction: $(VENV)/examples.stamp
-	$(BIN)/python examples/wavefunction.py
+	$(BIN)/python experiments/wavefunction.py
 
 paper: $(VENV)/examples.stamp
-	$(BIN)/python examples/paper.py
+	$(BIN)/python experiments/paper.py
 
 data-parallel: $(VENV)/examples.stamp
-	$(BIN)/python examples/data_parallel.py
+	$(BIN)/python experiments/data_parallel.py
 
 multi-process: $(VENV)/examples.stamp
-	$(BIN)/python examples/multi_process.py --processes 2
+	$(BIN)/python experiments/multi_process.py --processes 2
 
 # This library beside others, see docs/performance.md.
 bench: $(VENV)/bench.stamp opponents

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 CONTENT = np.random.default_rng(0).bytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 ADVICE = "Ask someone who has it."
 
 
 @pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+def experiments_on_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -174,7 +174,7 @@ def test_a_program_killed_while_it_downloads(server, tmp_path):
     )
     child = subprocess.Popen(
         [sys.executable, "-c", program],
-        cwd=EXAMPLES,
+        cwd=EXPERIMENTS,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

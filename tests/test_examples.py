@@ -11,12 +11,12 @@ import pytest
 
 import kfac_jax
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 
 
 @pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+def experiments_on_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
 
 
 def test_an_epoch_holds_each_case_once_and_arrays_stay_together():

@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 LIMIT = 300  # seconds
 SMALL = ["--shrink", "8", "--batch-size", "256", "--iterations", "4"]
 RTOL = 1e-4  # float32, summed in another order; four steps multiply it
 
 
 @pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+def experiments_on_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
 
 
 def start(script, *arguments):
@@ -35,7 +35,7 @@ def start(script, *arguments):
         "JAX_PLATFORMS": "cpu",
     }
     return subprocess.Popen(
-        [sys.executable, EXAMPLES / script, *arguments],
+        [sys.executable, EXPERIMENTS / script, *arguments],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -130,7 +130,7 @@ def two_that_sleep():
     """A program that runs two commands together, and the first one's process id."""
     says = "print(os.getpid(), file=sys.stderr, flush=True)"
     sleeps = python(f"import os, sys, time; {says}; time.sleep(600)")
-    code = f"""import sys; sys.path.insert(0, {str(EXAMPLES)!r})
+    code = f"""import sys; sys.path.insert(0, {str(EXPERIMENTS)!r})
 import local_processes
 sys.exit(local_processes.run_together([{sleeps!r}, {SLEEPS!r}]))"""
     process = subprocess.Popen(

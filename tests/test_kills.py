@@ -20,7 +20,7 @@ pytest.importorskip("tqdm")  # the examples' training loop
 
 SCRIPT = Path(__file__).with_name("killed_training.py")
 LIMIT = 300  # seconds without a word
-EXAMPLES = SCRIPT.parents[1] / "examples"
+EXPERIMENTS = SCRIPT.parents[1] / "experiments"
 STEPS = 12
 REFRESH_EVERY = 3
 KILLS = int(os.environ.get("KFAC_KILLS", "6"))
@@ -54,7 +54,7 @@ def environment(tmp_path_factory):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, given)]),
+        "PYTHONPATH": os.pathsep.join([str(EXPERIMENTS), *filter(None, given)]),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }

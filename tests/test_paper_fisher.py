@@ -19,7 +19,7 @@ import oracles
 import pytest
 from models import array
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 CASES = 8
 SIZES = (3, 2, 3, 2, 3)  # two middle layers
 CHAIN = (3, 2, 3, 2, 2, 3)  # three
@@ -27,8 +27,8 @@ GAMMA = 0.1
 
 
 @pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+def experiments_on_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
 
 
 def network(sizes=SIZES):

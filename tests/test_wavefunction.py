@@ -15,7 +15,7 @@ import oracles
 import pytest
 from jax.flatten_util import ravel_pytree
 from models import assert_trees_close
-from test_examples_parallel import EXAMPLES, LIMIT, start
+from test_examples_parallel import EXPERIMENTS, LIMIT, start
 
 import kfac_jax
 
@@ -28,7 +28,7 @@ TIME_TOLERANCE = 0.2  # relative, of the correlation time, whose error here is 7
 
 @pytest.fixture(autouse=True)
 def as_an_example(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
     with jax.numpy_rank_promotion("allow"):
         yield
 

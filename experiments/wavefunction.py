@@ -4,9 +4,9 @@ A small neural wavefunction psi is trained to lowest energy. Its electrons are s
 from psi^2 by a Markov chain, so there is no data. With the defaults it takes three or
 four minutes on two CPU cores:
 
-    python examples/wavefunction.py
-    python examples/wavefunction.py --system Li --steps 5000 --precision float64
-    python examples/wavefunction.py --route optimizer
+    python experiments/wavefunction.py
+    python experiments/wavefunction.py --system Li --steps 5000 --precision float64
+    python experiments/wavefunction.py --route optimizer
 
 After training, the parameters stay as they are, and the energy and its standard error
 are measured. `wavefunction_results/` gets energies.json, which says for each system

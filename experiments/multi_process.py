@@ -3,14 +3,14 @@ r"""Trains the MNIST autoencoder with K-FAC by several processes.
 Each process loads its own part of every batch; the step is one program over the devices
 of all. On one machine, as a trial, this starts the processes itself, on CPUs:
 
-    python examples/multi_process.py --processes 2
+    python experiments/multi_process.py --processes 2
 
 On a cluster it is started once for each process. JAX asks SLURM for the ranks (Open MPI
 too, and others that it knows); elsewhere say them:
 
     srun --kill-on-bad-exit --ntasks-per-node 4 --gpus-per-node 4 \
-        python examples/multi_process.py
-    python examples/multi_process.py --coordinator host:port --processes 2 --rank 0
+        python experiments/multi_process.py
+    python experiments/multi_process.py --coordinator host:port --processes 2 --rank 0
 
 Under SLURM JAX gives each task of a node one GPU, by number, so each must see all of
 them (no `--gpus-per-task`). Without a scheduler a process takes all GPUs that it sees:

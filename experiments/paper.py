@@ -3,9 +3,9 @@
 One command, which with the defaults takes about half an hour on two CPU cores and needs
 no download; `--budget` scales it:
 
-    python examples/paper.py
-    python examples/paper.py --budget 0.1 --parts training
-    python examples/paper.py --budget 10 --task mnist --digits mnist --seeds 0 1 2
+    python experiments/paper.py
+    python experiments/paper.py --budget 0.1 --parts training
+    python experiments/paper.py --budget 10 --task mnist --digits mnist --seeds 0 1 2
 
 Parts: "fisher" (the pictures of sections 3 and 4), "training" (error against iterations
 and seconds for K-FAC with both structures, with and without momentum, and the Nesterov

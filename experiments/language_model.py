@@ -5,9 +5,9 @@ of seconds (on CPUs the process's own, of all cores), in turns, and its rate fal
 zero over that time. With the defaults it takes about seven minutes on two CPU cores,
 after a download of 1.6 MB:
 
-    python examples/language_model.py
-    python examples/language_model.py --seconds 1200 --optimizers kfac adamw
-    python examples/language_model.py --tune
+    python experiments/language_model.py
+    python experiments/language_model.py --seconds 1200 --optimizers kfac adamw
+    python experiments/language_model.py --tune
 
 It writes curves.png, curves.json and checkpoints to the output folder. Ctrl-C saves
 what there is; `--resume` goes on where a run stopped. Errors are measured on the last

@@ -3,11 +3,11 @@
 Each device gets a part of every batch. On a CPU eight devices are simulated, which
 shows that all routes train, not that they are fast (`jit` draws other samples):
 
-    python examples/data_parallel.py
-    python examples/data_parallel.py --route pmap
-    python examples/data_parallel.py --route shard_map --devices 2
-    python examples/data_parallel.py --state rows
-    python examples/data_parallel.py --devices 0
+    python experiments/data_parallel.py
+    python experiments/data_parallel.py --route pmap
+    python experiments/data_parallel.py --route shard_map --devices 2
+    python experiments/data_parallel.py --state rows
+    python experiments/data_parallel.py --devices 0
 
 With rows each device keeps a part of the optimizer's state. The last takes the devices
 that there are, GPUs say. For devices of several processes or machines see

@@ -5,9 +5,9 @@ seconds, so one run compares them both at equal seconds and at equal iterations.
 they are the process's own, of all cores: a busy machine takes longer, and shows the
 same. With the defaults it takes about five minutes on two cores and needs no download:
 
-    python examples/autoencoder.py
-    python examples/autoencoder.py --data mnist --seconds 1200 --batch-size 1000
-    python examples/autoencoder.py --resume --seconds 240
+    python experiments/autoencoder.py
+    python experiments/autoencoder.py --data mnist --seconds 1200 --batch-size 1000
+    python experiments/autoencoder.py --resume --seconds 240
 
 It writes curves.png, reconstructions.png, curves.json and checkpoints to the output
 folder. Ctrl-C saves what there is; `--resume` goes on exactly where a run stopped.

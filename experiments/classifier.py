@@ -5,9 +5,9 @@ same number of seconds (on CPUs the process's own, of all cores), in turns, and 
 falls to zero over that time. With the defaults it takes about six minutes on two CPU
 cores, after a download of 31 MB:
 
-    python examples/classifier.py
-    python examples/classifier.py --seconds 600 --optimizers kfac adamw
-    python examples/classifier.py --tune
+    python experiments/classifier.py
+    python experiments/classifier.py --seconds 600 --optimizers kfac adamw
+    python experiments/classifier.py --tune
 
 It writes curves.png, curves.json and checkpoints to the output folder. Ctrl-C saves
 what there is; `--resume` goes on where a run stopped. `--tune` trains on 55,000 of the
