@@ -20,13 +20,13 @@ export OPENBLAS_NUM_THREADS := 1
 .NOTPARALLEL:
 .PHONY: test test-slow fuzz faults kills compiled-check doctest lint format types
 .PHONY: docs clean bench opponents
-.PHONY: demo classifier language-model wavefunction paper data-parallel multi-process
+.PHONY: examples demo classifier language-model wavefunction paper data-parallel multi-process
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-# Some of these train the examples.
-test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
+# Some of these train the examples and the experiments.
+test-slow: $(VENV)/test.stamp $(VENV)/experiments.stamp
 	$(PYTEST) -m "slow and not full" --ignore=tests/fuzz $(PYTEST_ARGS)
 
 # Random programs. CI runs 200, of seed 0.
@@ -39,7 +39,7 @@ faults: $(VENV)/test.stamp
 	$(PYTEST) tests/test_faults.py tests/test_long_runs.py $(PYTEST_ARGS)
 
 # After a change that is meant to cost more: benchmarks/compiled.py --record.
-compiled-check: $(VENV)/examples.stamp
+compiled-check: $(VENV)/experiments.stamp
 	$(BIN)/python benchmarks/compiled.py --check
 
 # Training processes that are killed a hundred times; the slow tests kill a few.
@@ -63,25 +63,30 @@ types: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs site
 
-demo: $(VENV)/examples.stamp
+# Two programs to copy, each of one file: a minute or so together.
+examples: $(VENV)/examples.stamp
+	$(BIN)/python examples/plain_jax.py
+	$(BIN)/python examples/flax_nnx.py
+
+demo: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/autoencoder.py
 
-classifier: $(VENV)/examples.stamp
+classifier: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/classifier.py
 
-language-model: $(VENV)/examples.stamp
+language-model: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/language_model.py
 
-wavefunction: $(VENV)/examples.stamp
+wavefunction: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/wavefunction.py
 
-paper: $(VENV)/examples.stamp
+paper: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/paper.py
 
-data-parallel: $(VENV)/examples.stamp
+data-parallel: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/data_parallel.py
 
-multi-process: $(VENV)/examples.stamp
+multi-process: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/multi_process.py --processes 2
 
 # This library beside others, see docs/performance.md.

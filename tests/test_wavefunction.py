@@ -15,7 +15,7 @@ import oracles
 import pytest
 from jax.flatten_util import ravel_pytree
 from models import assert_trees_close
-from test_examples_parallel import EXPERIMENTS, LIMIT, start
+from test_experiments_parallel import EXPERIMENTS, LIMIT, start
 
 import kfac_jax
 
