@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_EXPERIMENTS = ("flax", "matplotlib", "mlxtend", "tqdm", "orbax-checkpoint")
+OF_EXPERIMENTS = (
+    "flax",
+    "matplotlib",
+    "mlxtend",
+    "orbax-checkpoint",
+    "pandas",
+    "pooch",
+    "rdata",
+    "tqdm",
+    "tyro",
+)
 
 
 class Environment(NamedTuple):

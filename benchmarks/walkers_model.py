@@ -2,7 +2,7 @@
 
 After FermiNet (Pfau et al. 2020, arXiv:1909.02487) and, with `Shape(attention=True)`,
 Psiformer (von Glehn et al. 2022, arXiv:2211.13672). Unlike the wavefunction of the
-examples it is written as such programs are, which is what matters for a comparison:
+experiments it is written as such programs are, which is what matters for a comparison:
 for one walker, with `jax.vmap` over walkers; determinants by `slogdet`; the Laplacian
 by a loop; the gradient and what is registered in a `custom_jvp` rule; every argument of
 `kfac_jax.Optimizer` with an axis for devices in front.

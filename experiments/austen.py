@@ -1,30 +1,23 @@
 """Jane Austen's six novels as one text of four million characters.
 
-Looked for in a local cache, then at a path the user gives, then fetched as the Debian
-package `r-cran-janeaustenr` (1.6 MB), which holds them as an R database of lines.
-Whatever the source, the text is checked.
+They are downloaded (1.2 MB) as the source of the Debian package `r-cran-janeaustenr`,
+which holds each as R's data, a vector of lines.
 """
 
 from __future__ import annotations
 
-import zlib
+from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
 
-import debian
 import numpy as np
-from data_files import DataError, check, default_cache
-from r_data import read_database
+import rdata
+from archives import DEBIAN, Archive
 
-PACKAGE = debian.Package(
-    name="r-cran-janeaustenr",
-    pool="r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0-1_all.deb",
-    size=1_626_392,
-    sha256="df6bddf211906d1ff404f8ff662c21b34e6660e7f54a311084e749050c019c95",
+ARCHIVE = Archive(
+    f"{DEBIAN}/r/r-cran-janeaustenr/r-cran-janeaustenr_1.0.0.orig.tar.gz",
+    "b4c32ee1395ee4a8efe714c535c0fe578b0dbf5f3bb85b41fa5cc87569b8e8aa",
 )
-FOLDER = "usr/lib/R/site-library/janeaustenr/data"  # in the package
-DATABASE = ("Rdata.rdx", "Rdata.rdb")
-
 NOVELS = (
     "emma",
     "mansfieldpark",
@@ -33,9 +26,6 @@ NOVELS = (
     "prideprejudice",
     "sensesensibility",
 )
-SIZE = 4_025_028  # bytes of the joined text in UTF-8
-SHA256 = "1f48a6d7751aa60776b8aacf34d3b6898c46f4ee0fd103d733dd04f45e761841"
-
 HELD_OUT = 0.05  # for validation, and as much again for the test
 
 
@@ -48,52 +38,22 @@ class Corpus(NamedTuple):
     alphabet: str  # every character that occurs, sorted
 
 
-def load(path: Path | None = None, cache: Path | None = None) -> Corpus:
+def load(cache: Path | None = None) -> Corpus:
     """Loads and splits the text.
 
     Args:
-        path: the .deb package, or a folder with its files Rdata.rdx and Rdata.rdb.
-        cache: the folder that keeps the download; by default
-            `$XDG_CACHE_HOME/kfac_jax`, else `~/.cache/kfac_jax`.
+        cache: the folder of downloads; see `Archive.read`.
 
     Returns:
         The parts and the alphabet.
 
     Raises:
-        DataError: the data is missing, damaged or cannot be downloaded.
+        DataError: the data cannot be downloaded.
     """
-    what = "Jane Austen's six novels (4.0 million characters)"
-    return debian.load(PACKAGE, path, cache or default_cache(), what, _read)
-
-
-def _read(found: Path) -> Corpus:
-    text = _join(_files(found), found)
-    check(text.encode(), SIZE, SHA256, f"The text in {found}")
-    return _split(text)
-
-
-def _files(found: Path) -> list[bytes]:
-    if not found.is_dir():
-        return debian.read(found, [f"{FOLDER}/{name}" for name in DATABASE])
-    missing = [name for name in DATABASE if not (found / name).exists()]
-    if missing:
-        raise DataError(
-            f"{found} lacks {' and '.join(missing)}, R's files in {FOLDER} of the "
-            f"package {PACKAGE.name}. Without --data-path it is fetched."
-        )
-    return [(found / name).read_bytes() for name in DATABASE]
-
-
-def _join(files: list[bytes], found: Path) -> str:
-    """The novels one after the other, a line break after each line but the last."""
-    try:
-        books = read_database(*files)
-        return "\n".join("\n".join(books[name]) for name in NOVELS)
-    except (ValueError, KeyError, TypeError, OSError, zlib.error) as error:
-        raise DataError(
-            f"The R database in {found} cannot be read: {error!r}. It is damaged or of "
-            "another version of janeaustenr than 1.0.0. Delete it and run again."
-        ) from error
+    files = [f"janeaustenr/data/{name}.rda" for name in NOVELS]
+    novels = [rdata.read_rda(BytesIO(raw)) for raw in ARCHIVE.read(files, cache)]
+    lines = [line for novel in novels for line in next(iter(novel.values()))]
+    return _split("\n".join(lines))
 
 
 def _split(text: str) -> Corpus:

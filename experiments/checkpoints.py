@@ -58,6 +58,7 @@ class Checkpoints:
         saved = self._manager.restore(step, args=items)
         counters = saved["counters"]
         self._check(counters["config"])
+        print(f"Resuming after {step} iterations, {counters['seconds']:.1f} s.")
         return Run(
             **saved["arrays"],
             iteration=step,
@@ -79,12 +80,13 @@ class Checkpoints:
                 f"{', '.join(differing)}. Use the same ones, or start without resuming."
             )
 
-    def clear(self) -> None:
-        """Deletes what an earlier run left."""
+    def clear(self, run: Run) -> Run:
+        """Deletes what an earlier run left; returns the new run as it is."""
         if self._manager.all_steps():
             print(f"Starting anew: deleting the earlier checkpoint in {self._folder}.")
         for step in self._manager.all_steps():
             self._manager.delete(step)
+        return run
 
     def __enter__(self) -> Checkpoints:
         """Nothing to do: the constructor opened the folder."""

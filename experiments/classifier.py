@@ -16,11 +16,12 @@ training images, and compares constants by the errors on the other 5,000.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 # Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -33,9 +34,10 @@ from batches import Batches
 from fashion import Cases
 from flax import nnx
 from jax import Array
-from methods import METHODS, Settings, grids
+from methods import AdamW, KFac
 from report import Measures
-from tuning import tune
+from training import Problem
+from tuning import Trials
 
 import kfac_jax
 
@@ -45,19 +47,34 @@ CASES_AT_ONCE = 500  # in a measurement, which would else need gigabytes
 
 MEAN, DEVIATION = 0.286, 0.353  # of the training images' pixels
 
-# Those of lowest validation error in the trials of docs/tuning.md.
-SETTINGS = Settings(
-    kfac_damping=0.1,
-    kfac_constraint=1e-2,
-    kfac_warm_up=0.2,
-    ekfac_damping=0.01,
-    ekfac_constraint=1e-3,
-    ekfac_warm_up=0.3,
-    adamw_rate=1.2e-2,
-    adamw_decay=0.01,
-    adamw_warm_up=0.4,
-)
-GRIDS = grids((0.03, 0.1, 0.3), (3e-3, 1e-2), (8e-3, 1.2e-2, 1.6e-2))
+
+@dataclass(frozen=True, kw_only=True)
+class Options(experiment.Options):
+    """Trains a convolutional network on Fashion-MNIST with K-FAC, EKFAC and AdamW.
+
+    Constants are those of lowest validation error in the trials of docs/tuning.md.
+    """
+
+    optimizers: tuple[Literal["kfac", "ekfac", "adamw"], ...] = (
+        "kfac",
+        "ekfac",
+        "adamw",
+    )
+    batch_size: int = 256
+    seconds: float = 130.0
+    output: Path = Path("classifier_results")
+    kfac: KFac = KFac(damping=0.1, constraint=1e-2, warm_up=0.2)
+    ekfac: KFac = KFac(damping=0.01, constraint=1e-3, warm_up=0.3, eigen=True)
+    adamw: AdamW = AdamW(rate=1.2e-2, decay=0.01, warm_up=0.4)
+
+
+OF_KFAC = {"damping": (0.03, 0.1, 0.3), "constraint": (3e-3, 1e-2)}
+OF_ADAMW = {"rate": (8e-3, 1.2e-2, 1.6e-2), "warm_up": (0.2, 0.4)}
+TRIALS = {
+    "kfac": Trials(iterations=246, grid=OF_KFAC),
+    "ekfac": Trials(iterations=210, grid=OF_KFAC),
+    "adamw": Trials(iterations=295, grid=OF_ADAMW),
+}
 MEASURES = Measures(
     train="training loss",
     test="test error rate, %",
@@ -112,15 +129,16 @@ def loss_fn(params: nnx.State, images: Array, labels: Array) -> Array:
     ).mean()
 
 
-def _load(args: argparse.Namespace) -> experiment.Problem:
-    train, test = fashion.load(args.data_path, args.cache)
-    if args.tune:
+def load(options: Options) -> Problem:
+    """The images, and the network."""
+    train, test = fashion.load(options.cache)
+    if options.tune:
         test = Cases(*[array[-VALIDATION_CASES:] for array in train])
         train = Cases(*[array[:-VALIDATION_CASES] for array in train])
-    return experiment.Problem(
+    return Problem(
         init_params=init_params,
         loss_fn=loss_fn,
-        batches=Batches(tuple(train), args.batch_size, args.seed),
+        batches=Batches(tuple(train), options.batch_size, options.seed),
         evaluate=_evaluator(train, test),
     )
 
@@ -152,25 +170,13 @@ def _in_portions(cases: Cases) -> Cases:
     return Cases(*jax.device_put(shaped))
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    experiment.add_data_options(parser, "a folder of the four idx files, or the .deb")
-
-
-EXAMPLE = experiment.Example(
-    name="classifier",
-    summary=str(__doc__).split("\n\n")[0],
-    methods=METHODS,
-    settings=SETTINGS,
+EXPERIMENT = experiment.Experiment(
+    options=Options,
+    load=load,
     measures=MEASURES,
-    batch_size=256,
-    seconds=130.0,
     evaluate_every=100,
-    add_options=_add_options,
-    load=_load,
-    tune=partial(tune, GRIDS),
-    tune_iterations="kfac=246 ekfac=210 adamw=295",
+    trials=TRIALS,
 )
-main = partial(experiment.main, EXAMPLE)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(experiment.main(EXPERIMENT))

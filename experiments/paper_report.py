@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
 import matplotlib.pyplot as plt
-from paper_training import BASELINE
-from training import Point, Run
-
-Runs = Mapping[str, Run]  # by the method's name
+import pandas
+from paper_training import BASELINE, LABELS
+from report import Runs, draw, first_below, points, save_figure
+from training import Point
 
 AVERAGED = ("diagonal", "tridiagonal")  # whose averages are shown
-
-
-def best(point: Point) -> float:
-    """The lower training error of the parameters and of their average."""
-    return min(point.train_error, _averaged(point))
-
-
-def _averaged(point: Point) -> float:
-    return math.inf if math.isnan(point.averaged_error) else point.averaged_error
+RATIOS = ("fewer_iterations", "less_time")  # to the baseline's lowest error
+ERROR = "squared reconstruction error, training"
 
 
 def numbers(runs: Runs) -> dict[str, Any]:
@@ -40,31 +28,26 @@ def numbers(runs: Runs) -> dict[str, Any]:
         lowest error; and how many iterations the block-tridiagonal structure needs for
         what the block-diagonal one reaches.
     """
-    result: dict[str, Any] = {"methods": {}}
-    lowest = {name: min(map(best, run.curve)) for name, run in runs.items()}
+    methods: dict[str, Any] = {}
     for name, run in runs.items():
-        result["methods"][name] = {
+        last = run.curve[-1]
+        methods[name] = {
             "iterations": run.iteration,
             "seconds": run.seconds,
             "compile_seconds": run.compile_seconds,
-            "lowest_error": lowest[name],
-            "last_error": run.curve[-1].train_error,
-            "last_averaged_error": run.curve[-1].averaged_error,
-            "last_test_error": run.curve[-1].test_error,
+            "lowest_error": points(run).best.min(),
+            "last_error": last.train_error,
+            "last_averaged_error": last.averaged_error,
+            "last_test_error": last.test_error,
         }
         if BASELINE in runs and name != BASELINE:
-            goal = lowest[BASELINE]
-            result["methods"][name]["reaches_baseline"] = _ratios(
-                first_below(run, goal), first_below(runs[BASELINE], goal)
-            )
-    if "diagonal" in runs and "tridiagonal" in runs:
+            goal = points(runs[BASELINE]).best.min()
+            pair = [first_below(x, "best", goal) for x in (run, runs[BASELINE])]
+            methods[name]["reaches_baseline"] = _ratios(*pair)
+    result = {"methods": methods}
+    if {"diagonal", "tridiagonal"} <= {*runs}:
         result["tridiagonal_to_diagonal"] = structures(runs)
     return result
-
-
-def first_below(run: Run, goal: float) -> Point | None:
-    """The first measured point whose error is at most `goal`."""
-    return next((point for point in run.curve if best(point) <= goal), None)
 
 
 def _ratios(point: Point | None, other: Point | None) -> dict[str, float] | None:
@@ -85,14 +68,11 @@ def structures(runs: Runs) -> dict[str, float] | None:
     """
     pair = [runs["diagonal"], runs["tridiagonal"]]
     both = min(run.iteration for run in pair)
-    goal = max(
-        min(best(point) for point in run.curve if point.iteration <= both)
-        for run in pair
-    )
-    points = [first_below(run, goal) for run in pair]
-    if points[0] is None or points[1] is None or points[0].iteration == 0:
+    tables = [points(run) for run in pair]
+    goal = max(table[table.iteration <= both].best.min() for table in tables)
+    first, second = (first_below(run, "best", goal) for run in pair)
+    if first is None or second is None or first.iteration == 0:
         return None
-    first, second = points
     return {
         "error": goal,
         "diagonal_iterations": first.iteration,
@@ -101,95 +81,58 @@ def structures(runs: Runs) -> dict[str, float] | None:
     }
 
 
-def plot_errors(path: Path, runs: Runs, labels: Mapping[str, str]) -> None:
+def plot_errors(path: Path, runs: Runs) -> None:
     """Training error against iterations and seconds (the paper's figures 9 and 11)."""
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    shown = {LABELS[name]: run for name, run in runs.items()}
     for axis, unit in zip(axes, ("iteration", "seconds"), strict=True):
-        _curves(axis, runs, labels, unit, best)
+        draw(axis, shown, unit, "best")
         axis.set_xlabel("iterations" if unit == "iteration" else "seconds in the step")
-    axes[0].set_ylabel("squared reconstruction error, training")
+    axes[0].set_ylabel(ERROR)
     axes[0].legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def plot_averages(path: Path, runs: Runs, labels: Mapping[str, str]) -> None:
+def plot_averages(path: Path, runs: Runs) -> None:
     """The error of the iterates and, dashed, of their average."""
-    shown = {name: run for name, run in runs.items() if name in AVERAGED}
+    shown = {LABELS[name]: run for name, run in runs.items() if name in AVERAGED}
     figure, axis = plt.subplots(figsize=(6, 4.5))
-    _curves(axis, shown, labels, "iteration", lambda point: point.train_error)
-    _curves(axis, shown, {}, "iteration", _averaged, ls="--", lw=1)
+    draw(axis, shown, "iteration", "train_error")
+    draw(axis, shown, "iteration", "averaged_error", ls="--", lw=1, label="_")
     axis.set_xlabel("iterations (average of the iterates: dashed)")
-    axis.set_ylabel("squared reconstruction error, training")
+    axis.set_ylabel(ERROR)
     axis.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def plot_batch_sizes(
-    path: Path, rates: Mapping[str, Mapping[int, float]], labels: Mapping[str, str]
-) -> None:
+def plot_batch_sizes(path: Path, rates: Mapping[str, Mapping[int, float]]) -> None:
     """Progress per iteration against the batch size (the paper's figure 10)."""
-    figure, axis = plt.subplots(figsize=(6, 4.5))
-    for name, found in rates.items():
-        axis.plot([*found], [*found.values()], marker="o", label=labels[name])
-    axis.set_xscale("log")
-    sizes = sorted({size for found in rates.values() for size in found})
-    axis.set_xticks(sizes, [str(size) for size in sizes])
+    table = pandas.DataFrame(rates).rename(columns=LABELS)
+    axis = table.plot(marker="o", logx=True, figsize=(6, 4.5))
+    axis.set_xticks(table.index, [str(size) for size in table.index])
     axis.minorticks_off()
     axis.set_xlabel("batch size")
     axis.set_ylabel("fall of log(error) per iteration")
     axis.grid(which="both", alpha=0.3)
-    axis.legend()
-    _save(figure, path)
-
-
-def _curves(
-    axis: Any,
-    runs: Runs,
-    labels: Mapping[str, str],
-    unit: str,
-    error: Callable[[Point], float],
-    **style: Any,
-) -> None:
-    for color, (name, run) in enumerate(runs.items()):
-        x = [getattr(point, unit) for point in run.curve]
-        y = [error(point) for point in run.curve]
-        axis.plot(x, y, color=f"C{color}", label=labels.get(name), **style)
-    axis.set_yscale("log")
-    axis.grid(which="both", alpha=0.3)
-
-
-def _save(figure: Any, path: Path) -> None:
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    save_figure(axis.figure, path)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """One line for each seed and method."""
-    heads = f"{'seed':>4} {'method':<20}{'lowest':>8} {'its':>5} {'seconds':>8}"
-    lines = [f"{heads}  against the baseline's lowest error"]
-    for result in results:
-        for name, row in result["methods"].items():
-            lines.append(
-                f"{result['seed']:>4} {name:<20}{row['lowest_error']:8.3f} "
-                f"{row['iterations']:5} {row['seconds']:8.1f}{_reached(row)}"
-            )
-        pair = result.get("tridiagonal_to_diagonal")
-        if pair is not None:
-            lines.append(
-                f"     block-tridiagonal: {pair['ratio']:.2f} of the block-diagonal's "
-                f"iterations to an error of {pair['error']:.3f}"
-            )
-    return "\n".join(lines)
-
-
-def _reached(row: Mapping[str, Any]) -> str:
-    if "reaches_baseline" not in row:
-        return ""
-    reached = row["reaches_baseline"]
-    if reached is None:
-        return "  not reached"
-    return (
-        f"  {reached['fewer_iterations']:.1f} times fewer iterations, "
-        f"{reached['less_time']:.2f} times less time"
+    """One line for each seed and method, and the structures' ratio of iterations."""
+    rows = [
+        {"seed": result["seed"], "method": name}
+        | {key: row[key] for key in ("lowest_error", "iterations", "seconds")}
+        | {key: (row.get("reaches_baseline") or {}).get(key) for key in RATIOS}
+        for result in results
+        for name, row in result["methods"].items()
+    ]
+    text = pandas.DataFrame(rows).to_string(
+        index=False, float_format=lambda x: f"{x:.4g}", na_rep="-"
     )
+    pairs = [
+        f"Seed {result['seed']}: block-tridiagonal in {pair['ratio']:.2f} of the "
+        f"block-diagonal's iterations to an error of {pair['error']:.3f}."
+        for result in results
+        if (pair := result.get("tridiagonal_to_diagonal"))
+    ]
+    return "\n".join([text, *pairs])

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import mnist
 import numpy as np
+from archives import DataError
 from autoencoder_model import L2, Params, encode_decode
-from data_files import DataError
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -84,15 +84,14 @@ TASKS = {
 
 
 def load(
-    task: str, digits: str, path: Path | None, cache: Path | None, seed: int
+    task: str, digits: str, faces: Path | None, cache: Path | None, seed: int
 ) -> Images:
     """The images of a task.
 
     Args:
         task: a key of `TASKS`.
         digits: for "mnist", which digits; see `mnist.load`.
-        path: for "mnist" as `mnist.load` says; for "faces" an .npz file with `train`
-            and `test`, [cases, 625] each.
+        faces: for "faces", an .npz file with `train` and `test`, [cases, 625] each.
         cache: where downloads are kept.
         seed: of the curves.
 
@@ -103,24 +102,19 @@ def load(
         DataError: the data is missing or not what it should be.
     """
     if task == "mnist":
-        return Images(*mnist.load(digits, path, cache))
+        return Images(*mnist.load(digits, cache))
     if task == "curves":
         return Images(*(curves_like(n, (seed, n)) for n in CURVES_CASES))
-    if path is None or not path.is_file():
-        raise DataError(
-            "FACES is not to be had here: pass --data-path FILE.npz with arrays "
-            f"`train` and `test` of shape [cases, {FACES_PIXELS}]; got {path}."
-        )
-    with np.load(path) as arrays:
-        found = {name: arrays[name] for name in arrays.files}
+    wanted = f"an .npz file with `train` and `test` of shape [cases, {FACES_PIXELS}]"
+    if faces is None:
+        raise DataError(f"FACES is not to be had here: pass --faces FILE, {wanted}.")
+    with np.load(faces) as arrays:
+        found = {name: arrays[name].astype(np.float32) for name in arrays.files}
+    shapes = {name: array.shape for name, array in found.items()}
     for name in ("train", "test"):
-        shape = found[name].shape if name in found else None
-        if shape is None or shape[1:] != (FACES_PIXELS,):
-            raise DataError(
-                f"{path} must hold `{name}` of shape [cases, {FACES_PIXELS}]; got "
-                f"{shape}."
-            )
-    return Images(*(found[name].astype(np.float32) for name in ("train", "test")))
+        if shapes.get(name, ())[1:] != (FACES_PIXELS,):
+            raise DataError(f"{faces} must be {wanted}; got {shapes}.")
+    return Images(found["train"], found["test"])
 
 
 def curves_like(cases: int, seed: int | tuple[int, ...]) -> np.ndarray:

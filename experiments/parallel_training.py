@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import mnist
 import numpy as np
-import optax
 from autoencoder_model import L2, SIZES, Params, loss_fn, reconstruction_error
 from jax import Array
 from jax.sharding import AxisType, NamedSharding
@@ -26,61 +25,68 @@ Local = Callable[[State, Array, Array], tuple[State, Array]]  # state, images, k
 Step = Callable[[State, np.ndarray, Array], tuple[State, Array]]
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Options:
     """What to train, and for how long."""
-    add = parser.add_argument
-    add("--batch-size", type=count, default=512, help="of all devices together")
-    add("--iterations", type=count, default=60)
-    add(
-        "--shrink",
-        type=count,
-        default=1,
-        help="for quick trials: hidden layers are so many times narrower, the code not",
-    )
-    add(
-        "--state",
-        choices=("whole", "rows"),
-        default="whole",
-        help="what each device keeps of factors, inverses and velocity",
-    )
 
+    batch_size: int = 512  # of all devices together
+    iterations: int = 60
+    # for quick trials: hidden layers are so many times narrower, the code not
+    shrink: int = 1
+    # what each device keeps of factors, inverses and velocity
+    state: Literal["whole", "rows"] = "whole"
 
-def count(text: str) -> int:
-    """A number from 1 on, for argparse.
+    def check(self) -> None:
+        """Refuses what cannot be.
 
-    >>> count("3")
-    3
-    """
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+        Raises:
+            ValueError: a number is below 1.
+        """
+        for name in ("batch_size", "iterations", "shrink"):
+            if getattr(self, name) < 1:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be at least 1; got "
+                    f"{getattr(self, name)}."
+                )
 
+    def check_division(self, parts: int, of: str) -> None:
+        """Refuses a batch that devices or processes cannot divide.
 
-def shrunk_sizes(shrink: int) -> tuple[int, ...]:
-    """The widths of an autoencoder with narrower hidden layers, none below the code's.
+        Raises:
+            ValueError: it is no multiple of their number.
+        """
+        if self.batch_size % parts:
+            raise ValueError(
+                f"--batch-size must be a multiple of {of}, {parts}; got "
+                f"{self.batch_size}."
+            )
 
-    >>> shrunk_sizes(4)
-    (784, 250, 125, 62, 30, 62, 125, 250, 784)
-    """
-    code = min(SIZES)
-    hidden = [max(code, size // shrink) for size in SIZES[1:-1]]
-    return (SIZES[0], *hidden, SIZES[-1])
+    @property
+    def state_axes(self) -> tuple[str, ...]:
+        """Along which axes the optimizer's state is cut into rows."""
+        return (AXIS,) if self.state == "rows" else ()
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The autoencoder's widths; no hidden layer is narrower than the code.
+
+        >>> Options(shrink=4).sizes
+        (784, 250, 125, 62, 30, 62, 125, 250, 784)
+        """
+        code = min(SIZES)
+        hidden = [max(code, size // self.shrink) for size in SIZES[1:-1]]
+        return (SIZES[0], *hidden, SIZES[-1])
 
 
 def local_step(
-    params: Params,
-    images: np.ndarray,
-    distribution: kfac_jax.OverAxis | kfac_jax.OverMesh,
-    average: Callable[[Array], Array] = lambda x: x,
+    params: Params, images: np.ndarray, devices: kfac_jax.OverAxis | kfac_jax.OverMesh
 ) -> tuple[Local, Callable[[Params], Any]]:
     """What every device does, and the optimizer's `init`.
 
     Args:
         params: for their shapes.
         images: a batch, for its shape.
-        distribution: as in `kfac`.
-        average: what makes averages over devices of the gradients that a device has.
+        devices: as in `kfac`.
 
     Returns:
         The step, and parameters -> the optimizer's state.
@@ -90,30 +96,15 @@ def local_step(
     )
     tx = kfac_jax.kfac(
         curvature,
-        learning_rate=kfac_jax.QuadraticModel(
-            fraction=1.0, largest_momentum=None, longest=None
-        ),
-        momentum=None,
+        learning_rate=kfac_jax.QuadraticModel(largest_momentum=None, longest=None),
         damping=kfac_jax.LevenbergMarquardt(150.0),
-        devices=distribution,
+        devices=devices,
     )
+    whole = kfac_jax.make_step(curvature, tx, devices=devices)
 
     def step(state: State, images: Array, key: Array) -> tuple[State, Array]:
-        params, inner = state
-        if isinstance(distribution, kfac_jax.OverAxis):  # other samples on each device
-            key = jax.random.fold_in(key, jax.lax.axis_index(AXIS))
-        value, grads, statistics = curvature.value_grad_and_statistics(
-            params, images, rng=key
-        )
-        updates, inner = tx.update(
-            jax.tree.map(average, grads),
-            inner,
-            params,
-            statistics=statistics,
-            value=value,
-            args=(images,),
-        )
-        return (optax.apply_updates(params, updates), inner), inner.info.loss
+        params, inner, _ = whole(*state, key, images)
+        return (params, inner), inner.info.loss
 
     return step, tx.init
 

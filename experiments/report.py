@@ -1,20 +1,21 @@
-"""What an example shows: plots, curves as JSON, and a plain statement."""
+"""What an experiment shows: plots, curves as JSON, and a table."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display needed
-
 import jax
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas
 from training import Point, Run
+
+Runs = Mapping[str, Run]  # by how the method is called
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Measures:
     baseline: str | None = None  # a method's name, as it is shown
 
 
-def save_curves(path: Path, runs: dict[str, Run], config: dict[str, Any]) -> None:
+def save_curves(path: Path, runs: Runs, config: Mapping[str, Any]) -> None:
     """Writes the settings and every point of every curve as JSON."""
     results = {
         name: {
@@ -45,9 +46,14 @@ def save_curves(path: Path, runs: dict[str, Run], config: dict[str, Any]) -> Non
         }
         for name, run in runs.items()
     }
+    write_json(path, {"config": config, "results": results})
+
+
+def write_json(path: Path, contents: Mapping[str, Any]) -> None:
+    """Writes JSON, with the device that it was computed on."""
     device = jax.devices()[0].device_kind
-    contents = {"config": config, "device": device, "results": results}
-    path.write_text(json.dumps(without_nan(contents), indent=1) + "\n")
+    text = json.dumps(without_nan({"device": device, **contents}), indent=1)
+    path.write_text(text + "\n")
 
 
 def without_nan(value: Any) -> Any:
@@ -61,130 +67,104 @@ def without_nan(value: Any) -> Any:
     return value
 
 
-def plot_curves(path: Path, runs: dict[str, Run], measures: Measures) -> None:
+def plot_curves(path: Path, runs: Runs, measures: Measures) -> None:
     """Both errors against iterations and seconds; on one axis the test is dashed."""
     if measures.together:
-        rows = [(f"{measures.train} (test: dashed)", ("train_error", "test_error"))]
+        rows = {f"{measures.train} (test: dashed)": ("train_error", "test_error")}
     else:
-        rows = [(measures.train, ("train_error",)), (measures.test, ("test_error",))]
+        rows = {measures.train: ("train_error",), measures.test: ("test_error",)}
     size = (11, 0.5 + 4 * len(rows))
     figure, axes = plt.subplots(
         len(rows), 2, figsize=size, sharex="col", sharey="row", squeeze=False
     )
-    for (label, errors), pair in zip(rows, axes, strict=True):
+    for (label, errors), pair in zip(rows.items(), axes, strict=True):
         for axis, unit in zip(pair, ("iteration", "seconds"), strict=True):
-            _plot_panel(axis, runs, unit, errors)
+            draw(axis, runs, unit, errors[0])
+            if len(errors) > 1:
+                draw(axis, runs, unit, errors[1], ls="--", lw=1, label="_")
         pair[0].set_ylabel(label)
     axes[-1, 0].set_xlabel("iterations")
     axes[-1, 1].set_xlabel("seconds in the compiled step (on CPUs, of all cores)")
     axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
-def _plot_panel(
-    axis: Any, runs: dict[str, Run], unit: str, errors: tuple[str, ...]
-) -> None:
+def draw(axis: Any, runs: Runs, unit: str, error: str, **style: Any) -> None:
+    """A line for each run: a column of its points against another, by log scale."""
     for color, (name, run) in enumerate(runs.items()):
-        x = [getattr(point, unit) for point in run.curve]
-        for error, style in zip(errors, ({}, {"ls": "--", "lw": 1}), strict=False):
-            y = [getattr(point, error) for point in run.curve]
-            label = None if style else name
-            axis.plot(x, y, color=f"C{color}", label=label, **style)
+        table = points(run)
+        own = {"label": name, "color": f"C{color}"} | style
+        axis.plot(table[unit], table[error], **own)
     axis.set_yscale("log")
     axis.grid(which="both", alpha=0.3)
 
 
-def statement(runs: dict[str, Run], measures: Measures) -> str:
-    """The comparison in words and numbers, from the curves alone."""
-    compile_times = [
-        f"{name} {run.compile_seconds:.1f} s" for name, run in runs.items()
-    ]
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes it, and forgets it."""
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def points(run: Run) -> pandas.DataFrame:
+    """The curve as a table; "best" is the lower of both training errors."""
+    table = pandas.DataFrame([asdict(point) for point in run.curve])
+    table["best"] = table[["train_error", "averaged_error"]].min(axis=1)
+    return table
+
+
+def first_below(run: Run, error: str, goal: float) -> Point | None:
+    """The first measured point whose error is at most `goal`."""
+    (places,) = np.nonzero(points(run)[error].to_numpy() <= goal)
+    return run.curve[places[0]] if len(places) else None
+
+
+def statement(runs: Runs, measures: Measures) -> str:
+    """The comparison as a table, from the curves alone."""
     tell = _lowest if measures.baseline is None else _last
-    lines = [
-        measures.explanation,
-        *tell(runs, measures),
-        f"Compile time, not counted above: {', '.join(compile_times)}.",
-    ]
-    return "\n".join(lines)
+    rows = {name: tell(name, runs, measures) for name in runs}
+    table = pandas.DataFrame.from_dict(rows, orient="index")
+    table.insert(0, ("", "compilation"), [run.compile_seconds for run in runs.values()])
+    table.columns = pandas.MultiIndex.from_tuples(table.columns)
+    text = table.to_string(float_format=lambda x: f"{x:.4g}", na_rep="-")
+    return f"{measures.explanation}\n{text}"
 
 
-def _lowest(runs: dict[str, Run], _: Measures) -> list[str]:
-    """The lowest training errors within what all have had."""
-    iterations = min(run.iteration for run in runs.values())
-    seconds = min(run.seconds for run in runs.values())
-    first, *others = runs
-    lines = [
-        f"Within {iterations} iterations each:",
-        *_table(runs, "iteration", iterations),
-        f"Within {seconds:.3g} seconds each (on CPUs, of all cores):",
-        *_table(runs, "seconds", seconds),
-    ]
-    for other in others:
-        best = _best(runs[other], "seconds", runs[other].seconds)
-        lines.append(_catching_up(first, runs[first], other, best, "train_error"))
-    return lines
+Row = dict[tuple[str, str], float]
 
 
-def _last(runs: dict[str, Run], measures: Measures) -> list[str]:
-    """The last errors, where all rates have fallen to zero."""
-    lines = [f"  {'':<9}{'training':>9} {'test':>9}"]
-    for name, run in runs.items():
-        point = run.curve[-1]
-        lines.append(
-            f"  {name:<9}{point.train_error:9.4f} {point.test_error:9.4f}   after "
-            f"{point.iteration} iterations, {point.seconds:.0f} s"
-        )
-    if measures.baseline in runs:
-        target = runs[measures.baseline].curve[-1]
-        for name in runs:
-            if name != measures.baseline:
-                lines.append(
-                    _catching_up(
-                        name, runs[name], measures.baseline, target, "test_error"
-                    )
-                )
-    return lines
-
-
-def _table(runs: dict[str, Run], unit: str, limit: float) -> list[str]:
-    """One line for each method, with the ratio to the first."""
-    points = {name: _best(run, unit, limit) for name, run in runs.items()}
-    (reference, first), *others = points.items()
-    lines = [f"  {reference:<9}{_errors(first)}"]
-    for name, point in others:
-        ratio = point.train_error / first.train_error
-        lines.append(f"  {name:<9}{_errors(point)}   {ratio:.2f} times {reference}'s")
-    return lines
-
-
-def _best(run: Run, unit: str, limit: float) -> Point:
-    """The measured point of lowest training error up to an iteration or second.
+def _lowest(name: str, runs: Runs, _: Measures) -> Row:
+    """The lowest training errors within what all have had, and when the first had it.
 
     The last step of a run ends a little after the time is over: 1 % is allowed for it.
     """
-    if unit == "seconds":
-        limit *= 1.01
-    reached = [point for point in run.curve if getattr(point, unit) <= limit]
-    return min(reached, key=lambda point: point.train_error)
+    row: Row = {}
+    for unit, units in (("iteration", "iterations"), ("seconds", "seconds")):
+        limit = min(getattr(run, unit) for run in runs.values())
+        within = [p for p in runs[name].curve if getattr(p, unit) <= 1.01 * limit]
+        point = min(within, key=lambda point: point.train_error)
+        head = f"within {limit:.4g} {units}"
+        row |= {(head, "train"): point.train_error, (head, "test"): point.test_error}
+    first, *_ = runs
+    goal = points(runs[name]).train_error.min()
+    there = first_below(runs[first], "train_error", goal)
+    return row | _arrival(f"{first} is there", there)
 
 
-def _errors(point: Point) -> str:
-    return f"{point.train_error:8.3f}  ({point.test_error:.3f})"
+def _last(name: str, runs: Runs, measures: Measures) -> Row:
+    """The last errors, where all rates have fallen to zero."""
+    run = runs[name]
+    head, point = "at the end", run.curve[-1]
+    row = {(head, "train"): point.train_error, (head, "test"): point.test_error}
+    row |= _arrival(head, point)
+    if measures.baseline in runs:
+        goal = runs[measures.baseline].curve[-1].test_error
+        at = first_below(run, "test_error", goal)
+        row |= _arrival(f"at {measures.baseline}'s last test error", at)
+    return row
 
 
-def _catching_up(name: str, run: Run, other: str, target: Point, error: str) -> str:
-    """When a method reaches another's error."""
-    goal = getattr(target, error)
-    reached = [point for point in run.curve if getattr(point, error) <= goal]
-    if not reached:
-        return f"{name} does not reach {other}'s {goal:.3f}."
-    fewer = target.iteration / max(reached[0].iteration, 1)
-    sooner = target.seconds / max(reached[0].seconds, 1e-9)
-    return (
-        f"{name} reaches {other}'s {goal:.3f} after {reached[0].iteration} iterations "
-        f"({other}: {target.iteration}, {fewer:.1f} times as many) and "
-        f"{reached[0].seconds:.0f} seconds ({other}: {target.seconds:.0f}, "
-        f"{sooner:.1f} times as long)."
-    )
+def _arrival(head: str, point: Point | None) -> Row:
+    """When a point was; NaN if it was not."""
+    when = (point.iteration, point.seconds) if point else (math.nan, math.nan)
+    return {(head, "iterations"): when[0], (head, "seconds"): when[1]}

@@ -1,4 +1,4 @@
-"""A timed training loop for the examples: curves, checkpoints, Ctrl-C and exact resume.
+"""A timed training loop for comparisons: curves, checkpoints, Ctrl-C and exact resume.
 
 The clock runs only inside the compiled step (the transfer of its batch included).
 Compilation is timed apart; evaluation, checkpoints and the progress bar are not timed.
@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -51,7 +52,6 @@ class Method(NamedTuple):
         tuple[PyTree, PyTree, Progress],
     ]
     report: str = ""  # about the method, to be shown once
-    batches: Source | None = None  # its own, where they differ from the problem's
     # state -> averaged parameters, where the method keeps an average of its iterates
     average: Callable[[PyTree], PyTree] | None = None
 
@@ -84,6 +84,26 @@ class Run:
     seconds: float = 0.0
     compile_seconds: float = 0.0
     curve: list[Point] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """What is to be learned: the model, its loss and the data."""
+
+    init_params: Callable[[int], PyTree]  # seed -> params
+    loss_fn: Callable[..., Any]  # params, *batch -> a scalar
+    batches: Source
+    evaluate: Evaluate
+    # output folder, runs -> nothing; draws what is shown besides the curves
+    plot: Callable[[Path, dict[str, Run]], None] = lambda folder, runs: None
+
+
+class Constants(Protocol):
+    """An optimizer's constants: a frozen dataclass, whose fields are options."""
+
+    def method(self, problem: Problem, params: PyTree, seed: int) -> Method:
+        """The optimizer; params are for their shapes, the seed is of its samples."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,20 +167,6 @@ class Interrupt:
         tqdm.write("Ctrl-C: finishing this step, then saving (again: stop at once).")
 
 
-class Store(Protocol):
-    """Where a run is kept; see `checkpoints.Checkpoints`."""
-
-    def save(self, run: Run) -> None:
-        """Keeps the run as it is now."""
-
-
-class NoStore:
-    """Keeps no checkpoints."""
-
-    def save(self, run: Run) -> None:
-        """Does nothing."""
-
-
 class Trainer:
     """One method under way: compiled once, then brought forward in slices of time."""
 
@@ -168,27 +174,25 @@ class Trainer:
         self,
         method: Method,
         run: Run,
-        batches: Source,
-        evaluate: Evaluate,
+        problem: Problem,
         *,
         limits: Limits,
-        store: Store,
+        save: Callable[[Run], None] = lambda run: None,
     ) -> None:
         """Compiles the first step, unless the run is already at its limit.
 
         Args:
             method: the optimizer.
             run: where to start; brought forward in place.
-            batches: the batch of each iteration, unless the method has its own. Every
-                new shape compiles the step again.
-            evaluate: params -> (training error, test error).
+            problem: for its batches, of which every new shape compiles the step again,
+                and its errors.
             limits: when to stop.
-            store: where to save.
+            save: what keeps the run as it is then.
         """
         self.method, self.run = method, run
-        self._batches, self._evaluate = method.batches or batches, evaluate
+        self._batches, self._evaluate = problem.batches, problem.evaluate
         self._steps: dict[Any, Callable[..., Any]] = {}  # by the batch's shapes
-        self.limits, self._store = limits, store
+        self.limits, self._keep = limits, save
         self._progress = Progress(*[np.float32(np.nan)] * len(Progress._fields))
         self._diverged = False
         self._saved_at = time.monotonic()
@@ -222,7 +226,7 @@ class Trainer:
 
     def save(self) -> None:
         """Writes a checkpoint."""
-        self._store.save(self.run)
+        self._keep(self.run)
         self._saved_at = time.monotonic()
 
     def close(self) -> None:
@@ -259,6 +263,21 @@ class Trainer:
                 **progress,
             )
         )
+
+
+def start(
+    constants: Constants,
+    problem: Problem,
+    seed: int,
+    limits: Limits,
+    save: Callable[[Run], None] = lambda run: None,
+    restore: Callable[[Run], Run] = lambda run: run,
+) -> Trainer:
+    """A method under way from its first parameters, or what `restore` makes of them."""
+    params = problem.init_params(seed)
+    method = constants.method(problem, params, seed)
+    run = restore(Run(params=params, state=method.init(params)))
+    return Trainer(method, run, problem, limits=limits, save=save)
 
 
 def train_in_turns(trainers: Sequence[Trainer], interrupt: Interrupt) -> None:

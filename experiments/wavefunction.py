@@ -23,15 +23,14 @@ whether its target is met, and energies.png.
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
 
 # Before the import of JAX, whose threads and OpenBLAS's would fight over the cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -39,9 +38,9 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 import jax
 import jax.numpy as jnp
 import numpy as np
-from experiment import option
+import tyro
 from jax import Array
-from parallel_training import count
+from options import parse
 from tqdm import tqdm
 from wavefunction_methods import ROUTES, Settings, energies
 from wavefunction_model import Params, Shape, init_params, log_psi
@@ -56,7 +55,6 @@ from wavefunction_sampling import (
 from wavefunction_systems import SYSTEMS, System
 
 SETTLING = 30  # calls of the sampler before training, and again before evaluation
-QUICK = {"walkers": 32, "steps": 6, "evaluations": 6, "width": 4}
 
 # params, walkers, how much to adapt the width -> walkers, acceptance
 Sample = Callable[[Params, Walkers, float], tuple[Walkers, Array]]
@@ -66,13 +64,30 @@ Sample = Callable[[Params, Walkers, float], tuple[Walkers, Array]]
 class Scale:
     """How much is computed."""
 
-    walkers: int = option(512, "Markov chains, the batch")
-    moves: int = option(10, "Metropolis steps between steps of training")
-    steps: int = option(1000, "of training")
-    evaluations: int = option(500, "measurements of all walkers after training")
-    layers: int = option(2, "of the network")
-    width: int = option(24, "of the network's layers")
-    determinants: int = option(4, "of the wavefunction")
+    walkers: int = 512  # Markov chains, the batch
+    moves: int = 10  # Metropolis steps between steps of training
+    steps: int = 1000  # of training
+    evaluations: int = 500  # measurements of all walkers after training
+    layers: int = 2  # of the network
+    width: int = 24  # of the network's layers
+    determinants: int = 4  # of the wavefunction
+
+
+QUICK = Scale(walkers=32, steps=6, evaluations=6, width=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Finds ground states of H, He, Li and H2 by variational Monte Carlo with K-FAC."""
+
+    system: Literal["H", "He", "Li", "H2", "all"] = "all"  # what to solve
+    route: Literal["native", "optimizer"] = "native"  # which of the two interfaces
+    precision: Literal["float32", "float64"] = "float32"
+    seed: int = 0  # of everything random
+    output: Path = Path("wavefunction_results")  # folder
+    quick: bool = False  # a trial that proves nothing: few of all
+    scale: Annotated[Scale, tyro.conf.arg(name="")] = Scale()
+    optimizer: Annotated[Settings, tyro.conf.arg(name="")] = Settings()
 
 
 @dataclass
@@ -87,12 +102,11 @@ class Training:
     compile_seconds: float = 0.0  # of the sampler and the step
 
 
-def solve(
-    system: System, scale: Scale, settings: Settings, args: argparse.Namespace
-) -> Result:
+def solve(system: System, scale: Scale, options: Options) -> Result:
     """Trains and evaluates one system."""
-    dtype = jnp.dtype(args.precision)
-    for_params, for_walkers, for_route = jax.random.split(jax.random.key(args.seed), 3)
+    dtype = jnp.dtype(options.precision)
+    key = jax.random.key(options.seed)
+    for_params, for_walkers, for_route = jax.random.split(key, 3)
     shape = Shape(
         layers=scale.layers, width=scale.width, determinants=scale.determinants
     )
@@ -102,7 +116,7 @@ def solve(
         start(system, scale.walkers, dtype, for_walkers),
         [],
     )
-    _train(system, scale, settings, args.route, training, for_route)
+    _train(system, scale, options, training, for_route)
     return _evaluate(system, scale, training)
 
 
@@ -120,8 +134,7 @@ def _sampler(system: System, moves: int) -> Sample:
 def _train(
     system: System,
     scale: Scale,
-    settings: Settings,
-    route_name: str,
+    options: Options,
     training: Training,
     key: Array,
 ) -> None:
@@ -131,7 +144,8 @@ def _train(
     for _ in range(SETTLING):
         training.walkers, _ = sample(training.params, training.walkers, 1.0)
     electrons = training.walkers.electrons
-    route = ROUTES[route_name](system, settings, training.params, electrons)
+    make = ROUTES[options.route]
+    route = make(system, options.optimizer, training.params, electrons)
     state = route.init(training.params, electrons)
     print(f"\n{system.name}\n{route.report()}\n")
     with tqdm(range(scale.steps), desc=f"{system.name:<3}") as bar:
@@ -192,61 +206,30 @@ def _evaluate(system: System, scale: Scale, training: Training) -> Result:
     )
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=str(__doc__).split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--system", choices=(*SYSTEMS, "all"), default="all", help="what to solve")
-    add("--route", choices=ROUTES, default="native", help="which of the two interfaces")
-    add("--precision", choices=("float32", "float64"), default="float32")
-    add("--seed", type=int, default=0, help="of everything random")
-    add("--output", type=Path, default=Path("wavefunction_results"), help="folder")
-    add("--quick", action="store_true", help="a trial that proves nothing: few of all")
-    for title, constants in (("scale", Scale()), ("optimizer", Settings())):
-        add = parser.add_argument_group(title).add_argument
-        for one in fields(constants):
-            default = getattr(constants, one.name)
-            kind = count if one.type == "int" else float
-            name = "--" + one.name.replace("_", "-")
-            add(name, type=kind, default=default, help=one.metadata["help"])
-    if arguments is None:
-        arguments = sys.argv[1:]
-    if "--quick" in arguments:
-        parser.set_defaults(**QUICK)
-    return parser.parse_args(arguments)
-
-
-def _constants(kind: Any, args: argparse.Namespace) -> Any:
-    """Those that the options say."""
-    return kind(**{one.name: getattr(args, one.name) for one in fields(kind)})
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Solves what the options say; returns the exit status."""
-    args = _parse(arguments)
-    jax.config.update("jax_enable_x64", args.precision == "float64")
-    scale, settings = _constants(Scale, args), _constants(Settings, args)
-    shared = {name: getattr(args, name) for name in ("route", "precision", "seed")}
-    config = shared | asdict(scale) | asdict(settings)
-    names = list(SYSTEMS) if args.system == "all" else [args.system]
-    args.output.mkdir(parents=True, exist_ok=True)
+    options = parse(Options, arguments)
+    jax.config.update("jax_enable_x64", options.precision == "float64")
+    scale = QUICK if options.quick else options.scale
+    shared = {k: getattr(options, k) for k in ("route", "precision", "seed")}
+    config = shared | asdict(scale) | asdict(options.optimizer)
+    names = list(SYSTEMS) if options.system == "all" else [options.system]
+    options.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {}
     try:
         for name in names:
-            results[name] = solve(SYSTEMS[name], scale, settings, args)
-            save(args.output / "energies.json", results, config)
-            plot(args.output / "energies.png", results)
+            results[name] = solve(SYSTEMS[name], scale, options)
+            save(options.output / "energies.json", results, config)
+            plot(options.output / "energies.png", results)
     except KeyboardInterrupt:
         print("Stopped by Ctrl-C; finished systems are saved.", file=sys.stderr)
         return 130
     except ValueError as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
-    print(f"\n{table(results)}\nEnergies and plot: {args.output}")
+    print(f"\n{table(results)}\nEnergies and plot: {options.output}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

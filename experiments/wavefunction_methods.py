@@ -23,8 +23,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
-from experiment import option
 from jax import Array
 from jax.typing import ArrayLike
 from wavefunction_model import Params, log_psi
@@ -40,12 +38,12 @@ VARIANCE = 0.25
 class Settings:
     """Constants of the optimizer."""
 
-    learning_rate: float = option(0.2, "alpha at the start")
-    halved_after: float = option(1000.0, "steps after which alpha is half of that")
-    damping: float = option(1e-3, "lambda")
-    norm_constraint: float = option(1e-2, "largest alpha^2 D'g, direction D, grad. g")
-    decay: float = option(0.95, "of the factors' averages")
-    inverse_every: int = option(1, "steps between inverses, T3")
+    learning_rate: float = 0.2  # alpha at the start
+    halved_after: float = 1000.0  # steps after which alpha is half of that
+    damping: float = 1e-3  # lambda
+    norm_constraint: float = 1e-2  # largest alpha^2 D'g, direction D, grad. g
+    decay: float = 0.95  # of the factors' averages
+    inverse_every: int = 1  # steps between inverses, T3
 
     def rate(self, step: ArrayLike) -> Array:
         """The learning rate at a step."""
@@ -109,14 +107,13 @@ def native(
         inverse_every=settings.inverse_every,
     )
 
+    train = kfac_jax.make_step(curvature, tx)
+
     @partial(jax.jit, donate_argnums=(0, 1))
     def step(params: Params, state: Any, electrons: Array, key: Array) -> Any:
         # the key is for parameters without a layer, if a change of the model has some
-        (_, local), grads, statistics = curvature.value_grad_and_statistics(
-            params, electrons, rng=key
-        )
-        updates, state = tx.update(grads, state, params, statistics=statistics)
-        return optax.apply_updates(params, updates), state, local
+        params, state, (_, local) = train(params, state, key, electrons)
+        return params, state, local
 
     return Route(lambda params, electrons: tx.init(params), step, curvature.report)
 

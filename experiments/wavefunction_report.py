@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib.pyplot as plt
 import numpy as np
-from report import without_nan  # which has chosen a way to plot without a display
+import pandas
+from report import save_figure, write_json
 
 WINDOWS = 50  # points of a curve
 
@@ -26,9 +25,7 @@ class Result:
     deviation: float  # of local energies; of an exact psi it is zero
     correlation_time: float  # of them, in calls of the sampler
     acceptance: float
-    target: (
-        float | None
-    )  # the largest difference from the exact energy, if there is one
+    target: float | None  # the largest difference from the exact energy, if any
     met: bool | None
     parameters: int
     training_seconds: float
@@ -37,30 +34,20 @@ class Result:
     energies: list[float]  # of each training step's walkers
 
 
-def save(path: Path, results: dict[str, Result], config: dict[str, Any]) -> None:
+def save(path: Path, results: dict[str, Result], config: Mapping[str, Any]) -> None:
     """Writes the settings and the results."""
-    contents = {
-        "config": config,
-        "device": jax.devices()[0].device_kind,
-        "results": {name: asdict(result) for name, result in results.items()},
-    }
-    path.write_text(json.dumps(without_nan(contents), indent=1) + "\n")
+    found = {name: asdict(result) for name, result in results.items()}
+    write_json(path, {"config": config, "results": found})
 
 
 def table(results: dict[str, Result]) -> str:
     """One line for each system."""
-    lines = [f"{'':<4}{'energy':>10} {'error':>8} {'exact':>10} {'difference':>11}"]
-    for name, result in results.items():
-        difference = result.energy - result.exact
-        line = (
-            f"{name:<4}{result.energy:10.5f} {result.standard_error:8.5f} "
-            f"{result.exact:10.5f} {difference:11.5f}"
-        )
-        if result.target is not None:
-            verdict = "met" if result.met else "missed"
-            line += f"   target {result.target:g} {verdict}"
-        lines.append(line)
-    return "\n".join(lines)
+    rows = {name: asdict(result) for name, result in results.items()}
+    found = pandas.DataFrame.from_dict(rows, orient="index")
+    found["difference"] = found.energy - found.exact
+    found["met"] = found.met.map({True: "met", False: "missed"})
+    shown = ["energy", "standard_error", "exact", "difference", "target", "met"]
+    return found[shown].to_string(float_format=lambda x: f"{x:.5f}", na_rep="-")
 
 
 def windows(energies: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -107,6 +94,4 @@ def plot(path: Path, results: dict[str, Result]) -> None:
     axes[0, 0].set_ylabel("energy, hartree")
     axes[1, 0].set_ylabel("|energy - exact|, hartree")
     axes[0, 0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)

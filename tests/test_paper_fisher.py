@@ -1,4 +1,4 @@
-"""The example of the paper's sections 3 and 4 against naive formulas on tiny nets.
+"""The experiment of the paper's sections 3 and 4 against naive formulas on tiny nets.
 
 The oracles take gradients from `jax.grad`, cumulants from all partitions of the
 variables, and the block-tridiagonal inverse from those of pairs and of single layers.

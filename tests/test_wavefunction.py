@@ -1,4 +1,4 @@
-"""The example of quantum Monte Carlo: its physics, its statistics and its curvature.
+"""The experiment of quantum Monte Carlo: its physics, its statistics and its curvature.
 
 Energies are compared with exact cases and with the Hessian of psi, gradients and the
 Fisher with dense formulas over O = grad log |psi|.
@@ -27,7 +27,7 @@ TIME_TOLERANCE = 0.2  # relative, of the correlation time, whose error here is 7
 
 
 @pytest.fixture(autouse=True)
-def as_an_example(monkeypatch):
+def as_an_experiment(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
     with jax.numpy_rank_promotion("allow"):
         yield
