@@ -32,7 +32,7 @@ import paper_report
 import paper_tasks
 from archives import DataError
 from options import parse
-from paper_training import DAMPING, Experiment, batch_sizes, compare
+from paper_training import DAMPING, Subject, batch_sizes, compare
 from report import write_json
 from training import Interrupt
 
@@ -76,12 +76,12 @@ class Options:
     output: Path = Path("paper_results")  # folder
     cache: Path | None = None  # folder of downloads, else ~/.cache/kfac_jax
 
-    def experiment(self) -> Experiment:
+    def subject(self) -> Subject:
         """What the methods are compared on."""
         images = paper_tasks.load(
             self.task, self.digits, self.faces, self.cache, self.seeds[0]
         )
-        return Experiment(paper_tasks.TASKS[self.task], images, self.damping)
+        return Subject(paper_tasks.TASKS[self.task], images, self.damping)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,7 +112,7 @@ def _fisher(options: Options, interrupt: Interrupt) -> Results:
 
 
 def _training(options: Options, interrupt: Interrupt) -> Results:
-    subject = options.experiment()
+    subject = options.subject()
     seconds = TRAINING_SECONDS * options.budget
     found: list[Results] = []
     for seed in options.seeds:
@@ -127,7 +127,7 @@ def _training(options: Options, interrupt: Interrupt) -> Results:
 
 
 def _batches(options: Options, interrupt: Interrupt) -> Results:
-    subject = options.experiment()
+    subject = options.subject()
     sizes = [n for n in BATCH_SIZES if n <= len(subject.images.train)]
     seed = options.seeds[0]
     rates = batch_sizes(subject, options.methods, sizes, seed, interrupt)

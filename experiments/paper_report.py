@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,10 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
     rows = [
         {"seed": result["seed"], "method": name}
         | {key: row[key] for key in ("lowest_error", "iterations", "seconds")}
-        | {key: (row.get("reaches_baseline") or {}).get(key) for key in RATIOS}
+        | {
+            key: (row.get("reaches_baseline") or {}).get(key, math.nan)
+            for key in RATIOS
+        }
         for result in results
         for name, row in result["methods"].items()
     ]

@@ -99,8 +99,8 @@ LABELS = {
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """What all runs of an experiment share."""
+class Subject:
+    """What all runs share: a task, its data, a constant."""
 
     task: Task
     images: Images
@@ -138,7 +138,7 @@ class Experiment:
 
 
 def compare(
-    experiment: Experiment,
+    subject: Subject,
     names: Sequence[str],
     seed: int,
     seconds: float,
@@ -147,7 +147,7 @@ def compare(
     """Trains with each method for the same time, in turns.
 
     Args:
-        experiment: the task.
+        subject: the task.
         names: of `LABELS`.
         seed: of everything random.
         seconds: inside the compiled step, for each.
@@ -159,14 +159,14 @@ def compare(
     limits = Limits(seconds=seconds, evaluate_every=EVALUATE_EVERY)
     trainers: dict[str, Trainer] = {}
     for name in names:
-        problem = experiment.problem(experiment.batches(name, seed))
-        trainers[name] = start(experiment.constants(name), problem, seed, limits)
+        problem = subject.problem(subject.batches(name, seed))
+        trainers[name] = start(subject.constants(name), problem, seed, limits)
     train_in_turns(list(trainers.values()), interrupt)
     return {name: trainer.run for name, trainer in trainers.items()}
 
 
 def batch_sizes(
-    experiment: Experiment,
+    subject: Subject,
     names: Sequence[str],
     sizes: Sequence[int],
     seed: int,
@@ -178,7 +178,7 @@ def batch_sizes(
     way for a few iterations.
 
     Args:
-        experiment: the task.
+        subject: the task.
         names: of `LABELS`.
         sizes: of the batches to compare.
         seed: of everything random.
@@ -187,22 +187,22 @@ def batch_sizes(
     Returns:
         For each method and size the mean fall of the error's logarithm per iteration.
     """
-    cases = len(experiment.images.train)
+    cases = len(subject.images.train)
     found: dict[str, dict[int, float]] = {}
     for name in names:
         steps = WARM_UP_ITERATIONS, min(WARM_UP_BATCH, cases)
-        first = _go_on(experiment, name, None, *steps, seed, interrupt)
+        first = _go_on(subject, name, None, *steps, seed, interrupt)
         found[name] = {}
         for size in sizes:
             steps = COMPARED_ITERATIONS, size
-            run = _go_on(experiment, name, first, *steps, seed, interrupt)
+            run = _go_on(subject, name, first, *steps, seed, interrupt)
             before, after = run.curve[0].train_error, run.curve[-1].train_error
             found[name][size] = math.log(before / after) / COMPARED_ITERATIONS
     return found
 
 
 def _go_on(
-    experiment: Experiment,
+    subject: Subject,
     name: str,
     begin: Run | None,
     iterations: int,
@@ -220,9 +220,9 @@ def _go_on(
         params, state = jax.tree.map(np.array, (begin.params, begin.state))
         return Run(params=params, state=state, iteration=done)
 
-    batches = GrowingBatches((experiment.images.train,), lambda _: size, seed)
-    problem = experiment.problem(batches)
-    constants = experiment.constants(name)
+    batches = GrowingBatches((subject.images.train,), lambda _: size, seed)
+    problem = subject.problem(batches)
+    constants = subject.constants(name)
     trainer = start(constants, problem, seed, limits, restore=restore)
     train_in_turns([trainer], interrupt)
     return trainer.run

@@ -124,7 +124,9 @@ def statement(runs: Runs, measures: Measures) -> str:
     tell = _lowest if measures.baseline is None else _last
     rows = {name: tell(name, runs, measures) for name in runs}
     table = pandas.DataFrame.from_dict(rows, orient="index")
-    table.insert(0, ("", "compilation"), [run.compile_seconds for run in runs.values()])
+    table.insert(
+        0, ("compilation", "seconds"), [run.compile_seconds for run in runs.values()]
+    )
     table.columns = pandas.MultiIndex.from_tuples(table.columns)
     text = table.to_string(float_format=lambda x: f"{x:.4g}", na_rep="-")
     return f"{measures.explanation}\n{text}"
