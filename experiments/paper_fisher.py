@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 import mnist
 import numpy as np
-import optax
 import paper_fisher_figures as figures
 from jax import Array
 from jax.flatten_util import ravel_pytree
@@ -194,18 +193,10 @@ def train(
     rule = kfac_jax.LevenbergMarquardt(DAMPING)
     tx = kfac_jax.kfac(curvature, PAPER_MODEL, None, rule, inverse_every=1)
 
-    @jax.jit
-    def step(params: Params, state: Any) -> tuple[Any, Any]:
-        args = images, labels
-        value, grads, statistics = curvature.value_grad_and_statistics(params, *args)
-        updates, state = tx.update(
-            grads, state, params, statistics=statistics, value=value, args=args
-        )
-        return optax.apply_updates(params, updates), state
-
-    state: Any = tx.init(params)
+    step = jax.jit(kfac_jax.make_step(curvature, tx))
+    state, key = tx.init(params), jax.random.key(0)  # nothing is drawn
     for _ in trange(iterations, desc=f"K-FAC, {len(images):,} cases"):
-        params, state = step(params, state)
+        params, state, _ = step(params, state, key, images, labels)
     return params, float(np.sqrt(state.damping))
 
 
