@@ -16,6 +16,11 @@ import pandas
 from training import Point, Run
 
 Runs = Mapping[str, Run]  # by how the method is called
+Row = dict[tuple[str, str], float]  # of a table with two lines of heads
+
+# Of what runs have used: a field, its plural, and how much more counts as no more. The
+# last step of a run ends a little after the time is over.
+UNITS = ("iteration", "iterations", 1.0), ("seconds", "seconds", 1.01)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,18 +137,12 @@ def statement(runs: Runs, measures: Measures) -> str:
     return f"{measures.explanation}\n{text}"
 
 
-Row = dict[tuple[str, str], float]
-
-
 def _lowest(name: str, runs: Runs, _: Measures) -> Row:
-    """The lowest training errors within what all have had, and when the first had it.
-
-    The last step of a run ends a little after the time is over: 1 % is allowed for it.
-    """
+    """The lowest training errors in what all have had, and when the first had them."""
     row: Row = {}
-    for unit, units in (("iteration", "iterations"), ("seconds", "seconds")):
+    for unit, units, slack in UNITS:
         limit = min(getattr(run, unit) for run in runs.values())
-        within = [p for p in runs[name].curve if getattr(p, unit) <= 1.01 * limit]
+        within = [p for p in runs[name].curve if getattr(p, unit) <= slack * limit]
         point = min(within, key=lambda point: point.train_error)
         head = f"within {limit:.4g} {units}"
         row |= {(head, "train"): point.train_error, (head, "test"): point.test_error}

@@ -60,7 +60,7 @@ class Method(NamedTuple):
 class Point:
     """One row of a curve, measured after `iteration` steps.
 
-    The errors are what the example measures on training and on test cases.
+    The errors are what the experiment measures on training and on test cases.
     """
 
     iteration: int
@@ -119,6 +119,20 @@ class Limits:
     checkpoint_every: float = 60.0  # seconds by the wall clock
     # iterations; besides, a few times at the start; None for only before and after
     evaluate_every: int | None = 25
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ValueError: one is not above 0.
+        """
+        if not self.seconds > 0 or (
+            self.iterations is not None and self.iterations < 1
+        ):
+            raise ValueError(
+                "A run takes more than 0 seconds and at least 1 iteration; got "
+                f"{self.seconds} and {self.iterations}."
+            )
 
     def budget(self, run: Run) -> tuple[float, float, str]:
         """What a run has used of its budget, the budget, and their unit."""

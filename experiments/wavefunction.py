@@ -217,6 +217,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {}
     try:
+        if min(asdict(scale).values()) < 1:
+            raise ValueError(f"Expected numbers of at least 1; got {scale}.")
         for name in names:
             results[name] = solve(SYSTEMS[name], scale, options)
             save(options.output / "energies.json", results, config)

@@ -1,4 +1,4 @@
-"""What the wavefunction example shows: numbers as JSON, a table, and a plot."""
+"""What the wavefunction experiment shows: numbers as JSON, a table, and a plot."""
 
 from __future__ import annotations
 

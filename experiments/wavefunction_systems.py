@@ -24,7 +24,7 @@ class System:
     positions: tuple[tuple[float, float, float], ...]
     spins: tuple[int, ...]  # numbers of electrons up and down; no zeros
     exact: float  # the ground state's energy, not relativistic, nuclei at rest
-    tolerance: float | None = None  # the target of the example, if it has one
+    tolerance: float | None = None  # the target of the experiment, if it has one
 
     @property
     def electrons(self) -> int:
