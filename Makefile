@@ -36,7 +36,8 @@ fuzz: $(VENV)/test.stamp
 
 # Every fault in every configuration, and the long runs: docs/reliability.md.
 faults: $(VENV)/test.stamp
-	$(PYTEST) tests/test_faults.py tests/test_long_runs.py $(PYTEST_ARGS)
+	$(PYTEST) tests/reliability/test_faults.py tests/reliability/test_long_runs.py \
+	  $(PYTEST_ARGS)
 
 # After a change that is meant to cost more: benchmarks/compiled.py --record.
 compiled-check: $(VENV)/experiments.stamp
@@ -44,7 +45,7 @@ compiled-check: $(VENV)/experiments.stamp
 
 # Training processes that are killed a hundred times; the slow tests kill a few.
 kills: $(VENV)/test.stamp
-	KFAC_KILLS=100 $(PYTEST) -rP tests/test_kills.py
+	KFAC_KILLS=100 $(PYTEST) -rP tests/reliability/test_kills.py
 
 doctest: $(VENV)/test.stamp
 	$(PYTEST) --doctest-modules --doctest-glob="*.md" kfac_jax docs README.md

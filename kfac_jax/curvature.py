@@ -7,19 +7,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments
 from kfac_jax._utils.trees import tree_spec
-from kfac_jax.blocks.kronecker import check_weight_sharing
+from kfac_jax.blocks._moments import check_weight_sharing
 from kfac_jax.operator import inverses
 from kfac_jax.operator.approximation import Approximation
 from kfac_jax.operator.structures import BlockDiagonal
 from kfac_jax.plan import batch as batch_lib
 from kfac_jax.plan import checks
 from kfac_jax.plan import report as report_lib
-from kfac_jax.plan.group import Factors, Structure
+from kfac_jax.plan.group import Factors, Structure, widened
 from kfac_jax.plan.grouping import BlocksSpec
+from kfac_jax.plan.loss_check import check_loss
 from kfac_jax.plan.modes import needs_rng
 from kfac_jax.plan.plan import Options, Plan
 from kfac_jax.statistics import averages
@@ -488,6 +490,7 @@ class Curvature(Plan):
           ValueError: if the factors are of another plan.
         """
         averages.check(self.groups, "factor_shapes", factors)
+        factors = widened(self.groups, factors)
         return Approximation(groups=self.groups, tree=self.tree, factors=factors)
 
 
@@ -501,11 +504,13 @@ def make_curvature(
     structure: Structure = BLOCK_DIAGONAL,
     weight_sharing: str = "expand",
     on_unmatched: str = "warn",
+    on_rest: str = "warn",
     num_samples: int = 1,
     statistics_fraction: float = 1.0,
     l2: float = 0.0,
     batch_argnums: int | Sequence[int] | None = None,
     independent_cases: bool = False,
+    factor_dtype: DTypeLike | None = None,
 ) -> Curvature:
     """Traces a loss function and plans its curvature approximation.
 
@@ -519,7 +524,7 @@ def make_curvature(
       params: a pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`.
       *args: further arguments, arrays or `jax.ShapeDtypeStruct`; leading axes are the
         batch (see `batch_argnums`). If all are concrete, the returned loss is compared
-        with the registered.
+        with the registered (see `on_rest`).
       has_aux: whether the loss function also returns auxiliary data.
       estimation_mode: "fisher_gradients" (targets sampled from the model),
         "fisher_exact", "fisher_empirical" (the data's targets),
@@ -538,6 +543,11 @@ def make_curvature(
         exact diagonal, by a forward pass for each entry of the smallest, up to 32
         (else `N · ḡ²` with random signs of the cases, from `rng`). "error" raises,
         "ignore" gives them the identity.
+      on_rest: what to do if the returned loss has terms that are not registered, as a
+        bound's KL divergence or an auxiliary loss. They have no curvature; the gradient
+        is always that of the returned loss. "warn" tells the difference, "error"
+        raises, "ignore" compares nothing. A factor
+        between both, as of a sum in place of a mean, is an error unless ignored.
       num_samples: how many samples per batch the sampled modes average over.
       statistics_fraction: τ1, the fraction of the batch used for statistics, in (0, 1].
       l2: η, the weight of the quadratic penalty that the loss includes, at least 0.
@@ -548,6 +558,11 @@ def make_curvature(
         input. Exact modes pull back the cases of one example (positions of a sequence)
         one by one, and all cases where they could not follow which belong to one
         example; there, but not where they could, they then pull back all at once.
+      factor_dtype: bfloat16 or float32, in which factors are kept, or None for the type
+        of their statistics. These, averages, inverses and bases are computed in float32
+        or wider. Of bfloat16, an average does not follow changes of less than about
+        2⁻⁹ / (1 - ε) of an entry, and damped factors must be positive definite after
+        entries lost all but eight bits; where they are not, inverses stay as they were.
 
     Returns:
       The plan.
@@ -556,7 +571,8 @@ def make_curvature(
       TypeError: if parameters are not real floating point, or the loss is not a scalar
         array.
       ValueError: if no loss is registered, if the registered loss differs from the
-        returned one, if leading axes disagree, or if an option is out of its range.
+        returned one by a factor, if leading axes disagree, or if an option is out of
+        its range.
 
     References:
       Martens & Grosse 2015, sections 3, 4, 5 and 8.
@@ -573,6 +589,7 @@ def make_curvature(
         has_aux,
         estimation_mode,
         on_unmatched,
+        on_rest,
         num_samples,
         statistics_fraction,
         l2,
@@ -598,11 +615,12 @@ def make_curvature(
         structure=structure,
         batch_argnums=batch_lib.check_argnums(batch_argnums, args),
         independent_cases=independent_cases,
+        factor_dtype=checks.check_factor_dtype(factor_dtype),
     )
     derived = Options(**options).derive(params, args, quiet=False)
     if statistics_fraction < 1.0:
         batch_lib.batch_size(args, options["batch_argnums"])
-    checks.check_loss(derived.traced, params, args, l2)
+    check_loss(derived.traced, params, args, l2, on_rest)
     return Curvature(
         **options,
         layers=derived.layers,

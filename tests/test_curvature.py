@@ -3,16 +3,16 @@
 import functools
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
-import oracles
 import pytest
 
 import kfac_jax
 from kfac_jax import blocks
 from kfac_jax.losses import squared_error
+from tests.helpers import models, oracles
 
 SAMPLES = 4000
 MC_TOLERANCE = 0.12  # of the largest entry, about 5 · √(2 / samples) with a margin
@@ -488,16 +488,14 @@ def test_plans_are_hashable_and_equal():
 
 def test_a_plan_is_a_static_argument_and_does_not_recompile():
     p = models.problem("softmax")
-    traces = []
 
     @functools.partial(jax.jit, static_argnums=0)
+    @chex.assert_max_traces(n=1)
     def step(plan, params, x, y):
-        traces.append(plan)
         return plan.value_grad_and_statistics(params, x, y, rng=jax.random.key(0))[0]
 
     for _ in range(3):
         step(kfac_jax.make_curvature(p.loss_fn, p.params, *p.args), p.params, *p.args)
-    assert len(traces) == 1
 
 
 @pytest.mark.parametrize(

@@ -11,13 +11,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
 import pytest
 
 import kfac_jax
 from kfac_jax import blocks
+from tests.helpers import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 

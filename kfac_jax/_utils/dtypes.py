@@ -1,12 +1,11 @@
 """Accumulation types."""
 
-from typing import Any
-
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 
-def wide_dtype(dtype: Any) -> Any:
+def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
     """Float32, or the type itself where it is at least as wide."""
     floating = jnp.issubdtype(dtype, jnp.floating)
     wide = floating and jnp.finfo(dtype).bits >= 32

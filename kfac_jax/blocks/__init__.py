@@ -1,9 +1,9 @@
 """Approximations of one layer's block of the curvature matrix."""
 
 from ._block import Block as Block
-from ._block import BlockShape as BlockShape
 from ._block import Damped as Damped
 from ._block import Spectrum as Spectrum
+from ._layout import BlockShape as BlockShape
 from .diagonal import Diagonal as Diagonal
 from .eigen import Eigen as Eigen
 from .full import Full as Full

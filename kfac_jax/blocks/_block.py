@@ -1,72 +1,24 @@
-"""What a block is: the approximation of one layer's diagonal block of the curvature.
-
-Blocks see one canonical layout and never reshape for a layer kind. Letters: `e` axes of
-independent layers (any number of them), `b` batch, `s` positions within an example, `i`
-inputs (with the homogeneous coordinate last if there is a bias), `o` outputs.
-"""
+"""What a block is: the approximation of one layer's diagonal block of the curvature."""
 
 import abc
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import ClassVar, NamedTuple
 
 import jax.numpy as jnp
+from chex import Numeric
 from jax import Array
+from jaxtyping import Float
 
 from kfac_jax._utils.dtypes import wide_dtype
-
-Factors = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class BlockShape:
-    """The shape of a layer: parameters are matrices `[*stacked, *independent, i, o]`.
-
-    Attributes:
-      stacked: axes that an enclosing scan runs over; a block sees one slice at a time.
-      independent: axes of further independent layers.
-      inputs: i.
-      outputs: o.
-      homogeneous: whether the last input is the constant 1 that a bias multiplies.
-      one_hot: whether inputs are given as integers `x [*e, b, s]`, those out of bounds
-        being rows that do not count; only to blocks with `handles_one_hot`.
-      tied: whether the transposed parameters are used too.
-    """
-
-    stacked: tuple[int, ...]
-    independent: tuple[int, ...]
-    inputs: int
-    outputs: int
-    homogeneous: bool = False
-    one_hot: bool = False
-    tied: bool = False
-
-    @property
-    def terms(self) -> "tuple[BlockShape, ...]":
-        """The shapes of the parameters as they are and, if `tied`, transposed."""
-        if not self.tied:
-            return (self,)
-        first = dataclasses.replace(self, tied=False)
-        second = dataclasses.replace(
-            first, inputs=self.outputs, outputs=self.inputs, one_hot=False
-        )
-        return first, second
-
-    @property
-    def lead(self) -> tuple[int, ...]:
-        """All axes of independent layers."""
-        return (*self.stacked, *self.independent)
-
-    @property
-    def matrix(self) -> tuple[int, ...]:
-        """The shape of the parameters as matrices."""
-        return (*self.lead, self.inputs, self.outputs)
-
-    @property
-    def slice_size(self) -> int:
-        """The number of parameters that one slice of the stacked axes holds."""
-        return math.prod(self.independent) * self.inputs * self.outputs
+from kfac_jax.blocks._layout import (
+    Arrays,
+    BlockShape,
+    Inputs,
+    Matrix,
+    Outputs,
+    Shapes,
+)
 
 
 class Damped(NamedTuple):
@@ -86,7 +38,7 @@ class Spectrum:
       from_basis: the transpose (and inverse) of `to_basis`.
     """
 
-    eigenvalues: Callable[[Array, str], Array]
+    eigenvalues: Callable[[Numeric, str], Array]
     to_basis: Callable[[Array], Array]
     from_basis: Callable[[Array], Array]
 
@@ -126,6 +78,18 @@ class Block(abc.ABC):
     """Factors that `statistics` needs, as keywords, and `solve`, beside the inverses:
     a basis. Statistics hold them too, once for each batch."""
 
+    solves_by_sides: ClassVar[bool] = False
+    """Whether `solve` is `A⁻¹ V G⁻¹` with the inverses of `input` and `output`, or of
+    their diagonals, so that devices may apply rows of these."""
+
+    handles_links: ClassVar[bool] = False
+    """Whether layers may be linked to their neighbours: `input` and `output` are second
+    moments of `rows` then, and damping is factored."""
+
+    gradient_products: bool = False
+    """Whether a gradient stays the product `Xᵀ dY` that it is, where that saves
+    arithmetic; only with `solves_by_sides`."""
+
     @property
     def needs_examples(self) -> bool:
         """Whether rows must be summed within an example."""
@@ -140,21 +104,30 @@ class Block(abc.ABC):
         return bool(self.carried)
 
     @abc.abstractmethod
-    def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
-        """Shapes of the statistics, each with the `stacked` axes in front."""
-
-    @abc.abstractmethod
-    def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, shape: BlockShape) -> Shapes:
         """Shapes of the factors."""
 
+    def statistics_shapes(self, shape: BlockShape) -> Shapes:
+        """Those of the statistics, the factors' if there are no others.
+
+        Each with the `stacked` axes in front.
+        """
+        return self.factor_shapes(shape)
+
     @abc.abstractmethod
-    def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
-        """Sums over the batch from `x [*e, b, s, i]` and `dy [*e, b, s, o]`.
+    def statistics(self, x: Inputs, dy: Outputs, shape: BlockShape) -> Arrays:
+        """Sums over the batch.
 
         `Σ_b dy dyᵀ` is already a mean over cases: the cotangents come scaled by √(1/N).
         """
 
-    def counts(self, statistics: Factors, weight: Array) -> Factors:
+    def rows(
+        self, x: Float[Array, "*e b s i"], dy: Outputs
+    ) -> tuple[Float[Array, "*e b r i"], Float[Array, "*e b r o"]]:
+        """The rows that count as cases: all of them, or one for each example."""
+        return x, dy
+
+    def counts(self, statistics: Arrays, weight: Float[Array, ""]) -> Arrays:
         """What sums are divided by to become factors, by the factors' names.
 
         Sums like the statistics: those of devices and micro-batches add up.
@@ -177,16 +150,16 @@ class Block(abc.ABC):
                 "are summed over devices before they are divided."
             )
 
-    def factors(self, statistics: Factors, weight: Array) -> Factors:
+    def factors(self, statistics: Arrays, weight: Float[Array, ""]) -> Arrays:
         """Divides the sums by their `counts`, where those are not zero."""
         counts = self.counts(statistics, weight)
         return {name: divide(statistics[name], count) for name, count in counts.items()}
 
-    def carry(self, factors: Factors) -> Factors:
+    def carry(self, factors: Arrays) -> Arrays:
         """Computes what is `carried` from the other factors."""
         return {}
 
-    def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
+    def average(self, old: Arrays, new: Arrays, epsilon: Float[Array, ""]) -> Arrays:
         """Moves the averages on by a batch: `ε · old + (1 - ε) · new`."""
         return {
             name: epsilon.astype(x.dtype) * x
@@ -194,31 +167,31 @@ class Block(abc.ABC):
             for name, x in old.items()
         }
 
-    def refresh(self, factors: Factors) -> Factors:
+    def refresh(self, factors: Arrays) -> Arrays:
         """What happens to the factors when inverses are refreshed, every T3 steps."""
         return factors
 
     @abc.abstractmethod
-    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
+    def damp(self, factors: Arrays, damping: Numeric) -> dict[str, Damped]:
         """Returns what is to be inverted for the block with damping λ.
 
         With `carried` factors all of it must be elementwise.
         """
 
     @abc.abstractmethod
-    def solve(self, inverses: Factors, v: Array) -> Array:
-        """Applies inverses (of the results of `damp`) to `v [*e, i, o]`."""
+    def solve(self, inverses: Arrays, v: Matrix) -> Matrix:
+        """Applies inverses (of the results of `damp`) to a vector."""
 
     @abc.abstractmethod
-    def matvec(self, factors: Factors, v: Array) -> Array:
-        """Multiplies `v [*e, i, o]` by the undamped block."""
+    def matvec(self, factors: Arrays, v: Matrix) -> Matrix:
+        """Multiplies a vector by the undamped block."""
 
     @abc.abstractmethod
-    def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
-        """The diagonal of the undamped block, `[*e, i, o]`."""
+    def diagonal(self, factors: Arrays, shape: BlockShape) -> Matrix:
+        """The diagonal of the undamped block."""
 
     @abc.abstractmethod
-    def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
+    def spectrum(self, factors: Arrays, shape: BlockShape) -> Spectrum:
         """An eigendecomposition of the block."""
 
 
@@ -227,7 +200,7 @@ def divide(total: Array, count: Array) -> Array:
     return total / jnp.where(count > 0, count, 1)
 
 
-def per_example(x: Array, dy: Array) -> Array:
-    """Each example's gradient, `[*e, b, i, o]`, summed over its positions."""
+def per_example(x: Float[Array, "*e b s i"], dy: Outputs) -> Float[Array, "*e b i o"]:
+    """Each example's gradient, summed over its positions."""
     dtype = wide_dtype(dy.dtype)
     return jnp.einsum("...bsi,...bso->...bio", x, dy, preferred_element_type=dtype)

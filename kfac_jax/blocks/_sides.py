@@ -4,13 +4,16 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
-from kfac_jax import linalg
-
-Factors = dict[str, Array]
+from kfac_jax._utils import arguments
+from kfac_jax.blocks._layout import Arrays, BlockShape, Shapes
+from kfac_jax.linalg._psd import diagonal
 
 DIAGONAL = "_diagonal"
-"""What a factor's name ends in if only its diagonal is kept."""
+"""What a factor's name ends in if it is only the diagonal of a matrix."""
+
+SIDES = ("input", "output")
 
 
 class Side(NamedTuple):
@@ -20,9 +23,9 @@ class Side(NamedTuple):
     is_full: bool
 
     @property
-    def diagonal(self) -> Array:
-        """The diagonal, `[*e, d]`."""
-        return linalg.diagonal(self.array) if self.is_full else self.array
+    def diagonal(self) -> Float[Array, "*e d"]:
+        """The diagonal."""
+        return diagonal(self.array) if self.is_full else self.array
 
     @property
     def axes(self) -> tuple[int, ...]:
@@ -30,8 +33,8 @@ class Side(NamedTuple):
         return (-2, -1) if self.is_full else (-1,)
 
     @property
-    def frobenius_norm(self) -> Array:
-        """The Frobenius norm, `[*e]`; also of numbers whose squares underflow."""
+    def frobenius_norm(self) -> Float[Array, "*e"]:
+        """The Frobenius norm; also of numbers whose squares underflow."""
         x = self.array
         largest = jnp.abs(x).max(self.axes, keepdims=True)
         # not by the smallest number: XLA makes of (s / n) / tiny s / (n tiny), a 0 / 0
@@ -40,20 +43,50 @@ class Side(NamedTuple):
         return norm * jnp.squeeze(largest, self.axes)
 
 
-def sides(factors: Factors) -> tuple[Side, Side]:
-    """The inputs' side and the outputs'."""
+Sides = tuple[Side, Side]
+"""The inputs' and the outputs'."""
+
+
+def sides(arrays: Arrays) -> Sides:
+    """The sides among arrays with other names."""
     first, second = (
-        Side(factors[name], True)
-        if name in factors
-        else Side(factors[name + DIAGONAL], False)
-        for name in ("input", "output")
+        Side(arrays[name], True)
+        if name in arrays
+        else Side(arrays[name + DIAGONAL], False)
+        for name in SIDES
     )
     return first, second
 
 
-def named(inputs: Side, outputs: Side) -> Factors:
+def names(both: Sides) -> tuple[str, str]:
+    """What the sides' factors are called."""
+    first, second = (
+        name if side.is_full else name + DIAGONAL
+        for name, side in zip(SIDES, both, strict=True)
+    )
+    return first, second
+
+
+def named(inputs: Side, outputs: Side) -> Arrays:
     """Inverts `sides`."""
-    return {
-        name if part.is_full else name + DIAGONAL: part.array
-        for name, part in (("input", inputs), ("output", outputs))
-    }
+    first, second = names((inputs, outputs))
+    return {first: inputs.array, second: outputs.array}
+
+
+def side_shapes(shape: BlockShape, max_factor_dim: int | None) -> Shapes:
+    """`input: [*e, i, i]` and `output: [*e, o, o]`, or their diagonals."""
+    result: Shapes = {}
+    for name, d in zip(SIDES, (shape.inputs, shape.outputs), strict=True):
+        is_long = max_factor_dim is not None and d > max_factor_dim
+        if is_long or (shape.one_hot and name == "input"):
+            result[name + DIAGONAL] = (*shape.lead, d)
+        else:
+            result[name] = (*shape.lead, d, d)
+    return result
+
+
+def check_max_factor_dim(value: object) -> None:
+    """Raises ValueError unless it is a length or None."""
+    if value is not None and (type(value) is not int or value < 1):
+        got = arguments.shown(value)
+        raise ValueError(f"max_factor_dim must be an integer ≥ 1 or None; got {got}.")

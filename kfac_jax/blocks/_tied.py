@@ -9,25 +9,26 @@ Such a sum has no inverse that is made of factors. It is replaced by the Kroneck
 product nearest to it in the Frobenius norm, `X ⊗ Y`.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from typing import TypeVar
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
-from kfac_jax.blocks._sides import Factors, Side, named, sides
+from kfac_jax.blocks._layout import Arrays
+from kfac_jax.blocks._sides import Side, Sides, named, sides
 
 TRANSPOSED = "transposed_"
 
-Pair = tuple[Side, Side]
+T = TypeVar("T")
 
 
-def join(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
+def join(first: dict[str, T], second: dict[str, T]) -> dict[str, T]:
     """The factors (or statistics, or their shapes) of both terms in one mapping."""
     return {**first, **{TRANSPOSED + name: value for name, value in second.items()}}
 
 
-def split(factors: Factors) -> tuple[Factors, Factors]:
+def split(factors: Arrays) -> tuple[Arrays, Arrays]:
     """Inverts `join`; the second term is empty for a weight used in one way."""
     start = len(TRANSPOSED)
     first = {n: x for n, x in factors.items() if not n.startswith(TRANSPOSED)}
@@ -35,7 +36,7 @@ def split(factors: Factors) -> tuple[Factors, Factors]:
     return first, second
 
 
-def nearest_product(factors: Factors) -> Factors:
+def nearest_product(factors: Arrays) -> Arrays:
     """The factors X and Y of the nearest product; those of a single one as they are.
 
     With the two terms written as `Σ_u w_u P_u ⊗ Q_u`, P and Q of norm one, laid out as
@@ -71,8 +72,8 @@ def nearest_product(factors: Factors) -> Factors:
     )
 
 
-def _inner(pair: Pair, norms: Array) -> Array:
-    """The cosine of the angle between two matrices, `[*e]`."""
+def _inner(pair: Sides, norms: Float[Array, " 2 *e"]) -> Float[Array, "*e"]:
+    """The cosine of the angle between two matrices."""
     full = pair[0].is_full and pair[1].is_full
     axes = (-2, -1) if full else (-1,)
     x, y = (
@@ -82,8 +83,10 @@ def _inner(pair: Pair, norms: Array) -> Array:
     return jnp.maximum((x * y).sum(axes), 0)
 
 
-def _leading(w: Array, p_cosine: Array, q_cosine: Array) -> Array:
-    """The leading eigenvector of `W (QᵀQ) W (PᵀP)`, `[2, *e]`."""
+def _leading(
+    w: Float[Array, " 2 *e"], p_cosine: Float[Array, "*e"], q_cosine: Float[Array, "*e"]
+) -> Float[Array, " 2 *e"]:
+    """The leading eigenvector of `W (QᵀQ) W (PᵀP)`."""
     both = w[0] * w[1]
     top = jnp.square(w[0]) + both * p_cosine * q_cosine
     bottom = jnp.square(w[1]) + both * p_cosine * q_cosine
@@ -97,7 +100,7 @@ def _leading(w: Array, p_cosine: Array, q_cosine: Array) -> Array:
     return jnp.where(half >= 0, upper, lower)
 
 
-def _combine(weights: Array, pair: Pair) -> Side:
+def _combine(weights: Float[Array, " 2 *e"], pair: Sides) -> Side:
     """The sum with these weights, a diagonal only where both are."""
     full = pair[0].is_full or pair[1].is_full
     axes = (-2, -1) if full else (-1,)
@@ -108,7 +111,7 @@ def _combine(weights: Array, pair: Pair) -> Side:
     return Side(first + second, full)
 
 
-def _as_matrix(x: Side) -> Array:
+def _as_matrix(x: Side) -> Float[Array, "*e d d"]:
     if x.is_full:
         return x.array
     return x.array[..., None] * jnp.eye(x.array.shape[-1], dtype=x.array.dtype)

@@ -1,21 +1,19 @@
 """The diagonal block."""
 
 import dataclasses
+from typing import final
 
 import jax.numpy as jnp
+from chex import Numeric
 from jax import Array
+from jaxtyping import Int
 
 from kfac_jax._utils.dtypes import wide_dtype
-from kfac_jax.blocks._block import (
-    Block,
-    BlockShape,
-    Damped,
-    Factors,
-    Spectrum,
-    per_example,
-)
+from kfac_jax.blocks._block import Block, Damped, Spectrum, per_example
+from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Diagonal(Block):
     """The exact diagonal of the layer's Fisher block, from each example's gradient.
@@ -37,15 +35,11 @@ class Diagonal(Block):
         """Yes, as that costs less than to keep the inverse."""
         return True
 
-    def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
-        """One number for each parameter."""
-        return self.factor_shapes(shape)
-
-    def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, shape: BlockShape) -> Shapes:
         """`diagonal: [*e, i, o]`."""
         return {"diagonal": shape.matrix}
 
-    def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
+    def statistics(self, x: Inputs, dy: Outputs, shape: BlockShape) -> Arrays:
         """`Σ_b (Σ_s x dy)²`; with one position, `(x²)ᵀ dy²` without more memory."""
         if shape.one_hot:
             return {"diagonal": one_hot_squares(x, dy, shape)}
@@ -56,23 +50,23 @@ class Diagonal(Block):
             return {"diagonal": sums}
         return {"diagonal": jnp.square(per_example(x, dy)).sum(-3)}
 
-    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
+    def damp(self, factors: Arrays, damping: Numeric) -> dict[str, Damped]:
         """Adds λ."""
         return {"diagonal": Damped(factors["diagonal"], jnp.asarray(damping))}
 
-    def solve(self, inverses: Factors, v: Array) -> Array:
+    def solve(self, inverses: Arrays, v: Matrix) -> Matrix:
         """Divides elementwise."""
         return inverses["diagonal"] * v
 
-    def matvec(self, factors: Factors, v: Array) -> Array:
+    def matvec(self, factors: Arrays, v: Matrix) -> Matrix:
         """Multiplies elementwise."""
         return factors["diagonal"] * v
 
-    def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
+    def diagonal(self, factors: Arrays, shape: BlockShape) -> Matrix:
         """The factor itself."""
         return factors["diagonal"]
 
-    def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
+    def spectrum(self, factors: Arrays, shape: BlockShape) -> Spectrum:
         """The standard basis."""
         d = factors["diagonal"]
         return Spectrum(
@@ -82,7 +76,7 @@ class Diagonal(Block):
         )
 
 
-def one_hot_squares(x: Array, dy: Array, shape: BlockShape) -> Array:
+def one_hot_squares(x: Int[Array, "*e b s"], dy: Outputs, shape: BlockShape) -> Matrix:
     """`Σ_b (Σ_s x dy)²` of one-hot x: positions of one row of the table add up first.
 
     `(Σ_s x dy)² = Σ_s x dy Σ_t [x_t = x_s] dy_t`, so that only rows that occur are met.

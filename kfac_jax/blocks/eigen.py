@@ -1,29 +1,32 @@
 """EKFAC: the Kronecker eigenbasis with the exact second moments in it."""
 
 import dataclasses
+from typing import final
 
 import jax
 import jax.numpy as jnp
+from chex import Numeric
 from jax import Array
+from jaxtyping import Bool, Float
 
-from kfac_jax import linalg
 from kfac_jax._utils import arguments
-from kfac_jax.blocks._block import BlockShape, Damped, Factors, Spectrum
+from kfac_jax.blocks import _moments
+from kfac_jax.blocks._block import Block, Damped, Spectrum
+from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
+from kfac_jax.blocks._sides import DIAGONAL, SIDES, check_max_factor_dim, side_shapes
 from kfac_jax.blocks.diagonal import Diagonal
-from kfac_jax.blocks.kronecker import Kronecker
-
-_SIDES = ("input", "output")
+from kfac_jax.linalg._psd import eigh, turned_basis
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Eigen(Kronecker):
+class Eigen(Block):
     """`F ≈ U diag(s) Uᵀ` with `U = U_A ⊗ U_G` and `s = E[(U_Aᵀ g U_G)²]`.
 
     `U_A` and `U_G` are the eigenvectors of `Kronecker`'s factors; g is the gradient of
     an example. In the Frobenius norm that is the best approximation with this basis,
     so never worse than `Kronecker`, and exact wherever that is. Damping is exact:
-    `s + λ`, without π. The other options are those of `Kronecker` (without
-    `gradient_products`); a side with a diagonal factor keeps the standard basis.
+    `s + λ`, without π. A side with a diagonal factor has the standard basis.
 
     The basis is part of the factors. An optimizer recomputes it every T3 steps and
     carries the moments over, while s moves on, and counts, at every step. Pass
@@ -37,6 +40,8 @@ class Eigen(Kronecker):
     The moments are those of whatever basis there is.
 
     Attributes:
+      max_factor_dim: the longest side with a full factor; None for no limit.
+      weight_sharing: "expand" or "reduce", as of `Kronecker`: what the basis is of.
       warm_start: whether a new basis starts from the last one.
 
     References:
@@ -47,25 +52,19 @@ class Eigen(Kronecker):
     False
     """
 
+    max_factor_dim: int | None = 8192
+    weight_sharing: str = "expand"
     warm_start: bool = False
 
-    elementwise = Kronecker.elementwise | {"moments"}
+    elementwise = frozenset({"input_diagonal", "output_diagonal", "moments"})
+    row_statistics = frozenset({"input", "input_diagonal", "count"})
+    handles_one_hot = True
     carried = frozenset({"input_basis", "output_basis"})
-    handles_tied = False
 
     def __post_init__(self) -> None:
         """Checks the options."""
-        super().__post_init__()
-        if self.pi != "trace":
-            raise ValueError(
-                "Eigen damps its moments exactly and has no π; got "
-                f"pi={self.pi!r}. Leave it out."
-            )
-        if self.gradient_products:
-            raise ValueError(
-                "Eigen multiplies gradients in its basis, not products: expected no "
-                "gradient_products, got True. Leave it out."
-            )
+        check_max_factor_dim(self.max_factor_dim)
+        _moments.check_weight_sharing(self.weight_sharing)
         arguments.flag("warm_start", self.warm_start)
 
     @property
@@ -73,52 +72,49 @@ class Eigen(Kronecker):
         """Yes: gradients are summed within an example before they are squared."""
         return True
 
-    def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+    def statistics_shapes(self, shape: BlockShape) -> Shapes:
         """Those of `Kronecker`, the squares, and the basis that these are in."""
-        return super().statistics_shapes(shape) | self._more(shape)
+        sums = _moments.shapes(shape, self.max_factor_dim)
+        return sums | self.factor_shapes(shape)
 
-    def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, shape: BlockShape) -> Shapes:
         """Those of `Kronecker`, `moments: [*e, i, o]` and `input_basis` and so on."""
-        return super().factor_shapes(shape) | self._more(shape)
-
-    def _more(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
-        sides = super().factor_shapes(shape)
-        bases = {side + "_basis": sides[side] for side in _SIDES if side in sides}
-        return {"moments": shape.matrix} | bases
+        own = side_shapes(shape, self.max_factor_dim)
+        bases = {side + "_basis": own[side] for side in SIDES if side in own}
+        return own | {"moments": shape.matrix} | bases
 
     def statistics(
         self,
-        x: Array,
-        dy: Array,
+        x: Inputs,
+        dy: Outputs,
         shape: BlockShape,
         *,
-        input_basis: Array | None = None,
-        output_basis: Array | None = None,
-    ) -> Factors:
+        input_basis: Float[Array, "*e i i"] | None = None,
+        output_basis: Float[Array, "*e o o"] | None = None,
+    ) -> Arrays:
         """`Kronecker`'s sums, and `Σ_b (Σ_s U_Aᵀ x dy U_G)²`."""
         u, v = x, dy
         if input_basis is not None:
             u = x.astype(input_basis.dtype) @ input_basis[..., None, :, :]
         if output_basis is not None:
             v = dy.astype(output_basis.dtype) @ output_basis[..., None, :, :]
-        squares = Diagonal().statistics(u, v, shape)
-        return super().statistics(x, dy, shape) | {"moments": squares["diagonal"]}
+        squares = Diagonal().statistics(u, v, shape)["diagonal"]
+        limit, sharing = self.max_factor_dim, self.weight_sharing
+        return _moments.moments(x, dy, shape, limit, sharing) | {"moments": squares}
 
-    def carry(self, factors: Factors) -> Factors:
+    def carry(self, factors: Arrays) -> Arrays:
         """The eigenvectors of both sides."""
         return {
-            side + "_basis": linalg.eigh(factors[side])[1]
-            for side in _SIDES
-            if side in factors
+            side + "_basis": eigh(factors[side])[1] for side in SIDES if side in factors
         }
 
-    def counts(self, statistics: Factors, weight: Array) -> Factors:
+    def counts(self, statistics: Arrays, weight: Float[Array, ""]) -> Arrays:
         """Those of `Kronecker`; the moments, and a basis, count once for each batch."""
         own = [name for name in statistics if name == "moments" or name in self.carried]
         rest = {name: x for name, x in statistics.items() if name not in own}
-        return super().counts(rest, weight) | dict.fromkeys(own, weight)
+        return _moments.counts(rest, weight) | dict.fromkeys(own, weight)
 
-    def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
+    def average(self, old: Arrays, new: Arrays, epsilon: Float[Array, ""]) -> Arrays:
         """The first batch brings its basis; later ones move to the one that is there.
 
         They are in it already if it was passed to `value_grad_and_statistics`.
@@ -134,7 +130,7 @@ class Eigen(Kronecker):
         moved = super().average(rest, new | {"moments": moments}, epsilon)
         return moved | basis
 
-    def refresh(self, factors: Factors) -> Factors:
+    def refresh(self, factors: Arrays) -> Arrays:
         """Moves to the present eigenbasis, or towards it, where that is finite."""
         basis = self._turn(factors) if self.warm_start else self.carry(factors)
         finite = jnp.asarray(True)
@@ -143,21 +139,21 @@ class Eigen(Kronecker):
         basis = {n: jnp.where(finite, x, factors[n]) for n, x in basis.items()}
         return factors | basis | {"moments": self.rebase(factors, basis)}
 
-    def _turn(self, factors: Factors) -> Factors:
+    def _turn(self, factors: Arrays) -> Arrays:
         """The bases after a step of orthogonal iteration; at first the eigenbases."""
-        sides = {side: factors[side] for side in _SIDES if side in factors}
+        sides = {side: factors[side] for side in SIDES if side in factors}
         bases = {name: factors[name] for name in factors if name in self.carried}
         first = jnp.stack([_is_standard(u) for u in bases.values()] or [True]).all()
 
-        def turned() -> Factors:
+        def turned() -> Arrays:
             return {
-                side + "_basis": linalg.turned_basis(x, factors[side + "_basis"])
+                side + "_basis": turned_basis(x, factors[side + "_basis"])
                 for side, x in sides.items()
             }
 
         return jax.lax.cond(first, lambda: self.carry(factors), turned)
 
-    def rebase(self, factors: Factors, basis: Factors) -> Array:
+    def rebase(self, factors: Arrays, basis: Arrays) -> Matrix:
         """The moments, estimated in another basis.
 
         By how much they exceed the Kronecker-factored ones is averaged over the old
@@ -194,18 +190,18 @@ class Eigen(Kronecker):
 
         return jax.lax.cond(same | empty, lambda: moments, move)
 
-    def _factored_moments(self, factors: Factors, basis: Factors) -> Array:
-        """The diagonal of `A ⊗ G` in a basis, `[*e, i, o]`."""
+    def _factored_moments(self, factors: Arrays, basis: Arrays) -> Matrix:
+        """The diagonal of `A ⊗ G` in a basis."""
 
         def side(name: str) -> Array:
             if name not in factors:
-                return factors[name + "_diagonal"]
+                return factors[name + DIAGONAL]
             u = basis[name + "_basis"]
             return jnp.maximum((u * (factors[name] @ u)).sum(-2), 0.0)
 
         return side("input")[..., :, None] * side("output")[..., None, :]
 
-    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
+    def damp(self, factors: Arrays, damping: Numeric) -> dict[str, Damped]:
         """Adds λ to the moments, in either mode.
 
         Moments count as the rounding of the largest where they are less: along those
@@ -215,22 +211,22 @@ class Eigen(Kronecker):
         s = jnp.maximum(s, _eps(s) * s.max((-2, -1), keepdims=True))
         return {"moments": Damped(s, jnp.asarray(damping))}
 
-    def solve(self, inverses: Factors, v: Array) -> Array:
+    def solve(self, inverses: Arrays, v: Matrix) -> Matrix:
         """`U_A ((U_Aᵀ V U_G) / (s + λ)) U_Gᵀ`."""
         return self.matvec(inverses, v)
 
-    def matvec(self, factors: Factors, v: Array) -> Array:
+    def matvec(self, factors: Arrays, v: Matrix) -> Matrix:
         """`U_A (s ∘ (U_Aᵀ V U_G)) U_Gᵀ`."""
         return _from_basis(factors, factors["moments"] * _to_basis(factors, v))
 
-    def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
+    def diagonal(self, factors: Arrays, shape: BlockShape) -> Matrix:
         """`(U_A ∘ U_A) s (U_G ∘ U_G)ᵀ`."""
         squares = {
             name: jnp.square(x) for name, x in factors.items() if name in self.carried
         }
         return _from_basis(squares, factors["moments"])
 
-    def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
+    def spectrum(self, factors: Arrays, shape: BlockShape) -> Spectrum:
         """The moments in their basis; damping adds λ in either mode."""
         s = factors["moments"]
         return Spectrum(
@@ -240,7 +236,7 @@ class Eigen(Kronecker):
         )
 
 
-def _is_standard(basis: Array) -> Array:
+def _is_standard(basis: Float[Array, "*e d d"]) -> Bool[Array, ""]:
     return (basis == jnp.eye(basis.shape[-1], dtype=basis.dtype)).all()
 
 
@@ -248,14 +244,14 @@ def _eps(x: Array) -> float:
     return float(jnp.finfo(x.dtype).eps)
 
 
-def _to_basis(basis: Factors, v: Array) -> Array:
+def _to_basis(basis: Arrays, v: Matrix) -> Matrix:
     """`U_Aᵀ V U_G`."""
     if "input_basis" in basis:
         v = jnp.swapaxes(basis["input_basis"], -1, -2) @ v
     return v @ basis["output_basis"] if "output_basis" in basis else v
 
 
-def _from_basis(basis: Factors, v: Array) -> Array:
+def _from_basis(basis: Arrays, v: Matrix) -> Matrix:
     """`U_A V U_Gᵀ`."""
     if "input_basis" in basis:
         v = basis["input_basis"] @ v

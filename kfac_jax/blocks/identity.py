@@ -1,13 +1,16 @@
 """The identity block."""
 
 import dataclasses
+from typing import final
 
 import jax.numpy as jnp
-from jax import Array
+from chex import Numeric
 
-from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
+from kfac_jax.blocks._block import Block, Damped, Spectrum
+from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Identity(Block):
     """`F ≈ I`: the layer follows its gradient, scaled by `1 / (1 + λ)`.
@@ -20,36 +23,32 @@ class Identity(Block):
     handles_tied = True
     handles_one_hot = True
 
-    def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
-        """Needs none."""
-        return {}
-
-    def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, shape: BlockShape) -> Shapes:
         """Keeps none."""
         return {}
 
-    def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
+    def statistics(self, x: Inputs, dy: Outputs, shape: BlockShape) -> Arrays:
         """Gathers none."""
         return {}
 
-    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
+    def damp(self, factors: Arrays, damping: Numeric) -> dict[str, Damped]:
         """`1 + λ`."""
         one = jnp.ones((), jnp.asarray(damping).dtype)
         return {"identity": Damped(one, jnp.asarray(damping))}
 
-    def solve(self, inverses: Factors, v: Array) -> Array:
+    def solve(self, inverses: Arrays, v: Matrix) -> Matrix:
         """Scales `v`."""
         return inverses["identity"].astype(v.dtype) * v
 
-    def matvec(self, factors: Factors, v: Array) -> Array:
+    def matvec(self, factors: Arrays, v: Matrix) -> Matrix:
         """Returns `v`."""
         return v
 
-    def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
+    def diagonal(self, factors: Arrays, shape: BlockShape) -> Matrix:
         """Ones."""
         return jnp.ones(shape.matrix)
 
-    def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
+    def spectrum(self, factors: Arrays, shape: BlockShape) -> Spectrum:
         """The standard basis."""
         return Spectrum(
             lambda damping, _: jnp.ones(shape.matrix) + jnp.asarray(damping),

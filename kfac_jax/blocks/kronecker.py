@@ -1,19 +1,22 @@
 """The Kronecker-factored block of Martens & Grosse (2015)."""
 
 import dataclasses
+from typing import final
 
-import jax.numpy as jnp
+from chex import Numeric
 from jax import Array
+from jaxtyping import Float
 
-from kfac_jax import linalg
 from kfac_jax._utils import arguments
-from kfac_jax._utils.dtypes import wide_dtype
-from kfac_jax.blocks._block import Block, BlockShape, Damped, Factors, Spectrum
-from kfac_jax.blocks._pi import check_pi, pi
-from kfac_jax.blocks._sides import DIAGONAL, Side, named, sides
+from kfac_jax.blocks import _moments, _product
+from kfac_jax.blocks._block import Block, Damped, Spectrum
+from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
+from kfac_jax.blocks._pi import check_pi
+from kfac_jax.blocks._sides import check_max_factor_dim, side_shapes
 from kfac_jax.blocks._tied import TRANSPOSED, join, nearest_product, split
 
 
+@final
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kronecker(Block):
     """`F ≈ A ⊗ G`, with `A = E[x xᵀ]` and `G = E[dy dyᵀ]`.
@@ -79,16 +82,13 @@ class Kronecker(Block):
     )
     handles_tied = True
     handles_one_hot = True
+    handles_links = True
+    solves_by_sides = True
 
     def __post_init__(self) -> None:
-        """Checks the range."""
-        limit = self.max_factor_dim
-        whole = isinstance(limit, int) and not isinstance(limit, bool)
-        if limit is not None and (not whole or limit < 1):
-            raise ValueError(
-                f"max_factor_dim must be an integer ≥ 1 or None; got {limit!r}."
-            )
-        check_weight_sharing(self.weight_sharing)
+        """Checks the options."""
+        check_max_factor_dim(self.max_factor_dim)
+        _moments.check_weight_sharing(self.weight_sharing)
         check_pi(self.pi)
         for name in ("gradient_products", "exact_scalars"):
             arguments.flag(name, getattr(self, name))
@@ -96,204 +96,54 @@ class Kronecker(Block):
     @property
     def needs_examples(self) -> bool:
         """In the "reduce" setting."""
-        return self._reduces
-
-    @property
-    def _reduces(self) -> bool:
         return self.weight_sharing == "reduce"
 
-    def statistics_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
-        """Sums for both factors, and the number of rows that count.
+    def statistics_shapes(self, shape: BlockShape) -> Shapes:
+        """Sums for both factors, and the number of rows that count."""
+        first, *second = (_moments.shapes(s, self.max_factor_dim) for s in shape.terms)
+        return join(first, *second) if second else first
 
-        With a homogeneous coordinate that is the last entry of the inputs' sum.
-        """
-        if shape.tied:
-            return join(*map(self.statistics_shapes, shape.terms))
-        count = {} if shape.homogeneous else {"count": shape.lead}
-        return self.factor_shapes(shape) | count
-
-    def factor_shapes(self, shape: BlockShape) -> dict[str, tuple[int, ...]]:
+    def factor_shapes(self, shape: BlockShape) -> Shapes:
         """`input: [*e, i, i]` and `output: [*e, o, o]`, or their diagonals."""
-        if shape.tied:
-            return join(*map(self.factor_shapes, shape.terms))
-        lengths = {"input": shape.inputs, "output": shape.outputs}
-        diagonal = {name: self._is_long(d) for name, d in lengths.items()}
-        diagonal["input"] |= shape.one_hot
-        return {
-            name + DIAGONAL if diagonal[name] else name: (
-                (*shape.lead, d) if diagonal[name] else (*shape.lead, d, d)
-            )
-            for name, d in lengths.items()
-        }
+        first, *second = (side_shapes(s, self.max_factor_dim) for s in shape.terms)
+        return join(first, *second) if second else first
 
-    def _is_long(self, d: int) -> bool:
-        return self.max_factor_dim is not None and d > self.max_factor_dim
-
-    def statistics(self, x: Array, dy: Array, shape: BlockShape) -> Factors:
+    def statistics(self, x: Inputs, dy: Outputs, shape: BlockShape) -> Arrays:
         """The sums; rows without a gradient do not count."""
-        kept = self.statistics_shapes(shape)
-        active = (dy != 0).any(-1)
-        outputs = self.output_rows(dy)
-        result: Factors = {}
-        if shape.one_hot:
-            result["input_diagonal"] = self._occurrences(x, active, dy, shape.inputs)
-        else:
-            full = "input" in kept
-            inputs = self.input_rows(x, active)
-            result["input" if full else "input_diagonal"] = _moment(inputs, full)
-        full = "output" in kept
-        result["output" if full else "output_diagonal"] = _moment(outputs, full)
-        if "count" in kept:
-            counted = active.any(-1) if self._reduces else active.sum(-1)
-            result["count"] = counted.sum(-1)
-        return result
+        limit, sharing = self.max_factor_dim, self.weight_sharing
+        return _moments.moments(x, dy, shape, limit, sharing)
 
-    def input_rows(self, x: Array, active: Array) -> Array:
-        """The rows that count as cases: those given or, in "reduce", examples' means.
+    def rows(
+        self, x: Float[Array, "*e b s i"], dy: Outputs
+    ) -> tuple[Float[Array, "*e b r i"], Float[Array, "*e b r o"]]:
+        """Those given or, in "reduce", one for each example."""
+        sharing = self.weight_sharing
+        return _moments.input_rows(x, dy, sharing), _moments.output_rows(dy, sharing)
 
-        Args:
-          x: inputs, `[*e, b, s, i]`, zero where not active.
-          active: which rows have a gradient, `[*e, b, s]`.
-
-        Returns:
-          `[*e, b, s or 1, i]`.
-        """
-        if not self._reduces:
-            return x
-        positions = _at_least_one(active)[..., None]
-        x = x.sum(-2, keepdims=True, dtype=wide_dtype(x.dtype))
-        return x / positions.astype(x.dtype)
-
-    def output_rows(self, dy: Array) -> Array:
-        """Those of output gradients: in "reduce" examples' sums, `[*e, b, 1, o]`."""
-        if not self._reduces:
-            return dy
-        return dy.sum(-2, keepdims=True, dtype=wide_dtype(dy.dtype))
-
-    def _occurrences(self, x: Array, active: Array, dy: Array, size: int) -> Array:
-        reduce = self._reduces
-        positions = _at_least_one(active)
-        weight = 1 / positions if reduce else jnp.ones_like(positions)
-        return _occurrences(x, size, weight.astype(wide_dtype(dy.dtype)), reduce)
-
-    def counts(self, statistics: Factors, weight: Array) -> Factors:
+    def counts(self, statistics: Arrays, weight: Float[Array, ""]) -> Arrays:
         """The number of rows for inputs, that of batches for outputs."""
         first, second = split(statistics)
-        if second:
-            return join(self.counts(first, weight), self.counts(second, weight))
-        inputs, outputs = sides(statistics)
-        rows = jnp.expand_dims(self.rows(statistics), inputs.axes)
-        return named(Side(rows, inputs.is_full), Side(weight, outputs.is_full))
+        own = _moments.counts(first, weight)
+        return join(own, _moments.counts(second, weight)) if second else own
 
-    def rows(self, statistics: Factors) -> Array:
-        """How many rows the inputs' sum is over, `[*e]`."""
-        if "count" in statistics:
-            return statistics["count"]
-        return sides(statistics)[0].diagonal[..., -1]
-
-    def damp(self, factors: Factors, damping: Array) -> dict[str, Damped]:
+    def damp(self, factors: Arrays, damping: Numeric) -> dict[str, Damped]:
         """Factored Tikhonov damping (section 6.3)."""
-        factors = nearest_product(factors)
-        (a, a_is_full), (g, g_is_full) = both_sides = sides(factors)
-        damping = jnp.asarray(damping, a.dtype)
-        if self._has_scalar(both_sides):
-            return dict(
-                zip(sorted(factors), _damped_scalar(both_sides, damping), strict=True)
-            )
-        both = pi(self.pi, both_sides) * jnp.sqrt(damping)
-        shifts = [
-            shift if is_full else shift[..., None]
-            for shift, is_full in zip(both, (a_is_full, g_is_full), strict=True)
-        ]
-        damped = Damped(a, shifts[0]), Damped(g, shifts[1])
-        return dict(zip(sorted(factors), damped, strict=True))
+        product = nearest_product(factors)
+        return _product.damp(product, damping, self.pi, self.exact_scalars)
 
-    def _has_scalar(self, factors: tuple[Side, Side]) -> bool:
-        return self.exact_scalars and any(x.array.shape[-1] == 1 for x in factors)
-
-    def solve(self, inverses: Factors, v: Array) -> Array:
+    def solve(self, inverses: Arrays, v: Matrix) -> Matrix:
         """`A⁻¹ V G⁻¹`."""
-        return self.matvec(inverses, v)
+        return _product.multiply(inverses, v)
 
-    def matvec(self, factors: Factors, v: Array) -> Array:
+    def matvec(self, factors: Arrays, v: Matrix) -> Matrix:
         """`A V G`."""
-        (a, a_is_full), (g, g_is_full) = sides(nearest_product(factors))
-        v = a @ v if a_is_full else a[..., :, None] * v
-        return v @ g if g_is_full else v * g[..., None, :]
+        return _product.multiply(nearest_product(factors), v)
 
-    def diagonal(self, factors: Factors, shape: BlockShape) -> Array:
+    def diagonal(self, factors: Arrays, shape: BlockShape) -> Matrix:
         """The outer product of both diagonals."""
-        a, g = (part.diagonal for part in sides(nearest_product(factors)))
-        return a[..., :, None] * g[..., None, :]
+        return _product.diagonal(nearest_product(factors))
 
-    def spectrum(self, factors: Factors, shape: BlockShape) -> Spectrum:
+    def spectrum(self, factors: Arrays, shape: BlockShape) -> Spectrum:
         """The joint eigenbasis `U_A ⊗ U_G`; exact damping adds λ to the products."""
-        both = sides(nearest_product(factors))
-        (wa, ua), (wg, ug) = (linalg.eigh(x) if full else (x, None) for x, full in both)
-        exact = self._has_scalar(both)
-        shares = pi(self.pi, (Side(wa, False), Side(wg, False)))[..., None]
-
-        def eigenvalues(damping: Array, mode: str) -> Array:
-            damping = jnp.asarray(damping, wa.dtype)
-            if mode == "exact" or exact:
-                return wa[..., :, None] * wg[..., None, :] + damping
-            gamma = jnp.sqrt(damping)
-            damped_a, damped_g = wa + shares[0] * gamma, wg + shares[1] * gamma
-            return damped_a[..., :, None] * damped_g[..., None, :]
-
-        def to_basis(v: Array) -> Array:
-            v = v if ua is None else jnp.swapaxes(ua, -1, -2) @ v
-            return v if ug is None else v @ ug
-
-        def from_basis(v: Array) -> Array:
-            v = v if ua is None else ua @ v
-            return v if ug is None else v @ jnp.swapaxes(ug, -1, -2)
-
-        return Spectrum(eigenvalues, to_basis, from_basis)
-
-
-def _damped_scalar(factors: tuple[Side, Side], damping: Array) -> list[Damped]:
-    """`A ⊗ g + λ I` as `(A g + λ I) ⊗ 1` where g, or A, is a number."""
-    scalar = 0 if factors[0].array.shape[-1] == 1 else 1
-    result: list[Damped] = []
-    for i, (x, is_full) in enumerate(factors):
-        if i == scalar:
-            result.append(Damped(jnp.ones_like(x), jnp.zeros_like(damping)))
-            continue
-        number = factors[scalar].diagonal
-        result.append(Damped(x * (number[..., None] if is_full else number), damping))
-    return result
-
-
-def _moment(x: Array, full: bool) -> Array:
-    """`Σ_rows x xᵀ` over batch and positions, or its diagonal; in float32 or wider."""
-    dtype = wide_dtype(x.dtype)
-    rows = x.reshape(*x.shape[:-3], -1, x.shape[-1])
-    if not full:
-        return jnp.square(rows.astype(dtype)).sum(-2)
-    return linalg.gram(rows, dtype)
-
-
-def _at_least_one(active: Array) -> Array:
-    """How many positions of each example count, `[*e, b, 1]`."""
-    return jnp.maximum(active.sum(-1, keepdims=True), 1)
-
-
-def _occurrences(x: Array, size: int, weight: Array, reduce: bool) -> Array:
-    """The diagonal of `_moment` of one-hot rows, `[size]`.
-
-    Rows are taken one by one, or averaged within each example (with their `weight`):
-    `(Σ_s w [x_s = v])² = Σ_s [x_s = v] Σ_t [x_t = v] w²`. Indices out of bounds do not
-    count.
-    """
-    parts = jnp.broadcast_to(jnp.square(weight), x.shape)
-    if reduce:
-        same = x[..., :, None] == x[..., None, :]
-        parts = parts * same.sum(-1).astype(parts.dtype)
-    zeros = jnp.zeros((size,), parts.dtype)
-    return zeros.at[x.reshape(-1)].add(parts.reshape(-1), mode="drop")
-
-
-def check_weight_sharing(value: str) -> None:
-    """Raises ValueError unless it is one of the settings."""
-    arguments.choice("weight_sharing", value, ("expand", "reduce"))
+        product = nearest_product(factors)
+        return _product.spectrum(product, self.pi, self.exact_scalars)

@@ -6,9 +6,10 @@ from typing import Any, TypeVar
 
 from jax import Array
 
-from kfac_jax import linalg
 from kfac_jax.devices.base import Devices, Shifted
 from kfac_jax.devices.rows import Shape
+from kfac_jax.linalg._coherence import Conditional, conditionals
+from kfac_jax.linalg._psd import Inverted, inverse_many, inverse_root_many
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -71,19 +72,19 @@ class Alone(Devices):
         """Makes it, array by array."""
         return make()
 
-    def inverses(self, shifted: Shifted) -> list[linalg.Inverted]:
+    def inverses(self, shifted: Shifted) -> list[Inverted]:
         """Size by size."""
-        return linalg.inverse_many(shifted)
+        return inverse_many(shifted)
 
     def roots(self, shifted: Shifted) -> list[Array]:
         """Size by size."""
-        return linalg.inverse_root_many(shifted)
+        return inverse_root_many(shifted)
 
     def conditionals(
         self, parts: Sequence[tuple[Array, Array, Array]]
-    ) -> list[linalg.Conditional]:
+    ) -> list[Conditional]:
         """One by one."""
-        return linalg.conditionals(parts)
+        return conditionals(parts)
 
     def each(
         self,

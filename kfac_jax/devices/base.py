@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax import linalg
 from kfac_jax.devices.rows import Shape
+from kfac_jax.linalg._coherence import Conditional
+from kfac_jax.linalg._psd import Inverted, finite_diagonals
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -121,7 +122,7 @@ class Devices(abc.ABC):
                 for matrices, rest in parts
             ]
             return self.everywhere(own)
-        flags = list(linalg.finite_diagonals([matrices for matrices, _ in parts]))
+        flags = list(finite_diagonals([matrices for matrices, _ in parts]))
         for i, (_, rest) in enumerate(parts):
             for x in rest:
                 flags[i] &= jnp.isfinite(x).all()
@@ -134,7 +135,7 @@ class Devices(abc.ABC):
         """Makes a state, without any device having to hold all that others keep."""
 
     @abc.abstractmethod
-    def inverses(self, shifted: Shifted) -> list[linalg.Inverted]:
+    def inverses(self, shifted: Shifted) -> list[Inverted]:
         """Inverts matrices, see `linalg.inverse_many`."""
 
     @abc.abstractmethod
@@ -144,7 +145,7 @@ class Devices(abc.ABC):
     @abc.abstractmethod
     def conditionals(
         self, parts: Sequence[tuple[Array, Array, Array]]
-    ) -> list[linalg.Conditional]:
+    ) -> list[Conditional]:
         """Decompositions for linked layers, see `linalg.conditionals`."""
 
     @abc.abstractmethod

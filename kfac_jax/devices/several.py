@@ -8,8 +8,9 @@ from typing import TypeVar
 import jax
 from jax import Array
 
-from kfac_jax import linalg
 from kfac_jax.devices.base import Devices, Shifted
+from kfac_jax.linalg._coherence import Conditional, conditionals
+from kfac_jax.linalg._psd import Inverted, inverse_many, inverse_root_many
 from kfac_jax.linalg._shared import Columns, shared_inverse
 
 T = TypeVar("T")
@@ -51,18 +52,16 @@ class Several(Devices):
         """Makes it in one program."""
         return jax.jit(make)()
 
-    def inverses(self, shifted: Shifted) -> list[linalg.Inverted]:
+    def inverses(self, shifted: Shifted) -> list[Inverted]:
         """Each device inverts what it owns, all together what is too large for one."""
-        return linalg.inverse_many(
-            shifted, functools.partial(self.map, shared=shared_inverse)
-        )
+        return inverse_many(shifted, functools.partial(self.map, shared=shared_inverse))
 
     def roots(self, shifted: Shifted) -> list[Array]:
         """Each device those of what it owns."""
-        return linalg.inverse_root_many(shifted, self.map)
+        return inverse_root_many(shifted, self.map)
 
     def conditionals(
         self, parts: Sequence[tuple[Array, Array, Array]]
-    ) -> list[linalg.Conditional]:
+    ) -> list[Conditional]:
         """Each device decomposes what it owns."""
-        return linalg.conditionals(parts, self.each)
+        return conditionals(parts, self.each)

@@ -1,13 +1,13 @@
 """Inverses of `A ⊗ B - C ⊗ D`, differences of Kronecker products (appendix B)."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
-from kfac_jax._utils.arguments import callable_or_none, floating, matrices, sequence
 from kfac_jax._utils.ordering import known_false_after
 from kfac_jax.linalg._psd import eigh
 
@@ -20,16 +20,18 @@ class Conditional(NamedTuple):
     s are squared canonical correlations of x and z, in [0, 1].
     """
 
-    basis: Array  # K, [d, d]
-    explained: Array  # s, [d]
+    basis: Float[Array, "d d"]  # K
+    explained: Float[Array, " d"]  # s
 
 
 Triple = tuple[Array, Array, Array]
-"""R_A `[d, d]`, X `[d, e]` and R_Z `[e, e]`."""
+"""R_A `[d, d]`, X `[d, p]` and R_Z `[p, p]`."""
 
-Function = Callable[[Any], list[Array]]
+Function = Callable[[Triple], list[Array]]
 
-Each = Callable[[Sequence[float], Sequence[Function], Sequence[Any]], list[list[Array]]]
+Each = Callable[
+    [Sequence[float], Sequence[Function], Sequence[Triple]], list[list[Array]]
+]
 """Applies functions, of known costs, to operands of their own."""
 
 
@@ -45,7 +47,7 @@ def conditionals(
     nearest number that leaves something.
 
     Args:
-      parts: for each pair R_A `[d, d]`, X `[d, e]`, and R_Z `[e, e]`, with
+      parts: for each pair R_A `[d, d]`, X `[d, p]`, and R_Z `[p, p]`, with
         `R_A R_Aᵀ = A⁻¹` and `R_Z R_Zᵀ = Z⁻¹`.
       each: what applies the decomposition to each; by default one after the other.
 
@@ -56,42 +58,19 @@ def conditionals(
       Martens & Grosse 2015, appendix B, with the singular value decomposition in place
       of eigenvalues.
     """
-    sequence("parts", parts, "triples (R_A, X, R_Z)")
-    for i, part in enumerate(parts):
-        _check(f"parts[{i}]", part)
-    callable_or_none("each", each)
     costs = [float(max(x.shape) ** 3) for _, x, _ in parts]
     found = (each or _in_turn)(costs, [_conditional] * len(parts), parts)
     return [Conditional(*pair) for pair in found]
 
 
-def _check(name: str, part: Any) -> None:
-    """Checks one triple.
-
-    Raises:
-      ValueError: if the shapes do not fit together.
-    """
-    sequence(name, part, "R_A, X and R_Z", 3)
-    first, last = matrices(f"{name}[0]", part[0]), matrices(f"{name}[2]", part[2])
-    across = floating(f"{name}[1]", part[1])
-    fits = first.ndim == last.ndim == 2
-    if not fits or across.shape != (len(first), len(last)):
-        raise ValueError(
-            f"{name} must have X of shape {(first.shape[-1], last.shape[-1])} between "
-            f"matrices R_A and R_Z; got {first.shape}, {across.shape} and {last.shape}."
-        )
-
-
 def _in_turn(
-    costs: Sequence[float],
-    functions: Sequence[Function],
-    operands: Sequence[Any],
+    costs: Sequence[float], functions: Sequence[Function], operands: Sequence[Triple]
 ) -> list[list[Array]]:
     results: list[list[Array]] = []
     previous = jnp.zeros(())
-    for function, (own, *rest) in zip(functions, operands, strict=True):
+    for function, (own, across, other) in zip(functions, operands, strict=True):
         never = known_false_after(previous).astype(own.dtype)
-        results.append(function((own + never, *rest)))
+        results.append(function((own + never, across, other)))
         previous = jnp.ravel(results[-1][-1])[0]
     return results
 
@@ -105,8 +84,10 @@ def _conditional(part: Triple) -> list[Array]:
     return [own @ u, explained]
 
 
-def _left_singular(x: Array) -> tuple[Array, Array]:
-    """All left singular vectors `[d, d]` and the singular values of `[d, e]`."""
+def _left_singular(
+    x: Float[Array, "d p"],
+) -> tuple[Float[Array, "d d"], Float[Array, " n"]]:
+    """All left singular vectors, and the `n = min(d, p)` singular values."""
 
     def at_once(x: Array) -> tuple[Array, Array]:
         u, sigma, _ = jnp.linalg.svd(x, full_matrices=True)
@@ -117,16 +98,16 @@ def _left_singular(x: Array) -> tuple[Array, Array]:
     return jax.lax.platform_dependent(x, cpu=one_by_one, default=at_once)
 
 
-def pseudo_inverse(x: Array) -> Array:
-    """`x⁺` of a semidefinite `[d, d]`; eigenvalues within rounding of zero count as it.
+def pseudo_inverse(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
+    """`x⁺` of a semidefinite x; eigenvalues within rounding of zero count as it.
 
     >>> import jax.numpy as jnp
     >>> pseudo_inverse(jnp.diag(jnp.asarray([4.0, 0.0])))
     Array([[0.25, 0.  ],
            [0.  , 0.  ]], dtype=float32...)
     """
-    w, u = eigh(matrices("x", x))
+    w, u = eigh(x)
     cutoff = w.max() * x.shape[-1] * jnp.finfo(x.dtype).eps
-    kept = w > cutoff
-    inverse = jnp.where(kept, 1 / jnp.where(kept, w, 1), 0)
+    positive = w > cutoff
+    inverse = jnp.where(positive, 1 / jnp.where(positive, w, 1), 0)
     return (u * inverse[None, :]) @ u.T

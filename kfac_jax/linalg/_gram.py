@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
-
-from kfac_jax._utils.arguments import floating_type, real
+from jax.typing import DTypeLike
+from jaxtyping import Float, Real
 
 _SMALLEST = 192
 """A smaller side gains nothing."""
@@ -15,8 +15,8 @@ _TALLEST = 100
 little beside the memory touched; with more, narrow products are slow."""
 
 
-def gram(rows: Array, dtype: jnp.dtype) -> Array:
-    """`Σ_r x_r x_rᵀ` of rows `[..., r, d]`, accumulated in a type that may be wider.
+def gram(rows: Real[Array, "*e r d"], dtype: DTypeLike) -> Float[Array, "*e d d"]:
+    """`Σ_r x_r x_rᵀ` of rows, accumulated in a type that may be wider.
 
     It is symmetric: on CPUs, which gain by it, a quarter is copied. (Finer divisions
     have less arithmetic, but more to compile and more memory to touch, and were not
@@ -27,19 +27,13 @@ def gram(rows: Array, dtype: jnp.dtype) -> Array:
       dtype: the type to accumulate in.
 
     Returns:
-      `[..., d, d]`.
-
-    Raises:
-      ValueError: if the rows have less than two axes.
+      The second moments.
 
     >>> import jax.numpy as jnp
     >>> gram(jnp.asarray([[1.0, 2.0], [0.0, 1.0]]), jnp.float32)
     Array([[1., 2.],
            [2., 5.]], dtype=float32)
     """
-    rows, dtype = real("rows", rows), floating_type("dtype", dtype)
-    if rows.ndim < 2:
-        raise ValueError(f"rows must be an array [..., r, d]; got shape {rows.shape}.")
     r, d = rows.shape[-2:]
     if d < _SMALLEST or not _SQUAREST * d <= r <= _TALLEST * d:
         return _product(rows, rows, dtype)
@@ -50,7 +44,7 @@ def gram(rows: Array, dtype: jnp.dtype) -> Array:
     )
 
 
-def _by_halves(x: Array, dtype: jnp.dtype) -> Array:
+def _by_halves(x: Real[Array, "*e r d"], dtype: DTypeLike) -> Float[Array, "*e d d"]:
     half = 16 * -(-x.shape[-1] // 32)  # whole vectors of the CPU
     first, second = x[..., :half], x[..., half:]
     corner = _product(first, second, dtype)
@@ -59,5 +53,7 @@ def _by_halves(x: Array, dtype: jnp.dtype) -> Array:
     return jnp.concatenate([jnp.concatenate(row, -1) for row in (top, bottom)], -2)
 
 
-def _product(x: Array, y: Array, dtype: jnp.dtype) -> Array:
+def _product(
+    x: Real[Array, "*e r i"], y: Real[Array, "*e r o"], dtype: DTypeLike
+) -> Float[Array, "*e i o"]:
     return jnp.einsum("...ri,...rj->...ij", x, y, preferred_element_type=dtype)

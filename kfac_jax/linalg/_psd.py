@@ -2,25 +2,27 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.scipy.linalg import solve_triangular
+from jaxtyping import Bool, Float
 
-from kfac_jax._utils.arguments import callable_or_none, floating, matrices, sequence
 from kfac_jax._utils.ordering import known_false_after
 
+Matrices = Float[Array, "*e d d"]
+Stack = Float[Array, "k d d"]
 
-def symmetrize(x: Array) -> Array:
-    """Returns `(x + xᵀ) / 2` over the last two axes."""
-    x = matrices("x", x)
+
+def symmetrize(x: Matrices) -> Matrices:
+    """Returns `(x + xᵀ) / 2`."""
     return (x + jnp.swapaxes(x, -1, -2)) / 2
 
 
-def inverse(x: Array) -> Array:
-    """Inverts positive definite matrices `[..., d, d]`.
+def inverse(x: Matrices) -> Matrices:
+    """Inverts positive definite matrices.
 
     A matrix that is not positive definite gives NaN, which the caller must handle.
 
@@ -29,15 +31,14 @@ def inverse(x: Array) -> Array:
     Array([[0.25, 0.  ],
            [0.  , 0.25]], dtype=float32)
     """
-    x = matrices("x", x)
     return inverse_many([(x, jnp.zeros(x.shape[:-2], x.dtype))])[0].inverse
 
 
 class Inverted(NamedTuple):
     """An inverse, and whether it is finite."""
 
-    inverse: Array
-    finite: Array  # []: whether all of them are
+    inverse: Float[Array, "*e d d"]
+    finite: Bool[Array, ""]  # whether all of them are
 
 
 Apply = Callable[[Sequence[Array], Callable[[Array], Array]], list[Array]]
@@ -99,8 +100,6 @@ def _many(
     function: Callable[[Array], Array],
     apply: Apply | None,
 ) -> list[Inverted]:
-    shifted = _checked(shifted)
-    callable_or_none("apply", apply)
     groups: dict[tuple[int, jnp.dtype], list[int]] = {}
     for i, (x, _) in enumerate(shifted):
         groups.setdefault((padded(x.shape[-1]), x.dtype), []).append(i)
@@ -122,28 +121,6 @@ def _many(
             results[i] = Inverted(inverse, flags[0] if len(flags) == 1 else flags.all())
             start = stop
     return [results[i] for i in range(len(shifted))]
-
-
-def _checked(shifted: Any) -> list[tuple[Array, Array]]:
-    """Pairs of matrices and shifts.
-
-    Raises:
-      TypeError: if they are none.
-      ValueError: if the shapes of a pair do not fit.
-    """
-    sequence("shifted", shifted, "pairs (x, s)")
-    pairs: list[tuple[Array, Array]] = []
-    for i, pair in enumerate(shifted):
-        sequence(f"shifted[{i}]", pair, "a matrix and its shift", 2)
-        x = matrices(f"shifted[{i}][0]", pair[0])
-        s = floating(f"shifted[{i}][1]", pair[1])
-        if s.shape != x.shape[:-2]:
-            raise ValueError(
-                f"shifted[{i}] must have a shift of shape {x.shape[:-2]} for matrices "
-                f"{x.shape}; got {s.shape}."
-            )
-        pairs.append((x, s))
-    return pairs
 
 
 def padded(d: int) -> int:
@@ -201,15 +178,15 @@ def several_cpu_devices() -> bool:
         return False
 
 
-def inverse_stack(x: Array) -> Array:
-    """Inverts symmetric `[k, d, d]`; NaN where x is not positive definite."""
+def inverse_stack(x: Stack) -> Stack:
+    """Inverts symmetric matrices; NaN where x is not positive definite."""
     if x.shape[-1] == 1:
         return jnp.where(x > 0, 1.0 / x, jnp.nan)
     return _gram(inverse_root(x))
 
 
-def inverse_root(x: Array) -> Array:
-    """The upper triangular `U⁻¹` of `x = Uᵀ U` `[k, d, d]`, so that `x⁻¹ = U⁻¹ U⁻ᵀ`.
+def inverse_root(x: Stack) -> Stack:
+    """The upper triangular `U⁻¹` of `x = Uᵀ U`, so that `x⁻¹ = U⁻¹ U⁻ᵀ`.
 
     Only the factorisation is left to LAPACK (or its like on other backends), whose
     triangular solve takes three times the arithmetic for the inverse of U. NaN where x
@@ -221,7 +198,7 @@ def inverse_root(x: Array) -> Array:
 
 
 @_one_by_one
-def _upper_factor(x: Array) -> Array:
+def _upper_factor(x: Stack) -> Stack:
     """The upper triangular U of `x = Uᵀ U`.
 
     What goes in and out of LAPACK is transposed, which costs nothing: it stores
@@ -237,8 +214,8 @@ _MULTIPLIED = 528
 """Largest triangular matrix whose product ignores that half of it is zero."""
 
 
-def _triangular_inverse(x: Array) -> Array:
-    """Inverts upper triangular `[k, d, d]`, all halves on the diagonal as one batch.
+def _triangular_inverse(x: Stack) -> Stack:
+    """Inverts upper triangular matrices, all halves on the diagonal as one batch.
 
     The inverse of `[[a, b], [0, c]]` is `[[a⁻¹, -a⁻¹ b c⁻¹], [0, c⁻¹]]`.
     """
@@ -252,13 +229,13 @@ def _triangular_inverse(x: Array) -> Array:
 
 
 @_one_by_one
-def _solved(x: Array) -> Array:
+def _solved(x: Stack) -> Stack:
     identity = jnp.broadcast_to(jnp.eye(x.shape[-1], dtype=x.dtype), x.shape)
     return transpose(solve_triangular(transpose(x), identity, lower=True))
 
 
-def _gram(x: Array) -> Array:
-    """`x xᵀ` for upper triangular `[k, d, d]`, without most products with zero."""
+def _gram(x: Stack) -> Stack:
+    """`x xᵀ` for upper triangular matrices, without most products with zero."""
     if x.shape[-1] <= _MULTIPLIED or x.shape[-1] % 2:
         return x @ transpose(x)
     a, b, _, c = quarters(x)
@@ -267,7 +244,7 @@ def _gram(x: Array) -> Array:
     return join_quarters(top, right, transpose(right), _gram(c))
 
 
-def transpose(x: Array) -> Array:
+def transpose(x: Float[Array, "*e r c"]) -> Float[Array, "*e c r"]:
     return jnp.swapaxes(x, -1, -2)
 
 
@@ -283,34 +260,28 @@ def join_quarters(a: Array, b: Array, c: Array, d: Array) -> Array:
     return jnp.concatenate(rows, axis=1)
 
 
-def diagonal(x: Array) -> Array:
-    """The diagonals `[..., d]` of matrices `[..., d, d]`, as one strided slice."""
-    x = matrices("x", x)
+def diagonal(x: Matrices) -> Float[Array, "*e d"]:
+    """The diagonals of matrices, as one strided slice."""
     d = x.shape[-1]
     return x.reshape(*x.shape[:-2], d * d)[..., :: d + 1]
 
 
-def finite_diagonals(groups: Sequence[Sequence[Array]]) -> Array:
-    """Whether positive semidefinite matrices `[..., d, d]` are finite.
+def finite_diagonals(groups: Sequence[Sequence[Array]]) -> Bool[Array, " n"]:
+    """Whether positive semidefinite matrices are finite.
 
     Looks at diagonals: `|x_ij| ≤ √(x_ii x_jj)`, so they bound every entry. All of them
     together, because a reduction for each would be much to compile.
 
     Args:
-      groups: n groups of matrices.
+      groups: n groups of matrices `[*e, d, d]`, of any sizes.
 
     Returns:
-      `[n]`, whether all matrices of a group are finite.
+      Whether all matrices of a group are finite, for each.
 
     >>> import jax.numpy as jnp
     >>> finite_diagonals([[jnp.eye(2), jnp.eye(3)], [jnp.nan * jnp.eye(3)]])
     Array([ True, False], dtype=bool)
     """
-    sequence("groups", groups, "lists of matrices")
-    for group in groups:
-        sequence("each of groups", group, "matrices")
-        for x in group:
-            matrices("a matrix of groups", x)
     if not groups:
         return jnp.zeros((0,), bool)
     rows = [[jnp.isfinite(diagonal(x)).reshape(-1) for x in xs] for xs in groups]
@@ -320,13 +291,13 @@ def finite_diagonals(groups: Sequence[Sequence[Array]]) -> Array:
     return jnp.stack([jnp.concatenate(row) for row in rows]).all(axis=1)
 
 
-def eigh(x: Array) -> tuple[Array, Array]:
+def eigh(x: Matrices) -> tuple[Float[Array, "*e d"], Matrices]:
     """Eigenvalues, at least zero, and eigenvectors of semidefinite matrices."""
     w, u = symmetric_eigh(x)
     return jnp.maximum(w, 0.0), u
 
 
-def symmetric_eigh(x: Array) -> tuple[Array, Array]:
+def symmetric_eigh(x: Matrices) -> tuple[Float[Array, "*e d"], Matrices]:
     """Eigenvalues and eigenvectors of symmetric matrices.
 
     On CPUs one matrix after the other, also under vmap: batched LAPACK calls that run
@@ -338,7 +309,7 @@ def symmetric_eigh(x: Array) -> tuple[Array, Array]:
 
 
 @jax.custom_jvp
-def _eigh(x: Array) -> tuple[Array, Array]:
+def _eigh(x: Stack) -> tuple[Float[Array, "k d"], Stack]:
     return jax.lax.platform_dependent(x, cpu=_eigh_in_turn, default=_eigh_at_once)
 
 
@@ -352,7 +323,9 @@ def _eigh_in_turn(x: Array) -> tuple[Array, Array]:
 
 
 @_eigh.defjvp
-def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+def _eigh_jvp(
+    primals: tuple[Stack], tangents: tuple[Stack]
+) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """`ẇ = diag(M)` and `u̇ = u (M ∘ F)`, `M = uᵀ ẋ u`, `F_ij = 1 / (w_j - w_i)`.
 
     What is mapped one at a time for LAPACK's sake has no reverse mode of its own.
@@ -364,7 +337,7 @@ def _eigh_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
     return (w, u), (diagonal(moved), u @ (moved * inverse_gaps))
 
 
-def turned_basis(x: Array, basis: Array) -> Array:
+def turned_basis(x: Matrices, basis: Matrices) -> Matrices:
     """One step of orthogonal iteration from a basis towards the eigenvectors.
 
     `Q L = X U` with L lower triangular, its diagonal positive: the eigenvectors, in the
@@ -374,20 +347,12 @@ def turned_basis(x: Array, basis: Array) -> Array:
     On CPUs one matrix after the other, as in `eigh`.
 
     Args:
-      x: symmetric, semidefinite `[..., d, d]`.
-      basis: U, orthogonal `[..., d, d]`.
+      x: symmetric, semidefinite.
+      basis: U, orthogonal.
 
     Returns:
-      Q, of the same shape.
-
-    Raises:
-      ValueError: if the shapes differ, or are not those of matrices.
+      Q.
     """
-    x, basis = matrices("x", x), matrices("basis", basis)
-    if x.shape != basis.shape:
-        raise ValueError(
-            f"x and basis must have one shape; got {x.shape} and {basis.shape}."
-        )
     # the iteration has the largest eigenvalue first, `eigh` last
     moved = (symmetrize(x) @ basis[..., ::-1]).reshape(-1, *x.shape[-2:])
     q = jax.lax.platform_dependent(moved, cpu=_qr_in_turn, default=_qr_at_once)
@@ -403,31 +368,21 @@ def _qr_in_turn(x: Array) -> Array:
     return jax.lax.map(jax.custom_batching.sequential_vmap(_qr_at_once), x)
 
 
-def mean_rows(rows: Sequence[Array]) -> Array:
-    """The means over the last axis of arrays that differ in its length only.
+def mean_rows(rows: Sequence[Array]) -> Float[Array, " n *e"]:
+    """The means over the last axis of arrays `[*e, d]` that differ in its length only.
 
     As one product: to compile, XLA makes four kernels out of each sum.
 
     Args:
-      rows: n arrays `[..., d]`.
+      rows: n arrays, at least one.
 
     Returns:
-      `[n, ...]`.
-
-    Raises:
-      ValueError: if other axes differ, too, or there is no array.
+      The means of each.
 
     >>> import jax.numpy as jnp
     >>> mean_rows([jnp.arange(3.0), 4 * jnp.ones(2)])
     Array([1., 4.], dtype=float32...)
     """
-    sequence("rows", rows, "arrays")
-    rows = [floating(f"rows[{i}]", x) for i, x in enumerate(rows)]
-    if not rows or not all(x.ndim and x.shape[:-1] == rows[0].shape[:-1] for x in rows):
-        raise ValueError(
-            "rows must be arrays that differ in their last axis only, at least one; "
-            f"got shapes {[x.shape for x in rows]}."
-        )
     sizes = [x.shape[-1] for x in rows]
     longest = max(sizes)
     padded = [
@@ -440,7 +395,9 @@ def mean_rows(rows: Sequence[Array]) -> Array:
     return sums / over
 
 
-def trace_pi(mean_a: Array, mean_g: Array) -> Array:
+def trace_pi(
+    mean_a: Float[Array, "*e"], mean_g: Float[Array, "*e"]
+) -> Float[Array, "*e"]:
     """`π = √((tr A / dim A) / (tr G / dim G))`, 1 where one of them is 0 or not finite.
 
     Args:
@@ -448,10 +405,7 @@ def trace_pi(mean_a: Array, mean_g: Array) -> Array:
       mean_g: that of G.
 
     Returns:
-      π, of the same shape.
-
-    Raises:
-      ValueError: if the shapes differ.
+      π.
 
     References:
       Martens & Grosse 2015, section 6.3 (trace norm).
@@ -460,12 +414,6 @@ def trace_pi(mean_a: Array, mean_g: Array) -> Array:
     >>> trace_pi(jnp.asarray(4.0), jnp.asarray(1.0))
     Array(2., dtype=float32...)
     """
-    mean_a, mean_g = floating("mean_a", mean_a), floating("mean_g", mean_g)
-    if mean_a.shape != mean_g.shape:
-        raise ValueError(
-            f"mean_a and mean_g must have one shape; got {mean_a.shape} and "
-            f"{mean_g.shape}."
-        )
     good = (mean_a > 0) & (mean_g > 0) & jnp.isfinite(mean_a) & jnp.isfinite(mean_g)
     ratio = jnp.where(good, mean_a, 1.0) / jnp.where(good, mean_g, 1.0)
     info = jnp.finfo(ratio.dtype)

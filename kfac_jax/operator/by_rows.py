@@ -8,11 +8,11 @@ from jax import Array
 
 from kfac_jax.blocks._sides import sides
 from kfac_jax.devices import Devices, OverAxis
-from kfac_jax.plan.group import Factors, Group, Shapes, Vectors
+from kfac_jax.plan.group import Factors, FactorShapes, Group, Vectors
 from kfac_jax.plan.layer import Layer
 
 
-def whole(shapes: Shapes, kept: Factors, devices: Devices) -> Factors:
+def whole(shapes: FactorShapes, kept: Factors, devices: Devices) -> Factors:
     """Arrays of which devices have rows, in one collective.
 
     Args:

@@ -2,10 +2,10 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from chex import Numeric
 from jax import Array
 
 from kfac_jax._utils.vectors import inner_product
@@ -20,6 +20,7 @@ from kfac_jax.plan.group import (
     ToInvert,
     Vectors,
     layers_of,
+    widened,
 )
 from kfac_jax.plan.layer import Layer
 
@@ -64,14 +65,13 @@ def move(
 
 def _places(group: Group, factors: Factors) -> list[Name]:
     """Which factors a refresh changes; others need not be exchanged."""
-    own = {name: factors[name] for name in group.names}
-    moved = jax.eval_shape(group.move, own)
+    moved = jax.eval_shape(group.move, widened([group], factors))
     return [(name, key) for name, part in moved.items() for key in part]
 
 
 def _moved(group: Group, places: Sequence[Name], factors: Factors) -> list[Array]:
-    new = group.move(factors)
-    return [new[name][key] for name, key in places]
+    new = group.move(widened([group], factors))
+    return [new[name][key].astype(factors[name][key].dtype) for name, key in places]
 
 
 @jax.named_scope("kfac_inverses")
@@ -110,7 +110,10 @@ def refresh(
 
 
 def compute(
-    groups: Sequence[Group], factors: Factors, damping: Any, devices: Devices = ALONE
+    groups: Sequence[Group],
+    factors: Factors,
+    damping: Numeric,
+    devices: Devices = ALONE,
 ) -> tuple[Factors, dict[str, Array]]:
     """Inverts the damped factors, matrices of one size of all groups as one batch.
 
@@ -123,6 +126,7 @@ def compute(
     Returns:
       The inverses by layer name, and by group's name whether they are finite.
     """
+    factors = widened(groups, factors)
     wanted = {group.name: group.to_invert(factors, damping) for group in groups}
     inverted: dict[Name, Inverted] = {}
     for part in wanted.values():

@@ -12,28 +12,30 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from chex import ArrayTree, Numeric
 from jax import Array
+from jaxtyping import Float
 
-from kfac_jax import linalg
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.flow import sources
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.states import Examples
 from kfac_jax._utils import fresh
-from kfac_jax.blocks import Kronecker
+from kfac_jax.blocks import Block
 from kfac_jax.devices import ALONE, Devices
 from kfac_jax.linalg import Inverted
+from kfac_jax.linalg._coherence import pseudo_inverse
 from kfac_jax.operator.products import by_themselves, not_one_product
 from kfac_jax.operator.single import site_statistics, statistics_cost
 from kfac_jax.plan.group import (
     Arrays,
     Decomposed,
     Factors,
+    FactorShapes,
     Group,
     Grouped,
     Name,
     Products,
-    Shapes,
     ToInvert,
     Uses,
     Vectors,
@@ -86,7 +88,7 @@ class Linked(Group):
     # ------------------------------------------------------------------ what it holds
 
     @property
-    def cross_shapes(self) -> Shapes:
+    def cross_shapes(self) -> FactorShapes:
         """The shapes of the factors that layers share with their parents."""
         return {
             layer.name: {
@@ -97,17 +99,17 @@ class Linked(Group):
         }
 
     @property
-    def factor_shapes(self) -> Shapes:
+    def factor_shapes(self) -> FactorShapes:
         """The layers' own, and those they share."""
         return _joined(super().factor_shapes, self.cross_shapes)
 
     @property
-    def statistics_shapes(self) -> Shapes:
+    def statistics_shapes(self) -> FactorShapes:
         """The layers' own, and those they share."""
         return _joined(super().statistics_shapes, self.cross_shapes)
 
     @property
-    def inverse_shapes(self) -> Shapes:
+    def inverse_shapes(self) -> FactorShapes:
         """Of K, s and Ψ of both sides, see `inverses`."""
         cross = self.cross_shapes
         return {
@@ -126,13 +128,13 @@ class Linked(Group):
         """The blocks', and second moments of inputs with the parent's."""
         linked = self.cross_shapes
         return {
-            x.name: _kronecker(x).row_statistics
+            x.name: _block(x).row_statistics
             | ({CROSS[0]} if x.name in linked else frozenset())
             for x in self.layers
         }
 
     def probes(
-        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
         """Zeros like the statistics of blocks, and like rows.
 
@@ -153,12 +155,10 @@ class Linked(Group):
         self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
     ) -> Arrays:
         """The block's statistics, and rows, zero where they do not count."""
-        block = _kronecker(layer)
+        block = _block(layer)
         sums = site_statistics(site, block, layer.shape, x, dy, carried)
         x, dy = site.canonical(x, dy, layer.shape.homogeneous)
-        active = (dy != 0).any(-1)
-        rows = block.input_rows(x, active), block.output_rows(dy)
-        return sums | dict(zip(ROWS, rows, strict=True))
+        return sums | dict(zip(ROWS, block.rows(x, dy), strict=True))
 
     def collect(self, sums: Factors) -> Factors:
         """Second moments of layers' rows with those of their parents' for the rows."""
@@ -181,7 +181,7 @@ class Linked(Group):
             shared = cross.get(x.name, {})
             own = {n: s for n, s in statistics[x.name].items() if n not in shared}
             batches = weight.astype(x.dtype)
-            found[x.name] = _kronecker(x).counts(own, batches)
+            found[x.name] = _block(x).counts(own, batches)
             found[x.name] |= dict.fromkeys(shared, batches)
         return found
 
@@ -201,7 +201,7 @@ class Linked(Group):
     def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
         """Entry by entry."""
         return {
-            x.name: _kronecker(x).average(old[x.name], new[x.name], epsilon)
+            x.name: _block(x).average(old[x.name], new[x.name], epsilon)
             for x in self.layers
         }
 
@@ -225,12 +225,12 @@ class Linked(Group):
             for x in self.layers
         }
 
-    def to_invert(self, factors: Factors, damping: Any) -> ToInvert:
+    def to_invert(self, factors: Factors, damping: Numeric) -> ToInvert:
         """The layers' own factors with factored damping (section 6.3)."""
         found = ToInvert({}, {})
         for x in self.layers:
             own = {side: factors[x.name][side] for side in SIDES}
-            damped = _kronecker(x).damp(own, jnp.asarray(damping, x.dtype))
+            damped = _block(x).damp(own, jnp.asarray(damping, x.dtype))
             for side, part in damped.items():
                 found.matrices[x.name, side] = part
         return found
@@ -316,8 +316,7 @@ class Linked(Group):
         """
         regressions = {
             layer.name: [
-                factors[layer.name][cross]
-                @ linalg.pseudo_inverse(factors[parent.name][side])
+                factors[layer.name][cross] @ pseudo_inverse(factors[parent.name][side])
                 for side, cross in zip(SIDES, CROSS, strict=True)
             ]
             for layer, parent in self.links
@@ -342,11 +341,10 @@ class Linked(Group):
     def diagonal(self, factors: Factors) -> Vectors:
         """That of the layers' own curvature."""
         return {
-            x.name: _kronecker(x).diagonal(factors[x.name], x.shape)
-            for x in self.layers
+            x.name: _block(x).diagonal(factors[x.name], x.shape) for x in self.layers
         }
 
-    def check_mode(self, damping: Any, mode: str) -> None:
+    def check_mode(self, damping: Numeric, mode: str) -> None:
         """Damping is factored."""
         undamped = isinstance(damping, numbers.Real) and damping == 0
         if mode == "exact" and not undamped:
@@ -362,7 +360,12 @@ class Linked(Group):
         return False
 
     def power(
-        self, factors: Factors, vectors: Vectors, exponent: Any, damping: Any, mode: str
+        self,
+        factors: Factors,
+        vectors: Vectors,
+        exponent: Numeric,
+        damping: Numeric,
+        mode: str,
     ) -> Vectors:
         """Is refused."""
         raise ValueError(
@@ -371,7 +374,7 @@ class Linked(Group):
             "covariance (F + λ I)⁻¹ use sample."
         )
 
-    def logdet(self, factors: Factors, damping: Any, mode: str) -> Array:
+    def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
         """`log det F̂`: Ξ has unit determinant."""
         inverses, total = self._inverses(factors, damping), jnp.zeros(())
         for x in self.layers:
@@ -382,7 +385,7 @@ class Linked(Group):
         return total
 
     def sample(
-        self, factors: Factors, noise: Vectors, damping: Any, mode: str
+        self, factors: Factors, noise: Vectors, damping: Numeric, mode: str
     ) -> Vectors:
         """Applies `Ξᵀ` and a root of Λ."""
         inverses, left = self._inverses(factors, damping), Vectors()
@@ -392,7 +395,7 @@ class Linked(Group):
             left[name] = own["input_basis"] @ x @ own["output_basis"].T
         return self._transposed(inverses, left)
 
-    def _inverses(self, factors: Factors, damping: Any) -> Factors:
+    def _inverses(self, factors: Factors, damping: Numeric) -> Factors:
         """Computed here and now."""
         wanted = self.to_invert(factors, damping).matrices
         shifted = [(x, jnp.broadcast_to(s, x.shape[:-2])) for x, s in wanted.values()]
@@ -439,7 +442,7 @@ class Linked(Group):
         return sum(statistics_cost(x, shapes[x.name]) for x in self.layers)
 
 
-def _joined(first: Shapes, second: Shapes) -> Shapes:
+def _joined(first: FactorShapes, second: FactorShapes) -> FactorShapes:
     return {name: part | second.get(name, {}) for name, part in first.items()}
 
 
@@ -452,8 +455,8 @@ def _inverse_shapes(side: str, n: int, cross: Any) -> dict[str, tuple[int, ...]]
     return shapes
 
 
-def _unexplained(own: Arrays) -> Array | float:
-    """`1 - s_A s_Gᵀ`, [i, o]."""
+def _unexplained(own: Arrays) -> Float[Array, "i o"] | float:
+    """`1 - s_A s_Gᵀ`."""
     if "input_explained" not in own:
         return 1.0
     return 1 - own["input_explained"][:, None] * own["output_explained"][None, :]
@@ -463,8 +466,8 @@ def _sizes(layer: Layer) -> tuple[int, int]:
     return layer.shape.inputs, layer.shape.outputs
 
 
-def _kronecker(layer: Layer) -> Kronecker:
-    assert isinstance(layer.block, Kronecker)
+def _block(layer: Layer) -> Block:
+    assert layer.block is not None and layer.block.handles_links
     return layer.block
 
 
@@ -563,7 +566,7 @@ def _refusal(layer: Layer, sites: Sequence[Site]) -> str:
     """Why a layer can be neither child nor parent; empty if it can."""
     if layer.kind not in ("dense", "conv"):
         return f'its kind is "{layer.kind}"'
-    if type(layer.block) is not Kronecker:
+    if layer.block is None or not layer.block.handles_links:
         return f"its block is {layer.block!r}"
     return not_one_product(layer, sites)
 
@@ -572,8 +575,8 @@ def _mismatch(
     layers: Mapping[str, Layer], sites: Mapping[str, Site], name: str, parent: str
 ) -> str:
     """Why two layers that can be linked cannot be linked to each other."""
-    first, second = _kronecker(layers[name]), _kronecker(layers[parent])
-    if first.weight_sharing != second.weight_sharing:
+    first, second = _block(layers[name]), _block(layers[parent])
+    if first.needs_examples != second.needs_examples:
         return f"{parent}, which uses its output, has another weight_sharing"
     examples = [sites[n].examples for n in (name, parent)]
     known = [x for x in examples if isinstance(x, Examples)]
@@ -588,5 +591,4 @@ def _mismatch(
 def paired_rows(layer: Layer, site: Site) -> int:
     """How many rows of a layer count as cases, and are paired with its parent's."""
     assert isinstance(site.examples, Examples)
-    reduces = _kronecker(layer).weight_sharing == "reduce"
-    return site.examples.size if reduces else site.rows
+    return site.examples.size if _block(layer).needs_examples else site.count

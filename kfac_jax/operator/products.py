@@ -11,12 +11,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from chex import ArrayTree
 from jax import Array
+from jaxtyping import Bool, Float
 
 from kfac_jax._jaxpr.flow import types_outside_loops
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._utils.dtypes import wide_dtype
-from kfac_jax.blocks import Kronecker
 from kfac_jax.operator.single import Single
 from kfac_jax.plan.group import Arrays, Factors, Group, Products, Uses, Vectors
 from kfac_jax.plan.layer import Layer
@@ -43,11 +44,11 @@ class KeptProduct(Single):
         return self.rows
 
     def probes(
-        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
         """Also for the two sides."""
         found = super().probes(sites, data)
-        count, shape = sites[self.name][0].rows, self.layer.shape
+        count, shape = sites[self.name][0].count, self.layer.shape
         for name, n in zip(_SIDES, (shape.inputs, shape.outputs), strict=True):
             found[self.name][name] = jnp.zeros((count, n), self.layer.dtype)
         return found
@@ -101,7 +102,9 @@ class KeptProduct(Single):
         return jax.lax.cond(jnp.stack(same).all(), by_rows, by_matrix)
 
 
-def _is_product(v: Array, x: Array, dy: Array) -> Array:
+def _is_product(
+    v: Float[Array, "i o"], x: Float[Array, "r i"], dy: Float[Array, "r o"]
+) -> Bool[Array, ""]:
     """Whether `V = Xᵀ dY`, seen from the left by one vector of random signs.
 
     A gradient may have been clipped, or averaged over devices, since. `uᵀ V = (X u)ᵀ
@@ -131,26 +134,26 @@ def by_themselves(
     """
     types = types_outside_loops(uses.graph)
     groups: list[Group] = []
-    kept: list[str] = []
+    products: list[str] = []
     others: list[str] = []
     for layer in layers:
-        asked = isinstance(layer.block, Kronecker) and layer.block.gradient_products
+        asked = layer.block is not None and layer.block.gradient_products
         reason = _refusal(layer, uses, types, layer.name in linked) if asked else ""
         if layer.name in linked or not asked or reason:
             if layer.name not in linked:
                 groups.append(Single(layer))
             others += [f"  {layer.name}: {reason}"] if reason else []
             continue
-        rows = uses.sites[layer.name][0].rows
+        rows = uses.sites[layer.name][0].count
         groups.append(KeptProduct(layer, rows))
-        kept.append(f"  {layer.name}: {rows} cases")
-    notes = ["Gradients preconditioned as products:", *kept] if kept else []
+        products.append(f"  {layer.name}: {rows} cases")
+    notes = ["Gradients preconditioned as products:", *products] if products else []
     notes += ["Gradients not kept as products:", *others] if others else []
     return groups, notes
 
 
 def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:
-    """Why a layer with a `Kronecker` block is not one product with two full factors.
+    """Why a layer is not one product with two full factors, `input` and `output`.
 
     Args:
       layer: the layer.
@@ -166,7 +169,7 @@ def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:
     if len(sites) != 1 or sites[0].repeated:
         return "it is used more than once"
     (site,) = sites
-    if site.parts or site.x_places or site.y_places:
+    if site.reader.is_partial:
         return "only a part of it is used here"
     if site.cases:
         return "its input is the same for all cases"
@@ -192,7 +195,7 @@ def _refusal(layer: Layer, uses: Uses, types: Mapping[int, Any], linked: bool) -
     dtype = jnp.dtype(types[site.output])
     if wide_dtype(dtype) != dtype:
         return f"its outputs are {dtype}, too coarse to recognise its gradient by"
-    i, o, r = layer.shape.inputs, layer.shape.outputs, site.rows
+    i, o, r = layer.shape.inputs, layer.shape.outputs, site.count
     # A⁻¹ Xᵀ, dY G⁻¹ and their product, against A⁻¹ V and (A⁻¹ V) G⁻¹
     if r * (i * i + o * o + i * o) >= i * o * (i + o):
         return f"it would take more multiply-adds with {r} cases"

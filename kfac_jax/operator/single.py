@@ -4,17 +4,17 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from chex import ArrayTree, Numeric
 from jax import Array
 
 from kfac_jax._jaxpr.loops import sum_over
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.states import LOST, Examples
 from kfac_jax._utils import fresh
-from kfac_jax.blocks import TNT, Block, BlockShape, Kronecker, Spectrum
+from kfac_jax.blocks import Block, BlockShape, Spectrum
 from kfac_jax.blocks._tied import join
 from kfac_jax.devices import Devices
 from kfac_jax.devices.rows import row_axis
@@ -23,10 +23,10 @@ from kfac_jax.plan.group import (
     Arrays,
     Decomposed,
     Factors,
+    FactorShapes,
     Group,
     Name,
     Products,
-    Shapes,
     ToInvert,
     Vectors,
 )
@@ -53,7 +53,7 @@ class Single(Group):
     # ------------------------------------------------------------------ what it holds
 
     @property
-    def inverse_shapes(self) -> Shapes:
+    def inverse_shapes(self) -> FactorShapes:
         """Those of what the block has inverted."""
         return {self.name: {name: x.shape for name, x in self.layer.damped.items()}}
 
@@ -71,11 +71,8 @@ class Single(Group):
 
     @property
     def solves_by_rows(self) -> bool:
-        """Whether its inverse is `A⁻¹ ⊗ G⁻¹`, with rows where they are expected.
-
-        Subclasses of these blocks may solve in another way.
-        """
-        if type(self.layer.block) not in (Kronecker, TNT):
+        """Whether its inverse is `A⁻¹ ⊗ G⁻¹`, with rows where they are expected."""
+        if self.layer.block is None or not self.block.solves_by_sides:
             return False
         lead = len(self.layer.shape.lead)
         shapes = self.inverse_shapes[self.name].values()
@@ -91,7 +88,7 @@ class Single(Group):
         return {self.name: own}
 
     def probes(
-        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
         """Zeros like the block's statistics."""
         if not self.layer.is_tapped:
@@ -148,7 +145,7 @@ class Single(Group):
         new = self.block.refresh(own)
         return {self.name: {n: x for n, x in new.items() if x is not own[n]}}
 
-    def to_invert(self, factors: Factors, damping: Any) -> ToInvert:
+    def to_invert(self, factors: Factors, damping: Numeric) -> ToInvert:
         """What the block has inverted."""
         if self.layer.block is None:
             return ToInvert({}, {})
@@ -196,7 +193,7 @@ class Single(Group):
         """The block's."""
         return {self.name: self.block.diagonal(factors[self.name], self.layer.shape)}
 
-    def check_mode(self, damping: Any, mode: str) -> None:
+    def check_mode(self, damping: Numeric, mode: str) -> None:
         """Blocks have both modes."""
 
     @property
@@ -208,7 +205,12 @@ class Single(Group):
         return self.block.spectrum(factors[self.name], self.layer.shape)
 
     def power(
-        self, factors: Factors, vectors: Vectors, exponent: Any, damping: Any, mode: str
+        self,
+        factors: Factors,
+        vectors: Vectors,
+        exponent: Numeric,
+        damping: Numeric,
+        mode: str,
     ) -> Vectors:
         """By the block's eigenvectors."""
         spectrum = self._spectrum(factors)
@@ -216,12 +218,12 @@ class Single(Group):
         scale = (spectrum.eigenvalues(damping, mode) ** exponent).astype(v.dtype)
         return {self.name: spectrum.from_basis(scale * spectrum.to_basis(v))}
 
-    def logdet(self, factors: Factors, damping: Any, mode: str) -> Array:
+    def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
         """By the block's eigenvalues."""
         return jnp.log(self._spectrum(factors).eigenvalues(damping, mode)).sum()
 
     def sample(
-        self, factors: Factors, noise: Vectors, damping: Any, mode: str
+        self, factors: Factors, noise: Vectors, damping: Numeric, mode: str
     ) -> Vectors:
         """The power -½ of the noise."""
         return self.power(factors, noise, -0.5, damping, mode)
@@ -313,20 +315,20 @@ def site_statistics(
             sums = _repeated(sums, block.row_statistics, site.cases)
         return join({}, sums) if site.swapped else sums
 
-    conv = site.convolution
-    if conv is None or x is None:
+    axes = site.reader.batch_axes
+    if axes is None or x is None:
         return gathered(site, x, dy)
-    x_axis, y_axis = conv.batch_axes
+    x_axis, y_axis = axes
     batch = x.shape[x_axis]
-    parts, size = conv.chunks(batch)
-    whole = Examples(0, batch)
-    if parts <= 1 or (block.needs_examples and site.examples != whole):
+    parts, size = site.reader.chunks(batch)
+    in_front = Examples(0, batch)
+    if parts <= 1 or (block.needs_examples and site.examples != in_front):
         return gathered(site, x, dy)
 
     def piece(start: Array | int, size: int) -> Arrays:
         return gathered(
             dataclasses.replace(
-                site, examples=Examples(0, size) if site.examples == whole else LOST
+                site, examples=Examples(0, size) if site.examples == in_front else LOST
             ),
             jax.lax.dynamic_slice_in_dim(x, start, size, x_axis),
             jax.lax.dynamic_slice_in_dim(dy, start, size, y_axis),

@@ -11,6 +11,7 @@ from kfac_jax._utils.trees import path_name
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.devices import Devices, checked
 from kfac_jax.optimization.state import Info, KFACState
+from kfac_jax.plan.group import abstract_factors, abstract_inverses
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
@@ -120,17 +121,13 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
     Raises:
       ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
-    arrays = {
-        kind: {
-            layer.name: {
-                name: jax.ShapeDtypeStruct(devices.kept_shape(shape), layer.dtype)
-                for name, shape in getattr(group, shapes)[layer.name].items()
-            }
-            for group in curvature.groups
-            for layer in group.layers
-        }
-        for kind, shapes in _ARRAYS.items()
-    }
+    arrays = jax.tree.map(
+        lambda x: x.update(shape=devices.kept_shape(x.shape)),
+        {
+            "factors": abstract_factors(curvature.groups),
+            "inverses": abstract_inverses(curvature.groups),
+        },
+    )
     expected = _described(arrays) | dict.fromkeys(_SCALARS, "a scalar")
     found = _described(state._replace(velocity=())._asdict())
     differing = [
@@ -151,7 +148,6 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
         )
 
 
-_ARRAYS = {"factors": "factor_shapes", "inverses": "inverse_shapes"}
 _SCALARS = (
     "step",
     "batches",

@@ -18,7 +18,13 @@ from kfac_jax.devices.planner import (
 from kfac_jax.devices.rows import row_bytes
 from kfac_jax.linalg._psd import padded
 from kfac_jax.linalg._shared import LEAVES
-from kfac_jax.plan.group import Decomposed, Group
+from kfac_jax.plan.group import (
+    Abstract,
+    Decomposed,
+    Group,
+    abstract_factors,
+    abstract_inverses,
+)
 from kfac_jax.plan.layer import Layer
 
 Arrays = Sequence[tuple[tuple[int, ...], str]]
@@ -118,8 +124,9 @@ def report(
     alone = _Work(devices, [x for x in groups if not x.wants_roots])
     roots = _Work(devices, [x for x in groups if x.wants_roots], share=False)
     single = _Singles(devices, groups)
-    factors = [x for group in groups for x in _arrays(group, "factor_shapes")]
-    inverses = [x for group in groups for x in _arrays(group, "inverse_shapes")]
+    factors, inverses = (
+        _arrays(f(groups)) for f in (abstract_factors, abstract_inverses)
+    )
     ring, around = _received(devices), _received(keepers)
     rest = [x for x in groups if not x.solves_by_rows]
     products = [layer for x in groups if x.solves_by_rows for layer in x.layers]
@@ -151,7 +158,7 @@ def report(
         * (
             cut(parameters)
             + sum(_rounds(layer, keepers) for layer in products)
-            + cut([x for group in rest for x in _arrays(group, "inverse_shapes")])
+            + cut(_arrays(abstract_inverses(rest)))
         ),
         refresh_bytes=around * cut(factors)
         + ring * (alone.gathered + roots.gathered + 2 * single.bytes),
@@ -171,9 +178,8 @@ def _received(devices: int) -> float:
     return (devices - 1) / devices
 
 
-def _arrays(group: Group, which: str) -> list[tuple[tuple[int, ...], str]]:
-    shapes = getattr(group, which)
-    return [(s, x.dtype) for x in group.layers for s in shapes[x.name].values()]
+def _arrays(abstract: Abstract) -> list[tuple[tuple[int, ...], str]]:
+    return [(x.shape, str(x.dtype)) for x in jax.tree.leaves(abstract)]
 
 
 class _Work:

@@ -9,23 +9,26 @@ import abc
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
+import jax
+from chex import ArrayTree, Numeric
 from jax import Array
 
 from kfac_jax._jaxpr.graph import Graph
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax.blocks import Damped
+from kfac_jax.blocks._layout import Arrays as Arrays
 from kfac_jax.devices import Devices
 from kfac_jax.linalg import Inverted
 from kfac_jax.plan.layer import Layer
 
-Arrays = dict[str, Array]
-"""By name."""
-
 Factors = dict[str, Arrays]
 """By layer name, and for each layer by name."""
 
-Shapes = dict[str, dict[str, tuple[int, ...]]]
+FactorShapes = dict[str, dict[str, tuple[int, ...]]]
 """Likewise."""
+
+Abstract = dict[str, dict[str, jax.ShapeDtypeStruct]]
+"""FactorShapes and types, likewise."""
 
 Vectors = dict[str, Array]
 """By layer name, the matrix `[*e, i, o]` of a vector's entries."""
@@ -89,18 +92,18 @@ class Group(abc.ABC):
     # ------------------------------------------------------------------ what it holds
 
     @property
-    def factor_shapes(self) -> Shapes:
+    def factor_shapes(self) -> FactorShapes:
         """The shapes of its factors."""
         return {x.name: x.factor_shapes for x in self.layers}
 
     @property
-    def statistics_shapes(self) -> Shapes:
+    def statistics_shapes(self) -> FactorShapes:
         """The shapes of one batch's statistics."""
         return {x.name: x.statistics_shapes for x in self.layers}
 
     @property
     @abc.abstractmethod
-    def inverse_shapes(self) -> Shapes:
+    def inverse_shapes(self) -> FactorShapes:
         """The shapes of what an optimizer keeps to divide by the curvature."""
 
     @property
@@ -142,7 +145,7 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def probes(
-        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
         """Zeros like what the taps at the layers' uses bring out.
 
@@ -219,7 +222,7 @@ class Group(abc.ABC):
         return {}
 
     @abc.abstractmethod
-    def to_invert(self, factors: Factors, damping: Any) -> ToInvert:
+    def to_invert(self, factors: Factors, damping: Numeric) -> ToInvert:
         """What is to be inverted for damping λ."""
 
     @abc.abstractmethod
@@ -269,7 +272,7 @@ class Group(abc.ABC):
         """The undamped curvature's diagonal."""
 
     @abc.abstractmethod
-    def check_mode(self, damping: Any, mode: str) -> None:
+    def check_mode(self, damping: Numeric, mode: str) -> None:
         """Raises ValueError if it cannot be damped in this way."""
 
     @property
@@ -279,7 +282,12 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def power(
-        self, factors: Factors, vectors: Vectors, exponent: Any, damping: Any, mode: str
+        self,
+        factors: Factors,
+        vectors: Vectors,
+        exponent: Numeric,
+        damping: Numeric,
+        mode: str,
     ) -> Vectors:
         """Multiplies by a power of the damped curvature.
 
@@ -288,12 +296,12 @@ class Group(abc.ABC):
         """
 
     @abc.abstractmethod
-    def logdet(self, factors: Factors, damping: Any, mode: str) -> Array:
+    def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
         """The logarithm of the damped curvature's determinant."""
 
     @abc.abstractmethod
     def sample(
-        self, factors: Factors, noise: Vectors, damping: Any, mode: str
+        self, factors: Factors, noise: Vectors, damping: Numeric, mode: str
     ) -> Vectors:
         """Turns white noise to one with the inverse damped curvature as covariance."""
 
@@ -348,3 +356,35 @@ def names_of(groups: Sequence[Group]) -> set[str]:
 def layers_of(groups: Sequence[Group]) -> list[Layer]:
     """All their layers."""
     return [layer for group in groups for layer in group.layers]
+
+
+def abstract_factors(groups: Sequence[Group]) -> Abstract:
+    """Their factors as they are kept."""
+    shapes = {n: part for x in groups for n, part in x.factor_shapes.items()}
+    return {
+        layer.name: {
+            n: jax.ShapeDtypeStruct(s, layer.kept_dtype(n))
+            for n, s in shapes[layer.name].items()
+        }
+        for layer in layers_of(groups)
+    }
+
+
+def abstract_inverses(groups: Sequence[Group]) -> Abstract:
+    """What an optimizer keeps to divide by their curvature."""
+    shapes = {n: part for x in groups for n, part in x.inverse_shapes.items()}
+    return {
+        layer.name: {
+            n: jax.ShapeDtypeStruct(s, layer.dtype)
+            for n, s in shapes[layer.name].items()
+        }
+        for layer in layers_of(groups)
+    }
+
+
+def widened(groups: Sequence[Group], factors: Factors) -> Factors:
+    """The factors in the types that their layers are computed in."""
+    return {
+        layer.name: {n: x.astype(layer.dtype) for n, x in factors[layer.name].items()}
+        for layer in layers_of(groups)
+    }

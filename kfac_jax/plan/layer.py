@@ -38,7 +38,8 @@ class Layer:
       kind: one of `KINDS`.
       params: paths of its parameters, the weight before the bias.
       shapes: their shapes.
-      dtype: the factors' type, float32 or wider.
+      dtype: the type it is computed in, float32 or wider.
+      factor_dtype: the type its averages are kept in.
       uses: at how many places the program uses it.
       rows: at how many positions of the plan's batch, all uses together.
       block: the approximation; None leaves the gradient as it is.
@@ -55,6 +56,7 @@ class Layer:
     params: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
     dtype: str
+    factor_dtype: str
     uses: int
     rows: int = 0
     block: Block | None
@@ -69,6 +71,10 @@ class Layer:
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the block's factors by name."""
         return {} if self.block is None else self.block.factor_shapes(self.shape)
+
+    def kept_dtype(self, name: str) -> str:
+        """The type that a factor is kept in: a basis is as exact as an inverse."""
+        return self.dtype if name in self.carried_shapes else self.factor_dtype
 
     @property
     def statistics_shapes(self) -> dict[str, tuple[int, ...]]:

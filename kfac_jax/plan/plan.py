@@ -36,6 +36,7 @@ class Options:
     structure: Structure
     batch_argnums: batch.Argnums = dataclasses.field(default=None, repr=False)
     independent_cases: bool = dataclasses.field(default=False, repr=False)
+    factor_dtype: str | None = None
 
     def derive(self, params: Params, args: Any, *, quiet: bool) -> "Derived":
         """Traces the loss function and finds layers and groups.
@@ -74,6 +75,9 @@ class Options:
             self.weight_sharing,
         )
         layers = checks.apply_policy(layers, self.on_unmatched, quiet=quiet)
+        if self.factor_dtype is not None:
+            narrow = self.factor_dtype
+            layers = tuple(dataclasses.replace(x, factor_dtype=narrow) for x in layers)
         grouped = self.structure.group(
             Uses(
                 layers,

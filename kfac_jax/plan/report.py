@@ -5,9 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 
-from kfac_jax.plan.group import Group, Shapes, layers_of
+from kfac_jax.plan.group import Group, abstract_factors, abstract_inverses, layers_of
 from kfac_jax.plan.layer import Layer
 
 _COLUMNS = ("parameter", "shape", "kind", "uses", "block", "factors", "bytes")
@@ -53,8 +53,8 @@ def totals(groups: Sequence[Group], fraction: float) -> Totals:
         parameters=sum(map(_size, layers)),
         covered=sum(_size(layer) for layer in layers if not layer.reason),
         by_kind=dict(by_kind),
-        factor_bytes=sum(_held(x, x.factor_shapes) for x in groups),
-        inverse_bytes=sum(_held(x, x.inverse_shapes) for x in groups),
+        factor_bytes=sum(map(_held, abstract_factors(groups).values())),
+        inverse_bytes=sum(map(_held, abstract_inverses(groups).values())),
         inversion_cost=sum(x.inversion_cost for x in groups),
         statistics_cost=sum(x.statistics_cost for x in groups) * fraction,
         gradient_cost=sum(map(gradient_cost, layers)),
@@ -66,21 +66,19 @@ def gradient_cost(layer: Layer) -> float:
     return 3 * layer.positions * math.prod(layer.shape.matrix)
 
 
-def _held(group: Group, shapes: Shapes) -> int:
-    """How many bytes arrays of a group hold."""
-    return sum(_layer_bytes(x, shapes[x.name]) for x in group.layers)
-
-
-def _layer_bytes(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    return sum(map(math.prod, shapes.values())) * jnp.dtype(layer.dtype).itemsize
+def _held(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """How many bytes arrays hold."""
+    return sum(x.size * x.dtype.itemsize for x in arrays.values())
 
 
 def _size(layer: Layer) -> int:
     return sum(map(math.prod, layer.shapes))
 
 
-def _rows(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, ...]]:
-    factors = " ".join(f"{name}{_dimensions(s)}" for name, s in shapes.items())
+def _rows(
+    layer: Layer, arrays: Mapping[str, jax.ShapeDtypeStruct]
+) -> list[tuple[str, ...]]:
+    factors = " ".join(f"{name}{_dimensions(x.shape)}" for name, x in arrays.items())
     block = "none" if layer.block is None else type(layer.block).__name__
     rows = [
         (path, _dimensions(shape), "", "", "", "", "")
@@ -92,7 +90,7 @@ def _rows(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str
         str(layer.uses),
         block,
         factors,
-        _bytes(_layer_bytes(layer, shapes)),
+        _bytes(_held(arrays)),
     )
     return rows
 
@@ -133,8 +131,8 @@ def table(
     Returns:
       The table, then totals, then what is not covered and why.
     """
-    shapes = {n: part for x in groups for n, part in x.factor_shapes.items()}
-    rows = [_COLUMNS, *(row for x in layers for row in _rows(x, shapes[x.name]))]
+    factors = abstract_factors(groups)
+    rows = [_COLUMNS, *(row for x in layers for row in _rows(x, factors[x.name]))]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
     lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))

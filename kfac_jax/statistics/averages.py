@@ -11,7 +11,16 @@ from kfac_jax._utils import fresh
 from kfac_jax._utils.arguments import dtype_of, instance, is_array, is_number, shown
 from kfac_jax.blocks._block import divide
 from kfac_jax.devices import ALONE, Devices
-from kfac_jax.plan.group import Factors, Group, Products, Shapes, layers_of, names_of
+from kfac_jax.plan.group import (
+    Factors,
+    FactorShapes,
+    Group,
+    Products,
+    abstract_factors,
+    layers_of,
+    names_of,
+    widened,
+)
 
 
 class Statistics(NamedTuple):
@@ -32,12 +41,15 @@ class Statistics(NamedTuple):
 def init_factors(groups: Sequence[Group]) -> Factors:
     """Zeros, and standard bases where factors are in one."""
     carried = {name: x for group in groups for name, x in group.carried.items()}
-    found = _zeros(groups, "factor_shapes")
-    for layer in layers_of(groups):
-        for name in carried[layer.name]:
-            zeros = found[layer.name][name]
-            found[layer.name][name] = fresh.identities(zeros.shape, layer.dtype)
-    return found
+    return {
+        layer: {
+            name: fresh.identities(x.shape, x.dtype)
+            if name in carried[layer]
+            else fresh.full(x.shape, 0.0, x.dtype)
+            for name, x in part.items()
+        }
+        for layer, part in abstract_factors(groups).items()
+    }
 
 
 def zero_statistics(groups: Sequence[Group]) -> "Statistics":
@@ -51,25 +63,16 @@ def zero_statistics(groups: Sequence[Group]) -> "Statistics":
         for x in group.layers
         if group.product_rows
     }
-    return Statistics(
-        jnp.zeros((), jnp.float32),
-        jnp.zeros((), jnp.float32),
-        _zeros(groups, "statistics_shapes"),
-        products,
-    )
+    shapes = _shapes(groups, "statistics_shapes")
+    sums = {
+        x.name: {n: fresh.full(s, 0.0, x.dtype) for n, s in shapes[x.name].items()}
+        for x in layers_of(groups)
+    }
+    none = [jnp.zeros((), jnp.float32) for _ in range(2)]
+    return Statistics(*none, sums, products)
 
 
-def _zeros(groups: Sequence[Group], which: str) -> Factors:
-    shapes, result = _shapes(groups, which), Factors()
-    for layer in layers_of(groups):
-        own = shapes[layer.name]
-        result[layer.name] = {
-            n: fresh.full(s, 0.0, layer.dtype) for n, s in own.items()
-        }
-    return result
-
-
-def _shapes(groups: Sequence[Group], which: str) -> Shapes:
+def _shapes(groups: Sequence[Group], which: str) -> FactorShapes:
     return {n: part for x in groups for n, part in getattr(x, which).items()}
 
 
@@ -189,10 +192,10 @@ def average(
     finite = devices.finite([group.looked_at(new) for group in told])
     result = dict(factors)
     for group, flag in zip(told, finite, strict=True):
-        averages = group.average(factors, new, epsilon)
+        averages = group.average(widened([group], factors), new, epsilon)
         for layer, part in averages.items():
             result[layer] = {
-                name: jnp.where(taken & flag, part[name], old)
+                name: jnp.where(taken & flag, part[name].astype(old.dtype), old)
                 for name, old in factors[layer].items()
             }
     # one sum of all flags: XLA would repeat what they are made of for each reduction

@@ -1,0 +1,77 @@
+"""What blocks see: one layout, whatever the kind of layer.
+
+Letters: `e` axes of independent layers (any number of them), `b` batch, `s` positions
+within an example, `i` inputs (with the homogeneous coordinate last if there is a bias),
+`o` outputs; `r` rows that count as cases, `d` either side.
+"""
+
+import dataclasses
+import math
+
+from jax import Array
+from jaxtyping import Float, Int
+
+Arrays = dict[str, Array]
+"""The arrays of one layer, by name."""
+
+Shapes = dict[str, tuple[int, ...]]
+"""Their shapes."""
+
+Inputs = Float[Array, "*e b s i"] | Int[Array, "*e b s"]
+"""Rows, or the integers that one-hot rows are given as."""
+
+Outputs = Float[Array, "*e b s o"]
+"""Output gradients."""
+
+Matrix = Float[Array, "*e i o"]
+"""A layer's parameters, a vector like them, or the diagonal of their curvature."""
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockShape:
+    """The shape of a layer: parameters are matrices `[*stacked, *independent, i, o]`.
+
+    Attributes:
+      stacked: axes that an enclosing scan runs over; a block sees one slice at a time.
+      independent: axes of further independent layers.
+      inputs: i.
+      outputs: o.
+      homogeneous: whether the last input is the constant 1 that a bias multiplies.
+      one_hot: whether inputs are given as integers `x [*e, b, s]`, those out of bounds
+        being rows that do not count; only to blocks with `handles_one_hot`.
+      tied: whether the transposed parameters are used too.
+    """
+
+    stacked: tuple[int, ...]
+    independent: tuple[int, ...]
+    inputs: int
+    outputs: int
+    homogeneous: bool = False
+    one_hot: bool = False
+    tied: bool = False
+
+    @property
+    def terms(self) -> "tuple[BlockShape, ...]":
+        """The shapes of the parameters as they are and, if `tied`, transposed."""
+        if not self.tied:
+            return (self,)
+        first = dataclasses.replace(self, tied=False)
+        second = dataclasses.replace(
+            first, inputs=self.outputs, outputs=self.inputs, one_hot=False
+        )
+        return first, second
+
+    @property
+    def lead(self) -> tuple[int, ...]:
+        """All axes of independent layers."""
+        return (*self.stacked, *self.independent)
+
+    @property
+    def matrix(self) -> tuple[int, ...]:
+        """The shape of the parameters as matrices."""
+        return (*self.lead, self.inputs, self.outputs)
+
+    @property
+    def slice_size(self) -> int:
+        """The number of parameters that one slice of the stacked axes holds."""
+        return math.prod(self.independent) * self.inputs * self.outputs
