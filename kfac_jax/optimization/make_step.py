@@ -83,6 +83,8 @@ def make_step(
     checked(devices)
     axis = devices.axis if isinstance(devices, OverAxis) else None
     update = optax.with_extra_args_support(tx).update
+    # else they are of no use; with state_axes a device has rows of them only
+    wanted = any(group.moves for group in curvature.groups)
 
     def step(params: Params, state: Any, key: Array, *args: Any) -> Any:
         own = kfac_state(state)
@@ -91,7 +93,7 @@ def make_step(
 
         def gather() -> Any:
             return curvature.value_grad_and_statistics(
-                params, *args, rng=key, factors=own.factors
+                params, *args, rng=key, factors=own.factors if wanted else None
             )
 
         if statistics_every == 1:

@@ -22,7 +22,7 @@ def test_each_task_has_a_tuned_record(name):
         assert np.isclose(min(scores), compare.end(one), rtol=1e-3)
 
 
-@pytest.mark.slow  # the data are in a package of the extra "examples"
+@pytest.mark.slow  # the data are in a package of the extra "experiments"
 @pytest.mark.parametrize("name", NO_DOWNLOAD)
 def test_each_task_can_be_evaluated(name, user_settings):
     task = workloads.WORKLOADS[name]()

@@ -1,1 +1,1 @@
-"""The examples' data, parts and programs."""
+"""The examples train."""

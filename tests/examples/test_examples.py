@@ -1,129 +1,42 @@
-"""What the examples read and feed; the examples themselves are run by hand."""
+"""The examples train, wherever they are copied to."""
 
-import doctest
-import importlib
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
-import kfac_jax
-
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+LIMIT = 300  # seconds
+BOUNDS = {"plain_jax": (0.02, 7.0), "flax_nnx": (0.04, 5.0)}
+"""Of the last epoch's mean loss, and of the test error in per cent."""
 
 
-@pytest.fixture(autouse=True)
-def examples_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *sys.path])
+def test_each_example_has_bounds():
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == set(BOUNDS)
 
 
-def test_an_epoch_holds_each_case_once_and_arrays_stay_together():
-    from batches import Batches
-
-    batches = Batches((np.arange(12), 10 * np.arange(12)), size=4, seed=0)
-    epoch = [batches(i) for i in range(3)]
-    assert sorted(np.concatenate([x for x, _ in epoch])) == list(range(12))
-    assert all((y == 10 * x).all() for x, y in epoch)
-    assert not all((batches(i)[0] == batches(i + 3)[0]).all() for i in range(3))
-
-
-def test_batches_are_functions_of_the_iteration():
-    from batches import Batches, GrowingBatches, Windows
-
-    sources = [
-        lambda: Batches((np.arange(12),), size=4, seed=0),
-        lambda: GrowingBatches((np.arange(12),), lambda i: 2 + i, seed=0),
-        lambda: Windows(np.arange(50), length=5, size=3, seed=0),
-    ]
-    for make in sources:
-        forth = make()
-        there = [forth(i) for i in range(7)]
-        for i in reversed(range(7)):
-            np.testing.assert_array_equal(make()(i), there[i])
-
-
-def test_growing_batches_hold_no_case_twice_and_arrays_stay_together():
-    from batches import GrowingBatches
-
-    arrays = np.arange(12), 10 * np.arange(12)
-    batches = GrowingBatches(arrays, lambda i: 4 + 4 * i, seed=0)
-    for i in range(3):
-        x, y = batches(i)
-        assert len(set(x)) == 4 + 4 * i
-        np.testing.assert_array_equal(y, 10 * x)
-
-
-def test_targets_are_the_next_characters_and_stay_in_the_text():
-    from batches import Windows
-
-    source = Windows(np.arange(7), length=5, size=200, seed=0)
-    inputs, targets = source(0)
-    np.testing.assert_array_equal(targets, inputs + 1)
-    assert set(inputs[:, 0]) == {0, 1}
-
-
-def test_every_parameter_of_the_examples_networks_is_covered():
-    from functools import partial
-
-    import classifier
-    import transformer
-
-    shape = transformer.Shape(vocabulary=11, context=6, width=8, layers=2, heads=2)
-    tokens = np.zeros((4, 6), np.int32)
-    images = np.zeros((4, 28, 28, 1), np.float32)
-    of_text = partial(transformer.loss_fn, heads=shape.heads)
-    for loss_fn, params, batch in (
-        (of_text, transformer.init_params(shape, 0), (tokens, tokens)),
-        (classifier.loss_fn, classifier.init_params(0), (images, tokens[:, 0])),
-    ):
-        with jax.numpy_rank_promotion("allow"):
-            curvature = kfac_jax.make_curvature(
-                loss_fn, params, *batch, on_unmatched="error"
-            )
-        count = sum(x.size for x in jax.tree.leaves(params))
-        assert curvature.totals.covered == count
-
-
-@pytest.mark.parametrize("size", [0, 13])
-def test_a_batch_size_out_of_range_is_refused(size):
-    from batches import Batches
-
-    with pytest.raises(ValueError, match="from 1 to 12"):
-        Batches((np.arange(12),), size=size, seed=0)
-
-
-def test_r_vectors_and_their_names():
-    from r_data import unserialize
-
-    def word(value):
-        return value.to_bytes(4, "big")
-
-    def text(value):
-        return word(9) + word(len(value)) + value.encode()
-
-    header = b"X\n" + word(3) + word(0) + word(0) + word(5) + b"UTF-8"
-    lines = word(16) + word(2) + text("a") + text("")
-    assert unserialize(header + lines) == ["a", ""]
-    names = word(2 | 1 << 10) + word(1) + text("names") + word(16) + word(1) + text("n")
-    named = word(13 | 1 << 9) + word(1) + word(7) + names + word(254)
-    assert unserialize(header + named) == {"n": 7}
-    with pytest.raises(ValueError, match="cut short"):
-        unserialize(header + lines[:-3])
-
-
-def test_a_damaged_package_is_refused(tmp_path):
-    import debian
-    from data_files import DataError
-
-    path = tmp_path / "x.deb"
-    path.write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"no \.deb"):
-        debian.read(path, ["a"])
-
-
-@pytest.mark.parametrize("name", ["batches", "methods", "parallel_training", "tuning"])
-def test_the_examples_in_docstrings_hold(name):
-    result = doctest.testmod(importlib.import_module(name))
-    assert result.attempted and not result.failed
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BOUNDS)
+def test_an_example_trains_by_itself(name, tmp_path):
+    pytest.importorskip("mlxtend")
+    script = shutil.copy(EXAMPLES / f"{name}.py", tmp_path)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    answer = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert answer.returncode == 0, answer.stderr
+    found = re.findall(r"^epoch \d+: loss (.+), test error (.+)%$", answer.stdout, re.M)
+    losses, errors = zip(*(map(float, pair) for pair in found), strict=True)
+    assert list(losses) == sorted(losses, reverse=True)
+    loss, error = BOUNDS[name]
+    assert losses[-1] < loss
+    assert errors[-1] < error

@@ -681,6 +681,29 @@ def test_steps_on_devices_are_those_of_one(route, every, rates):
 
 
 @models.EIGHT_DEVICES
+def test_steps_on_devices_that_keep_rows_are_those_of_one():
+    tx = kfac_jax.kfac(plan(), inverse_every=2)
+    expected = run(jax.jit(kfac_jax.make_step(plan(), tx)), tx)
+    rows = kfac_jax.OverAxis("batch", state_axes="batch")
+    shared = kfac_jax.kfac(plan(), inverse_every=2, devices=rows)
+    step = kfac_jax.make_step(plan(), shared, devices=rows)
+
+    def inside(*args):
+        params, state, value = step(*args)
+        return params, state, jax.lax.pmean(value, "batch")
+
+    lies, batch = kfac_jax.state_specs(rows), P("batch")
+    mapped = functools.partial(jax.shard_map, mesh=models.mesh(2, "batch"))
+    split = mapped(
+        inside, in_specs=(P(), lies, P(), batch, batch), out_specs=(P(), lies, P())
+    )
+    init = jax.jit(mapped(shared.init, in_specs=P(), out_specs=lies))
+    found = run(jax.jit(split), shared._replace(init=init))
+    for after, wanted in zip(found, expected, strict=True):
+        models.assert_trees_close((after[0], after[2]), (wanted[0], wanted[2]))
+
+
+@models.EIGHT_DEVICES
 @pytest.mark.parametrize("route", ROUTES)
 def test_samples_differ_between_devices(route):
     """Both devices have the same cases, so with the same samples they'd be as one."""

@@ -2,9 +2,9 @@
 
     killed_training.py FOLDER STEPS EVERY
 
-It needs the examples on its path. It goes on from the checkpoint in the folder, if
-there is one, and writes one after each step, by the examples' `Checkpoints`. Inverses
-are refreshed after EVERY steps.
+It needs the experiments on its path. It goes on from the checkpoint in the folder, if
+there is one, and writes one after each step, by the experiments' `Checkpoints`.
+Inverses are refreshed after EVERY steps.
 
 It says on standard output what it is about to do and what it has done, a line each:
 `resumed k`, then for each step `training k`, `trained k`, `saving k` and `saved k`, and

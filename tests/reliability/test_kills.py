@@ -16,11 +16,11 @@ from typing import NamedTuple
 import pytest
 
 pytest.importorskip("orbax.checkpoint")
-pytest.importorskip("tqdm")  # the examples' training loop
+pytest.importorskip("tqdm")  # the experiments' training loop
 
 SCRIPT = Path(__file__).with_name("killed_training.py")
 LIMIT = 300  # seconds without a word
-EXAMPLES = SCRIPT.parents[2] / "examples"
+EXPERIMENTS = SCRIPT.parents[2] / "experiments"
 STEPS = 12
 REFRESH_EVERY = 3
 KILLS = int(os.environ.get("KFAC_KILLS", "6"))
@@ -54,7 +54,7 @@ def environment(tmp_path_factory):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "",
-        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), *filter(None, given)]),
+        "PYTHONPATH": os.pathsep.join([str(EXPERIMENTS), *filter(None, given)]),
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
