@@ -29,7 +29,7 @@ class Measured(NamedTuple):
 class Made(NamedTuple):
     """A step that was made."""
 
-    params: ArrayTree  # θ, before it
+    params: optax.Params  # θ, before it
     batch: ArrayTree
     loss: Array  # [], h(θ)
     grads: ArrayTree  # ∇h

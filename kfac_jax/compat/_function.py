@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 from chex import ArrayTree, PRNGKey
 
 from kfac_jax._jaxpr.graph import build
@@ -40,7 +41,7 @@ class Function:
         state = [func_state] if self.has_state else []
         return [*state, *([rng] if self.has_rng else []), batch]
 
-    def __call__(self, params: ArrayTree, *arguments: Any) -> Any:
+    def __call__(self, params: optax.Params, *arguments: Any) -> Any:
         """The loss and, as auxiliary data, function state, aux and gradient."""
         function = self.value_and_grad
         tagged = all_generic(params) if self.generic_only else params

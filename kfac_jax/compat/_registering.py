@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from chex import ArrayTree
 from jax import Array
 
@@ -44,14 +45,14 @@ def as_loss(
       A function of the same arguments, whose value is zero.
     """
 
-    def loss_fn(params: ArrayTree, *rest: Any) -> Array:
+    def loss_fn(params: optax.Params, *rest: Any) -> Array:
         func(all_generic(params) if only_generic else params, *rest)
         return jnp.zeros((), float)
 
     return loss_fn
 
 
-def all_generic(params: ArrayTree) -> Any:
+def all_generic(params: optax.Params) -> Any:
     """The parameters, each registered as a generic one."""
     return jax.tree.map(register_generic, params)
 
