@@ -1124,3 +1124,34 @@ def test_a_token_repeated_outside_of_the_checkpoint_that_joins_it_is_refused():
 
     with pytest.warns(UserWarning, match="already repeated"):
         _plan(apply, models.array(5, 1, 1, 3), models.array(7, 4, 2, 3))
+
+
+# ------------------------------------------------------------------- mutable arrays
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="JAX has no mutable arrays yet")
+def test_outputs_read_from_mutable_arrays_are_refused():
+    """Their slices would leave out what is written: parameters would seem unused."""
+
+    def loss_fn(params, x):
+        state = jax.new_ref(jnp.tanh(x @ params["a"]))
+        state[...] = jnp.tanh(state[...] @ params["b"])
+        return squared_error(state[...]).sum(-1).mean()
+
+    params = {"a": models.array(0, 3, 3), "b": models.array(1, 3, 3)}
+    with pytest.raises(ValueError, match=r"mutable array.*test_discovery\.py:\d+"):
+        kfac_jax.make_curvature(loss_fn, params, models.array(2, 4, 3))
+
+
+@pytest.mark.skipif(not hasattr(jax, "new_ref"), reason="JAX has no mutable arrays yet")
+def test_mutable_arrays_beside_the_registered_output_do_no_harm():
+    def loss_fn(params, x):
+        z = x @ params
+        seen = jax.new_ref(jnp.zeros(()))
+        seen[...] += jax.lax.stop_gradient(z).sum()
+        return squared_error(z).sum(-1).mean() + 0.0 * seen[...]
+
+    plan = kfac_jax.make_curvature(
+        loss_fn, models.array(0, 3, 2), models.array(1, 4, 3)
+    )
+    assert [layer.kind for layer in plan.layers] == ["dense"]
