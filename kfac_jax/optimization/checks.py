@@ -1,6 +1,6 @@
 """What `kfac` and `scale_by_kfac` refuse."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from kfac_jax._utils.arguments import shown, whole
 from kfac_jax._utils.trees import path_name
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.devices import Devices, checked
+from kfac_jax.devices.rows import Shape
 from kfac_jax.optimization.state import Info, KFACState
 from kfac_jax.rules import (
     LevenbergMarquardt,
@@ -109,17 +110,7 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
     Raises:
       ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
-    arrays = {
-        kind: {
-            layer.name: {
-                name: jax.ShapeDtypeStruct(devices.kept_shape(shape), layer.dtype)
-                for name, shape in getattr(group, shapes)[layer.name].items()
-            }
-            for group in curvature.groups
-            for layer in group.layers
-        }
-        for kind, shapes in _ARRAYS.items()
-    }
+    arrays = state_arrays(curvature, devices.kept_shape)
     expected = _described(arrays) | dict.fromkeys(_SCALARS, "a scalar")
     found = _described(state._replace(velocity=())._asdict())
     differing = [
@@ -140,7 +131,32 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
         )
 
 
-_ARRAYS = {"factors": "factor_shapes", "inverses": "inverse_shapes"}
+def state_arrays(
+    curvature: Curvature, kept_shape: Callable[[Shape], Shape] = lambda shape: shape
+) -> dict[str, dict[str, dict[str, jax.ShapeDtypeStruct]]]:
+    """The factors and inverses of a state, without values.
+
+    Args:
+      curvature: the plan.
+      kept_shape: the shape of what is kept of an array.
+
+    Returns:
+      Arrays by field, layer and name.
+    """
+    kinds = {"factors": "factor_shapes", "inverses": "inverse_shapes"}
+    return {
+        kind: {
+            layer.name: {
+                name: jax.ShapeDtypeStruct(kept_shape(shape), layer.dtype)
+                for name, shape in getattr(group, shapes)[layer.name].items()
+            }
+            for group in curvature.groups
+            for layer in group.layers
+        }
+        for kind, shapes in kinds.items()
+    }
+
+
 _SCALARS = (
     "step",
     "batches",

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, TypeGuard, TypeVar
 
 import jax
@@ -18,11 +18,10 @@ from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices, OverAxis, OverMesh, Sharing, checked
 from kfac_jax.devices.over_axis import as_names
 from kfac_jax.devices.rows import from_rows, rows_shape, to_rows
-from kfac_jax.optimization.checks import check_devices, check_plan
+from kfac_jax.optimization.checks import check_devices, check_plan, state_arrays
 from kfac_jax.optimization.sharing_report import SharingReport as SharingReport
 from kfac_jax.optimization.sharing_report import report
 from kfac_jax.optimization.state import KFACState
-from kfac_jax.plan.group import Group
 
 T = TypeVar("T")
 
@@ -193,11 +192,7 @@ def _leaves(
       ValueError: if an array is not as it should be.
     """
     parts = {name: getattr(state, name) for name in _SPREAD}
-    shapes = {
-        "factors": _structs(curvature.groups, "factor_shapes"),
-        "inverses": _structs(curvature.groups, "inverse_shapes"),
-        "velocity": (),
-    }
+    shapes: dict[str, Any] = {**state_arrays(curvature), "velocity": ()}
     if not isinstance(state.velocity, tuple) or state.velocity:
         leaves = [jax.ShapeDtypeStruct(s, float) for s in curvature.tree.shapes]
         shapes["velocity"] = curvature.tree.restore(leaves, state.velocity)
@@ -232,15 +227,6 @@ def _fits(
         return got == devices.kept_shape(shape)
     rows, *rest = rows_shape(shape, 1)
     return len(got) > 0 and got[0] >= rows and [*got[1:]] == rest
-
-
-def _structs(groups: Sequence[Group], which: str) -> dict[str, Any]:
-    """Arrays of those shapes, by layer name."""
-    return {
-        layer: {name: jax.ShapeDtypeStruct(s, float) for name, s in shapes.items()}
-        for group in groups
-        for layer, shapes in getattr(group, which).items()
-    }
 
 
 def sharing_report(
