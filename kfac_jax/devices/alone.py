@@ -37,10 +37,6 @@ class Alone(Devices):
         """One."""
         return 1
 
-    def sharing_only(self) -> "Alone":
-        """The same."""
-        return self
-
     def mean(self, tree: T) -> T:
         """The same."""
         return tree

@@ -47,10 +47,6 @@ class Devices(abc.ABC):
     def keepers(self) -> int:
         """In how many parts the state is cut."""
 
-    @abc.abstractmethod
-    def sharing_only(self) -> "Devices":
-        """The same devices, each of which has all of the state."""
-
     # ------------------------------------------------------------------ collectives
 
     @abc.abstractmethod

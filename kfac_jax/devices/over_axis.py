@@ -93,10 +93,6 @@ class OverAxis(Several):
         """
         return self._size(self.axis)
 
-    def sharing_only(self) -> "OverAxis":
-        """The same devices, each of which has all of the state."""
-        return OverAxis(self.axis)
-
     def keepers(self) -> int:
         """In how many parts the state is cut."""
         return self._size(self.state_axes) if self.state_axes else 1

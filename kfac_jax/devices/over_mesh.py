@@ -86,10 +86,6 @@ class OverMesh(Several):
         """How many devices share the work."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
-    def sharing_only(self) -> "OverMesh":
-        """The same devices, each of which has all of the state."""
-        return OverMesh(self.mesh, self.axes)
-
     def keepers(self) -> int:
         """In how many parts the state is cut."""
         return math.prod(self.mesh.shape[axis] for axis in as_names(self.state_axes))

@@ -57,10 +57,6 @@ class Rehearsal(Several):
         """In how many parts the state is cut."""
         return self._keepers
 
-    def sharing_only(self) -> "Rehearsal":
-        """The same devices, each of which has all of the state."""
-        return Rehearsal(self._devices, 1, False)
-
     # ------------------------------------------------------------------ collectives
 
     def mean(self, tree: T) -> T:

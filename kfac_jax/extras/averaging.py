@@ -11,14 +11,12 @@ from jax import Array
 from kfac_jax._utils import arguments, schedules
 from kfac_jax._utils.dtypes import wide_dtype
 
-Params = Any
-
 
 class AverageIteratesState(NamedTuple):
     """The state of `average_iterates`."""
 
     num_updates: Array  # [] int32, so far
-    averaged_params: Params  # θ̄, like the parameters, in float32 or wider
+    averaged_params: optax.Params  # θ̄, like the parameters, in float32 or wider
 
 
 def average_iterates(
@@ -70,7 +68,7 @@ def average_iterates(
     """
     _check(decay, start)
 
-    def init(params: Params) -> AverageIteratesState:
+    def init(params: optax.Params) -> AverageIteratesState:
         arguments.real_trees("params", params)
         return AverageIteratesState(
             num_updates=jnp.zeros((), jnp.int32),
@@ -78,8 +76,8 @@ def average_iterates(
         )
 
     def update(
-        updates: Params, state: Any, params: Params | None = None
-    ) -> tuple[Params, AverageIteratesState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AverageIteratesState]:
         if params is None:
             raise ValueError(
                 "average_iterates averages the parameters: call "
@@ -112,10 +110,12 @@ def _check_trees(updates: Any, state: Any, params: Any) -> None:
         "the state of average_iterates, from its init",
     )
     arguments.floating_trees("params", params)
-    given = _shapes("params", params)
+    arguments.real_trees("updates", updates)
+    arguments.real_trees("state", state.averaged_params)
+    given = _shapes(params)
     others = {
-        "updates": _shapes("updates", updates),
-        "the average in the state": _shapes("state", state.averaged_params),
+        "updates": _shapes(updates),
+        "the average in the state": _shapes(state.averaged_params),
     }
     for name, found in others.items():
         if found != given:
@@ -125,8 +125,7 @@ def _check_trees(updates: Any, state: Any, params: Any) -> None:
             )
 
 
-def _shapes(name: str, tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
-    arguments.real_trees(name, tree)
+def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [jnp.shape(x) for x in leaves]
 

@@ -1,6 +1,6 @@
 """What `kfac` and `scale_by_kfac` refuse."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ from kfac_jax._utils.arguments import shown, whole
 from kfac_jax._utils.trees import path_name
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.devices import Devices, checked
+from kfac_jax.devices.rows import Shape
 from kfac_jax.optimization.state import Info, KFACState
 from kfac_jax.plan.group import abstract_factors, abstract_inverses
 from kfac_jax.rules import (
@@ -110,13 +111,7 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
     Raises:
       ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
-    arrays = jax.tree.map(
-        lambda x: x.update(shape=devices.kept_shape(x.shape)),
-        {
-            "factors": abstract_factors(curvature.groups),
-            "inverses": abstract_inverses(curvature.groups),
-        },
-    )
+    arrays = state_arrays(curvature, devices.kept_shape)
     expected = _described(arrays) | dict.fromkeys(_SCALARS, "a scalar")
     found = _described(state._replace(velocity=())._asdict())
     differing = [
@@ -135,6 +130,27 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
             "tx.init(params) for a new state. One that was made for another number of "
             "devices goes through whole_state and spread_state first."
         )
+
+
+def state_arrays(
+    curvature: Curvature, kept_shape: Callable[[Shape], Shape] = lambda shape: shape
+) -> dict[str, dict[str, dict[str, jax.ShapeDtypeStruct]]]:
+    """The factors and inverses of a state, without values.
+
+    Args:
+      curvature: the plan.
+      kept_shape: the shape of what is kept of an array.
+
+    Returns:
+      Arrays by field, layer and name.
+    """
+    return jax.tree.map(
+        lambda x: x.update(shape=kept_shape(x.shape)),
+        {
+            "factors": abstract_factors(curvature.groups),
+            "inverses": abstract_inverses(curvature.groups),
+        },
+    )
 
 
 _SCALARS = (

@@ -16,8 +16,6 @@ from kfac_jax.optimization.checks import check_plan
 from kfac_jax.optimization.health import kfac_state
 from kfac_jax.optimization.loss import loss_of
 
-Params = Any
-
 
 def make_step(
     curvature: Curvature,
@@ -25,7 +23,7 @@ def make_step(
     *,
     statistics_every: int | optax.Schedule = 1,
     devices: Sharing | None = None,
-) -> Callable[..., tuple[Params, Any, Any]]:
+) -> Callable[..., tuple[optax.Params, Any, Any]]:
     """A training step: value, gradient and statistics, update, new parameters.
 
     It is pure: stage it by `jax.jit`, scan over it, map it over seeds. It makes three
@@ -86,7 +84,7 @@ def make_step(
     # else they are of no use; with state_axes a device has rows of them only
     wanted = any(group.moves for group in curvature.groups)
 
-    def step(params: Params, state: Any, key: Array, *args: Any) -> Any:
+    def step(params: optax.Params, state: Any, key: Array, *args: Any) -> Any:
         own = kfac_state(state)
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
@@ -118,7 +116,7 @@ def make_step(
     return step
 
 
-def _mean(grads: Params, loss: Array, axis: Any) -> Params:
+def _mean(grads: optax.Updates, loss: Array, axis: Any) -> optax.Updates:
     """Over devices; a division where `shard_map` has summed gradients already.
 
     It has if it checks what varies: then the loss does, and gradients do not.

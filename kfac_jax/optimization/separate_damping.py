@@ -60,25 +60,21 @@ class Candidates:
         """
         gammas = self.rule.candidates(gamma)
         propose = functools.partial(self._propose, factors)
-        directions, grams, slopes, failed = jax.lax.map(propose, gammas)
+        directions, grams, slopes, finite = jax.lax.map(propose, gammas)
         matrices = self._fisher(directions)
         total = self.model.total_damping(matrices)
         matrices = matrices + total * grams.astype(matrices.dtype)
         solve = functools.partial(self.rates.solve, momentum=self.momentum)
         changes = jax.vmap(solve)(matrices, slopes.astype(matrices.dtype)).change
-        return self.rule.select(gammas, jnp.where(failed == 0, changes, jnp.inf))
+        return self.rule.select(gammas, jnp.where(finite, changes, jnp.inf))
 
     def _propose(
         self, factors: Factors, gamma: Array
     ) -> tuple[list[Array], Array, Array, Array]:
-        """Δ, what the plane of Δ and δ0 needs of it, and how many inverses failed."""
+        """Δ, what the plane of Δ and δ0 needs of it, and if inverses are finite."""
         groups = self.model.curvature.groups
-        inverses, failed = inverses_lib.refresh(
-            groups,
-            factors,
-            inverses_lib.initial(groups),  # where it fails, the candidate loses
-            jnp.square(gamma),
-            self.model.devices.sharing_only(),
+        inverses, finite = inverses_lib.compute(
+            groups, factors, jnp.square(gamma), self.model.devices
         )
         down = [-x for x in self.model.gradient]
         scaled, _ = inverses_lib.precondition(
@@ -86,7 +82,7 @@ class Candidates:
         )
         direction = [x for x in scaled if x is not None]
         products = plane_products(self.model.gradient, direction, self.previous)
-        return direction, *products, failed
+        return direction, *products, jnp.stack([*finite.values()]).all()
 
     def _fisher(self, directions: list[Array]) -> Array:
         """F in the plane of each Δ and δ0, `[3, 2, 2]`, of one form over all four."""

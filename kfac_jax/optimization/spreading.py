@@ -18,11 +18,10 @@ from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices, OverAxis, OverMesh, Sharing, checked
 from kfac_jax.devices.over_axis import as_names
 from kfac_jax.devices.rows import from_rows, rows_shape, to_rows
-from kfac_jax.optimization.checks import check_devices, check_plan
+from kfac_jax.optimization.checks import check_devices, check_plan, state_arrays
 from kfac_jax.optimization.sharing_report import SharingReport as SharingReport
 from kfac_jax.optimization.sharing_report import report
 from kfac_jax.optimization.state import KFACState
-from kfac_jax.plan.group import abstract_factors, abstract_inverses
 
 T = TypeVar("T")
 
@@ -193,11 +192,7 @@ def _leaves(
       ValueError: if an array is not as it should be.
     """
     parts = {name: getattr(state, name) for name in _SPREAD}
-    shapes: dict[str, Any] = {
-        "factors": abstract_factors(curvature.groups),
-        "inverses": abstract_inverses(curvature.groups),
-        "velocity": (),
-    }
+    shapes: dict[str, Any] = {**state_arrays(curvature), "velocity": ()}
     if not isinstance(state.velocity, tuple) or state.velocity:
         leaves = [jax.ShapeDtypeStruct(s, float) for s in curvature.tree.shapes]
         shapes["velocity"] = curvature.tree.restore(leaves, state.velocity)
