@@ -116,6 +116,7 @@ class _Finder:
         self.known = Known(graph, self.live)
         self.one_hot = one_hot_values(graph)
         self.made = makers(graph).keys()  # by equations, so that it can be tagged
+        self.on_devices = _on_devices(graph)
         self.views: dict[int, tuple[View, ...]] = {}  # several of joined parameters
         self.layers: dict[Node, list[Consumed]] = {}
         self.uses: list[Use] = []
@@ -193,7 +194,8 @@ class _Finder:
             return
         count = steps * math.prod(linear.shape[axis] for axis in linear.axes.rows)
         site = as_embedding(linear.site, self.one_hot)
-        site = dataclasses.replace(site, count=count)
+        on_device = site.output in self.on_devices
+        site = dataclasses.replace(site, count=count, on_device=on_device)
         linear = dataclasses.replace(linear, site=site)
         self.layers.setdefault(node, []).append(Consumed(linear, views))
         self.uses.append(site)
@@ -266,6 +268,18 @@ class _Finder:
                 self._refuse(node, [view], "enters the carry of a scan")
             return None
         return view.unstacked(node.outputs[0])
+
+
+def _on_devices(graph: Graph) -> set[int]:
+    """The values that each device of a `shard_map` in the program has for itself."""
+    return {
+        out
+        for node in graph.walk()
+        if node.name == "shard_map"
+        for body in node.bodies
+        for inner in body.walk()
+        for out in inner.outputs
+    }
 
 
 def _lost(leaves: Sequence[int], reached: set[int], uses: Sequence[Use]) -> list[Use]:

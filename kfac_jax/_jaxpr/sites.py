@@ -156,6 +156,7 @@ class Site:
       cases: of a constant input, which each case of the batch shares, how many cases it
         stands for; 0 for other inputs.
       swapped: whether the layer has the weight in the layout `transposed`.
+      on_device: whether each device of a `shard_map` has its own examples there.
     """
 
     reader: Reader
@@ -172,6 +173,7 @@ class Site:
     count: int = 0
     cases: int = 0
     swapped: bool = False
+    on_device: bool = False
 
     @property
     def kind(self) -> str:

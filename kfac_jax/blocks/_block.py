@@ -14,6 +14,7 @@ from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks._layout import (
     Arrays,
     BlockShape,
+    Gradients,
     Inputs,
     Matrix,
     Outputs,
@@ -86,6 +87,9 @@ class Block(abc.ABC):
     """Whether layers may be linked to their neighbours: `input` and `output` are second
     moments of `rows` then, and damping is factored."""
 
+    takes_gradients: ClassVar[bool] = False
+    """Whether there is `of_gradients`, for weights that are used several times."""
+
     gradient_products: bool = False
     """Whether a gradient stays the product `Xᵀ dY` that it is, where that saves
     arithmetic; only with `solves_by_sides`."""
@@ -120,6 +124,22 @@ class Block(abc.ABC):
 
         `Σ_b dy dyᵀ` is already a mean over cases: the cotangents come scaled by √(1/N).
         """
+
+    def of_gradients(self, gradients: Gradients, shape: BlockShape) -> Arrays:
+        """The same sums, from each example's gradient.
+
+        A weight that is used several times for an example has a gradient that is the
+        sum over its uses. Only of blocks with `takes_gradients`. What is `carried`
+        comes as keywords, as in `statistics`.
+
+        Args:
+          gradients: with the factor √(1/N).
+          shape: the layer's shape.
+
+        Returns:
+          Arrays like `statistics_shapes`, each over batches.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no of_gradients")
 
     def rows(
         self, x: Float[Array, "*e b s i"], dy: Outputs
@@ -200,7 +220,7 @@ def divide(total: Array, count: Array) -> Array:
     return total / jnp.where(count > 0, count, 1)
 
 
-def per_example(x: Float[Array, "*e b s i"], dy: Outputs) -> Float[Array, "*e b i o"]:
+def per_example(x: Float[Array, "*e b s i"], dy: Outputs) -> Gradients:
     """Each example's gradient, summed over its positions."""
     dtype = wide_dtype(dy.dtype)
     return jnp.einsum("...bsi,...bso->...bio", x, dy, preferred_element_type=dtype)

@@ -23,6 +23,9 @@ Inputs = Float[Array, "*e b s i"] | Int[Array, "*e b s"]
 Outputs = Float[Array, "*e b s o"]
 """Output gradients."""
 
+Gradients = Float[Array, "*e b i o"]
+"""The gradient of each example."""
+
 Matrix = Float[Array, "*e i o"]
 """A layer's parameters, a vector like them, or the diagonal of their curvature."""
 

@@ -10,7 +10,15 @@ from jaxtyping import Int
 
 from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks._block import Block, Damped, Spectrum, per_example
-from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
+from kfac_jax.blocks._layout import (
+    Arrays,
+    BlockShape,
+    Gradients,
+    Inputs,
+    Matrix,
+    Outputs,
+    Shapes,
+)
 
 
 @final
@@ -24,6 +32,7 @@ class Diagonal(Block):
 
     elementwise = frozenset({"diagonal"})
     handles_one_hot = True
+    takes_gradients = True
 
     @property
     def needs_examples(self) -> bool:
@@ -48,7 +57,11 @@ class Diagonal(Block):
             x, dy = x.astype(dtype), dy.astype(dtype)
             sums = jnp.einsum("...bsi,...bso->...io", jnp.square(x), jnp.square(dy))
             return {"diagonal": sums}
-        return {"diagonal": jnp.square(per_example(x, dy)).sum(-3)}
+        return self.of_gradients(per_example(x, dy), shape)
+
+    def of_gradients(self, gradients: Gradients, shape: BlockShape) -> Arrays:
+        """`Σ_b g²`."""
+        return {"diagonal": jnp.square(gradients).sum(-3)}
 
     def damp(self, factors: Arrays, damping: Numeric) -> dict[str, Damped]:
         """Adds λ."""

@@ -12,9 +12,24 @@ from jaxtyping import Bool, Float
 from kfac_jax._utils import arguments
 from kfac_jax.blocks import _moments
 from kfac_jax.blocks._block import Block, Damped, Spectrum
-from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
-from kfac_jax.blocks._sides import DIAGONAL, SIDES, check_max_factor_dim, side_shapes
+from kfac_jax.blocks._layout import (
+    Arrays,
+    BlockShape,
+    Gradients,
+    Inputs,
+    Matrix,
+    Outputs,
+    Shapes,
+)
+from kfac_jax.blocks._sides import (
+    DIAGONAL,
+    SIDES,
+    check_max_factor_dim,
+    named,
+    side_shapes,
+)
 from kfac_jax.blocks.diagonal import Diagonal
+from kfac_jax.blocks.tnt import marginals
 from kfac_jax.linalg._psd import eigh, turned_basis
 
 
@@ -59,6 +74,7 @@ class Eigen(Block):
     elementwise = frozenset({"input_diagonal", "output_diagonal", "moments"})
     row_statistics = frozenset({"input", "input_diagonal", "count"})
     handles_one_hot = True
+    takes_gradients = True
     carried = frozenset({"input_basis", "output_basis"})
 
     def __post_init__(self) -> None:
@@ -101,6 +117,26 @@ class Eigen(Block):
         squares = Diagonal().statistics(u, v, shape)["diagonal"]
         limit, sharing = self.max_factor_dim, self.weight_sharing
         return _moments.moments(x, dy, shape, limit, sharing) | {"moments": squares}
+
+    def of_gradients(
+        self,
+        gradients: Gradients,
+        shape: BlockShape,
+        *,
+        input_basis: Float[Array, "*e i i"] | None = None,
+        output_basis: Float[Array, "*e o o"] | None = None,
+    ) -> Arrays:
+        """`Σ_b (U_Aᵀ g U_G)²`, in the bases of `TNT`'s factors instead."""
+        rotated = gradients
+        if input_basis is not None:
+            rotated = jnp.swapaxes(input_basis, -1, -2)[..., None, :, :] @ rotated
+        if output_basis is not None:
+            rotated = rotated @ output_basis[..., None, :, :]
+        sums = named(*marginals(gradients, self.factor_shapes(shape)))
+        if not shape.homogeneous:
+            lead = gradients.shape[:-3]
+            sums["count"] = jnp.full(lead, gradients.shape[-3], gradients.dtype)
+        return sums | {"moments": jnp.square(rotated).sum(-3)}
 
     def carry(self, factors: Arrays) -> Arrays:
         """The eigenvectors of both sides."""

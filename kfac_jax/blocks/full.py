@@ -8,7 +8,15 @@ from chex import Numeric
 from jax import Array
 
 from kfac_jax.blocks._block import Block, Damped, Spectrum, per_example
-from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
+from kfac_jax.blocks._layout import (
+    Arrays,
+    BlockShape,
+    Gradients,
+    Inputs,
+    Matrix,
+    Outputs,
+    Shapes,
+)
 from kfac_jax.linalg._psd import diagonal, eigh
 
 
@@ -21,6 +29,8 @@ class Full(Block):
     Full()
     """
 
+    takes_gradients = True
+
     @property
     def needs_examples(self) -> bool:
         """Yes: gradients are summed within an example before they are squared."""
@@ -32,8 +42,11 @@ class Full(Block):
 
     def statistics(self, x: Inputs, dy: Outputs, shape: BlockShape) -> Arrays:
         """`Σ_b g gᵀ` over each example's flattened gradient."""
-        g = per_example(x, dy)
-        g = jnp.moveaxis(g, -3, 0)
+        return self.of_gradients(per_example(x, dy), shape)
+
+    def of_gradients(self, gradients: Gradients, shape: BlockShape) -> Arrays:
+        """`Σ_b g gᵀ`."""
+        g = jnp.moveaxis(gradients, -3, 0)
         flat = g.reshape(len(g), -1)
         return {"full": flat.T @ flat}
 

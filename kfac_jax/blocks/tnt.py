@@ -12,7 +12,15 @@ from kfac_jax._utils import arguments
 from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks import _product
 from kfac_jax.blocks._block import Block, Damped, Spectrum
-from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
+from kfac_jax.blocks._layout import (
+    Arrays,
+    BlockShape,
+    Gradients,
+    Inputs,
+    Matrix,
+    Outputs,
+    Shapes,
+)
 from kfac_jax.blocks._pi import check_pi
 from kfac_jax.blocks._sides import (
     Side,
@@ -56,6 +64,8 @@ class TNT(Block):
     handles_one_hot = True
     solves_by_sides = True
 
+    takes_gradients = True
+
     def __post_init__(self) -> None:
         """Checks the options."""
         check_max_factor_dim(self.max_factor_dim)
@@ -86,6 +96,10 @@ class TNT(Block):
             inputs = _weighted(x, weights, "input" in wanted)
         return named(inputs, _weighted(dy, same, "output" in wanted))
 
+    def of_gradients(self, gradients: Gradients, shape: BlockShape) -> Arrays:
+        """`Σ_b g gᵀ` and `Σ_b gᵀ g`."""
+        return named(*marginals(gradients, self.factor_shapes(shape)))
+
     def damp(self, factors: Arrays, damping: Numeric) -> dict[str, Damped]:
         """Factored Tikhonov damping, as of `Kronecker`."""
         return _product.damp(_scaled(factors), damping, self.pi, self.exact_scalars)
@@ -105,6 +119,19 @@ class TNT(Block):
     def spectrum(self, factors: Arrays, shape: BlockShape) -> Spectrum:
         """The joint eigenbasis."""
         return _product.spectrum(_scaled(factors), self.pi, self.exact_scalars)
+
+
+def marginals(gradients: Gradients, wanted: Shapes) -> tuple[Side, Side]:
+    """`Σ_b g gᵀ` and `Σ_b gᵀ g`, or their diagonals."""
+    if "input" in wanted:
+        first = Side(jnp.einsum("...bio,...bjo->...ij", gradients, gradients), True)
+    else:
+        first = Side(jnp.square(gradients).sum((-3, -1)), False)
+    if "output" in wanted:
+        second = Side(jnp.einsum("...bio,...bip->...op", gradients, gradients), True)
+    else:
+        second = Side(jnp.square(gradients).sum((-3, -2)), False)
+    return first, second
 
 
 def _weighted(

@@ -159,7 +159,7 @@ class Linked(Group):
         x, dy = site.canonical(x, dy, layer.shape.homogeneous)
         return sums | dict(zip(ROWS, block.rows(x, dy), strict=True))
 
-    def collect(self, sums: Factors) -> Factors:
+    def collect(self, sums: Factors, carried: Factors) -> Factors:
         """Second moments of layers' rows with those of their parents' for the rows."""
         found = {
             name: {n: x for n, x in sums[name].items() if n not in ROWS}

@@ -19,8 +19,10 @@ from kfac_jax._jaxpr.flow import types_outside_loops
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.operator.single import Single
+from kfac_jax.operator.summed import Summed
 from kfac_jax.plan.group import Arrays, Factors, Group, Products, Uses, Vectors
 from kfac_jax.plan.layer import Layer
+from kfac_jax.plan.summing import sums_gradients
 
 _SIDES = ("product_inputs", "product_outputs")
 """What the taps bring out besides statistics, `[rows, i]` and `[rows, o]`: with the
@@ -62,7 +64,7 @@ class KeptProduct(Single):
         sums = super().gather(layer, site, x, dy, carried)
         return sums | dict(zip(_SIDES, rows, strict=True))
 
-    def collect(self, sums: Factors) -> Factors:
+    def collect(self, sums: Factors, carried: Factors) -> Factors:
         """Without the sides."""
         own = {n: x for n, x in sums[self.name].items() if n not in _SIDES}
         return {self.name: own}
@@ -141,7 +143,8 @@ def by_themselves(
         reason = _refusal(layer, uses, types, layer.name in linked) if asked else ""
         if layer.name in linked or not asked or reason:
             if layer.name not in linked:
-                groups.append(Single(layer))
+                several = sums_gradients(layer.block, uses.sites.get(layer.name, ()))
+                groups.append(Summed(layer) if several else Single(layer))
             others += [f"  {layer.name}: {reason}"] if reason else []
             continue
         rows = uses.sites[layer.name][0].count

@@ -165,8 +165,16 @@ class Group(abc.ABC):
           Arrays by name.
         """
 
-    def collect(self, sums: Factors) -> Factors:
-        """Statistics from what the taps brought, summed over all uses."""
+    def collect(self, sums: Factors, carried: Factors) -> Factors:
+        """Statistics from what the taps brought, summed over all uses.
+
+        Args:
+          sums: what they brought, by layer.
+          carried: what statistics need of the factors.
+
+        Returns:
+          Arrays like `statistics_shapes`, without what is carried.
+        """
         return {name: sums[name] for name in self.names if name in sums}
 
     def products(self, sums: Factors) -> Products:

@@ -13,6 +13,7 @@ from kfac_jax._utils.arguments import shown
 from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks import Block, BlockShape, Diagonal, Identity, Kronecker
 from kfac_jax.plan.layer import KINDS, Layer
+from kfac_jax.plan.summing import is_shared, no_sums, sums_gradients
 
 BlocksSpec = Block | Mapping[str, Block | None] | Callable[[Layer], Block | None] | None
 
@@ -232,15 +233,11 @@ def _with_default_block(
     if not layer.tagged:
         return layer
     matrix = layer.kind in ("dense", "conv", "embedding", "tied")
-    if matrix or _is_shared(sites) or _is_lost(sites):
+    if matrix or is_shared(sites) or _is_lost(sites):
         block = Kronecker(weight_sharing=weight_sharing)
     else:
         block = Diagonal()
     return dataclasses.replace(layer, block=block)
-
-
-def _is_shared(sites: Sequence[Site]) -> bool:
-    return len(sites) > 1 or any(site.repeated for site in sites)
 
 
 def _is_lost(sites: Sequence[Site]) -> bool:
@@ -339,6 +336,8 @@ def _choose(
         shape = layer.shape
         if block is not None and not block.handles_one_hot:
             shape = dataclasses.replace(shape, one_hot=False)
+        if sums_gradients(block, sites):
+            shape = dataclasses.replace(shape, tied=False)
         result.append((dataclasses.replace(layer, block=block, shape=shape), sites))
     return result
 
@@ -347,17 +346,16 @@ def _misfit(layer: Layer, sites: Sequence[Site], block: Block | None) -> str:
     """Why the block cannot be this layer's; empty if it can."""
     if block is None or not layer.tagged:
         return ""
-    if layer.shape.tied and not block.handles_tied:
+    if layer.shape.tied and not (block.handles_tied or block.takes_gradients):
         return f"{block!r} is not for a weight that is used transposed too"
     if any(site.cases for site in sites) and not block.row_statistics:
         return f"{block!r} is not for inputs that all cases share"
-    shared = _is_shared(sites)
-    if block.needs_examples and (shared or _is_lost(sites)):
+    if not block.needs_examples:
+        return ""
+    why = no_sums(layer, sites, block) if is_shared(sites) else ""
+    if _is_lost(sites):
         why = "which rows belong to one example could not be followed" + _since(sites)
-        if shared:
-            why = "this layer is used several times for each example"
-        return f"{block!r} sums within an example, and {why}"
-    return ""
+    return f"{block!r} sums within an example, and {why}" if why else ""
 
 
 def _as_rule(

@@ -106,7 +106,7 @@ def linearize(
         pairs = zip(cotangents, zs, strict=True)
         cotangents = [_compat.vary_like(u, z) for u, z in pairs]
         grads, sums = axis_types.explicit(pull_back, zs)(cotangents)
-        return grads, _collected(plan.groups, sums)
+        return grads, _collected(plan.groups, sums, carried)
 
     def diagonals() -> Factors:
         if not is_exact(plan.estimation_mode):
@@ -124,11 +124,11 @@ def linearize(
     return Linearized(value, None if replaces_rules(program) else gradient, statistics)
 
 
-def _collected(groups: Sequence[Group], sums: Factors) -> Factors:
+def _collected(groups: Sequence[Group], sums: Factors, carried: Factors) -> Factors:
     """Statistics from what all taps brought."""
     result: Factors = {}
     for group in groups:
-        result |= group.collect(sums)
+        result |= group.collect(sums, carried)
     return result
 
 

@@ -258,11 +258,17 @@ def test_a_long_side_keeps_its_diagonal():
     assert group.inversion_cost == D**3
 
 
-@pytest.mark.parametrize("block", [Diagonal(), Full(), Eigen(), TNT()])
-def test_other_blocks_refuse_tied_weights(block):
-    with pytest.warns(UserWarning, match="not for a weight that is used transposed"):
-        plan = kfac_jax.make_curvature(tied_loss, TABLE, IDS, blocks={"table": block})
-    assert plan.layers[-1].kind == "unmatched"
+@pytest.mark.parametrize("block", [Diagonal(), Full(), Eigen(), TNT()], ids=repr)
+def test_other_blocks_sum_the_gradients_of_both_uses(block):
+    plan = kfac_jax.make_curvature(
+        tied_loss,
+        TABLE,
+        IDS,
+        blocks={"table": block},
+        estimation_mode="fisher_exact",
+        on_unmatched="error",
+    )
+    assert plan.layers[-1].kind == "tied"
 
 
 def test_no_curvature_is_possible_too():

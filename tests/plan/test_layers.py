@@ -563,15 +563,31 @@ def test_a_scan_that_shares_the_layer_is_the_unrolled_loop(name, steps):
 
 @pytest.mark.parametrize("block", ["Full", "Diagonal", "Eigen", "TNT"])
 @pytest.mark.parametrize("name", EACH)
-def test_blocks_that_sum_within_an_example_refuse_a_shared_layer(name, block):
+def test_blocks_that_sum_within_an_example_take_a_shared_layer(name, block):
+    """Full and Diagonal are exact, the others in their trace."""
     case = CASES[name]
     for over, steps in ((scan, 1), (scan, 2), (loop, 2)):
         params, x = case.params(steps), data(case, steps)
-        with pytest.warns(UserWarning, match="used several times for each example"):
-            plan = plan_of(case.loss_fn(over=over), params, x, BLOCKS[block])
-        found = [layer.kind for layer in layers_of(plan)]
-        assert found == ["unmatched"] * len(params["layer"])
-        assert all("used several times" in layer.reason for layer in layers_of(plan))
+        plan = plan_of(case.loss_fn(over=over), params, x, BLOCKS[block])
+        (layer,) = layers_of(plan)
+        assert (layer.kind, layer.reason) == (case.kind, "")
+
+        def dense(p, x, plan=plan):
+            return plan.approximation(models.statistics_to_factors(plan, p, x))
+
+        found = fast_jit(lambda p, x, dense=dense: dense(p, x).to_dense())(params, x)
+        exact, a, g = oracle(name, steps)
+        names = [f"layer/{key}" for key in params["layer"]]
+        mine, full = (
+            oracles.block(np.asarray(matrix), params, *names)
+            for matrix in (found, exact)
+        )
+        np.testing.assert_allclose(np.trace(mine), np.trace(full), rtol=1e-10)
+        assert np.linalg.eigvalsh(mine).min() > -1e-10 * np.trace(mine)
+        if block in ("Full", "Diagonal"):
+            places = case.places(entries(params)["layer"])
+            wanted = expected(case, block, exact, places, a, g)
+            close(mine, oracles.block(np.asarray(wanted), params, *names))
 
 
 def by_scan(layer):

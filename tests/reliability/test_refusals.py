@@ -259,10 +259,10 @@ def unmatched(**options):
     kfac_jax.make_curvature(loss_of(apply), params_of((3, 2)), X, **options)
 
 
-def full_of_two_uses():
-    apply = lambda p, x: jnp.tanh(x @ p["a"]) @ p["a"]  # noqa: E731
+def full_of_mixed_examples():
+    apply = lambda p, x: jnp.sort(x, axis=0) @ p["a"]  # noqa: E731
     block = {"a": kfac_jax.blocks.Full()}
-    kfac_jax.make_curvature(loss_of(apply), params_of((3, 3)), X, blocks=block)
+    kfac_jax.make_curvature(loss_of(apply), params_of((3, 2)), X, blocks=block)
 
 
 def full_of_a_generic():
@@ -362,7 +362,7 @@ ERRORS = {  # the type, and what raises it
         TypeError,
         lambda: kfac_jax.make_curvature(plain, W, X, blocks=kfac_jax.blocks.Full),
     ),
-    "Full() sums within an example, and ": (UserWarning, full_of_two_uses),
+    "Full() sums within an example, and ": (UserWarning, full_of_mixed_examples),
     "use Diagonal(), Identity() or None": (ValueError, full_of_a_generic),
     "expects params of real floating point; got": (
         TypeError,

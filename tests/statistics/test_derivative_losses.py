@@ -379,18 +379,14 @@ def test_layers_used_once_are_exact_under_blocks_that_sum_within_an_example():
         close(oracles.block(found, PARAMS, name), oracles.block(exact, PARAMS, name))
 
 
-@pytest.mark.parametrize(
-    "block",
-    [
-        blocks.Full(),
-        blocks.Diagonal(),
-        blocks.TNT(),
-        blocks.Eigen(),
-        blocks.Kronecker(weight_sharing="reduce"),
-    ],
-    ids=lambda block: type(block).__name__,
-)
-def test_blocks_that_sum_within_an_example_refuse_several_uses(block):
+@pytest.mark.parametrize("block", [blocks.Full(), blocks.Diagonal()], ids=repr)
+def test_examples_gradients_are_summed_over_the_uses_of_a_derivative(block):
+    plan = make(poisson(laplacian_by_vmap), blocks={"dense": block})
+    assert {layer.kind for layer in plan.layers} == {"dense"}
+
+
+def test_rows_of_several_uses_cannot_be_reduced():
+    block = blocks.Kronecker(weight_sharing="reduce")
     with pytest.warns(UserWarning, match="used several times for each example"):
         plan = make(poisson(laplacian_by_vmap), blocks={"dense": block})
     weights = [layer for layer in plan.layers if layer.name.endswith("w")]

@@ -104,8 +104,6 @@ EQUAL = {  # the same function written with joined and with separate parameters
 @pytest.mark.parametrize("name", EQUAL)
 def test_joined_parameters_have_the_factors_of_separate_ones(name, block):
     joined, apart, params = EQUAL[name]
-    if name == "scanned" and block != "Kronecker":
-        pytest.skip("a weight shared by the steps has a Kronecker block only")
     blocks = getattr(kfac_jax.blocks, block)()
     plans = [
         planned(apply, params, on_unmatched="error", blocks=blocks)

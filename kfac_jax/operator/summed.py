@@ -1,0 +1,75 @@
+"""Layers that are used several times, under blocks of whole gradients.
+
+A weight may be used at several places, at each step of a scan, or transposed too. The
+gradient of an example is the sum over its uses, which must be known before it is
+squared. So each tap brings out examples' gradients; reverse mode sums them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax._jaxpr.sites import Site
+from kfac_jax.blocks._block import per_example
+from kfac_jax.blocks._layout import Arrays
+from kfac_jax.operator.single import Single
+from kfac_jax.plan.group import Factors
+from kfac_jax.plan.layer import Layer
+from kfac_jax.plan.summing import cases
+
+_GRADIENTS = "gradients"
+"""What the taps bring out: `[*e, b, i, o]`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Summed(Single):
+    """A layer whose examples' gradients are summed over its uses."""
+
+    @property
+    def row_statistics(self) -> dict[str, frozenset[str]]:
+        """None: all are of gradients."""
+        return {self.name: frozenset()}
+
+    def probes(
+        self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
+    ) -> Factors:
+        """Zeros like the examples' gradients."""
+        if not self.layer.is_tapped:
+            return {}
+        shape = self.layer.shape
+        size = (*shape.lead, cases(sites[self.name]), shape.inputs, shape.outputs)
+        return {self.name: {_GRADIENTS: jnp.zeros(size, self.layer.dtype)}}
+
+    def gather(
+        self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
+    ) -> Arrays:
+        """The gradients of one use."""
+        rows = site.canonical(x, dy, layer.shape.homogeneous, one_hot=False)
+        gradients = per_example(*rows)
+        if site.swapped:
+            gradients = jnp.swapaxes(gradients, -1, -2)
+        return {_GRADIENTS: gradients}
+
+    def collect(self, sums: Factors, carried: Factors) -> Factors:
+        """The block's statistics of the sums."""
+        if self.name not in sums:
+            return {}
+        function = functools.partial(self._of_slice)
+        for _ in self.layer.shape.stacked:
+            function = jax.vmap(function)
+        own = carried.get(self.name, {})
+        return {self.name: function(sums[self.name][_GRADIENTS], own)}
+
+    def _of_slice(self, gradients: Array, carried: Arrays) -> Arrays:
+        return self.block.of_gradients(gradients, self.layer.shape, **carried)
+
+    def counts(self, statistics: Factors, weight: Array) -> Factors:
+        """The number of batches for all."""
+        own = self.layer.factor_shapes.keys() & statistics[self.name].keys()
+        weight = weight.astype(self.layer.dtype)
+        return {self.name: dict.fromkeys(sorted(own), weight)}
