@@ -20,13 +20,13 @@ export OPENBLAS_NUM_THREADS := 1
 .NOTPARALLEL:
 .PHONY: test test-slow fuzz faults kills compiled-check doctest lint format types
 .PHONY: docs clean bench opponents
-.PHONY: demo classifier language-model wavefunction paper data-parallel multi-process
+.PHONY: examples demo classifier language-model wavefunction paper data-parallel multi-process
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-# Some of these train the examples.
-test-slow: $(VENV)/test.stamp $(VENV)/examples.stamp
+# Some of these train the examples and the experiments.
+test-slow: $(VENV)/test.stamp $(VENV)/experiments.stamp
 	$(PYTEST) -m "slow and not full" --ignore=tests/fuzz $(PYTEST_ARGS)
 
 # Random programs. CI runs 200, of seed 0.
@@ -36,15 +36,16 @@ fuzz: $(VENV)/test.stamp
 
 # Every fault in every configuration, and the long runs: docs/reliability.md.
 faults: $(VENV)/test.stamp
-	$(PYTEST) tests/test_faults.py tests/test_long_runs.py $(PYTEST_ARGS)
+	$(PYTEST) tests/reliability/test_faults.py tests/reliability/test_long_runs.py \
+	  $(PYTEST_ARGS)
 
 # After a change that is meant to cost more: benchmarks/compiled.py --record.
-compiled-check: $(VENV)/examples.stamp
+compiled-check: $(VENV)/experiments.stamp
 	$(BIN)/python benchmarks/compiled.py --check
 
 # Training processes that are killed a hundred times; the slow tests kill a few.
 kills: $(VENV)/test.stamp
-	KFAC_KILLS=100 $(PYTEST) -rP tests/test_kills.py
+	KFAC_KILLS=100 $(PYTEST) -rP tests/reliability/test_kills.py
 
 doctest: $(VENV)/test.stamp
 	$(PYTEST) --doctest-modules --doctest-glob="*.md" kfac_jax docs README.md
@@ -63,26 +64,31 @@ types: $(VENV)/dev.stamp
 docs: $(VENV)/docs.stamp
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs site
 
-demo: $(VENV)/examples.stamp
-	$(BIN)/python examples/autoencoder.py
+# Two programs to copy, each of one file: a minute or so together.
+examples: $(VENV)/examples.stamp
+	$(BIN)/python examples/plain_jax.py
+	$(BIN)/python examples/flax_nnx.py
 
-classifier: $(VENV)/examples.stamp
-	$(BIN)/python examples/classifier.py
+demo: $(VENV)/experiments.stamp
+	$(BIN)/python experiments/autoencoder.py
 
-language-model: $(VENV)/examples.stamp
-	$(BIN)/python examples/language_model.py
+classifier: $(VENV)/experiments.stamp
+	$(BIN)/python experiments/classifier.py
 
-wavefunction: $(VENV)/examples.stamp
-	$(BIN)/python examples/wavefunction.py
+language-model: $(VENV)/experiments.stamp
+	$(BIN)/python experiments/language_model.py
 
-paper: $(VENV)/examples.stamp
-	$(BIN)/python examples/paper.py
+wavefunction: $(VENV)/experiments.stamp
+	$(BIN)/python experiments/wavefunction.py
 
-data-parallel: $(VENV)/examples.stamp
-	$(BIN)/python examples/data_parallel.py
+paper: $(VENV)/experiments.stamp
+	$(BIN)/python experiments/paper.py
 
-multi-process: $(VENV)/examples.stamp
-	$(BIN)/python examples/multi_process.py --processes 2
+data-parallel: $(VENV)/experiments.stamp
+	$(BIN)/python experiments/data_parallel.py
+
+multi-process: $(VENV)/experiments.stamp
+	$(BIN)/python experiments/multi_process.py --processes 2
 
 # This library beside others, see docs/performance.md.
 bench: $(VENV)/bench.stamp opponents

@@ -20,7 +20,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-OF_EXAMPLES = ("flax", "matplotlib", "mlxtend", "tqdm", "orbax-checkpoint")
+OF_EXPERIMENTS = (
+    "flax",
+    "matplotlib",
+    "mlxtend",
+    "orbax-checkpoint",
+    "pandas",
+    "pooch",
+    "rdata",
+    "tqdm",
+    "tyro",
+)
 
 
 class Environment(NamedTuple):
@@ -31,11 +41,11 @@ class Environment(NamedTuple):
     python: str | None = None
 
 
-THIS_PACKAGE = ("--editable", f"{ROOT}[examples]")
+THIS_PACKAGE = ("--editable", f"{ROOT}[experiments]")
 ENVIRONMENTS = {
     # Has this package's import name, and fails on later releases of JAX.
     "published": Environment(
-        ("jaxlib==0.9.1", "kfac-jax==0.0.8", *OF_EXAMPLES), "jax==0.9.1", "3.11"
+        ("jaxlib==0.9.1", "kfac-jax==0.0.8", *OF_EXPERIMENTS), "jax==0.9.1", "3.11"
     ),
     # This package on that release of JAX.
     "published-jax": Environment(

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 from cost import Runner, take_turns
-from models import MODELS, Model, autoencoder_model  # finds the examples
+from models import MODELS, Model, autoencoder_model  # finds the experiments
 from optimizers import INVERSE_EVERY, RATES, Program, gradient
 
 import kfac_jax

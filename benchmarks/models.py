@@ -1,7 +1,7 @@
 """The models that benchmarks share: a loss function, its parameters, a batch of data.
 
-Data are random, as they decide nothing about cost. Models of the examples come from
-there.
+Data are random, as they decide nothing about cost. Models of the experiments come
+from there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before JAX, whose threads they are
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 import autoencoder_model
 import classifier
@@ -55,7 +55,7 @@ def autoencoder(batch: int) -> Model:
 
 
 def convnet(batch: int) -> Model:
-    """The examples' convolutional net for Fashion-MNIST, in flax nnx."""
+    """The experiments' convolutional net for Fashion-MNIST, in flax nnx."""
     args = _uniform(0, batch, 28, 28, 1), _classes(1, 10, batch)
     return Model(classifier.loss_fn, classifier.init_params(0), args)
 
@@ -113,7 +113,7 @@ def _normalized(x: Array, params: dict[str, Array], groups: int = 8) -> Array:
 
 
 def language_model(batch: int) -> Model:
-    """The examples' four-layer character transformer, 256 wide, on 128 characters.
+    """The experiments' character transformer, four layers, 256 wide, on 128 characters.
 
     Its layers are written out, as not everything that is compared here can see into a
     loop.
@@ -129,7 +129,7 @@ def language_model(batch: int) -> Model:
 
 
 def wavefunction(batch: int) -> Model:
-    """The examples' neural wavefunction, of lithium; energies included."""
+    """The experiments' neural wavefunction, of lithium; energies included."""
     system = SYSTEMS["Li"]
     shape = wavefunction_model.Shape(layers=2, width=24, determinants=4)
     params = wavefunction_model.init_params(

@@ -1,4 +1,4 @@
-"""Gives the published release of kfac-jax the names that the examples' models use.
+"""Gives the published release of kfac-jax the names that the experiments use.
 
 It has the same import name as this package, but no losses that compute and register in
 one call. `add` makes them of its own register functions; where this package is

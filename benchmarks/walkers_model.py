@@ -2,7 +2,7 @@
 
 After FermiNet (Pfau et al. 2020, arXiv:1909.02487) and, with `Shape(attention=True)`,
 Psiformer (von Glehn et al. 2022, arXiv:2211.13672). Unlike the wavefunction of the
-examples it is written as such programs are, which is what matters for a comparison:
+experiments it is written as such programs are, which is what matters for a comparison:
 for one walker, with `jax.vmap` over walkers; determinants by `slogdet`; the Laplacian
 by a loop; the gradient and what is registered in a `custom_jvp` rule; every argument of
 `kfac_jax.Optimizer` with an axis for devices in front.
@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before JAX, whose threads they are
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 
 import jax
 import jax.numpy as jnp

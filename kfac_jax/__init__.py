@@ -66,11 +66,11 @@ _FOR_EXISTING_PROGRAMS = {
         DenseDiagonal DenseFull DenseTNT DenseTwoKroneckerFactored KroneckerFactored
         LayerVjpData NaiveDiagonal NaiveFull NaiveTNT RepeatedDenseKroneckerFactored
         ScaleAndShiftDiagonal ScaleAndShiftFull ScaledIdentity
-        get_default_tag_to_block_ctor set_default_tag_to_block_ctor
     """,
     "curvature_estimator": """
         BlockDiagonalCurvature ExplicitExactCurvature ImplicitExactCurvature
-        OptaxPreconditioner OptaxPreconditionState
+        OptaxPreconditioner OptaxPreconditionState get_default_tag_to_block_ctor
+        set_default_tag_to_block_ctor
     """,
     "optimizer": "Optimizer",
     "layers_and_loss_tags": "",

@@ -21,6 +21,7 @@ from kfac_jax.plan import checks
 from kfac_jax.plan import report as report_lib
 from kfac_jax.plan.group import Factors, Structure, widened
 from kfac_jax.plan.grouping import BlocksSpec
+from kfac_jax.plan.loss_check import check_loss
 from kfac_jax.plan.modes import needs_rng
 from kfac_jax.plan.plan import Options, Plan
 from kfac_jax.statistics import averages
@@ -401,7 +402,7 @@ class Curvature(Plan):
     ) -> Approximation:
         """The operator of a whole data set: the mean over all cases of its batches.
 
-        Each batch counts by its number of cases, as far as no mask hides them, so that
+        Each batch counts by the number of cases that its loss is the mean of, so that
         the last may be smaller. What is done with a batch is compiled, once for each
         shape. With `blocks.Eigen` there are two passes, one for the
         bases and one for what lies in them.
@@ -470,7 +471,7 @@ class Curvature(Plan):
         leaves, part, given = self._prepare(params, args, key, factors)
         _, _, gather = linearize(self, params, part, leaves, given, own_gradient=True)
         statistics = gather(key)
-        total = seen + statistics.cases.astype(float)
+        total = seen + statistics.weight.astype(float)
         share = seen / jnp.where(total > 0, total, 1.0)
         new = averages.average(self.groups, factors, statistics, jnp.inf, share)
         return new.factors, jnp.where(new.informed, total, seen)
@@ -503,6 +504,7 @@ def make_curvature(
     structure: Structure = BLOCK_DIAGONAL,
     weight_sharing: str = "expand",
     on_unmatched: str = "warn",
+    on_rest: str = "warn",
     num_samples: int = 1,
     statistics_fraction: float = 1.0,
     l2: float = 0.0,
@@ -522,7 +524,7 @@ def make_curvature(
       params: a pytree of floating-point arrays, or of `jax.ShapeDtypeStruct`.
       *args: further arguments, arrays or `jax.ShapeDtypeStruct`; leading axes are the
         batch (see `batch_argnums`). If all are concrete, the returned loss is compared
-        with the registered.
+        with the registered (see `on_rest`).
       has_aux: whether the loss function also returns auxiliary data.
       estimation_mode: "fisher_gradients" (targets sampled from the model),
         "fisher_exact", "fisher_empirical" (the data's targets),
@@ -535,12 +537,18 @@ def make_curvature(
       weight_sharing: what default blocks do with the positions of one example at which
         a weight is used: "expand" takes each for a case, "reduce" averages inputs and
         adds output gradients first, which suits losses of the positions' mean. Blocks
-        given in `blocks` have their own.
+        given in `blocks` have their own; if no layer is left that "reduce" is for, it
+        is an error.
       on_unmatched: what to do about parameters no layer covers: "warn" gives them the
         diagonal `N · ḡ²` of the sampled batch gradient ḡ; in the exact modes their
         exact diagonal, by a forward pass for each entry of the smallest, up to 32
         (else `N · ḡ²` with random signs of the cases, from `rng`). "error" raises,
         "ignore" gives them the identity.
+      on_rest: what to do if the returned loss has terms that are not registered, as a
+        bound's KL divergence or an auxiliary loss. They have no curvature; the gradient
+        is always that of the returned loss. "warn" tells the difference, "error"
+        raises, "ignore" compares nothing. A factor
+        between both, as of a sum in place of a mean, is an error unless ignored.
       num_samples: how many samples per batch the sampled modes average over.
       statistics_fraction: τ1, the fraction of the batch used for statistics, in (0, 1].
       l2: η, the weight of the quadratic penalty that the loss includes, at least 0.
@@ -564,7 +572,8 @@ def make_curvature(
       TypeError: if parameters are not real floating point, or the loss is not a scalar
         array.
       ValueError: if no loss is registered, if the registered loss differs from the
-        returned one, if leading axes disagree, or if an option is out of its range.
+        returned one by a factor, if leading axes disagree, or if an option is out of
+        its range.
 
     References:
       Martens & Grosse 2015, sections 3, 4, 5 and 8.
@@ -581,6 +590,7 @@ def make_curvature(
         has_aux,
         estimation_mode,
         on_unmatched,
+        on_rest,
         num_samples,
         statistics_fraction,
         l2,
@@ -609,9 +619,10 @@ def make_curvature(
         factor_dtype=checks.check_factor_dtype(factor_dtype),
     )
     derived = Options(**options).derive(params, args, quiet=False)
+    checks.check_sharing(derived.layers, blocks is not None, weight_sharing)
     if statistics_fraction < 1.0:
         batch_lib.batch_size(args, options["batch_argnums"])
-    checks.check_loss(derived.traced, params, args, l2)
+    check_loss(derived.traced, params, args, l2, on_rest)
     return Curvature(
         **options,
         layers=derived.layers,

@@ -3,7 +3,8 @@
 Each returns what `optax.losses` returns: values that still have to be reduced. What is
 registered is their sum within a case and mean over the leading axis of cases, so reduce
 them so: `losses.squared_error(y, t).sum(-1).mean()`. A different reduction is caught
-when the plan is made; `weight` states a different factor.
+when the plan is made; `weight` states a different factor. With a `mask` it is the mean
+over what counts: `losses.squared_error(y, t, mask=m).sum() / m.sum()`.
 
 Under `jax.vmap` the mapped axis becomes the axis of cases, which suits a function of
 one case. Under a `vmap` over something else, such as the members of an ensemble, it
@@ -68,12 +69,54 @@ def _hide_classes(logits: Array, where: Array | None) -> Array:
     return jnp.where(where, logits, jnp.finfo(logits.dtype).min / 2)
 
 
+def _counted(
+    mask: ArrayLike | None, shape: tuple[int, ...], weight: ArrayLike
+) -> tuple[Array | None, ArrayLike]:
+    """Makes of a mean over what counts the mean over all cases that is registered.
+
+    Args:
+      mask: what counts, the leading axes of the values; None for all.
+      shape: that of the values.
+      weight: the factor of the loss.
+
+    Returns:
+      The mask as numbers, and the factor of the mean over all cases.
+
+    Raises:
+      TypeError: if the mask is no array of real numbers, or the weight no number.
+      ValueError: if the mask does not have the leading axes, or the weight is out of
+        its range.
+    """
+    if mask is None:
+        return None, weight
+    mask = real("mask", mask)
+    if not mask.ndim or mask.shape != shape[: mask.ndim]:
+        raise ValueError(
+            f"mask must have the leading axes of the output's values {shape}, that of "
+            f"cases at least; got shape {mask.shape}. Under vmap, register the outputs "
+            "of all cases outside of it."
+        )
+    mask = mask.astype(jnp.result_type(float))
+    total = mask.sum()
+    scale = jnp.where(total > 0, shape[0] / jnp.where(total > 0, total, 1.0), 0.0)
+    weight = tags.loss_weight(weight)
+    return mask, weight.astype(scale.dtype) * scale
+
+
+def _masked(values: Array, mask: Array | None) -> Array:
+    if mask is None:
+        return values
+    mask = mask.reshape(*mask.shape, *[1] * (values.ndim - mask.ndim))
+    return jnp.where(mask != 0, values * mask.astype(values.dtype), 0)
+
+
 def softmax_cross_entropy_with_integer_labels(
     logits: ArrayLike,
     labels: ArrayLike,
     axis: int = -1,
     where: ArrayLike | None = None,
     *,
+    mask: ArrayLike | None = None,
     weight: ArrayLike = 1.0,
 ) -> Array:
     """Computes and registers `-log softmax(logits)[label]`.
@@ -83,6 +126,9 @@ def softmax_cross_entropy_with_integer_labels(
       labels: class indices, `[n, ...]`.
       axis: the axis of the classes.
       where: which classes take part, or None for all.
+      mask: which cases count, `[n]`, or which of their positions, `[n, ...]`, as bools
+        or factors; None for all. What does not count is zero in the result; average
+        with `.sum() / mask.sum()`.
       weight: the factor of this loss in the returned scalar.
 
     Returns:
@@ -106,10 +152,12 @@ def softmax_cross_entropy_with_integer_labels(
             f"Labels of shape {registered.shape[:-1]} are expected for logits "
             f"{logits.shape}; got {labels.shape}. Check the batch's leading axes."
         )
-    tags.register_softmax_cross_entropy_loss(registered, labels, weight=weight)
-    return optax.losses.softmax_cross_entropy_with_integer_labels(
+    mask, weight = _counted(mask, registered.shape[:-1], weight)
+    tags.register_softmax_cross_entropy_loss(registered, labels, mask, weight)
+    values = optax.losses.softmax_cross_entropy_with_integer_labels(
         logits, labels, axis=axis, where=where
     )
+    return _masked(values, mask)
 
 
 def softmax_cross_entropy(
@@ -118,6 +166,7 @@ def softmax_cross_entropy(
     axis: int = -1,
     where: ArrayLike | None = None,
     *,
+    mask: ArrayLike | None = None,
     weight: ArrayLike = 1.0,
 ) -> Array:
     """Computes and registers `-Σ labels · log softmax(logits)`.
@@ -127,6 +176,9 @@ def softmax_cross_entropy(
       labels: probabilities (one-hot or soft) of the same shape, summing to one.
       axis: the axis of the classes.
       where: which classes take part, or None for all.
+      mask: which cases count, `[n]`, or which of their positions, `[n, ...]`, as bools
+        or factors; None for all. What does not count is zero in the result; average
+        with `.sum() / mask.sum()`.
       weight: the factor of this loss in the returned scalar.
 
     Returns:
@@ -147,22 +199,30 @@ def softmax_cross_entropy(
             f"Labels of the logits' shape {logits.shape} are expected; got "
             f"{labels.shape}. Check the batch's leading axes."
         )
+    registered = jnp.moveaxis(_hide_classes(logits, where), axis, -1)
+    mask, weight = _counted(mask, registered.shape[:-1], weight)
     tags.register_softmax_cross_entropy_loss(
-        jnp.moveaxis(_hide_classes(logits, where), axis, -1),
-        jnp.moveaxis(labels, axis, -1),
-        weight=weight,
+        registered, jnp.moveaxis(labels, axis, -1), mask, weight
     )
-    return optax.losses.softmax_cross_entropy(logits, labels, axis=axis, where=where)
+    values = optax.losses.softmax_cross_entropy(logits, labels, axis=axis, where=where)
+    return _masked(values, mask)
 
 
 def sigmoid_binary_cross_entropy(
-    logits: ArrayLike, labels: ArrayLike, *, weight: ArrayLike = 1.0
+    logits: ArrayLike,
+    labels: ArrayLike,
+    *,
+    mask: ArrayLike | None = None,
+    weight: ArrayLike = 1.0,
 ) -> Array:
     """Computes and registers the Bernoulli cross entropy, elementwise.
 
     Args:
       logits: `[n, ...]`.
       labels: in [0, 1], of the same shape.
+      mask: which cases count, `[n]`, or which of their positions, `[n, ...]`, as bools
+        or factors; None for all. What does not count is zero in the result; average
+        with `.sum() / mask.sum()`.
       weight: the factor of this loss in the returned scalar.
 
     Returns:
@@ -177,14 +237,16 @@ def sigmoid_binary_cross_entropy(
     Array([[0.6931472, 0.6931472]], dtype=float32)
     """
     logits, labels = _output("logits", logits), real("labels", labels)
-    tags.register_sigmoid_cross_entropy_loss(logits, labels, weight=weight)
-    return optax.losses.sigmoid_binary_cross_entropy(logits, labels)
+    mask, weight = _counted(mask, logits.shape, weight)
+    tags.register_sigmoid_cross_entropy_loss(logits, labels, mask, weight)
+    return _masked(optax.losses.sigmoid_binary_cross_entropy(logits, labels), mask)
 
 
 def squared_error(
     predictions: ArrayLike,
     targets: ArrayLike | None = None,
     *,
+    mask: ArrayLike | None = None,
     weight: ArrayLike = 1.0,
 ) -> Array:
     """Computes and registers `(prediction - target)²`, elementwise, without a ½.
@@ -192,6 +254,9 @@ def squared_error(
     Args:
       predictions: `[n, ...]`.
       targets: of the same shape; None means zeros.
+      mask: which cases count, `[n]`, or which of their positions, `[n, ...]`, as bools
+        or factors; None for all. What does not count is zero in the result; average
+        with `.sum() / mask.sum()`.
       weight: the factor of this loss in the returned scalar.
 
     Returns:
@@ -208,8 +273,9 @@ def squared_error(
     predictions = _output("predictions", predictions)
     none = jnp.zeros_like(predictions) if targets is None else targets
     known = real("targets", none)
-    tags.register_squared_error_loss(predictions, known, weight)
-    return optax.losses.squared_error(predictions, known)
+    mask, weight = _counted(mask, predictions.shape, weight)
+    tags.register_squared_error_loss(predictions, known, weight, mask)
+    return _masked(optax.losses.squared_error(predictions, known), mask)
 
 
 def normal_negative_log_likelihood(
@@ -217,6 +283,7 @@ def normal_negative_log_likelihood(
     log_variance: ArrayLike,
     targets: ArrayLike,
     *,
+    mask: ArrayLike | None = None,
     weight: ArrayLike = 1.0,
 ) -> Array:
     """Computes and registers `-log N(target; μ, eˢ)` without constants, elementwise.
@@ -228,6 +295,9 @@ def normal_negative_log_likelihood(
       mean: μ, `[n, ...]`.
       log_variance: s, of the same shape.
       targets: of the same shape.
+      mask: which cases count, `[n]`, or which of their positions, `[n, ...]`, as bools
+        or factors; None for all. What does not count is zero in the result; average
+        with `.sum() / mask.sum()`.
       weight: the factor of this loss in the returned scalar.
 
     Returns:
@@ -253,14 +323,16 @@ def normal_negative_log_likelihood(
         )
     distribution = distributions.NormalWithVariance()
     z = jnp.stack([mean, log_variance], axis=-1)
-    tags.bind_loss(distribution, z, [targets], None, weight)
-    return distribution.negative_log_likelihood(z, (targets,))
+    mask, weight = _counted(mask, mean.shape, weight)
+    tags.bind_loss(distribution, z, [targets], mask, weight)
+    return _masked(distribution.negative_log_likelihood(z, (targets,)), mask)
 
 
 def convex(
     per_case_loss: Callable[..., Array],
     outputs: ArrayLike,
     *data: ArrayLike,
+    mask: ArrayLike | None = None,
     weight: ArrayLike = 1.0,
 ) -> Array:
     """Computes and registers any loss that is convex in the network's output.
@@ -280,6 +352,8 @@ def convex(
         what is computed of them): pass those as data. `make_curvature` refuses it.
       outputs: `[n, ...]`.
       *data: arrays with the same leading axis.
+      mask: which cases count, `[n]`, as bools or factors; None for all. What does not
+        count is zero in the result; average with `.sum() / mask.sum()`.
       weight: the factor of this loss in the returned scalar.
 
     Returns:
@@ -302,5 +376,6 @@ def convex(
             "convex expects outputs and data with one leading axis of cases; got "
             f"{outputs.shape} and {[x.shape for x in arrays]}."
         )
-    tags.bind_loss(distribution, outputs, arrays, None, weight)
-    return jax.vmap(per_case_loss)(outputs, *arrays)
+    mask, weight = _counted(mask, outputs.shape[:1], weight)
+    tags.bind_loss(distribution, outputs, arrays, mask, weight)
+    return _masked(jax.vmap(per_case_loss)(outputs, *arrays), mask)

@@ -297,11 +297,7 @@ def bind_loss(
       ValueError: if mask or weight do not fit.
     """
     z = floating("A registered output z", z)
-    if is_number(weight) and not 0 <= float(weight) < math.inf:  # pyright: ignore[reportArgumentType]
-        raise ValueError(f"A loss weight must be finite and at least 0; got {weight}.")
-    weight = real("A loss weight", weight).astype(z.dtype)
-    if weight.ndim:
-        raise ValueError(f"A loss weight must be a scalar; got shape {weight.shape}.")
+    weight = loss_weight(weight).astype(z.dtype)
     operands = [z, *data]
     if mask is not None:
         if is_number(mask) and not 0 <= float(mask) < math.inf:  # pyright: ignore[reportArgumentType]
@@ -322,6 +318,27 @@ def bind_loss(
         num_data=len(data),
         has_mask=mask is not None,
     )
+
+
+def loss_weight(weight: ArrayLike) -> Array:
+    """Checks the factor of a loss.
+
+    Args:
+      weight: a number.
+
+    Returns:
+      It as an array.
+
+    Raises:
+      TypeError: if it is no real number.
+      ValueError: if it is negative, not finite or not a scalar.
+    """
+    if is_number(weight) and not 0 <= float(weight) < math.inf:  # pyright: ignore[reportArgumentType]
+        raise ValueError(f"A loss weight must be finite and at least 0; got {weight}.")
+    weight = real("A loss weight", weight)
+    if weight.ndim:
+        raise ValueError(f"A loss weight must be a scalar; got shape {weight.shape}.")
+    return weight
 
 
 def register_loss(
@@ -457,14 +474,16 @@ def register_normal_predictive_distribution(
     targets: ArrayLike | None = None,
     variance: float = 0.5,
     weight: ArrayLike = 1.0,
+    mask: ArrayLike | None = None,
 ) -> Array:
-    """Registers the loss `weight · mean_n Σ (mean - target)² / (2 · variance)`.
+    """Registers the loss `weight · mean_n Σ mask · (mean - target)² / (2 · variance)`.
 
     Args:
       mean: `[n, ...]`; the mean is over the leading axis, a sum over the others.
       targets: of the same shape, or None.
       variance: σ², a Python number; 0.5 makes the loss a plain squared error.
       weight: the factor of this loss where several are added.
+      mask: the leading axes of `mean`, 0 for what does not count, or None.
 
     Returns:
       `mean`.
@@ -486,13 +505,16 @@ def register_normal_predictive_distribution(
             f"Python number); got {shown(variance)}. For a variance that the network "
             "predicts use kfac_jax.losses.normal_negative_log_likelihood."
         ) from error
-    return _register_normal("mean", mean, targets, variance, weight)
+    return _register_normal("mean", mean, targets, variance, weight, mask)
 
 
 def register_squared_error_loss(
-    prediction: ArrayLike, targets: ArrayLike | None = None, weight: ArrayLike = 1.0
+    prediction: ArrayLike,
+    targets: ArrayLike | None = None,
+    weight: ArrayLike = 1.0,
+    mask: ArrayLike | None = None,
 ) -> Array:
-    """Registers the loss `weight · mean_n Σ (prediction - target)²`.
+    """Registers the loss `weight · mean_n Σ mask · (prediction - target)²`.
 
     There is no factor ½: for `mean_n ½ Σ (·)²` pass `weight=0.5`.
 
@@ -500,6 +522,7 @@ def register_squared_error_loss(
       prediction: `[n, ...]`; the mean is over the leading axis, a sum over the others.
       targets: of the same shape, or None.
       weight: the factor of this loss where several are added.
+      mask: the leading axes of `prediction`, 0 for what does not count, or None.
 
     Returns:
       `prediction`.
@@ -508,7 +531,7 @@ def register_squared_error_loss(
     >>> register_squared_error_loss(jnp.ones((4, 2)), jnp.zeros((4, 2))).shape
     (4, 2)
     """
-    return _register_normal("prediction", prediction, targets, 0.5, weight)
+    return _register_normal("prediction", prediction, targets, 0.5, weight, mask)
 
 
 def _register_normal(
@@ -517,10 +540,11 @@ def _register_normal(
     targets: ArrayLike | None,
     variance: float,
     weight: ArrayLike,
+    mask: ArrayLike | None,
 ) -> Array:
     mean = floating(f"{name}, a registered output,", mean)
     data = _targets_like("A normal distribution", mean, targets)
-    return bind_loss(distributions.Normal(variance), mean, data, None, weight)
+    return bind_loss(distributions.Normal(variance), mean, data, mask, weight)
 
 
 register_categorical_predictive_distribution = register_softmax_cross_entropy_loss

@@ -22,6 +22,7 @@ if _JAXLIB == (0, 12):  # a sixth of the time; an unknown flag would end the pro
 os.environ["XLA_FLAGS"] = " ".join(_FLAGS).strip()
 
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # What JAX keeps of each program lives long: looking through all of it as often as
 # Python does by default took a tenth of the time.
@@ -34,6 +35,8 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 import jaxtyping  # noqa: E402
 
+import tests.helpers.typechecking  # noqa: E402, F401  # found by its name below
+
 # Shapes in signatures, which cost nothing elsewhere. Not those of `linalg._checked`,
 # which is there to be called with anything.
 jaxtyping.install_import_hook(
@@ -44,5 +47,13 @@ jaxtyping.install_import_hook(
             for name in ("coherence", "gram", "psd", "shared")
         ),
     ],
-    "typechecking.functions",
+    "tests.helpers.typechecking.functions",
 )
+
+
+@pytest.fixture
+def user_settings():
+    """What a user's program has, not what other tests do."""
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        with jax.numpy_rank_promotion("allow"):
+            yield

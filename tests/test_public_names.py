@@ -28,7 +28,7 @@ COMPAT = """
 Conv2DDiagonal Conv2DFull Conv2DTNT Conv2DTwoKroneckerFactored DenseDiagonal DenseFull
 DenseTNT NaiveFull NaiveTNT ScaledIdentity
 BlockDiagonalCurvature CurvatureBlock DenseTwoKroneckerFactored
-ExplicitExactCurvature ImplicitExactCurvature
+ImplicitExactCurvature
 KroneckerFactored LayerVjpData NaiveDiagonal OptaxPreconditionState OptaxPreconditioner
 Optimizer RepeatedDenseKroneckerFactored ScaleAndShiftDiagonal ScaleAndShiftFull
 curvature_blocks curvature_estimator get_default_tag_to_block_ctor layers_and_loss_tags
@@ -56,7 +56,7 @@ OPERATOR = "diagonal logdet matvec power sample solve to_dense trace"
 SIGNATURES = {  # parameters, `*` before those by keyword only
     "make_curvature": (
         "loss_fn params *args has_aux estimation_mode blocks structure weight_sharing "
-        "on_unmatched num_samples statistics_fraction l2 batch_argnums "
+        "on_unmatched on_rest num_samples statistics_fraction l2 batch_argnums "
         "independent_cases factor_dtype"
     ),
     "kfac": (
@@ -81,13 +81,13 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "register_categorical_predictive_distribution": "logits targets mask weight",
     "register_sigmoid_cross_entropy_loss": "logits targets mask weight",
     "register_multi_bernoulli_predictive_distribution": "logits targets mask weight",
-    "register_normal_predictive_distribution": "mean targets variance weight",
-    "register_squared_error_loss": "prediction targets weight",
+    "register_normal_predictive_distribution": "mean targets variance weight mask",
+    "register_squared_error_loss": "prediction targets weight mask",
     "OverAxis": "axis state_axes",
     "OverMesh": "mesh axes state_axes",
     "RefreshSchedule": "every * shares stale phase warm_up",
-    "losses.convex": "per_case_loss outputs *data weight",
-    "losses.normal_negative_log_likelihood": "mean log_variance targets * weight",
+    "losses.convex": "per_case_loss outputs *data mask weight",
+    "losses.normal_negative_log_likelihood": "mean log_variance targets * mask weight",
     "Curvature.approximation": "self factors",
     "Curvature.at": "self params *args rng",
     "Curvature.over": "self params batches * rng",
@@ -279,12 +279,13 @@ def test_no_public_function_is_left_out():
     "name", [name for name in LOSSES.split() if hasattr(optax.losses, name)]
 )
 def test_losses_are_called_as_those_of_optax(name):
-    """By the same names, in the same order, with the same defaults; then `weight`."""
+    """As there, in the same order, with the same defaults; then `mask`, `weight`."""
     ours, theirs = (
         inspect.signature(getattr(module, name)).parameters
         for module in (kfac_jax.losses, optax.losses)
     )
-    *common, weight = ours.values()
+    *common, mask, weight = ours.values()
+    assert (mask.name, mask.kind) == ("mask", inspect.Parameter.KEYWORD_ONLY)
     assert (weight.name, weight.kind) == ("weight", inspect.Parameter.KEYWORD_ONLY)
     for mine, other in zip(common, theirs.values(), strict=False):
         assert (mine.name, mine.kind) == (other.name, other.kind)

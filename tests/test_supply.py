@@ -11,13 +11,13 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import optax
 import pytest
 
 import kfac_jax
 from kfac_jax import blocks
+from tests.helpers import models
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
@@ -78,10 +78,10 @@ def test_importing_the_package_reaches_nothing():
 
 
 @pytest.mark.slow
-def test_importing_the_examples_reaches_no_network():
-    names = sorted(x.stem for x in (ROOT / "examples").glob("*.py"))
+def test_importing_the_experiments_reaches_no_network():
+    names = sorted(x.stem for x in (ROOT / "experiments").glob("*.py"))
     assert "mnist" in names
-    reached = reached_by(names, ROOT / "examples")
+    reached = reached_by(names, ROOT / "experiments")
     assert not [x for x in reached if x[1] != "subprocess"]
 
 

@@ -5,12 +5,12 @@ from collections import Counter
 
 import jax
 import jax.numpy as jnp
-import models
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
 import kfac_jax
+from tests.helpers import models
 
 X = models.array(0, 8, 3)
 W = models.array(1, 3, 2)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "examples"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "experiments"))
 
 SAVED = "KFAC_WORKLOADS_DATA"
 TEST_DIGITS, TEST_PATIENTS = 500, 92

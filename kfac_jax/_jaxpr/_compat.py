@@ -85,6 +85,12 @@ def source_line(equation: Any) -> str:
     return "" if line.startswith("<unknown>") else line
 
 
+def uses_reference(equation: Any) -> bool:
+    """Whether the equation makes, reads or writes a mutable array (`jax.new_ref`)."""
+    variables = (*equation.invars, *equation.outvars)
+    return any(type(v.aval).__name__ == "AbstractRef" for v in variables)
+
+
 def under(equation: Any) -> Any:
     """Returns a context in which new equations get this one's source line."""
     return source_info_util.user_context(equation.source_info.traceback)

@@ -90,7 +90,5 @@ def mixed(use: Site, where: str = "") -> OtherUse:
     Returns:
       What takes its place.
     """
-    leaf = use.weight or use.bias
-    assert leaf is not None
     reason = "its inputs do not depend on the batch, so gradients mix the examples"
-    return OtherUse(leaf[0], "unmatched", reason + where, use.source)
+    return OtherUse(use.leaf, "unmatched", reason + where, use.source)

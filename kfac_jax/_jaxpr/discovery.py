@@ -1,39 +1,37 @@
 """Finds layers by dataflow: follows each parameter to the equation that consumes it.
 
 A parameter is followed through equations that only change its view and into every
-nested graph, until an equation combines it with data. The table `CONSUMERS` says which
-equations are layers; everything else is recorded as unmatched, with the equation and
-the line.
+nested graph, until an equation combines it with data. The table `kinds.RULES` says
+which equations are layers; everything else is recorded as unmatched, with the equation
+and the line.
+
+What can be known without following parameters is found before, by passes of their own:
+what gradients reach, which values are constants, which are one-hot, where the examples
+are. Biases are found after.
 """
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
 
-import jax
-import jax.core
-import jax.numpy as jnp
-
-from kfac_jax._jaxpr import _compat, consumers, outcomes, view_rules
+from kfac_jax._jaxpr import _compat, kinds, view_rules
+from kfac_jax._jaxpr.biases import Consumed, biases
 from kfac_jax._jaxpr.constants import with_cases
-from kfac_jax._jaxpr.convolution import convolution
 from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
-from kfac_jax._jaxpr.embedding import OneHot, embedding
+from kfac_jax._jaxpr.folding import Known, makers
 from kfac_jax._jaxpr.graph import (
     BODY_OFFSETS,
     Atom,
     Graph,
     Node,
-    differentiated,
     has_own_rule,
     is_value,
-    needed,
     read_inputs,
-    use_counts,
 )
+from kfac_jax._jaxpr.kinds.one_hot import as_embedding, one_hot_values
+from kfac_jax._jaxpr.kinds.outcome import Generic, Linear, Refused
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.slicing import differentiated, needed
 from kfac_jax._jaxpr.states import Examples, State
 from kfac_jax._jaxpr.tracking import track
 from kfac_jax._jaxpr.view import View, source_view
@@ -46,14 +44,12 @@ class Found:
     Attributes:
       graph: the program.
       uses: every use of every parameter that a registered loss has a gradient for.
-      scanned: for each scan (by its first result) the leaves it runs over.
       losses: how many loss tags there are.
       loss_examples: for each loss tag, where the examples are in the registered output.
     """
 
     graph: Graph
     uses: tuple[Use, ...]
-    scanned: Mapping[Node, frozenset[int]]
     losses: int
     loss_examples: tuple[State, ...]
 
@@ -73,35 +69,21 @@ def discover(
     """
     losses = [node for node in graph.walk() if node.name == "kfac_loss"]
     wanted = {n.inputs[0] for n in losses if is_value(n.inputs[0])}
-    states = track(graph, [*([None] * len(leaf_shapes)), *arguments])
-    live, reached = needed(graph, wanted), differentiated(graph, wanted)
-    finder = _Finder(live, reached, use_counts(graph), states)
-    for leaf, (value, shape) in enumerate(
-        zip(graph.inputs[: len(leaf_shapes)], leaf_shapes, strict=True)
-    ):
-        finder.views[value] = (source_view(leaf, shape),)
-    finder.visit(graph, leaf_shapes)
-    finder.uses += _lost(
-        graph.inputs[: len(leaf_shapes)],
-        differentiated(graph, wanted, rules=False),
-        finder.uses,
-    )
+    leaves = graph.inputs[: len(leaf_shapes)]
+    states = track(graph, [*([None] * len(leaves)), *arguments])
+    finder = _Finder(graph, wanted, states)
+    uses = finder.find(leaves, leaf_shapes)
+    uses += _lost(leaves, differentiated(graph, wanted, rules=False), uses)
     loss_examples = tuple(_examples(node, states) for node in losses)
-    uses = finder.uses
+    origins = makers(graph)
     if any(
         states.get(node.inputs[0]) is not None
-        or _is_repeated(state, finder.makers.get(node.inputs[0]))
+        or _is_repeated(state, origins.get(node.inputs[0]))
         for node, state in zip(losses, loss_examples, strict=True)
         if is_value(node.inputs[0])
     ):
         uses = with_cases(uses, graph, states)
-    return Found(
-        graph=graph,
-        uses=tuple(uses),
-        scanned={node: frozenset(leaves) for node, leaves in finder.scanned.items()},
-        losses=len(losses),
-        loss_examples=loss_examples,
-    )
+    return Found(graph, tuple(uses), len(losses), loss_examples)
 
 
 def _examples(loss: Node, states: Mapping[int, State]) -> State:
@@ -121,59 +103,53 @@ def _is_repeated(examples: State, maker: Node | None) -> bool:
 
 
 class _Finder:
-    """The state of one walk over the program."""
+    """One walk over the program, with what is known before it and what it finds."""
 
     def __init__(
-        self,
-        live: set[int],
-        reached: set[int],
-        counts: Mapping[int, int],
-        states: Mapping[int, State],
+        self, graph: Graph, wanted: set[int], states: Mapping[int, State]
     ) -> None:
-        self.live = live
-        self.reached = reached  # by gradients; where they stop, parameters are data
-        self.counts = counts
+        self.graph = graph
         self.states = states
+        self.live = needed(graph, wanted)
+        # by gradients; where they stop, parameters are data
+        self.reached = differentiated(graph, wanted)
+        self.known = Known(graph, self.live)
+        self.one_hot = one_hot_values(graph)
+        self.made = makers(graph).keys()  # by equations, so that it can be tagged
         self.views: dict[int, tuple[View, ...]] = {}  # several of joined parameters
-        self.known: dict[int, Any] = {}
-        self.makers: dict[int, Node] = {}  # which equation a value comes from
-        self.linear: dict[int, outcomes.Linear] = {}
+        self.layers: dict[Node, list[Consumed]] = {}
         self.uses: list[Use] = []
-        self.scanned: dict[Node, set[int]] = {}
-        self.produced: set[int] = set()  # by equations, so that they can be tagged
-        self.one_hot = OneHot()
-        self.steps = 1  # how often the equation at hand is run, scans included
+
+    def find(self, leaves: Sequence[int], shapes: Sequence[Sequence[int]]) -> list[Use]:
+        """The uses of those values, which are parameters."""
+        for i, (value, shape) in enumerate(zip(leaves, shapes, strict=True)):
+            self.views[value] = (source_view(i, shape),)
+        self._visit(self.graph, 1)
+        added = biases(self.graph, self.layers, self.known)
+        return [
+            dataclasses.replace(use, bias=added[use])
+            if isinstance(use, Site) and use in added
+            else use
+            for use in self.uses
+        ]
 
     def members(self, atom: Atom) -> tuple[View, ...]:
         """The views that a value consists of; none for data."""
         return self.views.get(atom, ()) if is_value(atom) else ()
 
-    def value(self, atom: Atom) -> Any:
-        """The value of a literal or of a constant; None if it is not known."""
-        return self.known.get(atom) if is_value(atom) else atom.val
-
-    def visit(self, graph: Graph, shapes: Sequence[Sequence[int]]) -> None:
-        self.known.update(graph.constants)
+    def _visit(self, graph: Graph, steps: int) -> None:
+        """Visits a graph that is run so many times."""
         for node in graph.nodes:
-            if not any(out in self.live for out in node.outputs) and not node.bodies:
-                continue
-            self.makers.update(dict.fromkeys(node.outputs, node))
             if node.bodies:
-                self._enter(node, shapes)
-            else:
-                self._step(node, shapes)
-            self.produced.update(node.outputs)
+                self._enter(node, steps)
+            elif any(out in self.reached for out in node.outputs):
+                self._step(node, steps)
 
-    def _step(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
+    def _step(self, node: Node, steps: int) -> None:
         members = [self.members(atom) for atom in node.inputs]
         if node.name == "kfac_layer" and read_inputs(node) == node.inputs[:1]:
             members = members[:1]
         if not any(members):
-            self._fold(node)
-            self._follow_linear(node)
-            self.one_hot.note(node)
-            return
-        if not any(out in self.reached for out in node.outputs):
             return
         joined = _joined(node, members)
         if joined is not None:
@@ -185,51 +161,44 @@ class _Finder:
             self._refuse(node, views, f"joined and then combined by `{node.name}`")
             return
         rule = view_rules.TABLE.get(node.name)
-        moved = [rule(self, node, views) for views in choices] if rule else []
+        moved = [rule(self.known, node, views) for views in choices] if rule else []
         found = tuple(view for view in moved if view is not None)
         if found and len(found) == len(choices):
             self.views[node.outputs[0]] = found
             return
         for views in choices:
-            self._consume(node, views, shapes)
+            self._consume(node, views, steps)
 
-    def _consume(
-        self,
-        node: Node,
-        views: Sequence[View | None],
-        shapes: Sequence[Sequence[int]],
+    def _consume(self, node: Node, views: Sequence[View | None], steps: int) -> None:
+        rule = kinds.RULES.get(node.name)
+        if rule is None:
+            reason = f"consumed by `{node.name}`, which is not a layer"
+            return self._refuse(node, views, reason)
+        outcome = rule(node, views, self.states.get(node.outputs[0]))
+        match outcome:
+            case Generic():
+                self.uses.append(OtherUse(outcome.leaf, "generic", "", node.source))
+            case Refused():
+                self._refuse(node, views, outcome.reason)
+            case Linear():
+                self._add(node, views, outcome, steps)
+
+    def _add(
+        self, node: Node, views: Sequence[View | None], linear: Linear, steps: int
     ) -> None:
-        consumer = CONSUMERS.get(node.name)
-        outcome = (
-            outcomes.Refused(f"consumed by `{node.name}`, which is not a layer")
-            if consumer is None
-            else consumer(node, views, shapes, self.states.get(node.outputs[0]))
-        )
-        if isinstance(outcome, outcomes.Linear):
-            tagged = outcome.site.output
-            if tagged not in node.outputs and tagged not in self.produced:
-                self._refuse(
-                    node,
-                    views,
-                    f"enters the control flow around `{node.name}` already repeated",
-                )
-                return
-            rows = math.prod(outcome.shape[a] for a in outcome.y_axes[1])
-            site = self.one_hot.as_embedding(outcome.site)
-            site = dataclasses.replace(site, rows=rows * self.steps)
-            outcome = dataclasses.replace(outcome, site=site)
-        if isinstance(outcome, outcomes.Linear) and node.name in ("add", "sub"):
-            outcome = self._as_bias(node, views, outcome, shapes)
-        if isinstance(outcome, outcomes.Linear):
-            self.uses.append(outcome.site)
-            self.linear[node.outputs[0]] = outcome
-            if outcome.shift is not None:
-                rows = outcome.site.rows
-                self.uses.append(dataclasses.replace(outcome.shift, rows=rows))
-        elif isinstance(outcome, outcomes.Generic):
-            self.uses.append(OtherUse(outcome.leaf, "generic", "", node.source))
-        else:
-            self._refuse(node, views, outcome.reason)
+        """Notes a layer that is used in each of so many steps."""
+        if linear.site.output not in self.made:
+            reason = f"enters the control flow around `{node.name}` already repeated"
+            self._refuse(node, views, reason)
+            return
+        count = steps * math.prod(linear.shape[axis] for axis in linear.axes.rows)
+        site = as_embedding(linear.site, self.one_hot)
+        site = dataclasses.replace(site, count=count)
+        linear = dataclasses.replace(linear, site=site)
+        self.layers.setdefault(node, []).append(Consumed(linear, views))
+        self.uses.append(site)
+        if linear.shift is not None:
+            self.uses.append(dataclasses.replace(linear.shift, count=count))
 
     def _refuse(self, node: Node, views: Sequence[View | None], reason: str) -> None:
         line = node.source
@@ -237,76 +206,7 @@ class _Finder:
             if view is not None:
                 self.uses.append(OtherUse(view.source, "unmatched", reason, line))
 
-    def _as_bias(
-        self,
-        node: Node,
-        views: Sequence[View | None],
-        shift: outcomes.Linear,
-        shapes: Sequence[Sequence[int]],
-    ) -> outcomes.Linear:
-        """Notes on the shift's site which linear output it is the bias of, if any."""
-        other = next((a for a in node.inputs if not self.members(a)), None)
-        linear = self.linear.get(other) if isinstance(other, int) else None
-        view = next(view for view in views if view is not None)
-        if (
-            linear is None
-            or other is None
-            or self.counts.get(other) != 1
-            or node.name == "sub"
-            or linear.site.y_places  # whose outputs are only some of those
-            or linear.site.weight is None  # a shift by another parameter
-            or linear.site.bias is not None
-        ):
-            return shift
-        plain = consumers.is_one(view.scale) and consumers.is_one(linear.view.scale)
-        plain = plain and view.scans == linear.site.scans
-        joint = consumers.bias_layout(linear, view, shapes) if plain else None
-        if joint is None:
-            return shift
-        index = next(i for i, use in enumerate(self.uses) if use is linear.site)
-        self.uses[index] = dataclasses.replace(linear.site, bias=(view.source, joint))
-        return shift
-
-    def _follow_linear(self, node: Node) -> None:
-        """Follows the output of a linear layer through views that keep it to itself."""
-        atom = node.inputs[0] if node.inputs else None
-        linear = self.linear.get(atom) if isinstance(atom, int) else None
-        rule = view_rules.TABLE.get(node.name)
-        if linear is None or rule is None or self.counts.get(cast("int", atom)) != 1:
-            return
-        moved = rule(self, node, [linear.view])
-        cut = node.name == "slice" and node.out_shape() != node.shape()
-        if moved is not None and len(node.inputs) == 1 and not cut:
-            self.linear[node.outputs[0]] = dataclasses.replace(linear, view=moved)
-
-    def _fold(self, node: Node) -> None:
-        """Evaluates scalars that depend on literals and constants only."""
-        if len(node.outputs) != 1 or node.out_shape() != ():
-            return
-        values = [self.value(atom) for atom in node.inputs]
-        if any(value is None for value in values) or not values:
-            return
-        self.known[node.outputs[0]] = _evaluated(node, values)
-
-    def indices(self, atom: Atom) -> Any:
-        """Integers that are made of literals and constants only; None for others."""
-        known = self.value(atom)
-        if known is not None or not is_value(atom):
-            return known
-        node = self.makers.get(atom)
-        if node is None or node.bodies or len(node.outputs) != 1:
-            return None
-        whole = jnp.issubdtype(node.equation.outvars[0].aval.dtype, jnp.integer)
-        logical = node.equation.outvars[0].aval.dtype == bool
-        if not (whole or logical) or math.prod(node.out_shape()) > LARGEST_FOLDED:
-            return None
-        values = [self.indices(one) for one in node.inputs]
-        if any(value is None for value in values):
-            return None
-        result = self.known[atom] = _evaluated(node, values)
-        return result
-
-    def _enter(self, node: Node, shapes: Sequence[Sequence[int]]) -> None:
+    def _enter(self, node: Node, steps: int) -> None:
         members = [self.members(atom) for atom in node.inputs]
         offset = BODY_OFFSETS.get(node.name)
         if offset is None:
@@ -328,19 +228,11 @@ class _Finder:
             members = [
                 tuple(view for view in some if view is not None) for some in entered
             ]
-        steps = self.steps
         if node.name == "scan":
-            self.steps *= _compat.scan_layout(node.params).length
+            steps *= _compat.scan_layout(node.params).length
         for body in node.bodies:
-            for value, some, atom in zip(
-                body.inputs, members[offset:], node.inputs[offset:], strict=True
-            ):
-                if some:
-                    self.views[value] = some
-                elif node.name != "scan" and self.value(atom) is not None:
-                    self.known[value] = self.value(atom)
-            self.visit(body, shapes)
-        self.steps = steps
+            self.views.update(zip(body.inputs, members[offset:], strict=True))
+            self._visit(body, steps)
         self._leave(node)
 
     def _leave(self, node: Node) -> None:
@@ -373,7 +265,6 @@ class _Finder:
             if node.bodies[0].inputs[i] in self.reached:
                 self._refuse(node, [view], "enters the carry of a scan")
             return None
-        self.scanned.setdefault(node, set()).add(view.source)
         return view.unstacked(node.outputs[0])
 
 
@@ -384,7 +275,7 @@ def _lost(leaves: Sequence[int], reached: set[int], uses: Sequence[Use]) -> list
         if isinstance(use, OtherUse):
             known.add(use.leaf)
         else:
-            known.update(part[0] for part in (use.weight, use.bias) if part)
+            known.update(part.leaf for part in (use.weight, use.bias) if part)
     reason = "gradients reach it in a way that could not be followed"
     return [
         OtherUse(leaf, "unmatched", reason, "")
@@ -424,36 +315,8 @@ def _one_at_a_time(
     return [[*first[:at], view, *first[at + 1 :]] for view in members[at]]
 
 
-LARGEST_FOLDED = 2**20
-"""How many integers are evaluated while planning, at most."""
-
-
-def _evaluated(node: Node, values: Sequence[Any]) -> Any:
-    traced = any(isinstance(value, jax.core.Tracer) for value in values)
-    if node.name == "pvary" and not traced:
-        return values[0]  # the same number; outside of shard_map nothing varies
-    context = contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
-    with context:
-        (result,) = _compat.evaluate(node.equation, values)
-    return result
-
-
-CONSUMERS: dict[str, Callable[..., outcomes.Outcome]] = {
-    "dot_general": consumers.dot_general,
-    "conv_general_dilated": convolution,
-    "gather": embedding,
-    "concatenate": consumers.concatenated,
-    "mul": consumers.scale,
-    "add": consumers.shift,
-    "sub": consumers.shift,
-    "kfac_layer": consumers.tagged,
-    "kfac_generic": consumers.generic,
-}
-
 RETURNING = ("checkpoint", "remat2", "remat", "cond")
 """Equations whose results are what their bodies return."""
 
 NO_ENTRY = {"while": NO_REVERSE_MODE}
 """Why it does not look into others."""
-
-__all__ = ["CONSUMERS", "Found", "Site", "discover"]

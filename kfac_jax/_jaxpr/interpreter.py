@@ -8,7 +8,6 @@ reverse mode sums them over uses, scans, rematerialisation and devices.
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._jaxpr import _compat, axis_types
-from kfac_jax._jaxpr.graph import Atom, Graph, Node, build, is_value
+from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value
 from kfac_jax.distributions import RegisteredLoss
 
 Probe = dict[str, Array]
@@ -43,12 +42,13 @@ class Program:
     Attributes:
       graph: the program.
       taps: by the id of the value; several where parameters were joined.
-      scanned: for each scan the layers whose parameters (and probes) it runs over.
+      scanned: for each scan, by its first result, the layers whose parameters (and
+        probes) it runs over.
     """
 
     graph: Graph
     taps: Mapping[int, Sequence[Tap]]
-    scanned: Mapping[Node, frozenset[str]]
+    scanned: Mapping[int, frozenset[str]]
 
 
 def run(
@@ -66,26 +66,6 @@ def run(
       The program's outputs and its registered losses, in order of evaluation.
     """
     return _run(program, program.graph, inputs, probes)
-
-
-def without_tags(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function for the eyes of discovery: without what it registers.
-
-    Args:
-      function: a function of arrays.
-
-    Returns:
-      A function with its results.
-    """
-
-    @functools.wraps(function)
-    def untagged(*args: Any) -> Any:
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*args)
-        program = Program(build(closed), {}, {})
-        outputs, _ = run(program, jax.tree.leaves(args), None)
-        return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
-
-    return untagged
 
 
 def _run(
@@ -230,7 +210,7 @@ def _scan(
     layout = _compat.scan_layout(node.params)
     start, stop = layout.num_consts, layout.num_consts + layout.num_carry
     consts = operands[:start]
-    stacked_layers = program.scanned.get(node, frozenset())
+    stacked_layers = program.scanned.get(node.outputs[0], frozenset())
     shared = {k: v for k, v in (probes or {}).items() if k not in stacked_layers}
     stacked = {k: v for k, v in (probes or {}).items() if k in stacked_layers}
 

@@ -1,39 +1,138 @@
 """Sites: the places where a program combines parameters with data."""
 
+import abc
 import dataclasses
-from typing import Any, Protocol
+import math
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._jaxpr.graph import Atom
-from kfac_jax._jaxpr.states import Examples, State
+from kfac_jax._jaxpr.states import LOST, Examples, State
 from kfac_jax._jaxpr.view import Layout
 
-Windows = tuple[tuple[int, int, int], ...]
-"""For some axes: which, where the window begins, and a length."""
+
+class Axes(NamedTuple):
+    """What each axis of an array is to a layer."""
+
+    independent: tuple[int, ...]  # one layer for each entry
+    rows: tuple[int, ...]  # the batch, and positions within an example
+    features: tuple[int, ...]  # inputs, or outputs
+
+    def arrange(self, value: Array) -> Array:
+        """Brings the array to `[*independent, *rows, features]`."""
+        moved = value.transpose((*self.independent, *self.rows, *self.features))
+        lead = moved.shape[: len(self.independent) + len(self.rows)]
+        return moved.reshape(*lead, math.prod(moved.shape[len(lead) :]))
+
+    def examples(self, state: State) -> State:
+        """The state with the axis counted among `rows`; LOST if it is none of them."""
+        if not isinstance(state, Examples):
+            return state
+        if state.axis not in self.rows:
+            return LOST
+        return dataclasses.replace(state, axis=self.rows.index(state.axis))
 
 
-class Patches(Protocol):
-    """Makes a convolution's operands those of a dense layer."""
+class Window(NamedTuple):
+    """A run of entries along an axis."""
+
+    axis: int
+    start: int
+    length: int  # of the run, or of the longer one that it is a part of
+
+
+class Reader(abc.ABC):
+    """How rows are read from the operands of one kind of linear layer.
+
+    A frozen dataclass for each kind, beside the rule that recognises it.
+
+    Attributes:
+      kind: "dense", "conv", "embedding", "scale" or "shift".
+      y_axes: the axes of the output that rows are read from.
+    """
+
+    kind: ClassVar[str]
+    y_axes: Axes
+
+    @abc.abstractmethod
+    def rows(self, x: Array | None, dy: Array) -> tuple[Array, Array]:
+        """Reads the rows of one use.
+
+        Args:
+          x: the input as the program has it; None for a shift, whose input is 1.
+          dy: the cotangent of the output as the program has it.
+
+        Returns:
+          `[*independent, *rows, inputs]` and `[*independent, *rows, outputs]`.
+        """
 
     @property
-    def batch_axes(self) -> tuple[int, int]:
-        """The axes of input and output that hold the batch."""
-        ...
-
-    def inputs(self, x: Array) -> Array:
-        """Patches, `[batch, *positions, group, inputs]`."""
-        ...
-
-    def outputs(self, y: Array) -> Array:
-        """Outputs, `[batch, *positions, group, outputs]`."""
-        ...
+    def batch_axes(self) -> tuple[int, int] | None:
+        """Which axes of input and output hold the batch, if `chunks` divides it."""
+        return None
 
     def chunks(self, batch: int) -> tuple[int, int]:
-        """How many parts of what size to make patches of at once."""
-        ...
+        """In how many parts of what size to read a batch; what remains is smaller."""
+        return 1, batch
+
+    @property
+    def is_partial(self) -> bool:
+        """Whether it uses a part of the parameter, or it joined to others."""
+        return self.joins_outputs
+
+    @property
+    def joins_outputs(self) -> bool:
+        """Whether the output is another parameter's, too."""
+        return False
+
+    def counted(
+        self, x: Array, dy: Array, scale: Any, homogeneous: bool, one_hot: bool
+    ) -> tuple[Array, Array]:
+        """Clears the rows that do not count: those whose `dy` is exactly zero.
+
+        They are masked, or not routed here. `G` has nothing of them; without this `A`
+        would.
+
+        Args:
+          x: inputs `[*e, b, s, i]`.
+          dy: their cotangents `[*e, b, s, o]`.
+          scale: the scalar factor of the inputs.
+          homogeneous: whether to add the coordinate 1 as the last input.
+          one_hot: whether inputs that are one-hot are to stay integers.
+
+        Returns:
+          Both.
+        """
+        active = jnp.abs(dy).max(-1, keepdims=True) != 0
+        if not jnp.issubdtype(x.dtype, jnp.floating):  # products take integers too
+            x = x.astype(dy.dtype)
+        if not is_one(scale):
+            x = x * jnp.asarray(scale, x.dtype)
+        if homogeneous:
+            x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+        return jnp.where(active, x, jnp.zeros((), x.dtype)), dy
+
+
+def is_one(scale: Any) -> bool:
+    """Whether a scale is known to be one."""
+    return isinstance(scale, float | int) and scale == 1.0
+
+
+def windowed(value: Array, windows: tuple[Window, ...]) -> Array:
+    """The entries in those runs."""
+    for axis, start, size in windows:
+        value = jax.lax.slice_in_dim(value, start, start + size, axis=axis)
+    return value
+
+
+class Held(NamedTuple):
+    """Which parameter a layer's matrices (or vectors) are the entries of."""
+
+    leaf: int
+    layout: Layout
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,59 +140,50 @@ class Site:
     """One use of a linear layer, `y[e, r, o] = Σ_i x[e, r, i] w[e, i, o] + b[e, o]`.
 
     Attributes:
-      kind: "dense", "conv", "embedding", "scale" or "shift".
+      reader: how rows are read from input and output.
       output: the id of `y`, where statistics are gathered.
       x: the id (or literal) of the input; None for a shift, whose input is 1.
-      x_axes: the axes of `x` that are independent, rows, inputs; of a convolution's
-        patches.
-      y_axes: the axes of `y` that are independent, rows, outputs; of a convolution's
-        outputs in the order of its patches.
-      examples: which rows belong to one example; LOST or None where not known.
-      weight: leaf and layout of the weight, or None for a shift.
-      bias: leaf and layout of the bias added to `y`, or None.
+      weight: the weight, or None for a shift.
+      bias: the bias added to `y`, or None.
+      transposed: the layout of a dense layer's weight with inputs and outputs swapped.
       scale: the scalar factor between the leaf and what multiplies `x`.
-      scans: the scans that run over the parameter.
+      scans: the scans that run over the parameter, by their first result.
       repeated: whether a scan uses the parameter in all its steps.
+      examples: which rows belong to one example, the axis counted among the axes of
+        rows; LOST or None where not known.
       source: the user's source line.
-      rows: at how many positions of the batch each independent layer is used.
-      convolution: what makes patches of `x`; None for other kinds.
+      count: at how many positions of the batch each independent layer is used.
       cases: of a constant input, which each case of the batch shares, how many cases it
         stands for; 0 for other inputs.
-      vocabulary: how many rows an embedding's table has; its `x` are integers.
-      column: which of an embedding's indices picks the row.
-      drops: whether an embedding gives a constant for indices out of bounds.
-      transposed: the layout of a dense layer's weight with inputs and outputs swapped.
-      swapped: whether the layer has the weight in that layout.
-      parts: for axes of `y` along which only a part of the parameter is used: the axis,
-        where the part begins, and the length of the whole.
-      x_places: for axes of `x` that meet several joined parameters: the axis, where
-        this one's entries begin, and how many they are.
-      y_places: the same for axes of `y`.
+      swapped: whether the layer has the weight in the layout `transposed`.
     """
 
-    kind: str
+    reader: Reader
     output: int
     x: Atom | None
-    x_axes: tuple[tuple[int, ...], ...]
-    y_axes: tuple[tuple[int, ...], ...]
+    weight: Held | None
+    bias: Held | None
     examples: State
-    weight: tuple[int, Layout] | None
-    bias: tuple[int, Layout] | None
     scale: Any
     scans: tuple[int, ...]
     repeated: bool
     source: str
-    rows: int = 0
-    convolution: "Patches | None" = None
-    cases: int = 0
-    vocabulary: int = 0
-    column: int = 0
-    drops: bool = False
     transposed: Layout | None = None
+    count: int = 0
+    cases: int = 0
     swapped: bool = False
-    parts: Windows = ()
-    x_places: Windows = ()
-    y_places: Windows = ()
+
+    @property
+    def kind(self) -> str:
+        """That of its reader."""
+        return self.reader.kind
+
+    @property
+    def leaf(self) -> int:
+        """The parameter that it is a use of: the weight or, of a shift, the bias."""
+        held = self.weight or self.bias
+        assert held is not None
+        return held.leaf
 
     def canonical(
         self, x: Array | None, dy: Array, homogeneous: bool, *, one_hot: bool = True
@@ -114,74 +204,24 @@ class Site:
         Returns:
           `x` and `dy` in the canonical layout.
         """
-        if self.convolution is not None:
-            assert x is not None
-            x, dy = self.convolution.inputs(x), self.convolution.outputs(dy)
-        x = None if x is None else _windowed(x, self.x_places)
-        dy = self._whole(_windowed(dy, self.y_places))
-        shape = dy.shape
-        dy = self._rows(dy, self.y_axes)
-        active = jnp.abs(dy).max(-1, keepdims=True) != 0
-        if self.vocabulary:
-            assert x is not None
-            x = self._indices(x, active[..., 0])
-            dy = jnp.where((x < self.vocabulary)[..., None], dy, 0)
-            scale = jnp.asarray(self.scale, dy.dtype)
-            if one_hot:
-                return x, dy * scale
-            return jax.nn.one_hot(x, self.vocabulary, dtype=dy.dtype) * scale, dy
-        if x is None:
-            return active.astype(dy.dtype) * jnp.asarray(self.scale, dy.dtype), dy
-        if not jnp.issubdtype(x.dtype, jnp.floating):  # products take integers too
-            x = x.astype(dy.dtype)
-        if self.kind == "scale":
-            x = jnp.broadcast_to(x, shape)
-        x = self._rows(x, self.x_axes)
-        if not (isinstance(self.scale, float) and self.scale == 1.0):
-            x = x * jnp.asarray(self.scale, x.dtype)
-        if homogeneous:
-            x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
-        return jnp.where(active, x, jnp.zeros((), x.dtype)), dy
+        inputs, outputs = (self._by_example(v) for v in self.reader.rows(x, dy))
+        return self.reader.counted(inputs, outputs, self.scale, homogeneous, one_hot)
 
-    def _whole(self, dy: Array) -> Array:
-        """The cotangent of what all of the parameter would have put out."""
-        if not self.parts:
-            return dy
-        widths = [(0, 0)] * dy.ndim
-        for axis, start, whole in self.parts:
-            widths[axis] = start, whole - start - dy.shape[axis]
-        return jnp.pad(dy, widths)
+    def _by_example(self, value: Array) -> Array:
+        """Splits `[*independent, *rows, features]` in examples and their positions.
 
-    def _indices(self, x: Array, active: Array) -> Array:
-        indices = self._rows(x, self.x_axes)[..., self.column].astype(jnp.int32)
-        if self.drops:
-            active = active & (indices >= 0) & (indices < self.vocabulary)
-        indices = jnp.clip(indices, 0, self.vocabulary - 1)
-        return jnp.where(active, indices, self.vocabulary)
-
-    def _rows(self, value: Array, axes: tuple[tuple[int, ...], ...]) -> Array:
-        independent, rows, features = axes
-        value = value.transpose((*independent, *rows, *features))
-        shape = value.shape
-        e, r = len(independent), len(rows)
-        head = shape[:e]
-        size = 1
-        for n in shape[e + r :]:
-            size *= n
-        if isinstance(self.examples, Examples):
-            at = self.y_axes[1].index(self.examples.axis)
-            split = (self.examples.outer, self.examples.size, self.examples.inner)
-            row_shape = (*shape[e : e + at], *split, *shape[e + at + 1 : e + r])
-            value = value.reshape((*head, *row_shape, size))
-            value = jnp.moveaxis(value, e + at + 1, e)
-            return value.reshape((*head, self.examples.size, -1, size))
-        return value.reshape((*head, -1, 1, size))
-
-
-def _windowed(value: Array, windows: Windows) -> Array:
-    for axis, start, size in windows:
-        value = jax.lax.slice_in_dim(value, start, start + size, axis=axis)
-    return value
+        Where it is not known which rows are one example, each row counts as one.
+        """
+        independent, rows, _ = self.reader.y_axes
+        e, last = len(independent), len(independent) + len(rows)
+        head, features = value.shape[:e], value.shape[-1]
+        if not isinstance(self.examples, Examples):
+            return value.reshape(*head, -1, 1, features)
+        axis, size, outer, inner = dataclasses.astuple(self.examples)
+        at = e + axis
+        before, after = value.shape[e:at], value.shape[at + 1 : last]
+        split = value.reshape(*head, *before, outer, size, inner, *after, features)
+        return jnp.moveaxis(split, at + 1, e).reshape(*head, size, -1, features)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -57,6 +57,7 @@ class View:
 
     Attributes:
       source: which array (the index of a parameter leaf).
+      source_shape: that array's shape.
       order: the source's pieces in its own row-major order.
       axes: the value's axes.
       stacked: the pieces of axes that enclosing scans run over, outermost first.
@@ -66,6 +67,7 @@ class View:
     """
 
     source: int
+    source_shape: tuple[int, ...]
     order: Axis
     axes: tuple[Axis, ...]
     stacked: tuple[Axis, ...] = ()
@@ -168,6 +170,43 @@ class View:
             scans=(*self.scans, scan),
         )
 
+    def layout(
+        self, groups: Sequence[Sequence[Axis]], *, windows: Collection[Piece] = ()
+    ) -> "Layout | None":
+        """The layout that makes each of `groups` one matrix axis.
+
+        Args:
+          groups: of the view's axes; those that scans run over come first by
+            themselves.
+          windows: parts and joined pieces that may stand for all of the source's.
+
+        Returns:
+          The layout of the whole source; None where the groups do not hold every entry
+          exactly once.
+        """
+        every = [*([axis] for axis in self.stacked), *groups]
+        order = [piece for piece in self.order if piece.size != 1]
+        target = [p for group in every for axis in group for p in axis if p.size != 1]
+        if len(target) != len(order) or set(target) != set(order):
+            return None
+        if not all(piece.plain or piece in windows for piece in order):
+            return None
+        shape = tuple(math.prod(p.whole for a in group for p in a) for group in every)
+        position = {piece: i for i, piece in enumerate(order)}
+        runs: list[
+            list[int]
+        ] = []  # maximal runs that are adjacent in source and target
+        for piece in target:
+            index = position[piece]
+            if runs and runs[-1][-1] + 1 == index:
+                runs[-1].append(index)
+            else:
+                runs.append([index])
+        by_source = sorted(runs)
+        sizes = tuple(math.prod(order[i].whole for i in run) for run in by_source)
+        permutation = tuple(by_source.index(run) for run in runs)
+        return Layout(self.source_shape, sizes, permutation, shape)
+
 
 def _split(axis: Axis, splits: dict[Piece, Axis]) -> Axis:
     return tuple(part for piece in axis for part in splits.get(piece, (piece,)))
@@ -176,7 +215,7 @@ def _split(axis: Axis, splits: dict[Piece, Axis]) -> Axis:
 def source_view(source: int, shape: Sequence[int]) -> View:
     """The view of an array that is the array itself."""
     pieces = tuple(Piece(size) for size in shape)
-    return View(source, pieces, tuple((piece,) for piece in pieces))
+    return View(source, tuple(shape), pieces, tuple((piece,) for piece in pieces))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,43 +240,3 @@ class Layout:
         inverse = sorted(range(len(self.permutation)), key=self.permutation.__getitem__)
         moved = matrix.reshape([self.sizes[i] for i in self.permutation])
         return moved.transpose(inverse).reshape(self.source_shape)
-
-
-def layout(
-    view: View,
-    source_shape: Sequence[int],
-    groups: Sequence[Sequence[Axis]],
-    *,
-    windows: Collection[Piece] = (),
-) -> Layout | None:
-    """The layout that makes each of `groups` (of the view's axes) one matrix axis.
-
-    Args:
-      view: the view.
-      source_shape: the shape of its source.
-      groups: axes of the view.
-      windows: parts and joined pieces that may stand for all of the source's.
-
-    Returns:
-      The layout of the whole source; None where the groups do not hold every entry
-      exactly once.
-    """
-    order = [piece for piece in view.order if piece.size != 1]
-    target = [p for group in groups for axis in group for p in axis if p.size != 1]
-    if len(target) != len(order) or set(target) != set(order):
-        return None
-    if not all(piece.plain or piece in windows for piece in order):
-        return None
-    shape = tuple(math.prod(p.whole for a in group for p in a) for group in groups)
-    position = {piece: i for i, piece in enumerate(order)}
-    runs: list[list[int]] = []  # maximal runs that are adjacent in source and target
-    for piece in target:
-        index = position[piece]
-        if runs and runs[-1][-1] + 1 == index:
-            runs[-1].append(index)
-        else:
-            runs.append([index])
-    by_source = sorted(runs)
-    sizes = tuple(math.prod(order[i].whole for i in run) for run in by_source)
-    permutation = tuple(by_source.index(run) for run in runs)
-    return Layout(tuple(source_shape), sizes, permutation, shape)

@@ -5,28 +5,15 @@ One function for each primitive. A rule gets the node and the views of its opera
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
 
 import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax._jaxpr.embedding import picked_axis
-from kfac_jax._jaxpr.graph import Atom, Node
+from kfac_jax._jaxpr.folding import Known
+from kfac_jax._jaxpr.graph import Node
+from kfac_jax._jaxpr.kinds.embedding import picked_axis
 from kfac_jax._jaxpr.view import View
-
-
-class Known(Protocol):
-    """Knows values that do not depend on data."""
-
-    def value(self, atom: Atom) -> Any:
-        """The value of a literal or of a constant; None if it is not known."""
-        ...
-
-    def indices(self, atom: Atom) -> Any:
-        """Integers that are made of literals and constants only; None for others."""
-        ...
-
 
 ViewRule = Callable[[Known, Node, Sequence[View | None]], View | None]
 
@@ -49,10 +36,10 @@ def _slice(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
 
 
 def _dynamic_slice(
-    finder: Known, node: Node, views: Sequence[View | None]
+    known: Known, node: Node, views: Sequence[View | None]
 ) -> View | None:
     """A slice from a place that is known."""
-    starts = [finder.value(atom) for atom in node.inputs[1:]]
+    starts = [known.value(atom) for atom in node.inputs[1:]]
     if any(x is None or isinstance(x, jax.core.Tracer) for x in starts):
         return None
     limits = [n - m for n, m in zip(node.shape(), node.out_shape(), strict=True)]
@@ -72,17 +59,17 @@ def _cut(node: Node, view: View | None, starts: Sequence[int]) -> View | None:
     return view
 
 
-def _gather(finder: Known, node: Node, views: Sequence[View | None]) -> View | None:
-    return _window(finder, node, views) or _positions(finder, node, views)
+def _gather(known: Known, node: Node, views: Sequence[View | None]) -> View | None:
+    return _window(known, node, views) or _positions(known, node, views)
 
 
-def _window(finder: Known, node: Node, views: Sequence[View | None]) -> View | None:
+def _window(known: Known, node: Node, views: Sequence[View | None]) -> View | None:
     """One slice from a place that is known, as `w[None, :n]` is in JAX 0.8."""
     numbers, shape = node.params["dimension_numbers"], node.shape()
     sizes = node.params["slice_sizes"]
     if len(node.shape(1)) != 1 or node.out_shape() != tuple(sizes):
         return None
-    indices = finder.indices(node.inputs[1])
+    indices = known.indices(node.inputs[1])
     if indices is None or isinstance(indices, jax.core.Tracer):
         return None
     starts = [0] * len(shape)
@@ -95,13 +82,13 @@ def _window(finder: Known, node: Node, views: Sequence[View | None]) -> View | N
     return _cut(node, views[0], starts) if inside else None
 
 
-def _positions(finder: Known, node: Node, views: Sequence[View | None]) -> View | None:
+def _positions(known: Known, node: Node, views: Sequence[View | None]) -> View | None:
     """Consecutive rows of a table, `w[jnp.arange(n)]`, as of positions."""
     view, picked = views[0], picked_axis(node)
     if view is None or picked is None:
         return None
     rows, length = node.shape(1)[:-1], node.shape(0)[picked.axis]
-    indices = finder.indices(node.inputs[1])
+    indices = known.indices(node.inputs[1])
     if indices is None or isinstance(indices, jax.core.Tracer):
         return None
     column = np.asarray(indices)[..., picked.column].reshape(-1)
@@ -145,12 +132,12 @@ def _tile(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
     return view.broadcast(node.out_shape(), range(len(shape)))
 
 
-def _multiply(finder: Known, node: Node, views: Sequence[View | None]) -> View | None:
+def _multiply(known: Known, node: Node, views: Sequence[View | None]) -> View | None:
     """A scalar constant factor is part of the view (W * 2.0, W / sqrt(d))."""
     if len(views) != 2 or (views[0] is None and views[1] is None):
         return None
     at = 0 if views[0] is not None else 1
-    view, factor = views[at], finder.value(node.inputs[1 - at])
+    view, factor = views[at], known.value(node.inputs[1 - at])
     if view is None or factor is None or getattr(factor, "size", 1) != 1:
         return None
     factor = factor.reshape(()) if getattr(factor, "ndim", 0) else factor

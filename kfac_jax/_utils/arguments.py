@@ -109,6 +109,14 @@ def count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer ≥ {least}; got {shown(value)}.")
 
 
+def integer(name: str, value: Any, least: int) -> None:
+    """Like `count`, with TypeError for what is no integer."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer; got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}; got {value}.")
+
+
 def flag(name: str, value: Any) -> None:
     """Raises TypeError unless it is a bool."""
     if not isinstance(value, bool):

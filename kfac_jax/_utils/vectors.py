@@ -1,9 +1,7 @@
 """Arithmetic of vectors that are given by their leaves."""
 
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -28,11 +26,6 @@ def inner_product(u: Sequence[Array], v: Sequence[Array]) -> Array:
         )
         parts.append(jnp.vdot(x, y))
     return sum(parts, start=jnp.zeros((), float))
-
-
-def tree_product(u: Any, v: Any) -> Array:
-    """`uᵀ v` of two trees of arrays."""
-    return inner_product(jax.tree.leaves(u), jax.tree.leaves(v))
 
 
 def plane_products(

@@ -74,7 +74,11 @@ class Kronecker(Block):
     gradient_products: bool = False
     exact_scalars: bool = False
 
-    elementwise = frozenset({"input_diagonal", "output_diagonal"})
+    elementwise = frozenset(
+        prefix + name
+        for prefix in ("", TRANSPOSED)
+        for name in ("input_diagonal", "output_diagonal")
+    )
     row_statistics = frozenset(
         prefix + name
         for prefix in ("", TRANSPOSED)

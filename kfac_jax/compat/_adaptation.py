@@ -1,21 +1,20 @@
 """How the published Optimizer adapts λ: what it predicts, and when it measures."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from chex import ArrayTree
 from jax import Array
 
-from kfac_jax._utils.vectors import tree_product
+from kfac_jax.compat._norms import tree_product
 from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices
 from kfac_jax.optimization.loss import loss_of
 from kfac_jax.optimization.state import KFACState
 from kfac_jax.rules import LevenbergMarquardt
-
-Params = Any
 
 
 class Measured(NamedTuple):
@@ -25,6 +24,16 @@ class Measured(NamedTuple):
     new_loss: Array  # [], h(θ+δ)
     change: Array  # [], what the quadratic model predicted for it
     rho: Array  # [], ρ = (h(θ+δ) - h(θ)) / change
+
+
+class Made(NamedTuple):
+    """A step that was made."""
+
+    params: optax.Params  # θ, before it
+    batch: ArrayTree
+    loss: Array  # [], h(θ)
+    grads: ArrayTree  # ∇h
+    updates: ArrayTree  # δ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -47,59 +56,22 @@ class Adaptation:
     unknown: float
 
     def __call__(
-        self,
-        curvature: Curvature,
-        params: Params,
-        batch: Any,
-        loss: Array,
-        grads: Params,
-        updates: Params,
-        state: KFACState,
-        devices: Devices,
+        self, curvature: Curvature, made: Made, state: KFACState, devices: Devices
     ) -> Measured:
         """Predicts, and if it is time measures and adapts.
 
         Args:
           curvature: the plan.
-          params: the parameters, before the step.
-          batch: the step's batch.
-          loss: h(θ).
-          grads: ∇h.
-          updates: δ.
+          made: the step.
           state: the state after the step, whose λ is the step's own.
           devices: over which devices the batch is spread.
 
         Returns:
           λ for the next step, and what was found.
         """
-        damping, loss = state.info.damping, jnp.asarray(loss, float)
-        square = tree_product(updates, updates)
-        penalty = 0.5 * curvature.l2 * square
-        penalty = penalty + 0.5 * damping * square if self.damped else penalty
-
-        def predict() -> Array:
-            if self.exact:
-                form = curvature.quadratic_form(params, [updates], batch)
-                form = devices.mean(form)[0, 0]
-            else:
-                moved = curvature.approximation(state.factors).matvec(updates)
-                form = tree_product(updates, moved)
-            return 0.5 * form + penalty + tree_product(updates, grads)
-
-        def measure(change: Array | None) -> Measured:
-            after = loss_of(
-                curvature.loss_fn(optax.apply_updates(params, updates), batch)
-            )
-            after = devices.mean(after)
-            change = jnp.asarray(predict() if change is None else change, float)
-            rho = (after - loss) / change
-            assert self.rule is not None
-            # where loss or gradient are not finite already at θ, ρ says nothing about λ
-            known = jnp.isfinite(loss) & jnp.isfinite(tree_product(grads, grads))
-            adapted = jnp.where(known, self.rule.update(damping, rho), damping)
-            return Measured(adapted, after, change, rho)
-
+        damping, loss = state.info.damping, jnp.asarray(made.loss, float)
         unknown = jnp.full((), self.unknown, loss.dtype)
+        square = tree_product(made.updates, made.updates)
         change = None
         if self.modelled:
             whole = state.info.quadratic_change
@@ -108,7 +80,38 @@ class Adaptation:
         kept = Measured(
             damping, unknown, unknown if change is None else change, unknown
         )
-        if self.rule is None:
+        rule = self.rule
+        if rule is None:
             return kept
-        due = state.step % self.rule.every == 0
-        return jax.lax.cond(due, lambda: measure(change), lambda: kept)
+
+        def measured() -> Measured:
+            moved = optax.apply_updates(made.params, made.updates)
+            after = devices.mean(loss_of(curvature.loss_fn(moved, made.batch)))
+            predicted = change
+            if predicted is None:
+                predicted = self._predicted(curvature, made, state, devices)
+            rho = (after - loss) / predicted
+            # where loss or gradient are not finite already at θ, ρ says nothing about λ
+            known = jnp.isfinite(tree_product(made.grads, made.grads))
+            adapted = rule.update(damping, rho)
+            adapted = jnp.where(jnp.isfinite(loss) & known, adapted, damping)
+            return Measured(adapted, after, predicted, rho)
+
+        return jax.lax.cond(state.step % rule.every == 0, measured, lambda: kept)
+
+    def _predicted(
+        self, curvature: Curvature, made: Made, state: KFACState, devices: Devices
+    ) -> Array:
+        """How much the loss is to change, by the curvature where that is no model."""
+        updates = made.updates
+        if self.exact:
+            form = curvature.quadratic_form(made.params, [updates], made.batch)
+            form = devices.mean(form)[0, 0]
+        else:
+            moved = curvature.approximation(state.factors).matvec(updates)
+            form = tree_product(updates, moved)
+        square = tree_product(updates, updates)
+        penalty = 0.5 * curvature.l2 * square
+        penalty += 0.5 * state.info.damping * square if self.damped else 0.0
+        change = 0.5 * form + penalty + tree_product(updates, made.grads)
+        return jnp.asarray(change, float)

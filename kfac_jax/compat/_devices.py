@@ -215,25 +215,3 @@ def _first(x: Any) -> Any:
         return x[0]
     part = x.addressable_data(0)
     return part[0] if part.shape[1:] == x.shape[1:] else x[0]
-
-
-def get_mean(obj: Any) -> Any:
-    """The means over the leading axis, that of devices."""
-    _check_devices_axis(obj)
-    return jax.tree.map(lambda x: jnp.mean(x, axis=0), obj)
-
-
-def get_sum(obj: Any) -> Any:
-    """The sums over the leading axis, that of devices."""
-    _check_devices_axis(obj)
-    return jax.tree.map(lambda x: jnp.sum(x, axis=0), obj)
-
-
-def _check_devices_axis(obj: Any) -> None:
-    arguments.trees("obj", obj)
-    for x in jax.tree.leaves(obj):
-        if not jnp.ndim(x):
-            raise ValueError(
-                "obj must hold arrays with a leading axis of devices; got "
-                f"{arguments.shown(x)}."
-            )

@@ -5,14 +5,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from chex import ArrayTree
 from jax import Array
 
-from kfac_jax._utils.vectors import tree_product
+from kfac_jax._utils.vectors import inner_product
 from kfac_jax.curvature import Curvature
 from kfac_jax.operator.inverses import precondition
 from kfac_jax.optimization.state import KFACState
 
-Params = Any
+
+def tree_product(u: ArrayTree, v: ArrayTree) -> Array:
+    """`uᵀ v` of two trees of arrays, accumulated in float32 or wider."""
+    return inner_product(jax.tree.leaves(u), jax.tree.leaves(v))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,9 +38,9 @@ class Norms:
         curvature: Curvature,
         state: KFACState,
         learning_rate: Array | None,
-        params: Params,
-        grads: Params,
-        updates: Params,
+        params: ArrayTree,
+        grads: ArrayTree,
+        updates: ArrayTree,
     ) -> dict[str, Any]:
         """Returns the norms by their published names.
 

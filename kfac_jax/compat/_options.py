@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from kfac_jax._utils import arguments
+from kfac_jax.compat._native_blocks import callers_level
 from kfac_jax.compat.tag_graph_matcher import check_graph_patterns
 from kfac_jax.plan.modes import MODES
 
@@ -123,26 +124,42 @@ _AUTO_REGISTER = frozenset(
 )
 
 
-def refuse(options: Mapping[str, Any]) -> None:
+def refuse(
+    who: str, refused: Mapping[str, tuple[Any, str]], options: Mapping[str, Any]
+) -> None:
+    """Raises for what is not offered.
+
+    Args:
+      who: whose options these are.
+      refused: by option its only value, and what else to do.
+      options: the arguments by name.
+
+    Raises:
+      ValueError: for another value.
+    """
+    for name, (value, instead) in refused.items():
+        given = options[name]
+        plain = isinstance(given, str | int | float | list | tuple | None)
+        empty = value == "" and plain and given in ((), [], None)
+        if not (empty or given is value or (plain and given == value)):
+            raise ValueError(
+                f"kfac_jax.{who} does not offer {name}: expected "
+                f"{arguments.shown(value)}, got {arguments.shown(given)}. {instead}"
+            )
+
+
+def check(options: Mapping[str, Any]) -> None:
     """Raises for what the Optimizer does not do.
 
     Args:
       options: the constructor's arguments by name.
 
     Raises:
-      TypeError: if a schedule is not callable, or another option of the wrong type.
-      ValueError: for an option that cannot be honoured, or options that exclude each
-        other.
+      TypeError: if an option is of the wrong type.
+      ValueError: for an option that cannot be honoured, is out of its range, or
+        excludes another.
     """
-    for name, (value, instead) in REFUSED.items():
-        given = options[name]
-        plain = isinstance(given, str | int | float | list | tuple | None)
-        empty = value == "" and plain and given in ((), [], None)
-        if not (empty or given is value or (plain and given == value)):
-            raise ValueError(
-                f"kfac_jax.Optimizer does not offer {name}: expected {value!r}, got "
-                f"{arguments.shown(given)}. {instead}"
-            )
+    refuse("Optimizer", REFUSED, options)
     _check_types(options)
     for name, least in _COUNTS.items():
         if not least <= options[name] < float("inf") or options[name] % 1:
@@ -154,6 +171,11 @@ def refuse(options: Mapping[str, Any]) -> None:
             "curvature_ema, what earlier batches are multiplied by, is expected in "
             f"[0, 1]; got {options['curvature_ema']!r}."
         )
+    _check_rates(options)
+
+
+def _check_rates(options: Mapping[str, Any]) -> None:
+    """Raises unless each rate is chosen in one way at most, and ways go together."""
     for name, flag, schedule in RATES:
         if options[schedule] is not None and not callable(options[schedule]):
             raise TypeError(
@@ -237,7 +259,7 @@ def generic_only(auto_register_kwargs: Any, patterns_to_skip: Any) -> bool:
             f"kfac_jax finds layers by dataflow and has no patterns to skip: {skipped} "
             "changes nothing. Give layers other blocks by layer_tag_to_block_ctor or "
             "kfac_jax.make_curvature(..., blocks=...).",
-            stacklevel=5,
+            stacklevel=callers_level() + 1,
         )
     return bool(given.get("register_only_generic", False))
 

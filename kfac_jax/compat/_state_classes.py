@@ -17,17 +17,6 @@ Class = TypeVar("Class", bound=type[Any])
 class State:
     """The base of states; subclasses are made pytrees by `register_state_class`."""
 
-    @classmethod
-    def field_names(cls) -> tuple[str, ...]:
-        """The names of the fields, in order."""
-        fields: dict[str, Any] = getattr(cls, "__dataclass_fields__", {})
-        return tuple(fields)
-
-    @property
-    def field_values(self) -> tuple[Any, ...]:
-        """The values of the fields, in order."""
-        return tuple(getattr(self, name) for name in self.field_names())
-
     def copy(self) -> Self:
         """A state of its own, with the same arrays."""
         return jax.tree.map(lambda x: x, self)

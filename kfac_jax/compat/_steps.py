@@ -8,13 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from chex import ArrayTree, Numeric, PRNGKey
 from jax import Array
 
-from kfac_jax._jaxpr.interpreter import without_tags
 from kfac_jax.compat import _norms, _options
-from kfac_jax.compat._adaptation import Adaptation
-from kfac_jax.compat._plans import warn_of_lost_examples
-from kfac_jax.compat.curvature_blocks import native_blocks
+from kfac_jax.compat._adaptation import Adaptation, Made
+from kfac_jax.compat._function import Function
+from kfac_jax.compat._native_blocks import native_blocks
+from kfac_jax.compat._registering import warn_of_lost_examples
 from kfac_jax.compat.utils import default_batch_size_extractor
 from kfac_jax.curvature import Curvature, make_curvature
 from kfac_jax.devices import ALONE, Devices, OverAxis
@@ -23,11 +24,10 @@ from kfac_jax.optimization.transform import kfac
 from kfac_jax.plan.group import Factors
 from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, RefreshSchedule
 from kfac_jax.statistics import averages
-from kfac_jax.tags import register_generic
 
-Params = Any
-Batch = Any
-FuncState = Any
+Params = optax.Params
+Batch = ArrayTree
+FuncState = ArrayTree | None
 Rates = Sequence[Array | None]
 """Learning rate, momentum and damping, None where a rule chooses."""
 
@@ -60,11 +60,7 @@ class Steps:
     """The functions to stage.
 
     Attributes:
-      value_and_grad: the user's function; see `Optimizer`, as for the next three.
-      has_aux: whether it returns auxiliary data.
-      has_state: whether it takes and returns a state.
-      has_rng: whether it takes a key.
-      for_estimator: another function whose registered losses count, or None.
+      function: the user's function.
       process: what is done to each batch.
       size: the number of cases in a batch.
       schedules: functions of the step for learning rate, momentum and damping, or None.
@@ -73,27 +69,21 @@ class Steps:
       ema: ε.
       every: in how many steps statistics are gathered.
       inverse_every: T3.
-      generic_only: whether all parameters get diagonal blocks.
       plan_options: for `make_curvature`.
       axis: the name of the axis of devices, or None.
       norms: what to tell about the step's vectors.
       plans: those made so far, by the shapes of the arguments.
     """
 
-    value_and_grad: Callable[..., Any]
-    has_aux: bool
-    has_state: bool
-    has_rng: bool
-    for_estimator: Callable[..., Any] | None
+    function: Function
     process: Callable[[Batch], Batch]
-    size: Callable[[Batch], Any]
-    schedules: Sequence[Callable[..., Any] | None]
+    size: Callable[[Batch], Numeric]
+    schedules: Sequence[Callable[..., Numeric] | None]
     modelled: bool
     adaptation: Adaptation
     ema: float
     every: int
     inverse_every: int
-    generic_only: bool
     plan_options: Mapping[str, Any]
     axis: str | None
     norms: _norms.Norms
@@ -102,7 +92,7 @@ class Steps:
     # ---------------------------------------------------------------- what is staged
 
     def init(
-        self, params: Params, rng: Array, batch: Batch, func_state: FuncState
+        self, params: Params, rng: PRNGKey, batch: Batch, func_state: FuncState
     ) -> State:
         """The state before the first step."""
         curvature = self._plan(params, rng, self.process(batch), func_state)
@@ -117,7 +107,7 @@ class Steps:
         self,
         params: Params,
         state: State,
-        rng: Array,
+        rng: PRNGKey,
         batch: Batch,
         func_state: FuncState,
         rates: Rates,
@@ -134,6 +124,7 @@ class Steps:
         loss, aux, grads = self._averaged((loss, aux, grads))
         rates = self._scheduled(rates, state)
         weight = state.estimator_state.weight
+        updates: Any
         after: Any
         updates, after = self._transform(curvature, rates, weight).update(
             grads,
@@ -143,17 +134,9 @@ class Steps:
             value=loss,
             args=(batch,),
         )
-        measured = self.adaptation(
-            curvature,
-            params,
-            batch,
-            loss,
-            grads,
-            updates,
-            after,
-            self._devices,
-        )
-        new = optax.apply_updates(params, updates)
+        made = Made(params, batch, loss, grads, updates)
+        measured = self.adaptation(curvature, made, after, self._devices)
+        new: Any = optax.apply_updates(params, updates)
         weight = _weight(state.estimator_state, after.batches, self.ema)
         seen = state.data_seen + size
         stats = {
@@ -170,7 +153,7 @@ class Steps:
             "rho": measured.rho,
         }
         stats |= self.norms(curvature, after, rates[0], new, grads, updates)
-        if self.has_aux:
+        if self.function.has_aux:
             stats["aux"] = aux
         return new, _divided(after, weight, measured.damping, seen), func_state, stats
 
@@ -178,7 +161,7 @@ class Steps:
         self,
         params: Params,
         state: State,
-        rng: Array,
+        rng: PRNGKey,
         batch: Batch,
         func_state: FuncState,
     ) -> tuple[State, Array]:
@@ -214,70 +197,27 @@ class Steps:
         return ALONE if self.axis is None else OverAxis(self.axis)
 
     def _plan(
-        self, params: Params, rng: Array, batch: Batch, func_state: FuncState
+        self, params: Params, rng: PRNGKey, batch: Batch, func_state: FuncState
     ) -> Curvature:
         """The plan for such arguments, with all but the batch bound to its loss."""
-        arguments = self._arguments(rng, batch, func_state)
+        arguments = self.function.arguments(rng, batch, func_state)
         leaves, treedef = jax.tree.flatten((params, arguments))
         key = treedef, *((jnp.shape(x), str(jnp.result_type(x))) for x in leaves)
         if key not in self.plans:
             # of shapes: whether or not it is staged, losses are not compared
             shapes = jax.eval_shape(lambda *args: args, params, *arguments)
             plan = make_curvature(
-                self._loss, *shapes, has_aux=True, **self.plan_options
+                self.function, *shapes, has_aux=True, **self.plan_options
             )
             if not self.plans:
                 warn_of_lost_examples(plan)
             self.plans[key] = plan
 
         def bound(params: Params, batch: Batch) -> Any:
-            return self._loss(params, *self._arguments(rng, batch, func_state))
+            own = self.function.arguments(rng, batch, func_state)
+            return self.function(params, *own)
 
         return dataclasses.replace(self.plans[key], loss_fn=bound)
-
-    def _arguments(self, rng: Array, batch: Batch, func_state: FuncState) -> list[Any]:
-        """What the user's function gets after the parameters."""
-        state = [func_state] if self.has_state else []
-        return [*state, *([rng] if self.has_rng else []), batch]
-
-    def _loss(self, params: Params, *arguments: Any) -> Any:
-        """The loss and, as auxiliary data, function state, aux and gradient."""
-        function = self.value_and_grad
-        tagged = params
-        if self.generic_only:
-            tagged = jax.tree.map(register_generic, params)
-        if self.for_estimator is not None:
-            self.for_estimator(tagged, *arguments)
-            function, tagged = without_tags(function), params
-        value, grads = self._two(function(tagged, *arguments))
-        more = func_state = aux = None
-        if self.has_state or self.has_aux:
-            value, more = self._two(value)
-        if self.has_state and self.has_aux:
-            func_state, aux = self._two(more)
-        elif self.has_state:
-            func_state = more
-        else:
-            aux = more
-        if isinstance(value, tuple | list):
-            raise self._unlike(value)
-        return value, (func_state, aux, grads)
-
-    def _two(self, result: Any) -> Any:
-        if isinstance(result, tuple | list) and len(result) == 2:
-            return result
-        raise self._unlike(result)
-
-    def _unlike(self, got: Any) -> TypeError:
-        names = [("loss", "(loss, aux)"), ("(loss, state)", "(loss, (state, aux))")]
-        value = names[self.has_state][self.has_aux]
-        return TypeError(
-            f"value_and_grad_func is expected to return ({value}, grads), with "
-            f"value_func_has_state={self.has_state} and "
-            f"value_func_has_aux={self.has_aux}; got {type(got).__name__} for "
-            "a part of that. Pass jax.value_and_grad(loss_fn, has_aux=...), and say by "
-            "these options what it returns."
-        )
 
     def _value_and_statistics(
         self,
@@ -285,7 +225,7 @@ class Steps:
         params: Params,
         state: State,
         batch: Batch,
-        key: Array,
+        key: PRNGKey,
     ) -> Any:
         """The loss function's value and, if it is time, statistics."""
 
@@ -303,7 +243,7 @@ class Steps:
             return gathered()
         return jax.lax.cond(state.step_counter % self.every == 0, gathered, plain)
 
-    def _keys(self, rng: Array) -> tuple[Array, Array]:
+    def _keys(self, rng: PRNGKey) -> tuple[PRNGKey, PRNGKey]:
         """For the function, and for samples, which differ between devices."""
         own, key = jax.random.split(rng)
         if self.axis is not None:
@@ -324,7 +264,7 @@ class Steps:
 
     def _scheduled(self, rates: Rates, state: State) -> Rates:
         """The rates that were given, or that schedules or the rule for λ choose."""
-        chosen = list(rates)
+        chosen: list[Any] = list(rates)
         for i, schedule in enumerate(self.schedules):
             if schedule is not None:
                 seen = {"data_seen": state.data_seen}
@@ -408,15 +348,8 @@ def from_options(options: Mapping[str, Any]) -> Steps:
             lower=options["damping_lower_threshold"],
             upper=options["damping_upper_threshold"],
         )
-    generic = _options.generic_only(
-        options["auto_register_kwargs"], options["patterns_to_skip"]
-    )
     return Steps(
-        value_and_grad=options["value_and_grad_func"],
-        has_aux=options["value_func_has_aux"],
-        has_state=options["value_func_has_state"],
-        has_rng=options["value_func_has_rng"],
-        for_estimator=options["value_func_for_estimator"],
+        function=_function(options),
         process=options["batch_process_func"] or (lambda batch: batch),
         size=options["batch_size_extractor"] or default_batch_size_extractor,
         schedules=[options[schedule] for _, _, schedule in _options.RATES],
@@ -431,7 +364,6 @@ def from_options(options: Mapping[str, Any]) -> Steps:
         ema=options["curvature_ema"],
         every=options["curvature_update_period"],
         inverse_every=options["inverse_update_period"],
-        generic_only=options["register_only_generic"] or generic,
         plan_options={
             "estimation_mode": options["estimation_mode"] or "ggn_curvature_prop",
             "blocks": native_blocks(options["layer_tag_to_block_ctor"]),
@@ -445,4 +377,19 @@ def from_options(options: Mapping[str, Any]) -> Steps:
             total=options["include_norms_in_stats"],
             each=options["include_per_param_norms_in_stats"],
         ),
+    )
+
+
+def _function(options: Mapping[str, Any]) -> Function:
+    """The user's function for the options of `Optimizer`."""
+    generic = _options.generic_only(
+        options["auto_register_kwargs"], options["patterns_to_skip"]
+    )
+    return Function(
+        value_and_grad=options["value_and_grad_func"],
+        has_aux=options["value_func_has_aux"],
+        has_state=options["value_func_has_state"],
+        has_rng=options["value_func_has_rng"],
+        for_estimator=options["value_func_for_estimator"],
+        generic_only=options["register_only_generic"] or generic,
     )

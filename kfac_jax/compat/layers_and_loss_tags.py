@@ -11,8 +11,10 @@ from typing import Any, Generic, TypeVar
 from jax import Array
 from jax.typing import ArrayLike
 
-from kfac_jax import tags
+from kfac_jax.tags import register_conv2d as register_conv2d
+from kfac_jax.tags import register_dense as register_dense
 from kfac_jax.tags import register_generic as register_generic
+from kfac_jax.tags import register_scale_and_shift as register_scale_and_shift
 
 T = TypeVar("T")
 
@@ -77,7 +79,8 @@ class LayerTag:
         if dense and len(params) in (1, 2):
             w, b = (*params, None)[:2]
             assert w is not None
-            return register_dense(outputs[0], inputs[0], w, b, meta.variant, **metadata)
+            metadata |= {"variant": meta.variant}
+            return register_dense(outputs[0], inputs[0], w, b, **metadata)
         raise ValueError(
             "layer_tag.bind expects a dense layer, or a parameter of variant "
             f'"generic"; got {meta}. Use kfac_jax.register_conv2d or '
@@ -88,40 +91,4 @@ class LayerTag:
 layer_tag = LayerTag()
 
 
-def register_dense(
-    y: ArrayLike,
-    x: ArrayLike,
-    w: ArrayLike,
-    b: ArrayLike | None = None,
-    variant: str = "dense",
-    **kwargs: Any,
-) -> Array:
-    """Marks `y = x @ w + b`; see `kfac_jax.register_dense`."""
-    return tags.register_dense(y, x, w, b, variant=variant, **kwargs)
-
-
 register_repeated_dense = functools.partial(register_dense, variant="repeated_dense")
-
-
-def register_conv2d(
-    y: ArrayLike,
-    x: ArrayLike,
-    w: ArrayLike,
-    b: ArrayLike | None = None,
-    variant: str = "conv2d",
-    **kwargs: Any,
-) -> Array:
-    """Marks a convolution; see `kfac_jax.register_conv2d`."""
-    return tags.register_conv2d(y, x, w, b, variant=variant, **kwargs)
-
-
-def register_scale_and_shift(
-    y: ArrayLike,
-    x: ArrayLike,
-    scale: ArrayLike | None = None,
-    shift: ArrayLike | None = None,
-    variant: str = "scale_and_shift",
-    **kwargs: Any,
-) -> Array:
-    """Marks `y = x * scale + shift`; see `kfac_jax.register_scale_and_shift`."""
-    return tags.register_scale_and_shift(y, x, scale, shift, variant=variant, **kwargs)

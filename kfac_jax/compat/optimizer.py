@@ -5,12 +5,14 @@ programs are better served by those two; the page on migration says by which arg
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from chex import ArrayTree, Numeric, PRNGKey
 from jax import Array
 
 from kfac_jax._utils import arguments
@@ -18,9 +20,9 @@ from kfac_jax.compat import _options, _steps
 from kfac_jax.compat._devices import as_mapped, get_first
 from kfac_jax.curvature import Curvature
 
-Params = Any
-Batch = Any
-FuncState = Any
+Params = ArrayTree
+Batch = ArrayTree
+FuncState = ArrayTree | None
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -120,11 +122,11 @@ class Optimizer:
     value_func_has_rng: bool = False
     value_func_for_estimator: Callable[..., Any] | None = None
     use_adaptive_learning_rate: bool = False
-    learning_rate_schedule: Callable[..., Any] | None = None
+    learning_rate_schedule: Callable[..., Numeric] | None = None
     use_adaptive_momentum: bool = False
-    momentum_schedule: Callable[..., Any] | None = None
+    momentum_schedule: Callable[..., Numeric] | None = None
     use_adaptive_damping: bool = False
-    damping_schedule: Callable[..., Any] | None = None
+    damping_schedule: Callable[..., Numeric] | None = None
     initial_damping: float | None = None
     use_initial_damping_calibration: bool = False
     min_damping: float = 1e-8
@@ -156,7 +158,7 @@ class Optimizer:
     multi_device: bool = False
     debug: bool = False
     invalid_metric_value: float = float("nan")
-    batch_size_extractor: Callable[..., Any] | None = None
+    batch_size_extractor: Callable[..., Numeric] | None = None
     pmap_axis_name: str = "kfac_axis"
     forbid_setting_attributes_after_finalize: bool = True
     modifiable_attribute_exceptions: Sequence[str] = ()
@@ -174,7 +176,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         """Checks the options."""
         own = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        _options.refuse(own)
+        _options.check(own)
         steps = _steps.from_options(own)
         self._steps = steps
         self._staged = [self._stage(f) for f in (steps.init, steps.step, steps.burn_in)]
@@ -226,7 +228,7 @@ class Optimizer:
         return next(reversed(self._steps.plans.values()))
 
     def init(
-        self, params: Params, rng: Array, batch: Batch, func_state: FuncState = None
+        self, params: Params, rng: PRNGKey, batch: Batch, func_state: FuncState = None
     ) -> State:
         """The state before the first step.
 
@@ -258,13 +260,13 @@ class Optimizer:
         self,
         params: Params,
         state: State,
-        rng: Array,
+        rng: PRNGKey,
         data_iterator: Iterator[Batch] | None = None,
         batch: Batch | None = None,
         func_state: FuncState = None,
-        learning_rate: Any = None,
-        momentum: Any = None,
-        damping: Any = None,
+        learning_rate: Numeric | None = None,
+        momentum: Numeric | None = None,
+        damping: Numeric | None = None,
         global_step_int: int | None = None,
     ) -> tuple[Any, ...]:
         """One step.
@@ -296,31 +298,17 @@ class Optimizer:
         if (data_iterator is None) == (batch is None):
             got = "neither" if batch is None else "both"
             raise ValueError(f"step expects one of data_iterator and batch; got {got}.")
-        rates = [
-            self._rate(names, value)
-            for names, value in zip(
-                _options.RATES, (learning_rate, momentum, damping), strict=True
-            )
-        ]
-        if not isinstance(state, _steps.State):
-            raise TypeError(
-                "step expects the state from init, or the step before, an "
-                f"Optimizer.State; got {arguments.shown(state)}."
-            )
+        given = learning_rate, momentum, damping
+        rates = [self._rate(*x) for x in zip(_options.RATES, given, strict=True)]
+        expected = "what init, or the step before, returned, an Optimizer.State"
+        arguments.instance("state", state, _steps.State, expected)
         self._check(params=params, rng=rng, batch=batch, func_state=func_state)
         if global_step_int is not None:
             arguments.whole("global_step_int", global_step_int, arrays=True)
         if data_iterator is not None:
-            if not hasattr(data_iterator, "__next__"):
-                raise TypeError(
-                    "data_iterator must be an iterator of batches; got "
-                    f"{arguments.shown(data_iterator)}. Pass iter(batches)."
-                )
-            if self.num_burnin_steps > 0 and self._is_first(state, global_step_int):
-                for _ in range(self.num_burnin_steps):
-                    state, rng = self._staged[2](
-                        params, state, rng, next(data_iterator), func_state
-                    )
+            state, rng = self._burnt_in(
+                params, state, rng, data_iterator, func_state, global_step_int
+            )
             batch = next(data_iterator)
         params, state, func_state, stats = self._staged[1](
             params, state, rng, batch, func_state, rates
@@ -329,12 +317,45 @@ class Optimizer:
             return params, state, func_state, stats
         return params, state, stats
 
-    def _is_first(self, state: State, steps: int | None) -> bool:
-        if steps is None:
-            steps = int(get_first(state.step_counter))
-        return steps == 0
+    def _burnt_in(
+        self,
+        params: Params,
+        state: State,
+        rng: PRNGKey,
+        data_iterator: Iterator[Batch],
+        func_state: FuncState,
+        steps: int | None,
+    ) -> tuple[State, PRNGKey]:
+        """The state once the curvature has seen batches, and another key.
 
-    def _rate(self, names: tuple[str, str, str], value: Any) -> Any:
+        Args:
+          params: as of `step`, like the next four.
+          state: see there.
+          rng: see there.
+          data_iterator: see there.
+          func_state: see there.
+          steps: how many steps were made, if it is known. After the first there is no
+            burn-in.
+
+        Returns:
+          The state and the key.
+
+        Raises:
+          TypeError: if there is no iterator.
+        """
+        if not hasattr(data_iterator, "__next__"):
+            raise TypeError(
+                "data_iterator must be an iterator of batches; got "
+                f"{arguments.shown(data_iterator)}. Pass iter(batches)."
+            )
+        if self.num_burnin_steps > 0 and steps is None:
+            steps = int(get_first(state.step_counter))
+        count = 0 if steps else self.num_burnin_steps
+        for batch in itertools.islice(data_iterator, count):
+            state, rng = self._staged[2](params, state, rng, batch, func_state)
+        return state, rng
+
+    def _rate(self, names: tuple[str, str, str], value: Numeric | None) -> Any:
         """A rate as the staged step takes it: always of one type and shape.
 
         Raises:
@@ -357,15 +378,16 @@ class Optimizer:
             return None
         arguments.real(argument, value)
         # of the same kind each time, so that nothing is compiled anew or waited for
-        spread = jnp.broadcast_to if isinstance(value, Array) else np.broadcast_to
-        if not isinstance(value, Array):
-            value = np.asarray(value)
-        value = value.astype(jax.dtypes.canonicalize_dtype(float))
+        on_device = isinstance(value, Array)
+        number: Any = value if on_device else np.asarray(value)
+        number = number.astype(jax.dtypes.canonicalize_dtype(float))
         whole = (jax.local_device_count(),) if self.multi_device else ()
-        if value.shape not in ((), whole):
+        if number.shape == whole:
+            return number
+        if number.shape:
             raise ValueError(
                 f"step expects {argument} as one number"
                 f"{', or one for each device' if self.multi_device else ''}; got shape "
-                f"{value.shape}."
+                f"{number.shape}."
             )
-        return spread(value, whole) if value.shape != whole else value
+        return (jnp if on_device else np).broadcast_to(number, whole)

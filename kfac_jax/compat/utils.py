@@ -4,13 +4,14 @@ For programs already written for the existing JAX K-FAC library; see `kfac_jax.c
 """
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+from chex import ArrayTree as ArrayTree
+from chex import PRNGKey as PRNGKey
 from jax import Array
 from jax.typing import DTypeLike
 
@@ -20,8 +21,6 @@ from kfac_jax.compat._devices import (
     broadcast_all_local_devices as broadcast_all_local_devices,
 )
 from kfac_jax.compat._devices import get_first as get_first
-from kfac_jax.compat._devices import get_mean as get_mean
-from kfac_jax.compat._devices import get_sum as get_sum
 from kfac_jax.compat._devices import in_pmap as in_pmap
 from kfac_jax.compat._devices import (
     make_different_rng_key_on_all_devices as make_different_rng_key_on_all_devices,
@@ -45,12 +44,10 @@ T = TypeVar("T")
 # Numbers and arrays.
 Numeric = Array | float | int
 Scalar = float | int
-PRNGKey = Array
 Shape = tuple[int, ...]
 DType = DTypeLike
 # Trees; the program decides what they are.
 PyTree = T | Sequence[Any] | Mapping[str, Any]
-ArrayTree = PyTree[Array]
 Params = Any
 Batch = Any
 FuncState = Any
@@ -67,7 +64,7 @@ ScheduleType = Callable[..., Numeric]
 # --------------------------------------------------------------------- trees as vectors
 
 
-def inner_product(obj1: Any, obj2: Any, in_float64: bool = False) -> Array:
+def inner_product(obj1: ArrayTree, obj2: ArrayTree, in_float64: bool = False) -> Array:
     """The sum of products of all entries of two trees.
 
     Args:
@@ -84,97 +81,35 @@ def inner_product(obj1: Any, obj2: Any, in_float64: bool = False) -> Array:
     arguments.trees("obj1", obj1)
     arguments.trees("obj2", obj2)
     arguments.flag("in_float64", in_float64)
-    if not abstract_objects_equal(obj1, obj2, check_dtype=False):
+    (xs, treedef), (ys, other) = jax.tree.flatten(obj1), jax.tree.flatten(obj2)
+    if treedef != other or [*map(jnp.shape, xs)] != [*map(jnp.shape, ys)]:
         raise ValueError(
             "inner_product expects obj1 and obj2 of the same structure and shapes; got "
             f"{jax.tree.map(jnp.shape, obj1)} and {jax.tree.map(jnp.shape, obj2)}."
         )
     dtype = jnp.float64 if in_float64 else None
-    pairs = zip(jax.tree.leaves(obj1), jax.tree.leaves(obj2), strict=True)
     parts = [
         jnp.sum(jnp.asarray(x, dtype) * jnp.asarray(y, dtype), dtype=dtype)
-        for x, y in pairs
+        for x, y in zip(xs, ys, strict=True)
     ]
     return functools.reduce(operator.add, parts, jnp.zeros((), dtype))
 
 
-def squared_norm(obj: Any) -> Array:
-    """The inner product of a tree with itself."""
-    arguments.trees("obj", obj)
-    return inner_product(obj, obj)
-
-
-def norm(obj: Any) -> Array:
+def norm(obj: ArrayTree) -> Array:
     """The Euclidean norm of a tree.
 
     >>> norm({"a": jnp.full(2, 3.0), "b": jnp.asarray([[1.0, -1.0], [2.0, 1.0]])})
     Array(5., dtype=float32...)
     """
-    return jnp.sqrt(squared_norm(obj))
+    arguments.trees("obj", obj)
+    return jnp.sqrt(inner_product(obj, obj))
 
 
-def scalar_mul(obj: Any, scalar: Any) -> Any:
+def scalar_mul(obj: ArrayTree, scalar: Numeric) -> Any:
     """Multiplies every entry of a tree by a number."""
     arguments.trees("obj", obj)
     arguments.array("scalar", scalar)
     return jax.tree.map(lambda x: x * scalar, obj)
-
-
-def scalar_div(obj: Any, scalar: Any) -> Any:
-    """Divides every entry of a tree by a number."""
-    arguments.trees("obj", obj)
-    arguments.array("scalar", scalar)
-    return jax.tree.map(lambda x: x / scalar, obj)
-
-
-def sum_of_objects(objects: Sequence[Any]) -> Any:
-    """Adds trees of one structure."""
-    arguments.sequence("objects", objects, "trees")
-    if not objects or not all(
-        jax.tree.structure(x) == jax.tree.structure(objects[0]) for x in objects
-    ):
-        raise ValueError(
-            "objects must be trees of one structure, at least one; got "
-            f"{[jax.tree.structure(x) for x in objects]}."
-        )
-    arguments.trees("objects", list(objects))
-    return jax.tree.map(lambda *xs: functools.reduce(operator.add, xs), *objects)
-
-
-def weighted_sum_of_objects(objects: Sequence[Any], coefficients: Sequence[Any]) -> Any:
-    """Adds trees of one structure, each times a coefficient.
-
-    Args:
-      objects: the trees.
-      coefficients: one number for each.
-
-    Returns:
-      A tree like each of them.
-
-    Raises:
-      ValueError: if there are not as many coefficients as trees.
-    """
-    arguments.sequence("objects", objects, "trees")
-    arguments.trees("objects", list(objects))
-    arguments.sequence("coefficients", coefficients, "numbers")
-    arguments.trees("coefficients", list(coefficients))
-    if len(objects) != len(coefficients):
-        raise ValueError(
-            "weighted_sum_of_objects expects as many coefficients as objects; got "
-            f"{len(coefficients)} and {len(objects)}."
-        )
-    pairs = zip(objects, coefficients, strict=True)
-    return sum_of_objects([scalar_mul(obj, c) for obj, c in pairs])
-
-
-def per_parameter_norm(obj: Any, key_prefix: str) -> dict[str, Array]:
-    """The norm of each array by its path, `{"prefix(a/b)": norm}`."""
-    arguments.trees("obj", obj)
-    arguments.instance("key_prefix", key_prefix, str, "a text")
-    leaves = jax.tree.leaves_with_path(obj)
-    names = [jax.tree_util.keystr(p, simple=True, separator="/") for p, _ in leaves]
-    norms = [norm(x) for _, x in leaves]
-    return {f"{key_prefix}({n})": x for n, x in zip(names, norms, strict=True)}
 
 
 def product(iterable_object: Iterable[Any]) -> Any:
@@ -184,30 +119,6 @@ def product(iterable_object: Iterable[Any]) -> Any:
     6
     """
     return functools.reduce(operator.mul, iterable_object, 1)
-
-
-def pytree_size(pytree: Any) -> int:
-    """The number of entries of all arrays together."""
-    arguments.trees("pytree", pytree)
-    return sum(math.prod(jnp.shape(x)) for x in jax.tree.leaves(pytree))
-
-
-def tree_is_empty(obj: Any) -> bool:
-    """Whether a tree holds no leaves."""
-    return not jax.tree.leaves(obj)
-
-
-def abstract_objects_equal(obj1: Any, obj2: Any, check_dtype: bool = True) -> bool:
-    """Whether two trees agree in structure, shapes and (if asked) types."""
-    arguments.flag("check_dtype", check_dtype)
-    if jax.tree.structure(obj1) != jax.tree.structure(obj2):
-        return False
-    pairs = zip(jax.tree.leaves(obj1), jax.tree.leaves(obj2), strict=True)
-    return all(
-        jnp.shape(x) == jnp.shape(y)
-        and (not check_dtype or jnp.result_type(x) == jnp.result_type(y))
-        for x, y in pairs
-    )
 
 
 def first_dim_is_size(size: int, *args: Array) -> bool:
@@ -323,12 +234,6 @@ def _shifted(x: Array, shift: Array) -> Array:
 # ------------------------------------------------------------------------------- scopes
 
 
-def auto_scope_function(func: Callable[..., T]) -> Callable[..., T]:
-    """Runs a function in a `jax.named_scope` of its name."""
-    arguments.function("func", func)
-    return jax.named_scope(func.__name__)(func)
-
-
 def auto_scope_method(method: Callable[..., T]) -> Callable[..., T]:
     """Runs a method in a `jax.named_scope` of its class and name."""
     arguments.function("method", method)
@@ -339,3 +244,12 @@ def auto_scope_method(method: Callable[..., T]) -> Callable[..., T]:
             return method(instance, *args, **kwargs)
 
     return wrapped
+
+
+def __getattr__(name: str) -> Any:
+    """Says what to do without a name that is not here."""
+    raise AttributeError(
+        f"kfac_jax.utils has no {name!r}: expected one of the names that programs were "
+        "found to use. jax.tree and optax.tree compute with trees, and jax.lax has the "
+        "collectives."
+    )

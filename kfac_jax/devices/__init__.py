@@ -5,6 +5,7 @@ from typing import Any
 from kfac_jax._utils.arguments import shown
 from kfac_jax.devices.alone import Alone as Alone
 from kfac_jax.devices.base import Devices as Devices
+from kfac_jax.devices.base import Task as Task
 from kfac_jax.devices.over_axis import OverAxis as OverAxis
 from kfac_jax.devices.over_mesh import OverMesh as OverMesh
 

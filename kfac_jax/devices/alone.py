@@ -1,16 +1,17 @@
 """One device, or many that each do everything."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from jax import Array
 
-from kfac_jax.devices.base import Devices, Shifted
+from kfac_jax.devices.base import Devices, Shifted, Task, by_name
 from kfac_jax.devices.rows import Shape
 from kfac_jax.linalg._coherence import Conditional, conditionals
 from kfac_jax.linalg._psd import Inverted, inverse_many, inverse_root_many
 
+K = TypeVar("K")
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -35,10 +36,6 @@ class Alone(Devices):
     def keepers(self) -> int:
         """One."""
         return 1
-
-    def sharing_only(self) -> "Alone":
-        """The same."""
-        return self
 
     def mean(self, tree: T) -> T:
         """The same."""
@@ -72,25 +69,20 @@ class Alone(Devices):
         """Makes it, array by array."""
         return make()
 
-    def inverses(self, shifted: Shifted) -> list[Inverted]:
+    def inverses(self, shifted: Mapping[K, Shifted]) -> dict[K, Inverted]:
         """Size by size."""
-        return inverse_many(shifted)
+        return by_name(inverse_many, shifted)
 
-    def roots(self, shifted: Shifted) -> list[Array]:
+    def roots(self, shifted: Mapping[K, Shifted]) -> dict[K, Array]:
         """Size by size."""
-        return inverse_root_many(shifted)
+        return by_name(inverse_root_many, shifted)
 
     def conditionals(
-        self, parts: Sequence[tuple[Array, Array, Array]]
-    ) -> list[Conditional]:
+        self, parts: Mapping[K, tuple[Array, Array, Array]]
+    ) -> dict[K, Conditional]:
         """One by one."""
-        return conditionals(parts)
+        return by_name(conditionals, parts)
 
-    def each(
-        self,
-        costs: Sequence[float],
-        functions: Sequence[Callable[[Any], list[Array]]],
-        operands: Sequence[Any],
-    ) -> list[list[Array]]:
+    def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
         """One by one."""
-        return [f(x) for f, x in zip(functions, operands, strict=True)]
+        return {name: task.function(task.operand) for name, task in tasks.items()}

@@ -1,8 +1,8 @@
 """What a step asks of the devices that make it."""
 
 import abc
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,20 @@ from kfac_jax.devices.rows import Shape
 from kfac_jax.linalg._coherence import Conditional
 from kfac_jax.linalg._psd import Inverted, finite_diagonals
 
+K = TypeVar("K")
 S = TypeVar("S")
 T = TypeVar("T")
 
-Shifted = Sequence[tuple[Array, Array]]
+Shifted = tuple[Array, Array]
 """x `[..., d, d]` and s `[...]`, for `x + s I`."""
+
+
+class Task(NamedTuple):
+    """What one device does, with the same operand on all."""
+
+    cost: float  # multiply-adds
+    function: Callable[[Any], list[Array]]
+    operand: Any
 
 
 class Devices(abc.ABC):
@@ -37,10 +46,6 @@ class Devices(abc.ABC):
     @abc.abstractmethod
     def keepers(self) -> int:
         """In how many parts the state is cut."""
-
-    @abc.abstractmethod
-    def sharing_only(self) -> "Devices":
-        """The same devices, each of which has all of the state."""
 
     # ------------------------------------------------------------------ collectives
 
@@ -135,33 +140,28 @@ class Devices(abc.ABC):
         """Makes a state, without any device having to hold all that others keep."""
 
     @abc.abstractmethod
-    def inverses(self, shifted: Shifted) -> list[Inverted]:
+    def inverses(self, shifted: Mapping[K, Shifted]) -> dict[K, Inverted]:
         """Inverts matrices, see `linalg.inverse_many`."""
 
     @abc.abstractmethod
-    def roots(self, shifted: Shifted) -> list[Array]:
+    def roots(self, shifted: Mapping[K, Shifted]) -> dict[K, Array]:
         """Roots of inverses, see `linalg.inverse_root_many`."""
 
     @abc.abstractmethod
     def conditionals(
-        self, parts: Sequence[tuple[Array, Array, Array]]
-    ) -> list[Conditional]:
+        self, parts: Mapping[K, tuple[Array, Array, Array]]
+    ) -> dict[K, Conditional]:
         """Decompositions for linked layers, see `linalg.conditionals`."""
 
     @abc.abstractmethod
-    def each(
-        self,
-        costs: Sequence[float],
-        functions: Sequence[Callable[[Any], list[Array]]],
-        operands: Sequence[Any],
-    ) -> list[list[Array]]:
-        """Applies functions to operands of their own, each by its owner.
+    def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
+        """The results of tasks, each done by its owner; the same on all devices."""
 
-        Args:
-          costs: of each.
-          functions: the functions.
-          operands: the same on all devices.
 
-        Returns:
-          The results, the same on all devices.
-        """
+def by_name(
+    function: Callable[[list[S]], Sequence[T]], given: Mapping[K, S]
+) -> dict[K, T]:
+    """Applies a function of several to what has names, if there is any."""
+    if not given:
+        return {}
+    return dict(zip(given, function([*given.values()]), strict=True))

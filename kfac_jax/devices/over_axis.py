@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -13,12 +13,14 @@ from jax import Array
 from kfac_jax._jaxpr import _compat
 from kfac_jax._utils.arguments import shown
 from kfac_jax._utils.ordering import known_false_after
+from kfac_jax.devices.base import Task
 from kfac_jax.devices.collectives import together
-from kfac_jax.devices.planner import Division, balance, divide, pack
-from kfac_jax.devices.rows import Shape, fill, from_rows, rows_shape, to_rows
+from kfac_jax.devices.planner import Allotment, Stack, allot, balance
+from kfac_jax.devices.rows import Shape, fill, from_rows, own_shape, to_rows
 from kfac_jax.devices.several import Several, Shared
 from kfac_jax.linalg._shared import Columns
 
+K = TypeVar("K")
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -90,10 +92,6 @@ class OverAxis(Several):
           ValueError: if the axis does not exist where this is called.
         """
         return self._size(self.axis)
-
-    def sharing_only(self) -> "OverAxis":
-        """The same devices, each of which has all of the state."""
-        return OverAxis(self.axis)
 
     def keepers(self) -> int:
         """In how many parts the state is cut."""
@@ -170,11 +168,7 @@ class OverAxis(Several):
 
     def kept_shape(self, shape: Shape) -> Shape:
         """The shape of a device's rows."""
-        if not self.cuts_state:
-            return shape
-        devices = self.keepers()
-        rows, *rest = rows_shape(shape, devices)
-        return (rows // devices, *rest)
+        return own_shape(shape, self.keepers()) if self.cuts_state else shape
 
     def rows(self, leaves: Sequence[Array]) -> list[Array]:
         """A device's rows of arrays that all devices have."""
@@ -217,65 +211,60 @@ class OverAxis(Several):
         shared: Shared | None = None,
     ) -> list[Array]:
         """The largest first, each to the device with least to do."""
-        devices, me = self.size(), jax.lax.axis_index(self.axis)
-        divisions = divide(
-            [(len(x), x.shape[-1]) for x in stacks], devices, shared is not None
-        )
-        owned = [i for i, division in enumerate(divisions) if not division.shared]
-        columns = Columns(me, devices, self._join_columns)
-        results = {
-            i: shared(stacks[i], columns)
-            for i, division in enumerate(divisions)
-            if shared is not None and division.shared
-        }
-        mine: list[Array] = []
-        for i in owned:
-            count = jnp.asarray(divisions[i].counts)[me]
-            if mine:  # one after the other, see linalg.inverse_many
-                started = known_false_after(mine[-1][0, 0, 0])
+        me = jax.lax.axis_index(self.axis)
+        sizes = [Stack(len(x), x.shape[-1], x.dtype) for x in stacks]
+        allotment = allot(sizes, self.size(), shared is not None)
+        columns = Columns(me, allotment.devices, self._join_columns)
+        results: dict[int, Array] = {}
+        mine: dict[int, Array] = {}
+        waits: Array | None = None
+        for i, division in enumerate(allotment.divisions):
+            if division.shared:
+                assert shared is not None
+                results[i] = shared(stacks[i], columns)
+                continue
+            count = jnp.asarray(division.counts)[me]
+            if waits is not None:  # one after the other, see linalg.inverse_many
+                started = known_false_after(waits)
                 count = jnp.where(started, jnp.zeros_like(count), count)
-            first = jnp.asarray(divisions[i].first)[me]
-            order, slots = jnp.asarray(divisions[i].order), divisions[i].slots
-            mine.append(_own_results(function, stacks[i], order, first, count, slots))
-        everyone = self._exchange(mine, [divisions[i] for i in owned], me)
-        results |= dict(zip(owned, everyone, strict=True))
+            first = jnp.asarray(division.first)[me]
+            order, slots = jnp.asarray(division.order), division.slots
+            mine[i] = _own_results(function, stacks[i], order, first, count, slots)
+            waits = mine[i][0, 0, 0]
+        results |= self._exchange(mine, allotment, me)
         return [results[i] for i in range(len(stacks))]
 
     def _exchange(
-        self, mine: Sequence[Array], divisions: Sequence[Division], me: Array
-    ) -> list[Array]:
+        self, mine: Mapping[int, Array], allotment: Allotment, me: Array
+    ) -> dict[int, Array]:
         """All results `[k, d, d]` from those of a device: one collective for a type."""
         results: dict[int, Array] = {}
-        for dtype in dict.fromkeys(x.dtype for x in mine):
-            members = [i for i, x in enumerate(mine) if x.dtype == dtype]
-            members.sort(key=lambda i: -mine[i].shape[-1])  # then least is empty
-            sizes = [math.prod(mine[i].shape[1:]) for i in members]
-            packing = pack([divisions[i] for i in members], sizes)
-            own = _compat.vary_like(jnp.zeros((packing.length,), dtype), me)
+        for members, packing in allotment.exchanges:
+            own = jnp.zeros((packing.length,), mine[members[0]].dtype)
+            own = _compat.vary_like(own, me)
             for i, starts in zip(members, packing.starts, strict=True):
                 start = jnp.asarray(starts)[me]
                 own = jax.lax.dynamic_update_slice_in_dim(
                     own, mine[i].reshape(-1), start, 0
                 )
             everyone = _compat.all_gather(own, self.axis)
-            for i, starts, size in zip(members, packing.starts, sizes, strict=True):
-                owners, places = divisions[i].owners, divisions[i].places
-                at = jnp.asarray(owners), jnp.asarray(starts[owners] + places * size)
+            for i, starts in zip(members, packing.starts, strict=True):
+                shape, division = mine[i].shape[1:], allotment.divisions[i]
+                size, owners = math.prod(shape), division.owners
+                at = (
+                    jnp.asarray(owners),
+                    jnp.asarray(starts[owners] + division.places * size),
+                )
                 found = jax.vmap(functools.partial(_piece, everyone, size))(*at)
-                results[i] = found.reshape(-1, *mine[i].shape[1:])
-        return [results[i] for i in range(len(mine))]
+                results[i] = found.reshape(-1, *shape)
+        return results
 
-    def each(
-        self,
-        costs: Sequence[float],
-        functions: Sequence[Callable[[Any], list[Array]]],
-        operands: Sequence[Any],
-    ) -> list[list[Array]]:
+    def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
         """In one collective for each type."""
         me = jax.lax.axis_index(self.axis)
         own: list[list[Array]] = []
-        owners = balance(costs, self.size())
-        for owner, function, operand in zip(owners, functions, operands, strict=True):
+        owners = balance([task.cost for task in tasks.values()], self.size())
+        for owner, (_, function, operand) in zip(owners, tasks.values(), strict=True):
             mine = me == owner
             if own and own[-1]:  # one after the other, see linalg.inverse_many
                 mine &= ~known_false_after(jnp.ravel(own[-1][0])[0])
@@ -284,9 +273,11 @@ class OverAxis(Several):
             compute = functools.partial(_varying_results, function, me)
             nothing = functools.partial(_varying_zeros, shapes, me)
             own.append(jax.lax.cond(mine, compute, nothing, operand))
-        total = functools.partial(jax.lax.psum, axis_name=self.axis)
-        everyone = iter(together([x for part in own for x in part], total))
-        return [[next(everyone) for _ in part] for part in own]
+        everyone = iter(self._sum([x for part in own for x in part]))
+        return {
+            name: [next(everyone) for _ in part]
+            for name, part in zip(tasks, own, strict=True)
+        }
 
     def _join_columns(self, x: Array) -> Array:
         """`[..., devices · c]` from everyone's `[..., c]`."""

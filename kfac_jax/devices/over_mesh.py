@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -12,10 +12,12 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from kfac_jax._utils.arguments import shown
+from kfac_jax.devices.base import Task
 from kfac_jax.devices.over_axis import OverAxis, as_names, check_names
 from kfac_jax.devices.rows import Shape, rows_shape
 from kfac_jax.devices.several import Several, Shared
 
+K = TypeVar("K")
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -83,10 +85,6 @@ class OverMesh(Several):
     def size(self) -> int:
         """How many devices share the work."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
-
-    def sharing_only(self) -> "OverMesh":
-        """The same devices, each of which has all of the state."""
-        return OverMesh(self.mesh, self.axes)
 
     def keepers(self) -> int:
         """In how many parts the state is cut."""
@@ -161,15 +159,16 @@ class OverMesh(Several):
 
         return self._mapped(local, (P(),), P())(list(stacks))
 
-    def each(
-        self,
-        costs: Sequence[float],
-        functions: Sequence[Callable[[Any], list[Array]]],
-        operands: Sequence[Any],
-    ) -> list[list[Array]]:
+    def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
         """As `OverAxis` does, in a `shard_map`."""
 
         def local(operands: list[Any]) -> list[list[Array]]:
-            return self._inside.each(costs, functions, operands)
+            given = {
+                name: task._replace(operand=operand)
+                for (name, task), operand in zip(tasks.items(), operands, strict=True)
+            }
+            return [*self._inside.each(given).values()]
 
-        return self._mapped(local, (P(),), P())(list(operands))
+        operands = [task.operand for task in tasks.values()]
+        found = self._mapped(local, (P(),), P())(operands)
+        return dict(zip(tasks, found, strict=True))

@@ -1,9 +1,12 @@
-"""Which device does what."""
+"""Which device does what, and what each gets to do and to receive by it."""
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from kfac_jax.linalg._shared import LEAVES
 
 ALL = -1
 """The owner of what all devices invert together."""
@@ -159,3 +162,77 @@ def pack(divisions: Sequence[Division], sizes: Sequence[int]) -> Packing:
     slots = np.asarray([division.slots for division in divisions])
     ends = starts + (slots * np.asarray(sizes))[:, None]
     return Packing(starts, int(ends.max()))
+
+
+class Stack(NamedTuple):
+    """Matrices `[number, size, size]` that are inverted as one batch."""
+
+    number: int
+    size: int
+    dtype: np.dtype[Any]
+
+
+class Exchange(NamedTuple):
+    """How devices hand out what has owners, of one type."""
+
+    stacks: list[int]
+    packing: Packing
+
+
+@dataclasses.dataclass(frozen=True)
+class Allotment:
+    """Which device inverts what, and how they hand out the results.
+
+    Attributes:
+      devices: how many there are.
+      stacks: what is inverted.
+      divisions: of each stack.
+      exchanges: of what has owners, one for each type.
+    """
+
+    devices: int
+    stacks: Sequence[Stack]
+    divisions: Sequence[Division]
+    exchanges: Sequence[Exchange]
+
+    @property
+    def work(self) -> np.ndarray:
+        """Multiply-adds of each device, `[devices]`; d³ for a matrix of its own."""
+        work = np.zeros(self.devices)
+        for (k, d, _), division in zip(self.stacks, self.divisions, strict=True):
+            by_all = k * shared_cost(d, self.devices, LEAVES) if division.shared else 0
+            work += division.counts * float(d) ** 3 + by_all
+        return work
+
+    @property
+    def total_work(self) -> float:
+        """What one device alone would have to do."""
+        return sum(k * float(d) ** 3 for k, d, _ in self.stacks)
+
+    @property
+    def gathered_bytes(self) -> float:
+        """What all devices gather of each other."""
+        by_all = sum(
+            k * shared_entries(d, LEAVES) * dtype.itemsize
+            for (k, d, dtype), x in zip(self.stacks, self.divisions, strict=True)
+            if x.shared
+        )
+        own = sum(
+            packing.length * self.stacks[members[0]].dtype.itemsize
+            for members, packing in self.exchanges
+        )
+        return by_all + self.devices * own
+
+
+def allot(stacks: Sequence[Stack], devices: int, share: bool) -> Allotment:
+    """Divides stacks of matrices, which may belong to all devices if they `share`."""
+    divisions = divide([(k, d) for k, d, _ in stacks], devices, share)
+    exchanges: list[Exchange] = []
+    owned = [i for i, division in enumerate(divisions) if not division.shared]
+    for dtype in dict.fromkeys(stacks[i].dtype for i in owned):
+        members = [i for i in owned if stacks[i].dtype == dtype]
+        members.sort(key=lambda i: -stacks[i].size)  # then least is empty
+        sizes = [stacks[i].size ** 2 for i in members]
+        packing = pack([divisions[i] for i in members], sizes)
+        exchanges.append(Exchange(members, packing))
+    return Allotment(devices, stacks, divisions, exchanges)

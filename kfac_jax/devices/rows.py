@@ -1,7 +1,5 @@
 """Arrays that devices keep parts of: an axis in front, padded, and cut into rows."""
 
-import math
-
 import jax.numpy as jnp
 from jax import Array
 
@@ -32,6 +30,12 @@ def rows_shape(shape: Shape, devices: int) -> Shape:
     return (rows, *shape[:axis], *shape[axis + 1 :])
 
 
+def own_shape(shape: Shape, devices: int) -> Shape:
+    """The shape of one device's rows, `[rows, ...]`."""
+    rows, *rest = rows_shape(shape, devices)
+    return (rows // devices, *rest)
+
+
 def to_rows(x: Array, devices: int) -> Array:
     """Moves the axis that is cut to the front and fills it up with zeros."""
     x = x.reshape(x.shape or (1,))
@@ -48,8 +52,3 @@ def from_rows(x: Array, shape: Shape) -> Array:
     full = shape or (1,)
     axis = row_axis(full)
     return jnp.moveaxis(x[: full[axis]], 0, axis).reshape(shape)
-
-
-def row_bytes(shape: Shape, devices: int, itemsize: int) -> int:
-    """How much each device keeps of an array."""
-    return math.prod(rows_shape(shape, devices)) * itemsize // devices

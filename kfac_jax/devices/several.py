@@ -2,17 +2,18 @@
 
 import abc
 import functools
-from collections.abc import Callable, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax import Array
 
-from kfac_jax.devices.base import Devices, Shifted
+from kfac_jax.devices.base import Devices, Shifted, Task, by_name
 from kfac_jax.linalg._coherence import Conditional, conditionals
 from kfac_jax.linalg._psd import Inverted, inverse_many, inverse_root_many
 from kfac_jax.linalg._shared import Columns, shared_inverse
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 Shared = Callable[[Array, Columns], Array]
@@ -52,16 +53,22 @@ class Several(Devices):
         """Makes it in one program."""
         return jax.jit(make)()
 
-    def inverses(self, shifted: Shifted) -> list[Inverted]:
+    def inverses(self, shifted: Mapping[K, Shifted]) -> dict[K, Inverted]:
         """Each device inverts what it owns, all together what is too large for one."""
-        return inverse_many(shifted, functools.partial(self.map, shared=shared_inverse))
+        apply = functools.partial(self.map, shared=shared_inverse)
+        return by_name(functools.partial(inverse_many, apply=apply), shifted)
 
-    def roots(self, shifted: Shifted) -> list[Array]:
+    def roots(self, shifted: Mapping[K, Shifted]) -> dict[K, Array]:
         """Each device those of what it owns."""
-        return inverse_root_many(shifted, self.map)
+        return by_name(functools.partial(inverse_root_many, apply=self.map), shifted)
 
     def conditionals(
-        self, parts: Sequence[tuple[Array, Array, Array]]
-    ) -> list[Conditional]:
+        self, parts: Mapping[K, tuple[Array, Array, Array]]
+    ) -> dict[K, Conditional]:
         """Each device decomposes what it owns."""
-        return conditionals(parts, self.each)
+
+        def each(*columns: Sequence[Any]) -> list[list[Array]]:
+            tasks = dict(zip(parts, map(Task, *columns), strict=True))
+            return [*self.each(tasks).values()]
+
+        return by_name(functools.partial(conditionals, each=each), parts)

@@ -8,21 +8,19 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax._utils import arguments
+from kfac_jax._utils import arguments, schedules
 from kfac_jax._utils.dtypes import wide_dtype
-
-Params = Any
 
 
 class AverageIteratesState(NamedTuple):
     """The state of `average_iterates`."""
 
     num_updates: Array  # [] int32, so far
-    averaged_params: Params  # θ̄, like the parameters, in float32 or wider
+    averaged_params: optax.Params  # θ̄, like the parameters, in float32 or wider
 
 
 def average_iterates(
-    decay: float | Array = 0.99, *, start: int | Array | None = 1
+    decay: optax.ScalarOrSchedule = 0.99, *, start: int | Array | None = 1
 ) -> optax.GradientTransformation:
     """Keeps an exponential average of the parameters: `θ̄ = ξ_k θ̄ + (1 - ξ_k) θ`.
 
@@ -39,7 +37,7 @@ def average_iterates(
     A refused update of `kfac` is zero: θ̄ moves towards the θ that stayed.
 
     Args:
-      decay: ξ, in [0, 1).
+      decay: ξ, in [0, 1), a number or a schedule of the step.
       start: k0, the step, counted from 1, at which averaging starts. Until then θ̄ = θ,
         and from then on `ξ_k = min(1 - 1/(k - k0 + 1), ξ)`: an equal average of all
         iterates from k0 on while they are few. None for `ξ_k = ξ` throughout, as in the
@@ -70,7 +68,7 @@ def average_iterates(
     """
     _check(decay, start)
 
-    def init(params: Params) -> AverageIteratesState:
+    def init(params: optax.Params) -> AverageIteratesState:
         arguments.real_trees("params", params)
         return AverageIteratesState(
             num_updates=jnp.zeros((), jnp.int32),
@@ -78,8 +76,8 @@ def average_iterates(
         )
 
     def update(
-        updates: Params, state: Any, params: Params | None = None
-    ) -> tuple[Params, AverageIteratesState]:
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, AverageIteratesState]:
         if params is None:
             raise ValueError(
                 "average_iterates averages the parameters: call "
@@ -87,7 +85,7 @@ def average_iterates(
             )
         _check_trees(updates, state, params)
         k = state.num_updates + 1
-        xi = jnp.asarray(decay, float)
+        xi = jnp.asarray(schedules.at(decay, state.num_updates), float)
         if start is not None:
             since = k - jnp.asarray(start, k.dtype) + 1
             xi = jnp.minimum(1.0 - 1.0 / jnp.maximum(since, 1).astype(xi.dtype), xi)
@@ -112,10 +110,12 @@ def _check_trees(updates: Any, state: Any, params: Any) -> None:
         "the state of average_iterates, from its init",
     )
     arguments.floating_trees("params", params)
-    given = _shapes("params", params)
+    arguments.real_trees("updates", updates)
+    arguments.real_trees("state", state.averaged_params)
+    given = _shapes(params)
     others = {
-        "updates": _shapes("updates", updates),
-        "the average in the state": _shapes("state", state.averaged_params),
+        "updates": _shapes(updates),
+        "the average in the state": _shapes(state.averaged_params),
     }
     for name, found in others.items():
         if found != given:
@@ -125,8 +125,7 @@ def _check_trees(updates: Any, state: Any, params: Any) -> None:
             )
 
 
-def _shapes(name: str, tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
-    arguments.real_trees(name, tree)
+def _shapes(tree: Any) -> tuple[Any, list[tuple[int, ...]]]:
     leaves, treedef = jax.tree.flatten(tree)
     return treedef, [jnp.shape(x) for x in leaves]
 
@@ -143,9 +142,7 @@ def _wide_copy(p: Any) -> Array:
 
 
 def _check(decay: Any, start: Any) -> None:
-    arguments.number("decay (ξ)", decay, arrays=True)
-    if isinstance(decay, numbers.Real) and not 0.0 <= float(decay) < 1.0:
-        raise ValueError(f"decay (ξ) must be in [0, 1); got {decay}.")
+    schedules.check("decay", decay, 0.0, 1.0, symbol="ξ")
     if start is None:
         return
     arguments.whole("start (k0)", start, arrays=True)

@@ -9,8 +9,6 @@ from jax import Array
 
 from kfac_jax._utils import arguments
 
-Params = Any
-
 
 class GraftState(NamedTuple):
     """The state of `graft`."""
@@ -64,12 +62,15 @@ def graft(
     given = optax.with_extra_args_support(direction)
     length = optax.with_extra_args_support(magnitude)
 
-    def init(params: Params) -> GraftState:
+    def init(params: optax.Params) -> GraftState:
         return GraftState(given.init(params), length.init(params))
 
     def update(
-        updates: Params, state: Any, params: Params | None = None, **extra: Any
-    ) -> tuple[Params, GraftState]:
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra: Any,
+    ) -> tuple[optax.Updates, GraftState]:
         arguments.instance("state", state, GraftState, "the state of graft, from init")
         points, own = given.update(updates, state.direction, params, **extra)
         sized, other = length.update(updates, state.magnitude, params, **extra)

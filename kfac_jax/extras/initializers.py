@@ -64,10 +64,7 @@ def sparse_normal(
     >>> weights.shape, (weights != 0).sum(0).tolist()
     ((6, 3), [2, 2, 2])
     """
-    if isinstance(incoming, bool) or not isinstance(incoming, int):
-        raise TypeError(f"incoming must be an integer; got {incoming!r}.")
-    if incoming < 1:
-        raise ValueError(f"incoming must be at least 1; got {incoming}.")
+    arguments.integer("incoming", incoming, 1)
     arguments.number("stddev", stddev)
     if not 0.0 <= stddev < float("inf"):
         raise ValueError(f"stddev must be finite and at least 0; got {stddev}.")

@@ -4,6 +4,8 @@ import dataclasses
 import operator
 from typing import Any
 
+from kfac_jax._utils import arguments
+
 
 @dataclasses.dataclass(frozen=True)
 class ExponentialBatchSize:
@@ -47,12 +49,12 @@ class ExponentialBatchSize:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        _check_integer("multiple_of", self.multiple_of, 1)
-        _check_integer("initial (m_1)", self.initial, self.multiple_of)
-        _check_integer("final (|S|)", self.final, self.initial)
-        _check_integer("steps", self.steps, 2)
+        arguments.integer("multiple_of", self.multiple_of, 1)
+        arguments.integer("initial (m_1)", self.initial, self.multiple_of)
+        arguments.integer("final (|S|)", self.final, self.initial)
+        arguments.integer("steps", self.steps, 2)
         if self.distinct is not None:
-            _check_integer("distinct", self.distinct, 2)
+            arguments.integer("distinct", self.distinct, 2)
             if self.distinct > self.steps:
                 raise ValueError(
                     f"distinct must be at most steps ({self.steps}); got "
@@ -99,10 +101,3 @@ class ExponentialBatchSize:
         # whole numbers are met up to rounding only: 125 ** (1 / 3) is 4.999...
         whole = min(int(size * (1 + 1e-12)), self.final)
         return whole // self.multiple_of * self.multiple_of
-
-
-def _check_integer(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer; got {value!r}.")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}; got {value}.")

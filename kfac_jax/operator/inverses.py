@@ -9,7 +9,7 @@ from chex import Numeric
 from jax import Array
 
 from kfac_jax._utils.vectors import inner_product
-from kfac_jax.devices import ALONE, Devices
+from kfac_jax.devices import ALONE, Devices, Task
 from kfac_jax.linalg import Inverted
 from kfac_jax.operator import by_rows
 from kfac_jax.plan.group import (
@@ -47,19 +47,17 @@ def move(
     Returns:
       All factors of those groups.
     """
-    wanted = [_places(group, factors) for group in groups]
-    found = devices.each(
-        [float(group.inversion_cost) for group in groups],
-        [
-            functools.partial(_moved, group, places)
-            for group, places in zip(groups, wanted, strict=True)
-        ],
-        [{name: factors[name] for name in group.names} for group in groups],
-    )
+    tasks: dict[Name, Task] = {}
+    places: dict[Name, list[Name]] = {}
+    for group in groups:
+        name, own = (group.name, "basis"), {n: factors[n] for n in group.names}
+        places[name] = _places(group, own)
+        move = functools.partial(_moved, group, places[name])
+        tasks[name] = Task(float(group.inversion_cost), move, own)
     result = {name: dict(factors[name]) for g in groups for name in g.names}
-    for places, arrays in zip(wanted, found, strict=True):
-        for (name, key), x in zip(places, arrays, strict=True):
-            result[name][key] = x
+    for name, arrays in devices.each(tasks).items():
+        for (layer, key), x in zip(places[name], arrays, strict=True):
+            result[layer][key] = x
     return result
 
 
@@ -135,7 +133,10 @@ def compute(
             inverted[name] = Inverted(inverse, jnp.isfinite(inverse).all())
     of_roots = [wanted[x.name] for x in groups if x.wants_roots]
     others = [wanted[x.name] for x in groups if not x.wants_roots]
-    inverted |= _matrices(others, devices) | _roots(of_roots, devices)
+    inverted |= devices.inverses(_shifted(others))
+    unknown = jnp.asarray(True)  # the group looks at what it makes of roots
+    for name, root in devices.roots(_shifted(of_roots)).items():
+        inverted[name] = Inverted(root, unknown)
     result: Factors = {}
     finite: dict[str, Array] = {}
     for group in groups:
@@ -146,26 +147,12 @@ def compute(
     return result, finite
 
 
-def _shifted(parts: Sequence[ToInvert]) -> tuple[list[Name], list[tuple[Array, Array]]]:
-    pairs = [pair for part in parts for pair in part.matrices.items()]
-    names = [name for name, _ in pairs]
-    return names, [(x, jnp.broadcast_to(s, x.shape[:-2])) for _, (x, s) in pairs]
-
-
-def _matrices(parts: Sequence[ToInvert], devices: Devices) -> dict[Name, Inverted]:
-    names, shifted = _shifted(parts)
-    if not names:
-        return {}
-    return dict(zip(names, devices.inverses(shifted), strict=True))
-
-
-def _roots(parts: Sequence[ToInvert], devices: Devices) -> dict[Name, Inverted]:
-    names, shifted = _shifted(parts)
-    if not names:
-        return {}
-    roots = devices.roots(shifted)
-    unknown = jnp.asarray(True)  # the group looks at what it makes of them
-    return {n: Inverted(root, unknown) for n, root in zip(names, roots, strict=True)}
+def _shifted(parts: Sequence[ToInvert]) -> dict[Name, tuple[Array, Array]]:
+    return {
+        name: (x, jnp.broadcast_to(s, x.shape[:-2]))
+        for part in parts
+        for name, (x, s) in part.matrices.items()
+    }
 
 
 @jax.named_scope("kfac_precondition")

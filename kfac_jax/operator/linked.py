@@ -29,7 +29,6 @@ from kfac_jax.operator.products import by_themselves, not_one_product
 from kfac_jax.operator.single import site_statistics, statistics_cost
 from kfac_jax.plan.group import (
     Arrays,
-    Decomposed,
     Factors,
     FactorShapes,
     Group,
@@ -250,18 +249,21 @@ class Linked(Group):
             for side, cross in zip(SIDES, CROSS, strict=True)
         ]
         conditionals = devices.conditionals(
-            [
-                (roots[name, side], factors[name][cross], roots[parent, side])
+            {
+                (name, cross): (
+                    roots[name, side],
+                    factors[name][cross],
+                    roots[parent, side],
+                )
                 for name, parent, side, cross in pairs
-            ]
+            }
         )
         result: Factors = {
             name: {f"{side}_basis": roots[name, side] for side in SIDES}
             for name in self.names
         }
-        for (name, parent, side, cross), (basis, explained) in zip(
-            pairs, conditionals, strict=True
-        ):
+        for name, parent, side, cross in pairs:
+            basis, explained = conditionals[name, cross]
             other = roots[parent, side]
             result[name] |= {
                 f"{side}_basis": basis,
@@ -398,10 +400,13 @@ class Linked(Group):
     def _inverses(self, factors: Factors, damping: Numeric) -> Factors:
         """Computed here and now."""
         wanted = self.to_invert(factors, damping).matrices
-        shifted = [(x, jnp.broadcast_to(s, x.shape[:-2])) for x, s in wanted.values()]
+        shifted = {
+            name: (x, jnp.broadcast_to(s, x.shape[:-2]))
+            for name, (x, s) in wanted.items()
+        }
         found = {
             name: Inverted(root, jnp.asarray(True))
-            for name, root in zip(wanted, ALONE.roots(shifted), strict=True)
+            for name, root in ALONE.roots(shifted).items()
         }
         return self.inverses(found, factors, ALONE)[0]
 
@@ -422,18 +427,6 @@ class Linked(Group):
                 m, n = max(shape), min(shape)
                 cost += 2 * m * n * (m + n) + 2 * m**2 * n + 4 * m * n**2 + 4.5 * n**3
         return int(cost)
-
-    @property
-    def decomposed(self) -> list[Decomposed]:
-        """Each side of each link."""
-        found: list[Decomposed] = []
-        for layer, _ in self.links:
-            itemsize = jnp.dtype(layer.dtype).itemsize
-            for name, shape in self.cross_shapes[layer.name].items():
-                size = shape[0] * (shape[0] + 1) * itemsize
-                cost = float(max(shape)) ** 3
-                found.append(Decomposed(layer.name, name, cost, size))
-        return found
 
     @property
     def statistics_cost(self) -> float:
@@ -591,4 +584,4 @@ def _mismatch(
 def paired_rows(layer: Layer, site: Site) -> int:
     """How many rows of a layer count as cases, and are paired with its parent's."""
     assert isinstance(site.examples, Examples)
-    return site.examples.size if _block(layer).needs_examples else site.rows
+    return site.examples.size if _block(layer).needs_examples else site.count

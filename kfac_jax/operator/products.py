@@ -48,7 +48,7 @@ class KeptProduct(Single):
     ) -> Factors:
         """Also for the two sides."""
         found = super().probes(sites, data)
-        count, shape = sites[self.name][0].rows, self.layer.shape
+        count, shape = sites[self.name][0].count, self.layer.shape
         for name, n in zip(_SIDES, (shape.inputs, shape.outputs), strict=True):
             found[self.name][name] = jnp.zeros((count, n), self.layer.dtype)
         return found
@@ -144,7 +144,7 @@ def by_themselves(
                 groups.append(Single(layer))
             others += [f"  {layer.name}: {reason}"] if reason else []
             continue
-        rows = uses.sites[layer.name][0].rows
+        rows = uses.sites[layer.name][0].count
         groups.append(KeptProduct(layer, rows))
         products.append(f"  {layer.name}: {rows} cases")
     notes = ["Gradients preconditioned as products:", *products] if products else []
@@ -169,7 +169,7 @@ def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:
     if len(sites) != 1 or sites[0].repeated:
         return "it is used more than once"
     (site,) = sites
-    if site.parts or site.x_places or site.y_places:
+    if site.reader.is_partial:
         return "only a part of it is used here"
     if site.cases:
         return "its input is the same for all cases"
@@ -195,7 +195,7 @@ def _refusal(layer: Layer, uses: Uses, types: Mapping[int, Any], linked: bool) -
     dtype = jnp.dtype(types[site.output])
     if wide_dtype(dtype) != dtype:
         return f"its outputs are {dtype}, too coarse to recognise its gradient by"
-    i, o, r = layer.shape.inputs, layer.shape.outputs, site.rows
+    i, o, r = layer.shape.inputs, layer.shape.outputs, site.count
     # A⁻¹ Xᵀ, dY G⁻¹ and their product, against A⁻¹ V and (A⁻¹ V) G⁻¹
     if r * (i * i + o * o + i * o) >= i * o * (i + o):
         return f"it would take more multiply-adds with {r} cases"

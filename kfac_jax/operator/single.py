@@ -21,7 +21,6 @@ from kfac_jax.devices.rows import row_axis
 from kfac_jax.linalg import Inverted
 from kfac_jax.plan.group import (
     Arrays,
-    Decomposed,
     Factors,
     FactorShapes,
     Group,
@@ -247,19 +246,6 @@ class Single(Group):
         )
 
     @property
-    def decomposed(self) -> list[Decomposed]:
-        """The basis that a block carries, if it does."""
-        layer = self.layer
-        if layer.block is None or not self.moves:
-            return []
-        names = layer.block.carried | layer.block.elementwise
-        entries = sum(
-            math.prod(shape) for n, shape in layer.factor_shapes.items() if n in names
-        )
-        size = entries * jnp.dtype(layer.dtype).itemsize
-        return [Decomposed(layer.name, "basis", float(self.inversion_cost), size)]
-
-    @property
     def statistics_cost(self) -> float:
         """Of the factors' products, and of the output's gradient."""
         return statistics_cost(self.layer, self.layer.factor_shapes)
@@ -315,12 +301,12 @@ def site_statistics(
             sums = _repeated(sums, block.row_statistics, site.cases)
         return join({}, sums) if site.swapped else sums
 
-    conv = site.convolution
-    if conv is None or x is None:
+    axes = site.reader.batch_axes
+    if axes is None or x is None:
         return gathered(site, x, dy)
-    x_axis, y_axis = conv.batch_axes
+    x_axis, y_axis = axes
     batch = x.shape[x_axis]
-    parts, size = conv.chunks(batch)
+    parts, size = site.reader.chunks(batch)
     in_front = Examples(0, batch)
     if parts <= 1 or (block.needs_examples and site.examples != in_front):
         return gathered(site, x, dy)

@@ -1,15 +1,17 @@
 """What `kfac` and `scale_by_kfac` refuse."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from kfac_jax._utils.arguments import is_number, shown, whole, within
+from kfac_jax._utils import schedules
+from kfac_jax._utils.arguments import shown, whole
 from kfac_jax._utils.trees import path_name
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.devices import Devices, checked
+from kfac_jax.devices.rows import Shape
 from kfac_jax.optimization.state import Info, KFACState
 from kfac_jax.plan.group import abstract_factors, abstract_inverses
 from kfac_jax.rules import (
@@ -20,21 +22,9 @@ from kfac_jax.rules import (
 )
 from kfac_jax.statistics.averages import check_statistics
 
+_INF = float("inf")
 _SHOWN = 10
 """How many of the leaves that differ an error lists."""
-
-
-def check_kind(
-    name: str,
-    value: Any,
-    rules: tuple[type, ...],
-    allowed: str,
-    schedule: bool = True,
-) -> None:
-    """Raises TypeError unless it is a number, one of the rules, or a schedule."""
-    fits = is_number(value, arrays=True) or isinstance(value, rules)
-    if not (fits or (schedule and callable(value))):
-        raise TypeError(f"{name} must be {allowed}; got {shown(value)}.")
 
 
 def check_plan(curvature: Any) -> None:
@@ -51,34 +41,34 @@ def check_common(
 ) -> None:
     """Checks what both transformations take."""
     check_plan(curvature)
-    check_kind("damping", damping, (LevenbergMarquardt,), "a number, schedule or rule")
-    within("damping (λ)", damping, 0.0, float("inf"))
-    check_kind("decay (ε)", decay, (), "a number", schedule=False)
-    within("decay (ε)", decay, 0.0, 1.0)
+    if not isinstance(damping, LevenbergMarquardt):
+        allowed = "a number, schedule or rule"
+        schedules.check("damping", damping, 0.0, _INF, symbol="λ", allowed=allowed)
+    schedules.check("decay", decay, 0.0, 1.0, symbol="ε")
     if not isinstance(inverse_every, RefreshSchedule):
-        allowed = "a number of steps or RefreshSchedule"
-        check_kind("inverse_every", inverse_every, (), allowed, schedule=False)
-        within("inverse_every (T3)", inverse_every, 1, float("inf"))
-        whole("inverse_every (T3)", inverse_every, arrays=True)
-    shared = checked(devices)
-    if shared.cuts_state:
-        _check_by_rows(curvature)
+        allowed = "a number of steps, a schedule or RefreshSchedule"
+        name = "inverse_every"
+        schedules.check(name, inverse_every, 1, _INF, symbol="T3", allowed=allowed)
+        if not callable(inverse_every):
+            whole("inverse_every (T3)", inverse_every, arrays=True)
+    check_devices(curvature, devices)
+
+
+def check_devices(curvature: Curvature, devices: Any) -> None:
+    """Checks that devices can share what a plan's layers need."""
+    refused = [n for x in curvature.groups if not x.by_entry for n in x.names]
+    if checked(devices).cuts_state and refused:
+        raise ValueError(
+            "With state_axes devices keep rows of the factors: expected blocks whose "
+            f"factors are averages by entry and carry no basis, got layers {refused}. "
+            "Give them Kronecker blocks, or leave state_axes out."
+        )
     products = [x.name for x in curvature.groups if x.product_rows]
     if devices is not None and products:
         raise ValueError(
             "Gradients that are averages over devices are no products of one device's "
             f"inputs: expected no layers with gradient_products, got {products}. Leave "
             "gradient_products or devices out."
-        )
-
-
-def _check_by_rows(curvature: Curvature) -> None:
-    refused = [n for x in curvature.groups if not x.by_entry for n in x.names]
-    if refused:
-        raise ValueError(
-            "With state_axes devices keep rows of the factors: expected blocks whose "
-            f"factors are averages by entry and carry no basis, got layers {refused}. "
-            "Give them Kronecker blocks, or leave state_axes out."
         )
 
 
@@ -121,13 +111,7 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
     Raises:
       ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
-    arrays = jax.tree.map(
-        lambda x: x.update(shape=devices.kept_shape(x.shape)),
-        {
-            "factors": abstract_factors(curvature.groups),
-            "inverses": abstract_inverses(curvature.groups),
-        },
-    )
+    arrays = state_arrays(curvature, devices.kept_shape)
     expected = _described(arrays) | dict.fromkeys(_SCALARS, "a scalar")
     found = _described(state._replace(velocity=())._asdict())
     differing = [
@@ -146,6 +130,27 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
             "tx.init(params) for a new state. One that was made for another number of "
             "devices goes through whole_state and spread_state first."
         )
+
+
+def state_arrays(
+    curvature: Curvature, kept_shape: Callable[[Shape], Shape] = lambda shape: shape
+) -> dict[str, dict[str, dict[str, jax.ShapeDtypeStruct]]]:
+    """The factors and inverses of a state, without values.
+
+    Args:
+      curvature: the plan.
+      kept_shape: the shape of what is kept of an array.
+
+    Returns:
+      Arrays by field, layer and name.
+    """
+    return jax.tree.map(
+        lambda x: x.update(shape=kept_shape(x.shape)),
+        {
+            "factors": abstract_factors(curvature.groups),
+            "inverses": abstract_inverses(curvature.groups),
+        },
+    )
 
 
 _SCALARS = (
@@ -171,25 +176,25 @@ def _described(tree: Any) -> dict[str, str]:
 
 def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:
     """Checks what decides the length of a step."""
-    check_kind(
-        "learning_rate", learning_rate, (QuadraticModel,), "a number, schedule or rule"
-    )
-    within("learning_rate (α)", learning_rate, 0.0, float("inf"))
     modelled = isinstance(learning_rate, QuadraticModel)
-    if isinstance(norm_constraint, str) and norm_constraint == "auto":
-        norm_constraint = None
-    if norm_constraint is not None:
+    if not modelled:
+        allowed = "a number, schedule or rule"
+        name = "learning_rate"
+        schedules.check(name, learning_rate, 0.0, _INF, symbol="α", allowed=allowed)
+    automatic = isinstance(norm_constraint, str) and norm_constraint == "auto"
+    if norm_constraint is not None and not automatic:
         allowed = 'a number, a schedule, "auto" or None'
-        check_kind("norm_constraint", norm_constraint, (), allowed)
-    within("norm_constraint", norm_constraint, 0.0, float("inf"))
-    if norm_constraint is not None and modelled:
-        raise ValueError(
-            "norm_constraint limits steps of a given learning rate: expected None "
-            f"with QuadraticModel, got {shown(norm_constraint)}."
-        )
+        schedules.check("norm_constraint", norm_constraint, 0.0, _INF, allowed=allowed)
+        if modelled:
+            raise ValueError(
+                "norm_constraint limits steps of a given learning rate: expected None "
+                f"with QuadraticModel, got {shown(norm_constraint)}."
+            )
     if momentum is not None:
-        check_kind("momentum", momentum, (), "a number, a schedule or None")
-        within("momentum (μ)", momentum, 0.0, 1.0, closed=True)
+        allowed = "a number, a schedule or None"
+        schedules.check(
+            "momentum", momentum, 0.0, 1.0, symbol="μ", closed=True, allowed=allowed
+        )
 
 
 def check_separate(

@@ -12,23 +12,28 @@ from kfac_jax.devices import Devices
 from kfac_jax.optimization.state import KFACState, nan
 
 
-def averaged_loss(devices: Devices, value: Any) -> Any:
-    """The loss in `value`, over all devices' cases."""
+def averaged_loss(devices: Devices, value: Any) -> Array | None:
+    """The loss in what `update` got as `value`, over all devices' cases.
+
+    Raises:
+      TypeError: if it is no number.
+    """
     if value is None:
-        return value
+        return None
+    number("value, the loss or (loss, aux),", _loss_in(value), arrays=True)
     return devices.mean(loss_of(value))
 
 
 def loss_of(value: Any) -> Array:
     """The loss in `value`, which may be `(loss, aux)`; NaN for None."""
-    if value is None:
-        return nan()
-    loss = value[0] if isinstance(value, tuple) and value else value
-    number("value, the loss or (loss, aux),", loss, arrays=True)
-    return jnp.asarray(loss, float)
+    return nan() if value is None else jnp.asarray(_loss_in(value), float)
 
 
-def with_loss(state: KFACState, value: Any) -> KFACState:
+def _loss_in(value: Any) -> Any:
+    return value[0] if isinstance(value, tuple) and value else value
+
+
+def with_loss(state: KFACState, value: Array | None) -> KFACState:
     """The state after a step at whose start the loss was `value`.
 
     A loss of exactly 0, as of a batch that a mask hides, says nothing of the scale of
@@ -51,8 +56,8 @@ _KEPT_LOSS = 0.95
 """What a batch's loss leaves of the running mean before."""
 
 
-def is_usable(value: Any, gradient: list[Array]) -> Array:
-    """Whether a batch may be learnt from, as far as its loss tells.
+def is_usable(value: Array | None, gradient: list[Array]) -> Array:
+    """Whether a batch may be learnt from, as far as the loss tells.
 
     A loss whose square overflows, in the gradient's precision, is taken for one that is
     not finite: with a saturated output, which hides all curvature, there is no other

@@ -4,27 +4,26 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 
 from kfac_jax._jaxpr import _compat
-from kfac_jax._utils import arguments
+from kfac_jax._utils import arguments, schedules
 from kfac_jax.curvature import Curvature
 from kfac_jax.devices import OverAxis, Sharing, checked
 from kfac_jax.optimization.checks import check_plan
 from kfac_jax.optimization.health import kfac_state
 from kfac_jax.optimization.loss import loss_of
 
-Params = Any
-
 
 def make_step(
     curvature: Curvature,
     tx: optax.GradientTransformation,
     *,
-    statistics_every: int = 1,
+    statistics_every: int | optax.Schedule = 1,
     devices: Sharing | None = None,
-) -> Callable[..., tuple[Params, Any, Any]]:
+) -> Callable[..., tuple[optax.Params, Any, Any]]:
     """A training step: value, gradient and statistics, update, new parameters.
 
     It is pure: stage it by `jax.jit`, scan over it, map it over seeds. It makes three
@@ -42,10 +41,10 @@ def make_step(
       curvature: the plan.
       tx: `kfac(curvature, ...)`, `scale_by_kfac(curvature, ...)`, or an `optax.chain`
         or other wrapper with one of them in it.
-      statistics_every: k; the first step and every k-th after it gather statistics, and
-        the others cost a gradient and the update, with the rules that evaluate the
-        loss if there are any (docs/performance.md has the price). Lower `decay` in
-        `kfac` with it, to 0.8 for 5.
+      statistics_every: k, a number or a schedule of the step; the first step and every
+        k-th after it gather statistics, and the others cost a gradient and the update,
+        with the rules that evaluate the loss if there are any (docs/performance.md has
+        the price). Lower `decay` in `kfac` with it, to 0.8 for 5.
       devices: what `tx` got, if that is an `OverAxis`, for a step that every device
         runs on its part of the batch: samples then differ between devices, and
         gradients are their means.
@@ -77,19 +76,22 @@ def make_step(
             "tx must be an optax transformation with kfac or scale_by_kfac in it; got "
             f"{arguments.shown(tx)}. Pass kfac_jax.kfac(curvature)."
         )
-    arguments.count("statistics_every", statistics_every, 1)
+    if not callable(statistics_every):
+        arguments.count("statistics_every", statistics_every, 1)
     checked(devices)
     axis = devices.axis if isinstance(devices, OverAxis) else None
     update = optax.with_extra_args_support(tx).update
+    # else they are of no use; with state_axes a device has rows of them only
+    wanted = any(group.moves for group in curvature.groups)
 
-    def step(params: Params, state: Any, key: Array, *args: Any) -> Any:
+    def step(params: optax.Params, state: Any, key: Array, *args: Any) -> Any:
         own = kfac_state(state)
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
         def gather() -> Any:
             return curvature.value_grad_and_statistics(
-                params, *args, rng=key, factors=own.factors
+                params, *args, rng=key, factors=own.factors if wanted else None
             )
 
         if statistics_every == 1:
@@ -98,8 +100,9 @@ def make_step(
             # the gradient is not in a branch: there XLA would not share its forward
             # pass with the quadratic model's, and be slow at convolutions on CPUs
             value, grads = curvature.value_and_grad(params, *args)
+            every = jnp.asarray(schedules.at(statistics_every, own.step), jnp.int32)
             statistics = jax.lax.cond(
-                own.step % statistics_every == 0,
+                own.step % every == 0,
                 lambda: gather()[2],
                 lambda: curvature.zero_statistics(params),
             )
@@ -113,7 +116,7 @@ def make_step(
     return step
 
 
-def _mean(grads: Params, loss: Array, axis: Any) -> Params:
+def _mean(grads: optax.Updates, loss: Array, axis: Any) -> optax.Updates:
     """Over devices; a division where `shard_map` has summed gradients already.
 
     It has if it checks what varies: then the loss does, and gradients do not.

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import optax
 from jax import Array
 
-from kfac_jax._jaxpr import axis_types
-from kfac_jax.curvature import Curvature, Params
+from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices
 from kfac_jax.operator import inverses as inverses_lib
 from kfac_jax.optimization.checks import check_state, check_update
@@ -17,8 +17,6 @@ from kfac_jax.optimization.refresh import refresh
 from kfac_jax.optimization.separate_damping import Candidates
 from kfac_jax.optimization.state import (
     KFACState,
-    Scalar,
-    Schedule,
     at,
     initial_damping,
     initial_factored_damping,
@@ -35,8 +33,8 @@ class Batch(NamedTuple):
 
     gradient: list[Array | None]  # ∇h by leaves, None where a mask hides them
     statistics: Statistics
-    value: Any  # h(θ) over all devices' cases, or None
-    usable: Array  # [] bool: whether it may be learnt from, as far as its loss tells
+    value: Array | None  # h(θ) over all devices' cases
+    usable: Array  # [] bool: whether it may be learnt from, as far as the loss tells
     damping: Array  # [], λ of this update
 
     @property
@@ -61,20 +59,20 @@ class Preconditioner:
     Attributes:
       curvature: the plan.
       damping: λ: a number, a schedule or a rule.
-      decay: the largest ε.
+      decay: the largest ε: a number or a schedule.
       schedule: when inverses are refreshed.
       devices: which share the work.
       factored_damping: the rule for γ, or None for √(λ+η).
     """
 
     curvature: Curvature
-    damping: Scalar | Schedule | LevenbergMarquardt
-    decay: Scalar
+    damping: optax.ScalarOrSchedule | LevenbergMarquardt
+    decay: optax.ScalarOrSchedule
     schedule: RefreshSchedule
     devices: Devices
     factored_damping: SeparateDamping | None = None
 
-    def init(self, params: Params) -> KFACState:
+    def init(self, params: optax.Params) -> KFACState:
         """The state before the first step, without velocity."""
         self.curvature.tree.masked_leaves(params, "params")
         groups = self.curvature.groups
@@ -103,7 +101,7 @@ class Preconditioner:
     def read(
         self,
         kind: str,
-        updates: Params,
+        updates: optax.Updates,
         state: Any,
         statistics: Statistics | None,
         value: Any,
@@ -163,17 +161,15 @@ class Preconditioner:
             state.factors,
             batch.statistics,
             state.batches + 1,
-            axis_types.here(self.decay),
+            at(self.decay, state.step),
             self.devices,
             batch.usable,
         )
         batches = state.batches + averaged.informed.astype(jnp.int32)
-        every = axis_types.here(self.schedule.every)
-        schedule = dataclasses.replace(self.schedule, every=every)
-        turns = schedule.turns(step) & (batches > 0)
+        turns = self.schedule.turns(step) & (batches > 0)
         if candidates is not None:  # a traced T3 may not divide T2
             turns |= candidates.due & (batches > 0)
-        due = turns | (averaged.informed & (batches <= schedule.warm_up))
+        due = turns | (averaged.informed & (batches <= self.schedule.warm_up))
         refreshed = refresh(
             groups,
             averaged.factors,
@@ -197,7 +193,7 @@ class Preconditioner:
             inverses=refreshed.inverses,
             info=info,
         )
-        return state, averaged.refused | (refreshed.failed > 0)
+        return state, averaged.refused | refreshed.failed
 
     def __call__(
         self,
@@ -238,3 +234,9 @@ class Preconditioner:
             leaves = [None if x is None else x * seen.astype(x.dtype) for x in leaves]
             square = square * seen
         return Preconditioned(after, leaves, square, refused)
+
+
+def counted(state: KFACState, skipped: Array) -> KFACState:
+    """With an update more that refused something, if it did."""
+    count = state.info.skipped_updates + skipped.astype(jnp.int32)
+    return state._replace(info=state.info._replace(skipped_updates=count))

@@ -23,7 +23,7 @@ class Refreshed(NamedTuple):
     factors: Factors
     inverses: Factors
     gamma: Array | None  # [], γ, where it is apart from λ
-    failed: Array  # [] int32, how many layers' inverses were not finite
+    failed: Array  # [] bool, whether an inverse was not finite
 
 
 def shares(groups: Sequence[Group], count: int) -> list[list[Group]]:
@@ -93,22 +93,17 @@ def refresh(
     found, unsafe = inverses_lib.refresh(
         every_step, following, old, _squared(damping, gamma)
     )
-    if every_step:  # of rows, each device has seen its own
-        unsafe = _anywhere(devices, unsafe)
     # before there are statistics, steps follow the gradient
     inverses |= jax.tree.map(functools.partial(jnp.where, informed), found, old)
-    return Refreshed(factors | moving, inverses, gamma, failed + unsafe)
+    wrong = failed > 0
+    if every_step:  # of rows, each device has seen its own
+        (safe,) = devices.everywhere([unsafe == 0])
+        wrong |= ~safe
+    return Refreshed(factors | moving, inverses, gamma, wrong)
 
 
 def _of(groups: Sequence[Group], arrays: Factors) -> Factors:
     return {name: arrays[name] for group in groups for name in group.names}
-
-
-def _anywhere(devices: Devices, failed: Array) -> Array:
-    if not devices.cuts_state:
-        return failed
-    (safe,) = devices.everywhere([failed == 0])
-    return (~safe).astype(jnp.int32)
 
 
 def refresh_share(

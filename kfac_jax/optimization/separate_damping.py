@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,8 @@ import numpy as np
 from jax import Array
 
 from kfac_jax._utils.vectors import plane_products
-from kfac_jax.curvature import Curvature, Params
-from kfac_jax.devices import Devices
 from kfac_jax.operator import inverses as inverses_lib
-from kfac_jax.plan import batch as batch_lib
+from kfac_jax.optimization.local_model import LocalModel
 from kfac_jax.plan.group import Factors, Products
 from kfac_jax.rules import QuadraticModel, SeparateDamping
 
@@ -25,30 +22,20 @@ class Candidates:
     Attributes:
       rule: which candidates.
       due: whether γ is to be chosen at this step.
-      model: chooses α (and μ) for each.
-      curvature: the plan.
-      params: the parameters.
-      args: the loss function's further arguments.
-      gradient: ∇h, by leaves.
+      rates: chooses α (and μ) for each.
+      model: the batch's.
       previous: δ0, by leaves.
-      damping: λ.
       momentum: a fixed μ, or None.
       products: what -∇h's matrices may be products of.
-      devices: over which devices the batch is spread.
     """
 
     rule: SeparateDamping
     due: Array
-    model: QuadraticModel
-    curvature: Curvature
-    params: Params
-    args: Any
-    gradient: list[Array]
+    rates: QuadraticModel
+    model: LocalModel
     previous: list[Array]
-    damping: Array
     momentum: Array | None
     products: Products
-    devices: Devices
 
     @jax.named_scope("kfac_separate_damping")
     def update(self, factors: Factors, gamma: Array) -> Array:
@@ -73,33 +60,29 @@ class Candidates:
         """
         gammas = self.rule.candidates(gamma)
         propose = functools.partial(self._propose, factors)
-        directions, grams, slopes, failed = jax.lax.map(propose, gammas)
+        directions, grams, slopes, finite = jax.lax.map(propose, gammas)
         matrices = self._fisher(directions)
-        total = (self.damping + self.curvature.l2).astype(matrices.dtype)
+        total = self.model.total_damping(matrices)
         matrices = matrices + total * grams.astype(matrices.dtype)
-        solve = functools.partial(self.model.solve, momentum=self.momentum)
+        solve = functools.partial(self.rates.solve, momentum=self.momentum)
         changes = jax.vmap(solve)(matrices, slopes.astype(matrices.dtype)).change
-        return self.rule.select(gammas, jnp.where(failed == 0, changes, jnp.inf))
+        return self.rule.select(gammas, jnp.where(finite, changes, jnp.inf))
 
     def _propose(
         self, factors: Factors, gamma: Array
     ) -> tuple[list[Array], Array, Array, Array]:
-        """Δ, what the plane of Δ and δ0 needs of it, and how many inverses failed."""
-        groups = self.curvature.groups
-        inverses, failed = inverses_lib.refresh(
-            groups,
-            factors,
-            inverses_lib.initial(groups),  # where it fails, the candidate loses
-            jnp.square(gamma),
-            self.devices.sharing_only(),
+        """Δ, what the plane of Δ and δ0 needs of it, and if inverses are finite."""
+        groups = self.model.curvature.groups
+        inverses, finite = inverses_lib.compute(
+            groups, factors, jnp.square(gamma), self.model.devices
         )
-        down = [-x for x in self.gradient]
+        down = [-x for x in self.model.gradient]
         scaled, _ = inverses_lib.precondition(
             groups, factors, inverses, down, self.products
         )
         direction = [x for x in scaled if x is not None]
-        products = plane_products(self.gradient, direction, self.previous)
-        return direction, *products, failed
+        products = plane_products(self.model.gradient, direction, self.previous)
+        return direction, *products, jnp.stack([*finite.values()]).all()
 
     def _fisher(self, directions: list[Array]) -> Array:
         """F in the plane of each Δ and δ0, `[3, 2, 2]`, of one form over all four."""
@@ -107,12 +90,8 @@ class Candidates:
             jnp.concatenate([d, d0.astype(d.dtype)[None]])
             for d, d0 in zip(directions, self.previous, strict=True)
         ]
-        tree = jax.tree.unflatten(self.curvature.tree.treedef, vectors)
-        part = batch_lib.take(
-            self.args, self.model.fraction, self.curvature.batch_argnums
-        )
-        fisher = self.curvature.quadratic_form(self.params, tree, *part)
-        fisher = self.devices.mean(fisher)
+        tree = jax.tree.unflatten(self.model.curvature.tree.treedef, vectors)
+        fisher = self.model.fisher(tree, self.rates.fraction)
         count = len(fisher) - 1
         planes = np.stack([np.arange(count), np.full(count, count)], axis=1)
         return fisher[planes[:, :, None], planes[:, None, :]]

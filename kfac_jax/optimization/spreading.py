@@ -18,11 +18,10 @@ from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices, OverAxis, OverMesh, Sharing, checked
 from kfac_jax.devices.over_axis import as_names
 from kfac_jax.devices.rows import from_rows, rows_shape, to_rows
-from kfac_jax.optimization.checks import check_plan
+from kfac_jax.optimization.checks import check_devices, check_plan, state_arrays
 from kfac_jax.optimization.sharing_report import SharingReport as SharingReport
 from kfac_jax.optimization.sharing_report import report
 from kfac_jax.optimization.state import KFACState
-from kfac_jax.plan.group import abstract_factors, abstract_inverses
 
 T = TypeVar("T")
 
@@ -193,11 +192,7 @@ def _leaves(
       ValueError: if an array is not as it should be.
     """
     parts = {name: getattr(state, name) for name in _SPREAD}
-    shapes: dict[str, Any] = {
-        "factors": abstract_factors(curvature.groups),
-        "inverses": abstract_inverses(curvature.groups),
-        "velocity": (),
-    }
+    shapes: dict[str, Any] = {**state_arrays(curvature), "velocity": ()}
     if not isinstance(state.velocity, tuple) or state.velocity:
         leaves = [jax.ShapeDtypeStruct(s, float) for s in curvature.tree.shapes]
         shapes["velocity"] = curvature.tree.restore(leaves, state.velocity)
@@ -251,7 +246,7 @@ def sharing_report(
 
     Raises:
       TypeError: if they are none of those.
-      ValueError: if the size of an axis is not known.
+      ValueError: if the size of an axis is not known, or if `kfac` refuses them.
 
     >>> import jax.numpy as jnp, kfac_jax
     >>> def loss_fn(w, x, y):
@@ -264,7 +259,7 @@ def sharing_report(
     ({'params': {'input': (0,), 'output': (1,)}}, (64.0, 8.0))
     """
     check_plan(curvature)
-    checked(devices)
+    check_devices(curvature, devices)
     if not isinstance(devices, OverAxis | OverMesh):
         raise TypeError(
             "devices must be an OverAxis or OverMesh, for a report of what "
@@ -272,21 +267,19 @@ def sharing_report(
         )
     sizes = _checked_sizes(axis_sizes)
     if isinstance(devices, OverMesh):
-        sizes = dict(devices.mesh.shape)
-    axes = as_names(devices.axes if isinstance(devices, OverMesh) else devices.axis)
+        return report(curvature, devices.size(), devices.keepers(), scatters=False)
+    axes = as_names(devices.axis)
     missing = [axis for axis in axes if axis not in sizes]
     if missing:
         raise ValueError(
             f"Expected the sizes of the axes {axes}; got none for {missing}. Pass "
             'axis_sizes={"batch": 8}, say.'
         )
-    parameters = zip(curvature.tree.shapes, curvature.tree.dtypes, strict=True)
     return report(
-        curvature.groups,
-        list(parameters),
+        curvature,
         math.prod(sizes[axis] for axis in axes),
         math.prod(sizes[axis] for axis in as_names(devices.state_axes)),
-        devices.cuts_state and not isinstance(devices, OverMesh),
+        scatters=devices.cuts_state,
     )
 
 

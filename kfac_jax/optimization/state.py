@@ -1,19 +1,17 @@
 """The state of an optimizer, and what it says of the last update."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from chex import Numeric
 from jax import Array
 
 from kfac_jax._jaxpr import axis_types
+from kfac_jax._utils import schedules
 from kfac_jax.plan.group import Factors
 from kfac_jax.rules import LevenbergMarquardt, SeparateDamping
-
-Params = Any
-Scalar = float | Array
-Schedule = Callable[[Any], Any]
 
 
 class Info(NamedTuple):
@@ -47,9 +45,8 @@ class KFACState(NamedTuple):
     length: Array  # [], running mean of the lengths of steps, 0 where there is no limit
     curvature: Array  # [], running mean of Δᵀ F Δ / Δᵀ Δ, 0 where it is not measured
     factored_damping: Array  # [], γ; NaN where that is √(λ+η)
-    velocity: (
-        Params  # δ0, the previous update, like the parameters; () in scale_by_kfac
-    )
+    # δ0, the previous update, like the parameters; () in scale_by_kfac
+    velocity: optax.Params
     info: Info
 
 
@@ -62,27 +59,25 @@ def nan() -> Array:
 
 def initial_info() -> Info:
     """Before the first step nothing is known."""
-    unknown = [
-        nan() for _ in range(10)
-    ]  # no two fields share a buffer: state is donated
+    # no two fields share a buffer: state is donated
+    unknown = [nan() for _ in range(10)]
     counts = [jnp.zeros((), jnp.int32) for _ in range(2)]
     return Info._make([*unknown, *counts])
 
 
-def at(value: Any, step: Array) -> Array:
-    """A number, or a schedule's at that step."""
-    value = value(step) if callable(value) else value
-    return jnp.asarray(axis_types.here(value), float)
+def at(value: optax.ScalarOrSchedule, step: Array) -> Array:
+    """A hyperparameter's value, on the mesh that the step is on."""
+    return jnp.asarray(axis_types.here(schedules.at(value, step)), float)
 
 
-def initial_damping(damping: Any) -> Array:
+def initial_damping(damping: optax.ScalarOrSchedule | LevenbergMarquardt) -> Array:
     """λ of the first step."""
     if isinstance(damping, LevenbergMarquardt):
         return jnp.asarray(damping.initial, float)
     return at(damping, jnp.zeros((), jnp.int32))
 
 
-def initial_factored_damping(rule: SeparateDamping | None, total: Any) -> Array:
+def initial_factored_damping(rule: SeparateDamping | None, total: Numeric) -> Array:
     """γ0 if it is separate: as the rule says, or the root of λ0 + η."""
     if rule is None:
         return nan()

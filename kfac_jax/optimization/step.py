@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils.dtypes import wide, wide_dtype
 from kfac_jax._utils.ordering import known_false_after
 from kfac_jax._utils.vectors import inner_product, plane_products
-from kfac_jax.curvature import Curvature, Params
-from kfac_jax.devices import Devices
+from kfac_jax.optimization.local_model import LocalModel
 from kfac_jax.optimization.loss import loss_of
 from kfac_jax.optimization.state import at, nan
-from kfac_jax.plan import batch as batch_lib
 from kfac_jax.rules import QuadraticModel, Solution
 
 
@@ -42,28 +39,18 @@ class Step:
     """One update's vectors, as lists of leaves (without those a mask hides).
 
     Attributes:
-      curvature: the plan.
-      params: the parameters, or None where no rule needs them.
-      args: the loss function's further arguments, or None.
-      gradient: ∇h.
+      model: the batch's.
       direction: Δ, minus the preconditioned gradient.
       squared_length: ΔᵀΔ, or somewhat more.
       usable: whether h(θ) is finite, as far as it is known.
       previous: δ0.
-      damping: λ.
-      devices: over which devices the batch is spread.
     """
 
-    curvature: Curvature
-    params: Params | None
-    args: Any
-    gradient: list[Array]
+    model: LocalModel
     direction: list[Array]
     squared_length: Array
     usable: Array
     previous: list[Array]
-    damping: Array
-    devices: Devices
 
     def plane(self, fraction: float) -> tuple[Array, Array]:
         """`F + (λ+η) I` in the plane of Δ and δ0, `[2, 2]`, and ∇h there, `[2]`.
@@ -75,26 +62,22 @@ class Step:
           The matrix and the slope.
         """
         basis = (self.direction, self.previous)
-        part = batch_lib.take(self.args, fraction, self.curvature.batch_argnums)
-        treedef = self.curvature.tree.treedef
+        treedef = self.model.curvature.tree.treedef
         vectors = [jax.tree.unflatten(treedef, v) for v in basis]
-        fisher = self.curvature.quadratic_form(self.params, vectors, *part)
-        fisher = self.devices.mean(fisher)
-        gram, slope = plane_products(self.gradient, *basis)
-        total = (self.damping + self.curvature.l2).astype(fisher.dtype)
-        matrix = fisher + total * gram.astype(fisher.dtype)
-        return matrix, slope.astype(fisher.dtype)
+        fisher = self.model.fisher(vectors, fraction)
+        gram, slope = plane_products(self.model.gradient, *basis)
+        total = self.model.total_damping(fisher)
+        return fisher + total * gram.astype(fisher.dtype), slope.astype(fisher.dtype)
 
     def along(self, matrix: Array) -> Array:
         """`Δᵀ F Δ / Δᵀ Δ` from the matrix of `plane`; 0 where Δ is."""
         square = self.squared_length.astype(matrix.dtype)
-        total = (self.damping + self.curvature.l2).astype(matrix.dtype)
         ratio = matrix[0, 0] / jnp.where(square > 0, square, 1.0)
-        return jnp.where(square > 0, ratio - total, 0.0)
+        return jnp.where(square > 0, ratio - self.model.total_damping(matrix), 0.0)
 
     def constrain(self, alpha: Array, constraint: Array) -> Array:
         """Lowers α so that `-α² Δᵀ ∇h` is at most `constraint`."""
-        slope = inner_product(self.gradient, self.direction).astype(alpha.dtype)
+        slope = inner_product(self.model.gradient, self.direction).astype(alpha.dtype)
         squared = jnp.maximum(-slope * alpha**2, jnp.finfo(alpha.dtype).tiny)
         ratio = constraint.astype(alpha.dtype) / squared
         return alpha * jnp.sqrt(jnp.minimum(1.0, ratio))
@@ -102,7 +85,7 @@ class Step:
     @jax.named_scope("kfac_rates")
     def rates(
         self,
-        rule: Any,
+        rule: optax.ScalarOrSchedule | QuadraticModel,
         momentum: Array | None,
         count: Array,
         constraint: Array | None,
@@ -153,13 +136,13 @@ class Step:
         squares = jnp.stack([self.squared_length, inner_product(v, v)])
         rates = jnp.stack([alpha, mu]).astype(squares.dtype)
         length = (jnp.abs(rates) * jnp.sqrt(squares)).sum()
-        limits = (float(jnp.finfo(x.dtype).max) for x in self.gradient)
+        limits = (float(jnp.finfo(x.dtype).max) for x in self.model.gradient)
         largest = min(limits, default=float("inf"))
         finite = self.usable & (length <= largest)
         finite &= ~known_false_after(loss_of(value))
         delta: list[Array] = []
         kept: list[Array] = []
-        for d, d0, g in zip(u, v, self.gradient, strict=True):
+        for d, d0, g in zip(u, v, self.model.gradient, strict=True):
             dtype = wide_dtype(d.dtype)
             moved = alpha.astype(dtype) * wide(d) + mu.astype(dtype) * wide(d0)
             moved = moved.astype(g.dtype)
@@ -169,15 +152,9 @@ class Step:
             delta.append(jnp.where(finite, moved, jnp.zeros_like(moved)))
         return Combined(delta, kept, finite)
 
-    def moved(self, delta: list[Array]) -> Params:
-        """θ + δ."""
-        tree = jax.tree.unflatten(self.curvature.tree.treedef, delta)
-        params = axis_types.here(self.params)
-        return optax.apply_updates(params, tree)
-
     @jax.named_scope("kfac_damping")
     def reduction_ratio(
-        self, moved: Params, rates: Solution, modelled: bool, value: Any
+        self, moved: optax.Params, rates: Solution, modelled: bool, value: Any
     ) -> tuple[Array, Array, Array]:
         """Measures `ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0))` on this step's own batch.
 
@@ -200,11 +177,7 @@ class Step:
             step = step.astype(matrix.dtype)
             predicted = slope @ step + 0.5 * step @ matrix @ step
 
-        def loss(params: Params) -> Array:
-            return loss_of(self.curvature.loss_fn(params, *self.args))
-
-        after = axis_types.explicit(loss, self.params)(moved)
-        after = self.devices.mean(after)
+        after = self.model.loss(moved)
         predicted = predicted.astype(after.dtype)
         before = loss_of(value)
         rho = (after - before) / predicted

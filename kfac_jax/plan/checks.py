@@ -1,36 +1,25 @@
 """What is checked, or told, when a plan is made."""
 
 import dataclasses
-import functools
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
-import jax
-import jax.core
-import jax.numpy as jnp
-import numpy as np
-from jax import Array
 from jax.typing import DTypeLike
 
-from kfac_jax._jaxpr import axis_types
-from kfac_jax._jaxpr.interpreter import run
 from kfac_jax._jaxpr.states import Lost
 from kfac_jax._utils import arguments
-from kfac_jax._utils.dtypes import wide
 from kfac_jax.blocks import Identity
-from kfac_jax.distributions import Convex, RegisteredLoss
 from kfac_jax.plan import report
 from kfac_jax.plan.layer import Layer
 from kfac_jax.plan.modes import MODES, is_exact
-from kfac_jax.plan.programs import bare_program
-from kfac_jax.plan.tracing import Traced, tracers
+from kfac_jax.plan.tracing import Traced
 
 
 def check_options(
     has_aux: bool,
     estimation_mode: str,
     on_unmatched: str,
+    on_rest: str,
     num_samples: int,
     statistics_fraction: float,
     l2: float,
@@ -42,6 +31,7 @@ def check_options(
       has_aux: a bool.
       estimation_mode: one of `modes.MODES`.
       on_unmatched: "warn", "error" or "ignore".
+      on_rest: likewise.
       num_samples: at least one.
       statistics_fraction: in (0, 1].
       l2: at least zero.
@@ -55,6 +45,7 @@ def check_options(
     arguments.flag("independent_cases", independent_cases)
     arguments.choice("estimation_mode", estimation_mode, tuple(MODES))
     arguments.choice("on_unmatched", on_unmatched, ("warn", "error", "ignore"))
+    arguments.choice("on_rest", on_rest, ("warn", "error", "ignore"))
     arguments.count("num_samples", num_samples, 1)
     arguments.number("statistics_fraction (τ1)", statistics_fraction)
     if not 0.0 < statistics_fraction <= 1.0:
@@ -82,6 +73,22 @@ def check_factor_dtype(dtype: DTypeLike | None) -> str | None:
             f"factors are computed in, or None for that type; got {name}."
         )
     return name
+
+
+def check_sharing(
+    layers: Sequence[Layer], blocks_given: bool, weight_sharing: str
+) -> None:
+    """Raises ValueError if `blocks` leaves no layer a block with that setting."""
+    settings = {getattr(layer.block, "weight_sharing", None) for layer in layers}
+    if blocks_given and weight_sharing != "expand" and weight_sharing not in settings:
+        own = ", ".join(sorted({repr(layer.block) for layer in layers}))
+        raise ValueError(
+            "weight_sharing is for default blocks, and none is left that uses it: "
+            "expected a layer without a block of its own, got "
+            f"weight_sharing={weight_sharing!r} and from blocks {own}. Give the "
+            f"setting to a block, Kronecker(weight_sharing={weight_sharing!r}), or "
+            "leave it out."
+        )
 
 
 def apply_policy(
@@ -161,91 +168,3 @@ def cost_of_lost_examples(where: str) -> str:
         "so does independent_cases=True, which is right if no case's output depends on "
         "another's input."
     )
-
-
-def check_loss(traced: Traced, params: Any, args: Any, l2: float) -> None:
-    """Compares the returned loss with the registered one, where arrays are concrete.
-
-    Warns about convex losses that are not convex there.
-
-    Args:
-      traced: the traced loss function.
-      params: the parameters.
-      args: the further arguments.
-      l2: the weight of the declared penalty.
-
-    Raises:
-      ValueError: if they differ, with their ratio.
-    """
-    leaves = [*jax.tree.leaves(params), *jax.tree.leaves(args)]
-    concrete = all(
-        isinstance(x, Array | np.ndarray | np.generic | float | int)
-        and not isinstance(x, jax.core.Tracer)
-        for x in leaves
-    )
-    if not concrete or tracers(traced.found.graph):
-        return
-    program = bare_program(traced)
-    known: list[bool] = []
-
-    def compared(
-        leaves: Sequence[Any], outputs: Sequence[Any], losses: Sequence[RegisteredLoss]
-    ) -> tuple[Array, Array, Array, Array]:
-        low = min((loss.z.dtype for loss in losses), key=lambda d: jnp.finfo(d).bits)
-        tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
-        concavity = _concavity(losses)
-        known.append(all(loss.data for loss in losses))
-        if not known[-1]:  # nothing is compared, so that nothing need be computed
-            return jnp.zeros(()), jnp.zeros(()), tolerance, concavity
-        n = len(jax.tree.leaves(params))
-        penalty = sum(jnp.vdot(x, x).astype(float) for x in leaves[:n]) * (l2 / 2)
-        values = [loss.value().astype(float) for loss in losses]
-        total = functools.reduce(jnp.add, values) + penalty
-        return outputs[0], total, tolerance, concavity
-
-    @jax.jit
-    def values(leaves: Sequence[Any]) -> tuple[Array, Array, Array, Array]:
-        return axis_types.auto(compared)(leaves, *run(program, leaves, None))
-
-    # Compiled before the context, which lets values be known while a caller's jit is
-    # being traced around the plan: in it JAX compiles each constant expression alone.
-    compiled = values.lower(leaves).compile()
-    with jax.ensure_compile_time_eval():
-        returned, registered, tolerance, concavity = map(float, compiled(leaves))
-    if concavity > tolerance:
-        _warn_of_concavity(concavity)
-    if not known[-1] or not np.isfinite(returned):
-        return
-    if abs(returned - registered) <= max(tolerance, 1e-6) * max(
-        abs(registered), abs(returned), 1e-6
-    ):
-        return
-    ratio = returned / registered if registered else float("inf")
-    penalty_hint = f" plus (l2 / 2)·‖params‖² with l2={l2}" if l2 else ""
-    raise ValueError(
-        f"The loss function returned {returned:.6g}, but the registered loss is "
-        f"{registered:.6g}: ratio returned/registered = {ratio:.6g}. Expected the "
-        "mean over the leading axis of what is registered, of the sum within a "
-        f"case{penalty_hint}. Average over cases (not a sum), pass "
-        f"`weight={ratio:.6g}` to the registered loss, register every term, or "
-        "declare a penalty with `l2`."
-    )
-
-
-def _warn_of_concavity(concavity: float) -> None:
-    warnings.warn(
-        "A loss given to losses.convex is not convex in the network's output: at these "
-        f"arrays its Hessians have eigenvalues down to {-concavity:.2g} times their "
-        "size. For K-FAC its negative curvature is taken for zero.",
-        stacklevel=4,
-    )
-
-
-def _concavity(losses: Sequence[RegisteredLoss]) -> Array:
-    """The largest of the convex losses'."""
-    each = [
-        loss.distribution.concavity(wide(loss.z), loss.data).astype(float)
-        for loss in losses
-        if isinstance(loss.distribution, Convex)
-    ]
-    return jnp.stack(each).max() if each else jnp.zeros(())

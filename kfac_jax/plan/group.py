@@ -48,15 +48,6 @@ class ToInvert(NamedTuple):
     elementwise: dict[Name, Damped]
 
 
-class Decomposed(NamedTuple):
-    """What is decomposed by itself at a refresh, by one of several devices."""
-
-    layer: str
-    name: str
-    cost: float  # multiply-adds
-    bytes: int  # of the result
-
-
 class Group(abc.ABC):
     """Layers that are inverted together. Frozen and hashable; arrays are passed in.
 
@@ -312,11 +303,6 @@ class Group(abc.ABC):
     @abc.abstractmethod
     def inversion_cost(self) -> int:
         """Multiply-adds of one refresh, d³ for the inversion of a factor `[d, d]`."""
-
-    @property
-    def decomposed(self) -> list[Decomposed]:
-        """What a refresh decomposes besides what is inverted."""
-        return []
 
     @property
     @abc.abstractmethod

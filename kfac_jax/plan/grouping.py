@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.sites import Held, OtherUse, Site, Use
 from kfac_jax._jaxpr.states import Examples, Lost
 from kfac_jax._jaxpr.view import Layout
 from kfac_jax._utils.arguments import shown
@@ -84,13 +84,13 @@ def _weight_uses(leaf: _Leaf, uses: Sequence[Use]) -> list[Use]:
         use
         for use in uses
         if (isinstance(use, OtherUse) and use.leaf == leaf.index)
-        or (isinstance(use, Site) and use.weight and use.weight[0] == leaf.index)
+        or (isinstance(use, Site) and use.weight and use.weight.leaf == leaf.index)
         or (isinstance(use, Site) and use.kind == "shift" and _bias(use) == leaf.index)
     ]
 
 
 def _bias(site: Site) -> int | None:
-    return site.bias[0] if site.bias else None
+    return site.bias.leaf if site.bias else None
 
 
 def _linear_layer(
@@ -105,12 +105,12 @@ def _linear_layer(
         return None
     sites, tied = oriented
     assert sites[0].weight is not None
-    params = [(leaf, sites[0].weight[1], "weight")]
+    params = [(leaf, sites[0].weight.layout, "weight")]
     bias = sites[0].bias
     # neither the inputs of a table nor both sides of a tied weight have a place for it
     plain = sites[0].kind != "embedding" and not tied
-    if plain and bias is not None and _joins(bias, sites, leaves[bias[0]], uses):
-        params.append((leaves[bias[0]], bias[1], "bias"))
+    if plain and bias is not None and _joins(bias, sites, leaves[bias.leaf], uses):
+        params.append((leaves[bias.leaf], bias.layout, "bias"))
     else:
         sites = [dataclasses.replace(site, bias=None) for site in sites]
     kind = sites[0].kind
@@ -134,9 +134,9 @@ def _oriented(sites: Sequence[Site]) -> tuple[list[Site], bool] | None:
     for site in sites:
         if first.weight is None or site.weight is None:
             return None
-        if site.kind == first.kind and site.weight[1] == first.weight[1]:
+        if site.kind == first.kind and site.weight.layout == first.weight.layout:
             result.append(site)
-        elif site.transposed == first.weight[1]:
+        elif site.transposed == first.weight.layout:
             result.append(dataclasses.replace(site, swapped=True))
         else:
             return None
@@ -144,9 +144,7 @@ def _oriented(sites: Sequence[Site]) -> tuple[list[Site], bool] | None:
     return sorted(result, key=lambda site: site.swapped), tied
 
 
-def _joins(
-    bias: tuple[int, Layout], sites: Sequence[Site], leaf: _Leaf, uses: Sequence[Use]
-) -> bool:
+def _joins(bias: Held, sites: Sequence[Site], leaf: _Leaf, uses: Sequence[Use]) -> bool:
     """All sites add this bias, and it is added nowhere else."""
     own = _weight_uses(leaf, uses)
     shifts = [u for u in own if isinstance(u, Site) and u.kind == "shift"]
@@ -172,7 +170,7 @@ def _shift_layer(leaf: _Leaf, uses: Sequence[Use]) -> tuple[Layer, list[Site]] |
     if not sites or len(sites) != len(own) or len({s.bias for s in sites}) != 1:
         return None
     assert sites[0].bias is not None
-    layout = sites[0].bias[1]
+    layout = sites[0].bias.layout
     *lead, outputs = layout.shape
     shape = (tuple(lead), 1, outputs)
     return _layer("shift", [(leaf, layout, "bias")], sites, shape), sites
@@ -185,7 +183,7 @@ def _layer(
     shape: tuple[tuple[int, ...], int, int],
 ) -> Layer:
     lead, inputs, outputs = shape
-    independent = len(sites[0].y_axes[0])
+    independent = len(sites[0].reader.y_axes.independent)
     split = len(lead) - independent
     joint = {role for _, _, role in params} == {"weight", "bias"}
     one_hot, tied = sites[0].kind == "embedding", kind == "tied"
@@ -201,7 +199,7 @@ def _layer(
         dtype=_wide(leaves[0].dtype),
         factor_dtype=_wide(leaves[0].dtype),
         uses=len(sites),
-        rows=sum(site.rows for site in sites),
+        rows=sum(site.count for site in sites),
         block=None,
         shape=block_shape,
         source=sites[0].source,

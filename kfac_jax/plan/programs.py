@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 
 from jax import Array
 
-from kfac_jax._jaxpr import graph as graph_lib
+from kfac_jax._jaxpr import slicing
+from kfac_jax._jaxpr.graph import Graph
 from kfac_jax._jaxpr.interpreter import Gather, Probe, Program, Tap, replaces_rules
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax.plan.group import Group
@@ -21,16 +22,16 @@ def bare_program(traced: Traced) -> Program:
 def outputs_program(traced: Traced) -> Program:
     """What the registered losses are computed from, without taps."""
     graph = traced.found.graph
-    return Program(graph_lib.without_rest(graph, _tags(graph)), {}, {})
+    return Program(slicing.without_rest(graph, _tags(graph)), {}, {})
 
 
 def split_program(program: Program) -> tuple[Program, Program]:
     """What the registered losses are computed from, and the rest without taps."""
-    first, rest = graph_lib.split(program.graph, _tags(program.graph))
+    first, rest = slicing.split(program.graph, _tags(program.graph))
     return dataclasses.replace(program, graph=first), Program(rest, {}, {})
 
 
-def _tags(graph: graph_lib.Graph) -> set[int]:
+def _tags(graph: Graph) -> set[int]:
     """The results of the loss tags."""
     return {
         out for node in graph.walk() if node.name == "kfac_loss" for out in node.outputs
@@ -51,19 +52,16 @@ def tapped_program(
       The program. Probes are by layer name.
     """
     taps: dict[int, list[Tap]] = {}
-    owner: dict[int, str] = {}
+    scanned: dict[int, frozenset[str]] = {}
     for group in groups:
         for layer in group.layers:
-            owner.update(dict.fromkeys(layer.leaves, layer.name))
             carried = group.carried[layer.name]
             for site in sites[layer.name]:
                 gather = _gather(group, layer, site)
                 tap = Tap(layer.name, site.x, gather, carried)
                 taps.setdefault(site.output, []).append(tap)
-    scanned = {
-        node: frozenset(owner[leaf] for leaf in leaves)
-        for node, leaves in traced.found.scanned.items()
-    }
+                for scan in site.scans:
+                    scanned[scan] = scanned.get(scan, frozenset()) | {layer.name}
     return Program(traced.found.graph, taps, scanned)
 
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
 from kfac_jax._jaxpr.discovery import Found, discover
+from kfac_jax._jaxpr.slicing import needed
 from kfac_jax._utils import arguments
 from kfac_jax._utils.trees import TreeSpec
 from kfac_jax.distributions import Convex
@@ -98,6 +99,7 @@ def trace(
             "results that is differentiated: use the array that it returns."
         )
     _check_cases(program)
+    _check_references(program)
     _check_closures(program)
     return Traced(found, structure[-1])
 
@@ -113,6 +115,31 @@ def _check_cases(program: graph_lib.Graph) -> None:
                 f"{shape} at {_compat.source_line(node.equation)}. Register the "
                 "batch's output, e.g. [n, classes], or the output of one case inside "
                 "vmap."
+            )
+
+
+def _check_references(program: graph_lib.Graph) -> None:
+    """Refuses registered outputs that are read from a mutable array.
+
+    What was written to it is not among the operands of what reads it.
+
+    Args:
+      program: the traced loss function.
+
+    Raises:
+      ValueError: with the line.
+    """
+    nodes = [*program.walk()]
+    outputs = {node.inputs[0] for node in nodes if node.name == "kfac_loss"}
+    live = needed(program, {x for x in outputs if graph_lib.is_value(x)})
+    for node in nodes:
+        reads = any(out in live for out in node.outputs)
+        if reads and not node.bodies and _compat.uses_reference(node.equation):
+            raise ValueError(
+                f"A registered output depends on a mutable array (jax.new_ref) at "
+                f"{node.source}, where kfac_jax cannot follow parameters: expected "
+                "functions of arrays. Compute with x = x.at[...].set(...) instead, and "
+                "keep references for what the registered loss does not depend on."
             )
 
 

@@ -4,9 +4,11 @@ import dataclasses
 import numbers
 
 import jax.numpy as jnp
+import optax
 from jax import Array
 
-from kfac_jax._utils import arguments
+from kfac_jax._jaxpr import axis_types
+from kfac_jax._utils import arguments, schedules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +25,7 @@ class RefreshSchedule:
     first step then has no inverses yet, and moves nothing.
 
     Attributes:
-      every: T3, in steps.
+      every: T3, in steps; a number or a schedule of the step.
       shares: into how many shares of about equal cost the layers are divided.
       stale: whether refreshed inverses wait for the next step.
       phase: which of T3 steps refreshes: step k, counted from 1, with `k mod T3` equal
@@ -39,7 +41,7 @@ class RefreshSchedule:
     [[False, False], [False, True], [False, False], [True, False]]
     """
 
-    every: int | Array = 20
+    every: optax.ScalarOrSchedule = 20
     _: dataclasses.KW_ONLY
     shares: int = 1
     stale: bool = False
@@ -52,9 +54,13 @@ class RefreshSchedule:
         arguments.flag("stale", self.stale)
         for name in ("phase", "warm_up"):
             arguments.count(name, getattr(self, name), 0)
+        if callable(self.every):
+            return
         arguments.number("every (T3)", self.every, arrays=True)
-        number = isinstance(self.every, numbers.Real)
-        if number and not float(self.every) >= self.shares:
+        if (
+            isinstance(self.every, numbers.Real)
+            and not float(self.every) >= self.shares
+        ):
             raise ValueError(
                 "Each of T3 steps refreshes at most one share: expected every (T3) of "
                 f"at least shares; got {self.every} and {self.shares}. Raise T3, or "
@@ -65,12 +71,15 @@ class RefreshSchedule:
     def turns(self, step: Array | int) -> Array:
         """Whose turn it is at a step, counted from 1: `[shares]`."""
         arguments.whole("step", step, arrays=True)
-        every = jnp.asarray(self.every, jnp.int32)
+        every = axis_types.here(schedules.at(self.every, step - 1))
+        every = jnp.asarray(every, jnp.int32)
         starts = jnp.arange(self.shares, dtype=jnp.int32) * every // self.shares
         return (step - self.phase) % every == starts
 
 
-def as_schedule(inverse_every: int | Array | RefreshSchedule) -> RefreshSchedule:
+def as_schedule(
+    inverse_every: optax.ScalarOrSchedule | RefreshSchedule,
+) -> RefreshSchedule:
     """A number of steps as the schedule that it stands for."""
     if isinstance(inverse_every, RefreshSchedule):
         return inverse_every

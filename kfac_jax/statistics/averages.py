@@ -24,14 +24,14 @@ from kfac_jax.plan.group import (
 
 
 class Statistics(NamedTuple):
-    """Second moments of one or more batches, as sums.
+    """Second moments of one or more batches, as sums over their cases.
 
-    Statistics of micro-batches may be added, those of devices added or averaged:
-    factors are ratios of these sums.
+    Statistics of micro-batches of any size may be added, those of devices added or
+    averaged: factors are ratios of these sums.
     """
 
-    weight: Array  # []: how many batches the sums are over; 0 means no information
-    cases: Array  # []: how many cases no mask hides; 0 means no information either
+    weight: Array  # []: how many cases the losses are means of; 0 means no information
+    cases: Array  # []: how many of them no mask hides; 0 means no information either
     layers: Factors  # for each layer the sums its block asks for, float32 or wider
     # the sides of gradients that stay products (Kronecker(gradient_products=True)):
     # of this very batch only, so a sum of several says nothing here

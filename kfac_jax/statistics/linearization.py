@@ -1,6 +1,6 @@
 """One forward pass of a plan's loss, and what is pulled back from it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -170,17 +170,26 @@ def _statistics(
             plan.independent_cases,
             known,
         )
-        (cases,) = collectives.summed([_cases(losses)], [None])
-        return _over_devices(groups, sums, known), count, count * cases
+        outputs = [one.z for one in losses]
+        own, counted = (
+            _compat.vary_like(f(losses), *outputs) for f in (_averaged, _counted)
+        )
+        weight, cases = collectives.summed([own, counted], [None, None])
+        # of gradients that JAX has summed over the devices
+        squared = {x.name for x in layers_of(groups) if x.is_squared} - known.keys()
+        sums = _by_cases(groups, sums, {n: own for n in sums if n not in squared})
+        sums = _over_devices(groups, sums, squared)
+        each = weight / _compat.summed_devices(outputs, sums)
+        sums = _by_cases(groups, sums, dict.fromkeys(squared, each))
+        return sums, count * weight, count * cases
 
-    sums, count, cases = axis_types.auto(gathered)(losses, rng, diagonals)
-    count *= _compat.summed_devices([one.z for one in losses], sums)
+    sums, weight, cases = axis_types.auto(gathered)(losses, rng, diagonals)
     counted = {
-        name: {key: x * count for key, x in part.items()}
+        name: {key: x * weight.astype(x.dtype) for key, x in part.items()}
         for name, part in carried.items()
     }
     return Statistics(
-        jnp.asarray(count, jnp.float32),
+        weight.astype(jnp.float32),
         cases,
         {
             name: {**sums.get(name, {}), **counted.get(name, {})}
@@ -190,8 +199,22 @@ def _statistics(
     )
 
 
-def _cases(losses: Sequence[RegisteredLoss]) -> Array:
-    """`[]`: how many cases count, by the losses' masks."""
+def _averaged(losses: Sequence[RegisteredLoss]) -> Array:
+    """`[]`: how many cases the losses are means of.
+
+    A loss that is `w / n` times a sum over n cases is, with a factor that is the same
+    for all batches, the mean over `n / w` of them: all, or those that a mask leaves.
+    """
+    total = jnp.zeros((), jnp.float32)
+    for x in losses:
+        weight = x.weight.astype(jnp.float32)
+        known = weight > 0
+        total += jnp.where(known, len(x.z) / jnp.where(known, weight, 1.0), 0.0)
+    return total
+
+
+def _counted(losses: Sequence[RegisteredLoss]) -> Array:
+    """`[]`: how many cases no mask hides."""
     total = jnp.zeros((), jnp.float32)
     for x in losses:
         all_count = x.mask is None
@@ -199,15 +222,37 @@ def _cases(losses: Sequence[RegisteredLoss]) -> Array:
     return total
 
 
-def _over_devices(groups: Sequence[Group], sums: Factors, known: Factors) -> Factors:
+def _by_cases(
+    groups: Sequence[Group], sums: Factors, cases: Mapping[str, Array]
+) -> Factors:
+    """Makes second moments of the mean loss's gradients sums over cases, which add up.
+
+    What depends on inputs only is a sum over cases already.
+    """
+    inputs = {name: x for group in groups for name, x in group.row_statistics.items()}
+    return {
+        layer: {
+            name: x * cases[layer].astype(x.dtype)
+            if layer in cases and name not in inputs[layer]
+            else x
+            for name, x in part.items()
+        }
+        for layer, part in sums.items()
+    }
+
+
+def _over_devices(groups: Sequence[Group], sums: Factors, squared: set[str]) -> Factors:
     """Sums what `shard_map` has on each device, without what blocks carry.
 
-    Squares that are not known exactly are of gradients, which JAX has summed.
+    Args:
+      groups: the plan's groups.
+      sums: those of one device.
+      squared: layers whose statistics are squares of what JAX has summed.
+
+    Returns:
+      The sums over all devices.
     """
     carried = {name: x for group in groups for name, x in group.carried.items()}
-    squared = {
-        x.name for x in layers_of(groups) if x.is_squared and x.name not in known
-    }
     own = {
         (layer, name): x
         for layer, part in sums.items()

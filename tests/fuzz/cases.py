@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_jax
-from fuzz import problem
-from fuzz import programs as p
-from fuzz.flat import Flat, Use, numbered
 from kfac_jax.blocks import Full
+from tests.fuzz import problem
+from tests.fuzz import programs as p
+from tests.fuzz.flat import Flat, Use, numbered
 
 TOLERANCE = {"float64": 1e-8, "float32": 2e-3, "bfloat16": 0.1}
 """Of the largest entry, by the narrowest type in a program."""

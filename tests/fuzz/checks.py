@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_jax
-from fuzz import expectations
-from fuzz import programs as p
-from fuzz.cases import TOLERANCE, Case, Numbers, compute, make
 from kfac_jax.blocks import Diagonal, Full, Identity, Kronecker
+from tests.fuzz import expectations
+from tests.fuzz import programs as p
+from tests.fuzz.cases import TOLERANCE, Case, Numbers, compute, make
 
 DAMPING = 1e-2
 

@@ -4,10 +4,10 @@ import collections
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from fuzz import programs as p
-from fuzz.interpreter import LINEAR, LINEAR_MIXERS
-from fuzz.problem import GAUSSIAN
-from fuzz.views import VIEWS
+from tests.fuzz import programs as p
+from tests.fuzz.interpreter import LINEAR, LINEAR_MIXERS
+from tests.fuzz.problem import GAUSSIAN
+from tests.fuzz.views import VIEWS
 
 CUSTOM = ("custom_jvp", "custom_vjp")
 REPEATING = ("scan", "unrolled", "map", "positions scan", "positions vmap", "ensemble")

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fuzz import programs as p
-from fuzz.interpreter import Context, Interpreter, Params, conv_padding
-from fuzz.views import VIEWS
+from tests.fuzz import programs as p
+from tests.fuzz.interpreter import Context, Interpreter, Params, conv_padding
+from tests.fuzz.views import VIEWS
 
 NUMBERS = 10**6
 """More than any parameter has entries."""

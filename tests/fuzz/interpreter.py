@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 import kfac_jax
-from fuzz import programs as p
-from fuzz.views import VIEWS
+from tests.fuzz import programs as p
+from tests.fuzz.views import VIEWS
 
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "tanh": jnp.tanh,

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_jax
-from fuzz import programs as p
-from fuzz.interpreter import Context, Interpreter
 from kfac_jax import losses
+from tests.fuzz import programs as p
+from tests.fuzz.interpreter import Context, Interpreter
 
 VOCABULARY = 4
 LOSS_KINDS = (

@@ -6,10 +6,10 @@ from typing import Any
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from fuzz import programs as p
-from fuzz.interpreter import ACTIVATIONS, MIXERS, POOLS
-from fuzz.problem import LOSS_KINDS, VOCABULARY
-from fuzz.views import LIMITS, VIEWS
+from tests.fuzz import programs as p
+from tests.fuzz.interpreter import ACTIVATIONS, MIXERS, POOLS
+from tests.fuzz.problem import LOSS_KINDS, VOCABULARY
+from tests.fuzz.views import LIMITS, VIEWS
 
 WIDTHS = st.sampled_from((2, 3, 4))
 PLAIN = ("plain",) * 6

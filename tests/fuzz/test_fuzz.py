@@ -1,7 +1,7 @@
 """Random programs, with all that is promised of each.
 
 `make fuzz` runs many more, see there. What failed becomes the smallest plain program
-that does, in `tests/test_fuzz_findings.py`.
+that does, in `tests/reliability/test_fuzz_findings.py`.
 """
 
 import collections
@@ -13,8 +13,8 @@ import hypothesis
 import jax
 import pytest
 
-from fuzz import checks, strategies
-from fuzz import programs as p
+from tests.fuzz import checks, strategies
+from tests.fuzz import programs as p
 
 COUNT = int(os.environ.get("FUZZ_COUNT", "200"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))

@@ -1,0 +1,102 @@
+"""Values of a program that do not depend on its inputs."""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+
+from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr.graph import (
+    BODY_OFFSETS,
+    Atom,
+    Graph,
+    Node,
+    is_value,
+)
+
+LARGEST = 2**20
+"""How many integers are evaluated while planning, at most."""
+
+
+class Known:
+    """The values that literals and constants make, as far as layers depend on them.
+
+    Scalars (factors of weights) are evaluated at once, integers and booleans (indices
+    of rows) when they are asked for.
+    """
+
+    def __init__(self, graph: Graph, live: set[int]) -> None:
+        """Evaluates scalars.
+
+        Args:
+          graph: the program.
+          live: the ids of values that matter.
+        """
+        self._live = live
+        self._values: dict[int, Any] = {}
+        self._makers = makers(graph)
+        self._fold(graph)
+
+    def value(self, atom: Atom) -> Any:
+        """The value of a literal or of a constant; None if it is not known."""
+        return self._values.get(atom) if is_value(atom) else atom.val
+
+    def indices(self, atom: Atom) -> Any:
+        """Integers that are made of literals and constants only; None for others."""
+        known = self.value(atom)
+        if known is not None or not is_value(atom):
+            return known
+        node = self._makers.get(atom)
+        if node is None or node.bodies or len(node.outputs) != 1:
+            return None
+        dtype = node.equation.outvars[0].aval.dtype
+        discrete = jnp.issubdtype(dtype, jnp.integer) or dtype == jnp.bool_
+        if not discrete or math.prod(node.out_shape()) > LARGEST:
+            return None
+        values = [self.indices(one) for one in node.inputs]
+        if any(value is None for value in values):
+            return None
+        result = self._values[atom] = _evaluated(node, values)
+        return result
+
+    def _fold(self, graph: Graph) -> None:
+        self._values.update(graph.constants)
+        for node in graph.nodes:
+            if node.bodies:
+                self._enter(node)
+            elif len(node.outputs) == 1 and node.out_shape() == ():
+                values = [self.value(atom) for atom in node.inputs]
+                known = bool(values) and not any(value is None for value in values)
+                if known and node.outputs[0] in self._live:
+                    self._values[node.outputs[0]] = _evaluated(node, values)
+
+    def _enter(self, node: Node) -> None:
+        offset = BODY_OFFSETS.get(node.name)
+        if offset is None:
+            return
+        for body in node.bodies:
+            # what a scan is given changes from step to step
+            if node.name != "scan":
+                for inner, atom in zip(body.inputs, node.inputs[offset:], strict=True):
+                    if self.value(atom) is not None:
+                        self._values[inner] = self.value(atom)
+            self._fold(body)
+
+
+def makers(graph: Graph) -> dict[int, Node]:
+    """Which equation each value comes from."""
+    return {out: node for node in graph.walk() for out in node.outputs}
+
+
+def _evaluated(node: Node, values: Sequence[Any]) -> Any:
+    traced = any(isinstance(value, jax.core.Tracer) for value in values)
+    if node.name == "pvary" and not traced:
+        return values[0]  # the same number; outside of shard_map nothing varies
+    context = contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
+    with context:
+        (result,) = _compat.evaluate(node.equation, values)
+    return result

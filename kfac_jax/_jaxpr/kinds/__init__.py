@@ -1,0 +1,20 @@
+"""The kinds of layers, a file for each: which equations they are, how rows are read."""
+
+from kfac_jax._jaxpr.kinds import elementwise, tagged
+from kfac_jax._jaxpr.kinds.convolution import convolution
+from kfac_jax._jaxpr.kinds.dense import dot_general
+from kfac_jax._jaxpr.kinds.embedding import embedding
+from kfac_jax._jaxpr.kinds.outcome import Rule
+
+RULES: dict[str, Rule] = {
+    "dot_general": dot_general,
+    "conv_general_dilated": convolution,
+    "gather": embedding,
+    "concatenate": elementwise.concatenated,
+    "mul": elementwise.scale,
+    "add": elementwise.shift,
+    "sub": elementwise.shift,
+    "kfac_layer": tagged.tagged,
+    "kfac_generic": tagged.generic,
+}
+"""One rule for each primitive that can combine a parameter with data."""

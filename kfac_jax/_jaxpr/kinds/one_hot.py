@@ -1,0 +1,71 @@
+"""Dense layers of one-hot inputs are embeddings."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value
+from kfac_jax._jaxpr.kinds.dense import Dense
+from kfac_jax._jaxpr.kinds.embedding import Table
+from kfac_jax._jaxpr.sites import Site
+
+
+class Indices(NamedTuple):
+    """What a one-hot value is made of."""
+
+    atom: Atom  # the integers
+    axis: int  # along which the value is one-hot
+    size: int  # of that axis
+
+
+def one_hot_values(graph: Graph) -> Mapping[int, Indices]:
+    """Finds values that are one-hot: integers compared with an `iota`, and cast."""
+    counting: dict[int, int] = {}  # along which axis a value is an iota
+    found: dict[int, Indices] = {}
+    for node in graph.walk():
+        if len(node.outputs) != 1:
+            continue
+        out = node.outputs[0]
+        first = next((atom for atom in node.inputs[:1] if is_value(atom)), -1)
+        if node.name == "iota":
+            counting[out] = node.params["dimension"]
+        elif node.name == "broadcast_in_dim" and first in counting:
+            axis = node.params["broadcast_dimensions"][counting[first]]
+            if node.out_shape()[axis] == node.shape()[counting[first]]:
+                counting[out] = axis
+        elif node.name == "convert_element_type" and first in found:
+            found[out] = found[first]
+        elif node.name == "eq":
+            indices = _compared(node, counting)
+            if indices is not None:
+                found[out] = indices
+    return found
+
+
+def _compared(node: Node, counting: Mapping[int, int]) -> Indices | None:
+    for counted, other in ((0, 1), (1, 0)):
+        atom, compared = node.inputs[counted], node.inputs[other]
+        axis = counting.get(atom) if is_value(atom) else None
+        if axis is None or (is_value(compared) and compared in counting):
+            continue
+        shape, size = list(node.out_shape()), node.out_shape()[axis]
+        shape[axis] = 1
+        dtype = node.equation.invars[other].aval.dtype
+        if jnp.issubdtype(dtype, jnp.integer) and list(node.shape(other)) == shape:
+            return Indices(compared, axis, size)
+    return None
+
+
+def as_embedding(site: Site, known: Mapping[int, Indices]) -> Site:
+    """A dense site whose input is one-hot, as the embedding that it is."""
+    reader = site.reader
+    found = known.get(site.x) if site.x is not None and is_value(site.x) else None
+    if not isinstance(reader, Dense) or found is None or reader.x_places:
+        return site
+    axes = reader.x_axes
+    if axes.independent or axes.features != (found.axis,):
+        return site
+    table = Table(axes, reader.y_axes, found.size, drops=True, y_places=reader.y_places)
+    return dataclasses.replace(site, reader=table, x=found.atom)

@@ -1,0 +1,66 @@
+"""What a step's own batch says of the loss around the parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+
+from kfac_jax._jaxpr import axis_types
+from kfac_jax.curvature import Curvature
+from kfac_jax.devices import Devices
+from kfac_jax.optimization.loss import loss_of
+from kfac_jax.plan import batch as batch_lib
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LocalModel:
+    """The quadratic model `M(δ) = ½ δᵀ (F + (λ+η) I) δ + ∇hᵀ δ + h`, and h itself.
+
+    Attributes:
+      curvature: the plan.
+      params: θ, or None where no rule needs it.
+      args: the loss function's further arguments, or None.
+      gradient: ∇h, by leaves, without those a mask hides.
+      damping: λ.
+      devices: over which devices the batch is spread.
+    """
+
+    curvature: Curvature
+    params: optax.Params | None
+    args: Any
+    gradient: list[Array]
+    damping: Array
+    devices: Devices
+
+    def fisher(self, vectors: Any, fraction: float) -> Array:
+        """The matrix `Vᵀ F V`, see `Curvature.quadratic_form`.
+
+        Args:
+          vectors: V.
+          fraction: τ2, the part of the batch that F is computed on.
+
+        Returns:
+          `[n, n]`, of the whole batch.
+        """
+        part = batch_lib.take(self.args, fraction, self.curvature.batch_argnums)
+        own = self.curvature.quadratic_form(self.params, vectors, *part)
+        return self.devices.mean(own)
+
+    def total_damping(self, like: Array) -> Array:
+        """λ + η, of a matrix's type."""
+        return (self.damping + self.curvature.l2).astype(like.dtype)
+
+    def moved(self, delta: list[Array]) -> optax.Params:
+        """θ + δ."""
+        tree = jax.tree.unflatten(self.curvature.tree.treedef, delta)
+        return optax.apply_updates(axis_types.here(self.params), tree)
+
+    def loss(self, params: optax.Params) -> Array:
+        """H at other parameters."""
+
+        def own(params: optax.Params) -> Array:
+            return loss_of(self.curvature.loss_fn(params, *self.args))
+
+        return self.devices.mean(axis_types.explicit(own, self.params)(params))

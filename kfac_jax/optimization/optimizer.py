@@ -1,0 +1,200 @@
+"""What `kfac` does with a preconditioned gradient: how long its steps are."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from kfac_jax._jaxpr import axis_types
+from kfac_jax._utils import fresh
+from kfac_jax._utils.vectors import inner_product
+from kfac_jax.optimization.checks import check_evaluation
+from kfac_jax.optimization.local_model import LocalModel
+from kfac_jax.optimization.loss import loss_of, with_loss
+from kfac_jax.optimization.preconditioner import Batch, Preconditioner, counted
+from kfac_jax.optimization.separate_damping import Candidates
+from kfac_jax.optimization.state import KFACState, at
+from kfac_jax.optimization.step import Combined, Rates, Step, averaged_curvature
+from kfac_jax.rules import LevenbergMarquardt, QuadraticModel
+from kfac_jax.statistics.averages import Statistics
+
+SHARE_OF_LOSS = 0.003
+"""Of the loss, the norm constraint where none is given; see docs/tuning.md."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimizer:
+    """A preconditioner, and what decides the length of its steps: see `kfac`."""
+
+    preconditioner: Preconditioner
+    learning_rate: optax.ScalarOrSchedule | QuadraticModel
+    momentum: optax.ScalarOrSchedule | None
+    norm_constraint: optax.ScalarOrSchedule | str | None
+
+    @property
+    def modelled(self) -> bool:
+        """Whether the quadratic model chooses α."""
+        return isinstance(self.learning_rate, QuadraticModel)
+
+    def init(self, params: optax.Params) -> KFACState:
+        """The state before the first step."""
+        state = self.preconditioner.init(params)
+        velocity = jax.tree.map(fresh.zeros_like, params)
+        devices = self.preconditioner.devices
+        if devices.cuts_state:
+            velocity = devices.kept(axis_types.whole(velocity))
+        return state._replace(velocity=velocity)
+
+    def update(
+        self,
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        *,
+        statistics: Statistics | None = None,
+        value: Any = None,
+        args: Any = None,
+        **others: Any,
+    ) -> tuple[optax.Updates, KFACState]:
+        """One update."""
+        own = self.preconditioner
+        batch = own.read("kfac", updates, state, statistics, value, sorted(others))
+        tree, rule = own.curvature.tree, own.damping
+        if self.modelled or isinstance(rule, LevenbergMarquardt):
+            check_evaluation(own.curvature, params, batch.value, args)
+        elif params is not None:
+            tree.masked_leaves(params, "params")
+        velocity = self._velocity(state.velocity)
+        count, previous = state.step, [x for x in velocity if x is not None]
+        mu = None if self.momentum is None else at(self.momentum, count)
+        model = LocalModel(
+            own.curvature, params, args, batch.shown, batch.damping, own.devices
+        )
+        products = {n: (x, -dy) for n, (x, dy) in batch.statistics.products.items()}
+        candidates: Candidates | None = None
+        if own.factored_damping is not None:
+            assert isinstance(self.learning_rate, QuadraticModel)
+            candidates = Candidates(
+                rule=own.factored_damping,
+                due=(count + 1) % own.factored_damping.every == 0,
+                rates=self.learning_rate,
+                model=model,
+                previous=previous,
+                momentum=mu,
+                products=products,
+            )
+        down = [None if x is None else -x for x in batch.gradient]
+        done = own(state, batch, down, products, candidates)
+        direction = [x for x in done.leaves if x is not None]
+        step = Step(model, direction, done.square, batch.usable, previous)
+        state = done.state
+        limit = self._constraint(count, batch.value, state.info.lowest_loss)
+        chosen = step.rates(self.learning_rate, mu, count, limit, state.length)
+        rates = chosen.solution
+        moved = step.combine(rates.learning_rate, rates.momentum, batch.value)
+        state = _record(state, chosen, batch.value, done.refused | ~moved.finite)
+        if isinstance(rule, LevenbergMarquardt):
+            state = self._adapt(rule, state, step, moved, chosen, batch)
+        else:
+            state = state._replace(damping=at(rule, state.step))
+        kept = _fill(own.devices.kept(moved.kept), velocity)
+        state = state._replace(velocity=tree.restore(kept, state.velocity))
+        return tree.restore(_fill(moved.delta, batch.gradient), updates), state
+
+    def _velocity(self, kept: optax.Updates) -> list[Array | None]:
+        """The leaves of δ0, whole, None where a mask hides them."""
+        tree, devices = self.preconditioner.curvature.tree, self.preconditioner.devices
+        rows = dataclasses.replace(
+            tree, shapes=tuple(map(devices.kept_shape, tree.shapes))
+        )
+        leaves = rows.masked_leaves(kept, "the velocity")
+        pairs = zip(leaves, tree.shapes, strict=True)
+        shapes = [shape for x, shape in pairs if x is not None]
+        found = devices.whole([x for x in leaves if x is not None], shapes)
+        return _fill(found, leaves)
+
+    def _constraint(
+        self, count: Array, value: Array | None, lowest: Array
+    ) -> Array | None:
+        """The norm constraint of a step.
+
+        With the lowest loss so far it does not grow with a loss that does. A loss of 0
+        is none, see `with_loss`.
+        """
+        given = None if self.modelled else self.norm_constraint
+        if given is None:
+            return None
+        if not isinstance(given, str):
+            return at(given, count)
+        size = jnp.ones((), float)
+        if value is not None:
+            lowest = lowest.astype(value.dtype)
+            size = jnp.abs(jnp.where(value == 0, lowest, jnp.fmin(value, lowest)))
+        return SHARE_OF_LOSS * jnp.where(jnp.isfinite(size), size, 1.0)
+
+    def _adapt(
+        self,
+        rule: LevenbergMarquardt,
+        state: KFACState,
+        step: Step,
+        moved: Combined,
+        chosen: Rates,
+        batch: Batch,
+    ) -> KFACState:
+        """Every T1 steps, measures ρ and changes λ by it."""
+        old, gradient = batch.damping, step.model.gradient
+        # outside of the branch: most callers compute it too, and XLA does it once
+        params = step.model.moved(moved.delta)
+
+        def measure() -> tuple[Array, Array, Array, Array]:
+            rho, change, along = step.reduction_ratio(
+                params, chosen.solution, self.modelled, batch.value
+            )
+            rho = jnp.where(moved.finite, rho, jnp.nan)
+            # where loss or gradient are not finite already at θ, ρ says nothing about
+            # λ, nor where the change is lost in the rounding of the loss
+            known = step.usable & jnp.isfinite(inner_product(gradient, gradient))
+            loss = loss_of(batch.value)
+            # (that of a cross entropy is of its logits: of nats, however small it is)
+            rounding = 16 * jnp.finfo(loss.dtype).eps * jnp.maximum(jnp.abs(loss), 1.0)
+            known &= ~(jnp.abs(change.astype(loss.dtype)) < rounding)
+            curvature = averaged_curvature(state.curvature, along)
+            adapted = rule.update(old, rho, curvature)
+            kept = rule.clip(old, curvature)
+            return jnp.where(known, adapted, kept), rho, change, curvature
+
+        def keep() -> tuple[Array, Array, Array, Array]:
+            info = state.info
+            return old, info.rho, info.quadratic_change, state.curvature
+
+        due = state.step % rule.every == 0
+        damping, rho, change, curvature = jax.lax.cond(due, measure, keep)
+        info = state.info._replace(rho=rho, quadratic_change=change)
+        return state._replace(damping=damping, curvature=curvature, info=info)
+
+
+def _record(
+    state: KFACState, chosen: Rates, value: Array | None, skipped: Array
+) -> KFACState:
+    rates = chosen.solution
+    state = counted(with_loss(state, value), skipped)
+    info = state.info._replace(
+        step_scale=jnp.asarray(chosen.scale, float),
+        learning_rate=jnp.asarray(rates.learning_rate, float),
+        momentum=jnp.asarray(rates.momentum, float),
+        quadratic_change=jnp.asarray(rates.change, float),
+    )
+    return state._replace(
+        length=jnp.where(skipped, state.length, chosen.length.astype(float)),
+        curvature=averaged_curvature(state.curvature, chosen.curvature),
+        info=info,
+    )
+
+
+def _fill(parts: list[Array], like: list[Array | None]) -> list[Array | None]:
+    """Puts parts where `like` has leaves."""
+    rest = iter(parts)
+    return [None if x is None else next(rest) for x in like]

@@ -1,0 +1,147 @@
+"""The returned loss against the registered one."""
+
+import functools
+import itertools
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.core
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kfac_jax._jaxpr import axis_types
+from kfac_jax._jaxpr.interpreter import run
+from kfac_jax._utils.dtypes import wide
+from kfac_jax.distributions import Convex, RegisteredLoss
+from kfac_jax.plan.programs import bare_program
+from kfac_jax.plan.tracing import Traced, tracers
+
+
+def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) -> None:
+    """Compares the returned loss with the registered one, where arrays are concrete.
+
+    They may differ by a rest that has no curvature of its own (a bound's KL term, an
+    auxiliary loss, a clipped objective). What looks like a factor, as of a sum in place
+    of a mean, is an error. Also warns about convex losses that are not convex there.
+
+    Args:
+      traced: the traced loss function.
+      params: the parameters.
+      args: the further arguments.
+      l2: the weight of the declared penalty.
+      on_rest: what to do about a rest: "warn", "error", or "ignore" what differs.
+
+    Raises:
+      ValueError: if they differ by a factor, or by a rest that is to be an error.
+    """
+    leaves = [*jax.tree.leaves(params), *jax.tree.leaves(args)]
+    concrete = all(
+        isinstance(x, Array | np.ndarray | np.generic | float | int)
+        and not isinstance(x, jax.core.Tracer)
+        for x in leaves
+    )
+    if not concrete or tracers(traced.found.graph):
+        return
+    program = bare_program(traced)
+    known: list[bool] = []
+
+    def compared(
+        leaves: Sequence[Any], outputs: Sequence[Any], losses: Sequence[RegisteredLoss]
+    ) -> tuple[Array, Array, Array, Array]:
+        low = min((loss.z.dtype for loss in losses), key=lambda d: jnp.finfo(d).bits)
+        tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
+        concavity = _concavity(losses)
+        known.append(all(loss.data for loss in losses))
+        if not known[-1]:  # nothing is compared, so that nothing need be computed
+            return jnp.zeros(()), jnp.zeros(()), tolerance, concavity
+        n = len(jax.tree.leaves(params))
+        penalty = sum(jnp.vdot(x, x).astype(float) for x in leaves[:n]) * (l2 / 2)
+        values = [loss.value().astype(float) for loss in losses]
+        total = functools.reduce(jnp.add, values) + penalty
+        return outputs[0], total, tolerance, concavity
+
+    @jax.jit
+    def values(leaves: Sequence[Any]) -> tuple[Array, Array, Array, Array]:
+        return axis_types.auto(compared)(leaves, *run(program, leaves, None))
+
+    # Compiled before the context, which lets values be known while a caller's jit is
+    # being traced around the plan: in it JAX compiles each constant expression alone.
+    compiled = values.lower(leaves).compile()
+    with jax.ensure_compile_time_eval():
+        returned, registered, tolerance, concavity = map(float, compiled(leaves))
+    if concavity > tolerance:
+        _warn_of_concavity(concavity)
+    if not known[-1] or not np.isfinite(returned):
+        return
+    if abs(returned - registered) <= max(tolerance, 1e-6) * max(
+        abs(registered), abs(returned), 1e-6
+    ):
+        return
+    if on_rest == "ignore":
+        return
+    ratio = returned / registered if registered else float("inf")
+    told = (
+        f"The loss function returned {returned:.6g}, but the registered loss is "
+        f"{registered:.6g}: ratio returned/registered = {ratio:.6g}. Expected the mean "
+        "over the leading axis of what is registered, of the sum within a case"
+        + (f" plus (l2 / 2)·‖params‖² with l2={l2}" if l2 else "")
+    )
+    if _is_factor(ratio, traced):
+        raise ValueError(
+            f"{told}. Average over cases (not a sum), or pass `weight={ratio:.6g}` to "
+            "the registered loss."
+        )
+    advice = (
+        f"{told}. If cases are masked, pass `mask=` to the registered loss; declare a "
+        "penalty with `l2`. If the loss has a term that is not registered, only its "
+        'gradient counts: say so by on_rest="ignore".'
+    )
+    if on_rest == "error":
+        raise ValueError(advice)
+    warnings.warn(advice, stacklevel=3)
+
+
+def _is_factor(ratio: float, traced: Traced) -> bool:
+    """Whether a ratio is ½, 2, or made of lengths of what is registered.
+
+    So it is after a sum in place of a mean, or the other way round, along some axes.
+    """
+    shapes = [
+        node.shape() for node in traced.found.graph.walk() if node.name == "kfac_loss"
+    ]
+    sums = {
+        math.prod(lengths)
+        for shape in shapes
+        for count in range(len(shape) + 1)
+        for lengths in itertools.combinations(shape, count)
+    }
+    factors = {a * b for a in sums for b in (0.5, 1.0, 2.0)} - {0.0, 1.0}
+    factors |= {1 / f for f in factors} | {-1.0}  # and of another sign
+    return any(math.isclose(ratio, f, rel_tol=_FACTOR_TOLERANCE) for f in factors)
+
+
+_FACTOR_TOLERANCE = 1e-3
+"""Float32 losses over large batches agree to this; the ratio of a rest seldom does."""
+
+
+def _warn_of_concavity(concavity: float) -> None:
+    warnings.warn(
+        "A loss given to losses.convex is not convex in the network's output: at these "
+        f"arrays its Hessians have eigenvalues down to {-concavity:.2g} times their "
+        "size. For K-FAC its negative curvature is taken for zero.",
+        stacklevel=4,
+    )
+
+
+def _concavity(losses: Sequence[RegisteredLoss]) -> Array:
+    """The largest of the convex losses'."""
+    each = [
+        loss.distribution.concavity(wide(loss.z), loss.data).astype(float)
+        for loss in losses
+        if isinstance(loss.distribution, Convex)
+    ]
+    return jnp.stack(each).max() if each else jnp.zeros(())

@@ -1,0 +1,1 @@
+"""The benchmarks' logic; little is measured."""

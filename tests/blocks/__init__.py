@@ -1,0 +1,1 @@
+"""One file for each approximation of a layer, and what they share."""

@@ -1,0 +1,1 @@
+"""The front for existing programs, and the numbers of the published release."""

@@ -1,0 +1,1 @@
+"""What stands beside the optimizer: averages, grafting, initializers, schedules."""

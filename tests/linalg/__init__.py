@@ -1,0 +1,1 @@
+"""Inverses, eigendecompositions and second moments."""

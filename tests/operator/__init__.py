@@ -1,0 +1,1 @@
+"""Curvature as an operator, and the groups that are inverted together."""

@@ -1,0 +1,1 @@
+"""`kfac` and `scale_by_kfac`: their steps and their state."""

@@ -1,0 +1,1 @@
+"""Layers, and the plan's checks and report."""

@@ -1,0 +1,150 @@
+"""The report is a table a person can act on."""
+
+import inspect
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import kfac_jax
+from kfac_jax import blocks
+from kfac_jax.losses import squared_error
+from tests.helpers import models
+
+PARAMS = {
+    "net": models.dense_params(0, 3, 4, 2),
+    "temperature": jnp.ones(()),
+    "unused": jnp.ones((2, 2)),
+}
+X = models.array(1, 5, 3)
+
+
+def _network(params, x):
+    z = models.mlp(params["net"], x)
+    return z * jnp.exp(params["temperature"])
+
+
+def _loss_fn(params, x):
+    return squared_error(_network(params, x)).sum(-1).mean()
+
+
+def _plan(**options):
+    with pytest.warns(UserWarning):
+        return kfac_jax.make_curvature(_loss_fn, PARAMS, X, **options)
+
+
+def test_rows_say_what_approximates_each_parameter():
+    plan = _plan()
+    lines = {
+        line.split()[0]: line.split()
+        for line in plan.report().splitlines()
+        if line.strip()
+    }
+    assert lines["parameter"] == "parameter shape kind uses block factors bytes".split()
+    assert lines["net/layer0/w"] == [
+        *("net/layer0/w", "[3×4]", "dense", "1", "Kronecker"),
+        *("input[4×4]", "output[4×4]", "256", "B"),
+    ]
+    assert lines["net/layer0/b"] == ["net/layer0/b", "[4]"]
+    assert lines["net/layer1/w"][2:5] == ["dense", "1", "Kronecker"]
+    assert lines["temperature"][1:5] == ["[]", "unmatched", "1", "Diagonal"]
+    assert lines["unused"][1:5] == ["[2×2]", "unused", "0", "Identity"]
+
+
+def test_totals():
+    plan = _plan()
+    report, totals = plan.report(), plan.totals
+    assert "4 layers, 31 parameters, 26 of them covered" in report
+    assert (totals.parameters, totals.covered) == (31, 26)
+    size = 8 * (4 * 4 + 4 * 4 + 5 * 5 + 2 * 2 + 1)
+    # the identity block of the unused parameter is a scalar
+    assert f"factors {size} B, inverses {size + 8} B." in report
+    assert (totals.factor_bytes, totals.inverse_bytes) == (size, size + 8)
+    assert "Parameters by kind: dense 26 (83.9%), unmatched 1 (3.2%)" in report
+    assert totals.by_kind == {"dense": 26, "unmatched": 1, "unused": 4}
+
+
+def test_costs():
+    x, scanned = jnp.ones((5, 3)), {"w": jnp.ones((4, 3, 3)), "b": jnp.ones((4, 3))}
+
+    def loss_fn(params, x):
+        def step(x, p):
+            return jnp.tanh(models.dense(p, x)), None
+
+        x, _ = jax.lax.scan(step, x, params)
+        return squared_error(x).sum(-1).mean()
+
+    plan = kfac_jax.make_curvature(loss_fn, scanned, x, statistics_fraction=0.5)
+    (layer,) = plan.layers
+    assert layer.rows == 4 * 5
+    assert plan.totals.inversion_cost == 4 * (4**3 + 3**3)
+    assert plan.totals.gradient_cost == 3 * 4 * 5 * (4 * 3)
+    assert plan.totals.statistics_cost == 0.5 * 4 * 5 * (4 * 4 + 3 * 3 + 4 * 3)
+    report = plan.report()
+    assert "One refresh of the inverses: 3.6e+02 multiply-adds" in report
+    assert f"{0.5 * 37 / 36:.2f} × the gradient" in report
+
+
+def test_what_is_not_covered_is_named_with_reason_and_line():
+    report = _plan().report()
+    _, _, uncovered = report.partition("Not covered by a layer:")
+    assert "temperature: consumed by `exp`, which is not a layer" in uncovered
+    assert "unused: no gradient of a registered loss reaches it" in uncovered
+    first = inspect.getsourcelines(_network)[1]
+    assert f"test_report.py:{first + 2}" in uncovered  # the line with jnp.exp
+    assert "(_network)" in uncovered
+
+
+def test_every_layer_knows_its_line():
+    plan = _plan()
+    line = inspect.getsourcelines(models.dense)[1] + 2
+    assert f"models.py:{line}" in plan.layers[0].source
+
+
+def test_str_is_the_report_and_shows_the_choice_of_blocks():
+    plan = _plan(blocks={"net/layer0": None, "dense": blocks.Full()})
+    assert str(plan) == plan.report()
+    row = next(r for r in str(plan).splitlines() if r.startswith("net/layer0/"))
+    assert row.split()[-3:] == ["none", "0", "B"]
+    assert "full[10×10]" in str(plan)
+
+
+def test_bytes_have_units():
+    def loss_fn(w, x):
+        return squared_error(x @ w).sum(-1).mean()
+
+    shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1000, 10), (4, 1000))]
+    report = kfac_jax.make_curvature(loss_fn, *shapes).report()
+    assert "3.8 MiB" in report and "input[1000×1000] output[10×10]" in report
+
+
+def test_sides_that_are_too_long_are_seen_before_anything_is_allocated():
+    """The full factor of this table's rows would take four terabytes."""
+    rows, features = 10**6, 64
+
+    def loss_fn(w, x):
+        return squared_error(x @ w).sum(-1).mean()
+
+    shapes = [
+        jax.ShapeDtypeStruct(s, jnp.float32) for s in ((rows, features), (8, rows))
+    ]
+    plan = kfac_jax.make_curvature(loss_fn, *shapes)
+    assert f"input_diagonal[{rows}] output[{features}×{features}]" in plan.report()
+    size = 4 * (rows + features**2)
+    assert plan.totals.factor_bytes == plan.totals.inverse_bytes == size
+    assert plan.totals.inversion_cost == features**3
+    full = kfac_jax.make_curvature(
+        loss_fn, *shapes, blocks=blocks.Kronecker(max_factor_dim=None)
+    )
+    assert f"input[{rows}×{rows}] output[{features}×{features}]" in full.report()
+    assert "factors 3725.3 GiB" in full.report()
+
+
+def test_a_parameter_that_is_the_whole_tree_has_a_name():
+    def loss_fn(w, x):
+        return squared_error(x * jnp.broadcast_to(jnp.exp(w), x.shape)).sum(-1).mean()
+
+    with pytest.warns(UserWarning) as caught:
+        plan = kfac_jax.make_curvature(loss_fn, jnp.ones(3), X)
+    assert "\n  : " not in str(caught[0].message)
+    assert "\n  : " not in plan.report()

@@ -1,0 +1,1 @@
+"""Damping, learning rate, momentum and refreshes."""

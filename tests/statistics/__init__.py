@@ -1,0 +1,1 @@
+"""What is gathered from one batch, and exact products."""

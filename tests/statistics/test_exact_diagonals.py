@@ -1,0 +1,279 @@
+"""Parameters without a layer: their diagonal is exact in exact modes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import kfac_jax
+from kfac_jax.losses import softmax_cross_entropy_with_integer_labels
+from kfac_jax.statistics.exact_diagonals import MOST_ENTRIES
+from tests.helpers import models, oracles
+
+N = 8
+X = models.array(0, N, 3)
+LABELS = models.classes(1, 4, N)
+
+
+def _jastrow(params, h, x):
+    """One number inside of a smooth function, and one used at two places."""
+    alpha, r = params["alpha"], jnp.linalg.norm(x, axis=-1, keepdims=True)
+    ratio = alpha[None] ** 2 / (alpha[None] + r)
+    return h - 0.25 * ratio * jnp.tanh(h) + jnp.sin(alpha[None]) ** 3
+
+
+def _mapped(params, h, x):
+    """A vector through a function of its own."""
+    return h * jax.nn.softplus(params["alpha"])[None] ** jnp.array([[1.0, 2, 1, 2]])
+
+
+def _scanned(params, h, x):
+    """In each step of a loop."""
+
+    def step(h, _):
+        return jnp.sin(h * jnp.exp(params["alpha"])[None]), None
+
+    return jax.lax.scan(step, h, None, length=3)[0]
+
+
+def _ruled(params, h, x):
+    """Through a function with a rule of its own."""
+    smooth = jax.custom_jvp(lambda a: jnp.log1p(jnp.exp(a)))
+    smooth.defjvp(lambda p, t: (smooth(*p), jax.nn.sigmoid(*p) * t[0]))
+    return h / smooth(params["alpha"])[None] ** 2
+
+
+NETWORKS = {
+    "jastrow": (_jastrow, 1),
+    "mapped": (_mapped, 4),
+    "scanned": (_scanned, 4),
+    "custom rule": (_ruled, 1),
+}
+
+
+def _problem(kind):
+    outer, size = NETWORKS[kind]
+    params = models.dense_params(0, 3, 4) | {"alpha": jnp.linspace(0.9, 1.3, size)}
+
+    def outputs(params, x):
+        return outer(params, models.dense(params["layer0"], x), x)
+
+    def loss_fn(params, x, labels, mask=None):
+        z = outputs(params, x)
+        if mask is None:
+            return softmax_cross_entropy_with_integer_labels(z, labels).mean()
+        z = kfac_jax.register_softmax_cross_entropy_loss(z, labels, mask=mask)
+        return jnp.sum(jax.nn.logsumexp(z, -1)) / len(z)
+
+    return params, outputs, loss_fn
+
+
+def _case(z, label):
+    return jax.nn.logsumexp(z) - z[label]
+
+
+def _plan(loss_fn, params, *args, **options):
+    with pytest.warns(UserWarning, match="no layer covers"):
+        return kfac_jax.make_curvature(
+            loss_fn, params, *args, estimation_mode="fisher_exact", **options
+        )
+
+
+def _diagonal(curvature, params, *args, rng=None):
+    compute = functools.partial(models.statistics_to_factors, curvature)
+    return jax.jit(compute)(params, *args, rng=rng)["alpha"]["diagonal"].reshape(-1)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+def test_it_is_the_exact_fishers(kind):
+    params, outputs, loss_fn = _problem(kind)
+    found = _diagonal(_plan(loss_fn, params, X, LABELS), params, X, LABELS)
+    exact = oracles.ggn(lambda p: outputs(p, X), _case, params, LABELS)
+    alpha = np.diag(oracles.block(exact, params, "alpha"))
+    np.testing.assert_allclose(found, alpha, rtol=1e-10)
+
+
+@pytest.mark.parametrize("kind", NETWORKS)
+@pytest.mark.parametrize("narrow", ["parameter", "loss"])
+def test_of_another_precision_than_the_loss(kind, narrow):
+    """Factors have their parameter's, as everywhere."""
+    outer, size = NETWORKS[kind]
+    params = models.dense_params(0, 3, 4) | {"alpha": jnp.linspace(0.9, 1.3, size)}
+    if narrow == "parameter":
+        params["alpha"] = params["alpha"].astype("float32")
+
+    def outputs(params, x):
+        wide = params | {"alpha": params["alpha"].astype("float64")}
+        return outer(wide, models.dense(params["layer0"], x), x)
+
+    def loss_fn(params, x, labels):
+        z = outputs(params, x)
+        z = z.astype("float32") if narrow == "loss" else z
+        return softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    curvature = _plan(loss_fn, params, X, LABELS)
+    found = _diagonal(curvature, params, X, LABELS)
+    assert found.dtype == params["alpha"].dtype
+    params["alpha"] = params["alpha"].astype("float64")
+    exact = oracles.ggn(lambda p: outputs(p, X), _case, params, LABELS)
+    alpha = np.diag(oracles.block(exact, params, "alpha"))
+    np.testing.assert_allclose(found, alpha, rtol=1e-5)
+
+
+def test_masked_cases_do_not_count():
+    params, outputs, loss_fn = _problem("mapped")
+    mask = jnp.array([1.0, 0, 1, 1, 0, 1, 1, 1])
+    shown = np.flatnonzero(mask)
+    shapes = jax.eval_shape(lambda *args: args, params, X, LABELS, mask)
+    found = _diagonal(_plan(loss_fn, *shapes), params, X, LABELS, mask)
+    exact = oracles.ggn(lambda p: outputs(p, X[shown]), _case, params, LABELS[shown])
+    alpha = np.diag(oracles.block(exact, params, "alpha")) * len(shown) / N
+    np.testing.assert_allclose(found, alpha, rtol=1e-10)
+
+
+def _wide(size):
+    """A parameter of that many entries which no layer covers."""
+    params = models.dense_params(0, 3, 4) | {"alpha": jnp.ones(size)}
+
+    def loss_fn(params, x, labels):
+        z = models.dense(params["layer0"], x)
+        z = z * jnp.mean(jnp.exp(params["alpha"])) ** 2
+        return softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    return params, loss_fn
+
+
+@pytest.mark.parametrize("entries, same", [(MOST_ENTRIES, True), (100, False)])
+def test_large_parameters_are_estimated(entries, same):
+    params, loss_fn = _wide(entries)
+    curvature = _plan(loss_fn, params, X, LABELS)
+    pair = [
+        _diagonal(curvature, params, X, LABELS, rng=jax.random.key(i)) for i in range(2)
+    ]
+    assert bool((pair[0] == pair[1]).all()) == same
+
+
+def test_the_limit_is_of_all_of_them_together():
+    """So that a step's cost is bounded, whatever the number of parameters."""
+    params = models.dense_params(0, 3, 4)
+    names = [f"p{i}" for i in range(4)]
+    params |= {name: jnp.full(12, 0.5) for name in names}
+
+    def loss_fn(params, x, labels):
+        z = models.dense(params["layer0"], x)
+        for i, name in enumerate(names, 1):
+            z = jnp.sin(z * jnp.mean(jnp.exp(params[name])) ** i)
+        return softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    curvature = _plan(loss_fn, params, X, LABELS)
+    pair = [
+        models.statistics_to_factors(
+            curvature, params, X, LABELS, rng=jax.random.key(i)
+        )
+        for i in range(2)
+    ]
+    same = [
+        bool((pair[0][n]["diagonal"] == pair[1][n]["diagonal"]).all()) for n in names
+    ]
+    assert sum(same) == MOST_ENTRIES // 12
+
+
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_on_a_mesh_it_is_that_of_one_device(axis_type):
+    params, _, loss_fn = _problem("jastrow")
+    curvature = _plan(loss_fn, params, X, LABELS)
+    expected = _diagonal(curvature, params, X, LABELS)
+    kind = getattr(jax.sharding.AxisType, axis_type)
+    mesh = jax.make_mesh((4,), ("batch",), (kind,))
+    with jax.set_mesh(mesh):
+        x, labels = (jax.device_put(a, P("batch")) for a in (X, LABELS))
+        found = _diagonal(curvature, jax.device_put(params, P()), x, labels)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+def test_without_a_forward_mode_it_is_estimated():
+    @jax.custom_vjp
+    def smooth(a):
+        return jnp.exp(a)
+
+    smooth.defvjp(lambda a: (jnp.exp(a), jnp.exp(a)), lambda e, t: (e * t,))
+    params, _ = _wide(1)
+
+    def loss_fn(params, x, labels):
+        z = models.dense(params["layer0"], x) * smooth(params["alpha"])[None] ** 2
+        return softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    curvature = _plan(loss_fn, params, X, LABELS)
+    key = jax.random.key(0)
+    assert np.isfinite(_diagonal(curvature, params, X, LABELS, rng=key)).all()
+
+
+def test_devices_add_theirs_up():
+    params, _, loss_fn = _problem("jastrow")
+    curvature = _plan(loss_fn, params, X, LABELS)
+    _, _, expected = curvature.value_grad_and_statistics(params, X, LABELS)
+
+    def part(params, x, labels):
+        return curvature.value_grad_and_statistics(params, x, labels)[2]
+
+    mapped = jax.shard_map(
+        part,
+        mesh=models.mesh(4, "batch"),
+        in_specs=(P(), P("batch"), P("batch")),
+        out_specs=P(),
+    )
+    found = jax.jit(mapped)(params, X, LABELS)
+    scale = float(expected.weight / found.weight)
+    np.testing.assert_allclose(
+        scale * found.layers["alpha"]["diagonal"],
+        expected.layers["alpha"]["diagonal"],
+        rtol=1e-10,
+    )
+
+
+def test_one_pull_back_says_all_where_an_example_has_one_output():
+    """As many products as where one sample is pulled back; inputs are in it, too."""
+    params = models.dense_params(0, 3, 4, 1) | {"alpha": jnp.ones(1)}
+
+    def loss_fn(params, x):
+        z = models.mlp({k: v for k, v in params.items() if k != "alpha"}, x)
+        z = jnp.sin(z * jnp.exp(params["alpha"])[None])
+        return kfac_jax.losses.squared_error(z).sum(-1).mean()
+
+    curvature = _plan(loss_fn, params, X)
+    sampled = dataclasses.replace(curvature, estimation_mode="fisher_gradients")
+    key = jax.random.key(0)
+    counts = [
+        jax.jit(plan.value_grad_and_statistics)
+        .lower(params, X, rng=key)
+        .compile()
+        .as_text()
+        .count(" dot(")
+        for plan in (curvature, sampled)
+    ]
+    assert counts[0] == counts[1]
+    factors = models.statistics_to_factors(curvature, params, X)
+    rows = np.concatenate([np.asarray(X), np.ones((N, 1))], 1)
+    np.testing.assert_allclose(factors["layer0"]["input"], rows.T @ rows / N)
+
+
+def test_the_optimizers_first_update_does_not_depend_on_the_key():
+    params, _, loss_fn = _problem("jastrow")
+    optimizer = kfac_jax.Optimizer(
+        jax.value_and_grad(lambda p, batch: loss_fn(p, *batch)),
+        l2_reg=0.0,
+        estimation_mode="fisher_exact",
+        num_burnin_steps=0,
+    )
+    with pytest.warns(UserWarning, match="no layer covers"):
+        state = optimizer.init(params, jax.random.key(0), (X, LABELS))
+    rates = {"learning_rate": 0.1, "momentum": 0.0, "damping": 1e-3}
+    pair = [
+        optimizer.step(params, state, key, batch=(X, LABELS), **rates)[0]
+        for key in jax.random.split(jax.random.key(0))
+    ]
+    models.assert_trees_equal(*pair)
