@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
+import jax.numpy as jnp
 from chex import ArrayTree, Numeric
 from jax import Array
 
@@ -377,8 +378,8 @@ def abstract_inverses(groups: Sequence[Group]) -> Abstract:
 
 
 def widened(groups: Sequence[Group], factors: Factors) -> Factors:
-    """The factors in the types that their layers are computed in."""
+    """The factors in the types that their layers are computed in, also of NumPy's."""
     return {
-        layer.name: {n: x.astype(layer.dtype) for n, x in factors[layer.name].items()}
-        for layer in layers_of(groups)
+        x.name: {n: jnp.asarray(f, x.dtype) for n, f in factors[x.name].items()}
+        for x in layers_of(groups)
     }

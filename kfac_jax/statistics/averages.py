@@ -182,6 +182,7 @@ def average(
     check(groups, "factor_shapes", factors, devices)
     check(groups, "statistics_shapes", statistics.layers)
     _check_products(groups, statistics.products)
+    statistics = jax.tree.map(jnp.asarray, statistics)  # which NumPy may have averaged
     weight, cases, new = _means(groups, statistics, devices)
     offered = weight > 0
     taken = offered & (cases > 0) & usable

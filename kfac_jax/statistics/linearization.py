@@ -137,7 +137,7 @@ def _carried(groups: Sequence[Group], factors: Factors | None) -> Factors:
     if factors is None:
         return {}
     return {
-        layer: {name: factors[layer][name] for name in names}
+        layer: {name: jnp.asarray(factors[layer][name]) for name in names}
         for group in groups
         for layer, names in group.carried.items()
         if names
