@@ -366,7 +366,7 @@ class Curvature(Plan):
           Martens & Grosse 2015, section 5.
         """
         averages.check_statistics(statistics)
-        arguments.whole("step (k)", step, arrays=True)
+        arguments.integer("step (k)", step, arrays=True)
         arguments.within("step (k)", step, 1, float("inf"))
         arguments.number("decay (ε)", decay, arrays=True)
         arguments.within("decay (ε)", decay, 0.0, 1.0)

@@ -21,7 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from kfac_jax import distributions, tags
-from kfac_jax._utils.arguments import array, floating, real, shown, whole
+from kfac_jax._utils.arguments import array, floating, integer, real, shown
 
 
 def _output(name: str, value: ArrayLike) -> Array:
@@ -42,7 +42,7 @@ def _classes(logits: Array, axis: int, where: ArrayLike | None) -> Array | None:
     Raises:
       ValueError: if one does not fit the logits.
     """
-    whole("axis", axis)
+    integer("axis", axis)
     if not -logits.ndim <= axis < logits.ndim:
         raise ValueError(
             f"axis must be one of the {logits.ndim} axes of the logits; got {axis}."

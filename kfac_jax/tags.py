@@ -19,7 +19,7 @@ from kfac_jax._utils.arguments import array, floating, is_number, real, shown
 
 layer_tag = _compat.identity_primitive("kfac_layer")
 generic_tag = _compat.identity_primitive("kfac_generic")
-loss_tag = _compat.kept(_compat.identity_primitive("kfac_loss"))
+loss_tag = _compat.keep_unused(_compat.identity_primitive("kfac_loss"))
 
 
 def _keep_tangent(primitive: Any) -> None:

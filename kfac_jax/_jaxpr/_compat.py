@@ -1,7 +1,7 @@
-"""The only place that knows how JAX versions differ (0.8 to 0.12).
+"""All differences between JAX versions (0.8 to 0.12) that the library deals with.
 
-Supported forms: `Jaxpr` and `ClosedJaxpr` apart (until 0.10) or merged (0.12); `scan`
-with `num_consts`/`num_carry` or with `ft_in`.
+Supported forms: `Jaxpr` and `ClosedJaxpr` as two classes (until 0.10) or as one (0.12);
+`scan` with `num_consts` and `num_carry` or with `ft_in`.
 """
 
 import functools
@@ -19,7 +19,7 @@ from jax.extend import source_info_util
 from jax.interpreters import ad, batching, mlir, partial_eval
 
 source_info_util.register_exclusion(str(pathlib.Path(__file__).parents[1]))
-"""The library's own frames are not the user's source lines."""
+"""Makes JAX skip the library's frames when it looks for the user's source line."""
 
 Literal = extend_core.Literal
 Primitive = extend_core.Primitive
@@ -35,16 +35,25 @@ def open_jaxpr(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 @functools.cache
 def _template() -> Any:
-    """An empty jaxpr that has the debug information JAX asks for."""
+    """An empty jaxpr, with the debug information that JAX demands of every jaxpr."""
     return open_jaxpr(jax.make_jaxpr(lambda: ())())[0]
 
 
 def evaluate(equation: Any, inputs: Sequence[Any]) -> list[Any]:
-    """Evaluates one equation on `inputs`, its operands that are not literals.
+    """Evaluates one equation on its operands.
 
-    Goes through the public `jax.core.eval_jaxpr`, so custom derivative rules, effects
-    and the user's source lines are kept.
+    It becomes the only equation of a jaxpr that the public `jax.core.eval_jaxpr` runs.
+    So custom derivative rules, effects and the user's source lines are kept, without
+    any knowledge of how the primitive is bound.
+
+    Args:
+      equation: the equation.
+      inputs: a value for each operand; those of literals are ignored.
+
+    Returns:
+      The results.
     """
+    # by variable, as an operand that appears twice is one input of the jaxpr
     variables: dict[int, Any] = {}
     for var, value in zip(equation.invars, inputs, strict=True):
         if not isinstance(var, Literal):
@@ -59,7 +68,7 @@ def evaluate(equation: Any, inputs: Sequence[Any]) -> list[Any]:
 
 
 class ScanLayout(NamedTuple):
-    """How the operands of a `scan` equation are divided."""
+    """How the operands of a `scan` equation are divided: constants, carry, the rest."""
 
     num_consts: int
     num_carry: int
@@ -80,7 +89,7 @@ def scan_layout(params: dict[str, Any]) -> ScanLayout:
 
 
 def source_line(equation: Any) -> str:
-    """Returns `file:line (function)` of the user's code that made the equation."""
+    """Returns `file:line (function)` of the user's code that an equation is from."""
     line = source_info_util.summarize(equation.source_info)
     return "" if line.startswith("<unknown>") else line
 
@@ -92,12 +101,12 @@ def uses_reference(equation: Any) -> bool:
 
 
 def under(equation: Any) -> Any:
-    """Returns a context in which new equations get this one's source line."""
+    """Returns a context that gives new equations the source line of this one."""
     return source_info_util.user_context(equation.source_info.traceback)
 
 
 def identity_primitive(name: str) -> Any:
-    """Makes a primitive that returns its first operand, at no cost once compiled."""
+    """Makes a primitive that returns its first operand and compiles to nothing."""
     primitive = Primitive(name)
     primitive.def_impl(lambda operand, *_, **__: operand)
     primitive.def_abstract_eval(lambda operand, *_, **__: operand)
@@ -105,14 +114,15 @@ def identity_primitive(name: str) -> Any:
     return primitive
 
 
-def kept(primitive: Any) -> Any:
-    """Keeps a primitive's equations whose results are not used, where JAX drops such.
+def keep_unused(primitive: Any) -> Any:
+    """Makes JAX keep a primitive's equations even if their results are not used.
 
-    It does when it differentiates a function under `jit`, `scan` or `checkpoint`.
+    JAX removes dead code when it differentiates a function under `jit`, `scan` or
+    `checkpoint`, and the result of a loss tag is often not used.
     """
 
     def rule(used: Sequence[bool], *rest: Any) -> tuple[list[bool], Any]:
-        equation = rest[-1]  # JAX 0.12 tells before which operands are live
+        equation = rest[-1]  # JAX 0.12 has one more argument, before the equation
         return [True] * len(equation.invars), equation
 
     partial_eval.dce_rules[primitive] = rule
@@ -120,7 +130,7 @@ def kept(primitive: Any) -> Any:
 
 
 def set_jvp(primitive: Any, rule: Any) -> None:
-    """Registers `rule(primals, tangents, **params)`; a zero tangent is None there."""
+    """Registers `rule(primals, tangents, **params)`, with None for a zero tangent."""
 
     def jvp(primals: Any, tangents: Any, **params: Any) -> Any:
         tangents = [None if type(t) is ad.Zero else t for t in tangents]
@@ -147,15 +157,15 @@ def set_batching(primitive: Any, rule: Any) -> None:
 
 
 def manual_axes(params: dict[str, Any]) -> frozenset[str]:
-    """The mesh axes that a `shard_map` takes over (its parameter's name changed)."""
+    """The mesh axes that a `shard_map` maps over (its parameter was renamed)."""
     names = ("newly_manual_axes", "manual_axes")
     return frozenset(next(params[name] for name in names if name in params))
 
 
 def vary_like(x: Array, *others: Array | None) -> Array:
-    """Marks x as varying over the mesh axes that others vary over, inside `shard_map`.
+    """Marks x, inside `shard_map`, as varying over the axes that others vary over.
 
-    The transpose of this is the sum over those axes.
+    The transpose is the sum over those axes.
     """
     return _vary_over(
         x, frozenset[str]().union(*(varying(y) for y in others if y is not None))
@@ -173,9 +183,9 @@ def _vary_over(x: Array, axes: frozenset[str]) -> Array:
 
 
 def all_gather(x: Array, axis: str | tuple[str, ...]) -> Array:
-    """Stacks the devices' x, `[devices, ...]`, the same on all of them."""
+    """Stacks the devices' x to `[devices, ...]`, replicated over them."""
     lax: Any = jax.lax
-    if not varying(x):  # inside pmap, which does not tell what varies
+    if not varying(x):  # inside pmap, where types do not say what varies
         return lax.all_gather(x, axis)
     if hasattr(lax, "all_gather_invariant"):
         return lax.all_gather_invariant(x, axis)
@@ -183,20 +193,20 @@ def all_gather(x: Array, axis: str | tuple[str, ...]) -> Array:
 
 
 def summed_devices(outputs: Sequence[Array], sums: Any) -> int:
-    """Over how many devices' outputs cotangents have been summed, inside `shard_map`.
+    """The number of devices that cotangents have been summed over in `shard_map`.
 
-    JAX does so where what the cotangents belong to does not vary over an axis but the
-    outputs do.
+    JAX sums a cotangent over every axis that the outputs vary over, but the parameters
+    (or probes) do not.
 
     Args:
-      outputs: what was pulled back.
-      sums: a tree of the cotangents.
+      outputs: the outputs from which cotangents were pulled back.
+      sums: a tree of the pulled-back cotangents.
 
     Returns:
       The product of the sizes of those axes.
 
     Raises:
-      ValueError: if it is not the same for all.
+      ValueError: if the axes are not the same for all cotangents.
     """
     all_axes = frozenset[str]().union(*map(varying, outputs))
     found = {all_axes - varying(x) for x in jax.tree.leaves(sums)}
@@ -212,18 +222,18 @@ def summed_devices(outputs: Sequence[Array], sums: Any) -> int:
 
 
 def varies(x: Array, axes: Sequence[str]) -> bool:
-    """Whether `shard_map` tells that x varies over one of the axes."""
+    """Whether the type of x says that it varies over one of the axes."""
     return not varying(x).isdisjoint(axes)
 
 
 def zeros(like: jax.ShapeDtypeStruct) -> Array:
-    """Zeros of a shape from `eval_shape`, varying over the same axes."""
+    """Zeros like a result of `eval_shape`, varying over the same axes."""
     x = jnp.zeros(like.shape, like.dtype)
     return _vary_over(x, varying(like))
 
 
 def varying(x: Any) -> frozenset[str]:
-    """The mesh axes that an array, or its shape, varies over inside `shard_map`."""
+    """The mesh axes that an array (or its shape) varies over inside `shard_map`."""
     aval: Any = x if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
     found = getattr(aval, "manual_axis_type", None)  # since JAX 0.10
     return frozenset(

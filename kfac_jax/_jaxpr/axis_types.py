@@ -1,10 +1,11 @@
-"""Meshes with Explicit axes, where the types of arrays say how they are sharded.
+"""Meshes with Explicit axes, where an array's type says how it is sharded.
 
-There an operation whose result may be sharded in several ways has to be told which, and
-operands must agree. The user's program is written for that. The library's own
-computations are not: they run with the same axes as Auto (`auto`), where the compiler
-decides, and what they call of the user's in turn as it was (`explicit`). Going from one
-to the other moves no data. Without Explicit axes none of this does anything.
+On such a mesh JAX demands that operands agree in their shardings, and that operations
+whose result could be sharded in several ways say which. The user's program is written
+for that. The library's own computations are not: they run with the same axes as Auto
+(`auto`), where the compiler decides. When they call the user's program in turn, its
+axes are made Explicit again (`explicit`). Changing the types moves no data. Without
+Explicit axes nothing in this module has any effect.
 """
 
 import contextlib
@@ -20,19 +21,21 @@ from jax.sharding import PartitionSpec as P
 
 
 def auto(function: Callable[..., Any], like: Any = None) -> Callable[..., Any]:
-    """Runs a function with the Explicit axes as Auto ones.
+    """Runs a function with Explicit axes as Auto ones.
 
     Args:
-      function: of arrays, in trees. What it closes over has to go through `here` or
-        `explicit`.
-      like: arrays (or their types) in a tree as the results are, which get their
-        shardings; None to replicate.
+      function: takes and returns trees of arrays. Arrays that it closes over have to go
+        through `here`, functions of the user through `explicit`.
+      like: a tree of arrays (or their types) like the results, which get the same
+        shardings; None to replicate the results.
 
     Returns:
-      The function of the arguments as they are; itself where no axis is Explicit.
+      A function of the same arguments. Without Explicit axes it only calls `function`.
     """
 
     def run(*args: Any) -> Any:
+        # The mesh in context is empty where the caller has not set one, although the
+        # arguments are sharded; then their types tell it.
         outer = jax.sharding.get_abstract_mesh()
         mesh = outer if _explicit(outer) else _explicit_mesh(args)
         if mesh is None:
@@ -48,15 +51,16 @@ def auto(function: Callable[..., Any], like: Any = None) -> Callable[..., Any]:
 
 
 def explicit(function: Callable[[Any], Any], like: Any) -> Callable[[Any], Any]:
-    """Runs a function with Explicit axes, from where `auto` made them Auto.
+    """Runs a function with Explicit axes, within a function that `auto` runs.
 
     Args:
-      function: of one argument, a tree of arrays. What it closes over is as it was.
-      like: arrays (or their types) in a tree as the argument is, whose shardings it
-        gets.
+      function: takes one tree of arrays. Arrays that it closes over keep their types.
+      like: a tree of arrays (or their types) like the argument, which gets the same
+        shardings.
 
     Returns:
-      The function of Auto arrays, to such; itself where `like` has no Explicit axis.
+      A function from Auto arrays to Auto arrays. Where `like` has no Explicit axis it
+      only calls `function`.
     """
 
     def run(tree: Any) -> Any:
@@ -71,30 +75,33 @@ def explicit(function: Callable[[Any], Any], like: Any) -> Callable[[Any], Any]:
     return run
 
 
-def whole(tree: Any) -> Any:
+def unsharded(tree: Any) -> Any:
     """Replicates arrays that are sharded over Explicit axes."""
     return jax.tree.map(lambda x: _cast(x, _mesh(x), P()) if _is_array(x) else x, tree)
 
 
 def sharded_like(tree: Any, like: Any) -> Any:
-    """Shards arrays over Explicit axes as those in a tree of the same structure are."""
+    """Shards arrays over Explicit axes like those of a tree of the same structure."""
     mesh = _explicit_mesh(like)
     return tree if mesh is None else _like(tree, like, mesh)
 
 
 def here(tree: Any) -> Any:
-    """Replicates arrays of another mesh than the present one on that."""
+    """Replicates arrays that are on another mesh over the mesh in context."""
     mesh = jax.sharding.get_abstract_mesh()
     return jax.tree.map(lambda x: _moved(x, mesh), tree)
 
 
 def on_mesh_of(x: Array, y: Array) -> Array:
-    """Replicates x on the mesh of y, where that is another."""
+    """Replicates x over the mesh of y, if x is on another mesh."""
     return _moved(x, _mesh(y))
 
 
 def split_first(x: Array, arrays: Sequence[Any]) -> Array:
-    """Shards the first axis as the first of arrays that does, where that divides it."""
+    """Shards the first axis of x like that of the first sharded array of a list.
+
+    Nothing is sharded where the number of devices does not divide the axis.
+    """
     for array in filter(_is_array, arrays):
         mesh, spec = _mesh(array), _spec(array)
         if _explicit(mesh) and spec and spec[0] is not None:
@@ -103,7 +110,7 @@ def split_first(x: Array, arrays: Sequence[Any]) -> Array:
 
 
 def context_of(equation: Any) -> contextlib.AbstractContextManager[Any]:
-    """A context in which new equations are on the mesh that the given one is on."""
+    """A context that puts new equations on the mesh of a given equation."""
     mesh = equation.ctx.cur_abstract_mesh
     outer = jax.sharding.get_abstract_mesh()
     if mesh == outer or not (_explicit(mesh) or _explicit(outer)):
@@ -136,7 +143,7 @@ def _explicit(mesh: AbstractMesh) -> list[str]:
 
 
 def _explicit_mesh(tree: Any) -> AbstractMesh | None:
-    """The first mesh with Explicit axes of arrays."""
+    """The mesh of the first array that is on one with Explicit axes; None without."""
     meshes = map(_mesh, filter(_is_array, jax.tree.leaves(tree)))
     return next((mesh for mesh in meshes if _explicit(mesh)), None)
 
@@ -152,27 +159,28 @@ def _replicated(tree: Any, mesh: AbstractMesh) -> Any:
 
 def _like(tree: Any, like: Any, mesh: AbstractMesh) -> Any:
     def one(x: Any, y: Any) -> Any:
-        known = _is_array(y) and _explicit(_mesh(y))
-        return _cast(x, mesh, _spec(y) if known else P())
+        is_typed = _is_array(y) and _explicit(_mesh(y))
+        return _cast(x, mesh, _spec(y) if is_typed else P())
 
     return jax.tree.map(one, tree, like)
 
 
 def _cast(x: Any, mesh: AbstractMesh, spec: P) -> Any:
-    """An array on a mesh; along axes that cannot be divided so it is not sharded."""
+    """Reshards an array; axes that the devices do not divide evenly are replicated."""
     if not isinstance(x, Array):
         return x
-    kept = [
+    divisible = [
         names if size % _size(mesh, names) == 0 else None
         for size, names in zip(x.shape, spec, strict=False)
     ]
-    sharding = NamedSharding(mesh, P(*kept, *[None] * (x.ndim - len(kept))))
+    sharding = NamedSharding(mesh, P(*divisible, *[None] * (x.ndim - len(divisible))))
+    # types on meshes with Auto axes only say nothing about shardings
     if _sharding(x) == sharding or not (_explicit(mesh) or _explicit(_mesh(x))):
         return x
     return jax.sharding.reshard(x, sharding)
 
 
 def _size(mesh: AbstractMesh, names: Any) -> int:
-    """Over how many devices the names of a spec's entry shard."""
+    """The number of devices that one entry of a spec shards over."""
     names = names if isinstance(names, tuple) else (names,)
     return math.prod(mesh.shape[name] for name in names if name is not None)

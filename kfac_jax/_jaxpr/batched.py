@@ -1,7 +1,7 @@
-"""Rules for what `vmap` makes of linear algebra, indexing and random numbers.
+"""Rules for batched primitives: linear algebra, indexing and random numbers.
 
-These primitives do the same for each entry of leading, or of named, batch axes; an axis
-of examples among them stays one.
+These primitives do the same for each entry of some batch axes, which `vmap` adds in
+front or names in a parameter. An axis of examples among the batch axes stays one.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.states import LOST, Examples, Rule, State, merge
 
-_OWN_AXES: dict[str, tuple[int, ...]] = {
+_CORE_AXES: dict[str, tuple[int, ...]] = {
     "cholesky": (2,),
     "cholesky_update": (2, 1),
     "eig": (2,),
@@ -36,19 +36,20 @@ _OWN_AXES: dict[str, tuple[int, ...]] = {
     "random_unwrap": (0,),
     "random_wrap": (1,),
 }
-"""How many axes of each operand, the last, are the matrix or vector (or raw key) that
-the primitive works on. All before are batch axes, which lead in the results too."""
+"""The number of each operand's core axes: the last ones, which hold the matrix, vector
+or raw key that the primitive works on. All axes before them are batch axes, which come
+first in the results too."""
 
 
-def _leading(own: Sequence[int]) -> Rule:
+def _leading(core_axes: Sequence[int]) -> Rule:
     def rule(node: Node, states: Sequence[State]) -> list[State]:
-        kept: list[State] = []
-        for i, (state, count) in enumerate(zip(states, own, strict=True)):
-            inside = isinstance(state, Examples) and (
+        leading: list[State] = []
+        for i, (state, count) in enumerate(zip(states, core_axes, strict=True)):
+            in_core = isinstance(state, Examples) and (
                 state.axis >= len(node.shape(i)) - count
             )
-            kept.append(LOST if inside else state)
-        return [merge(kept)] * len(node.outputs)
+            leading.append(LOST if in_core else state)
+        return [merge(leading)] * len(node.outputs)
 
     return rule
 
@@ -58,7 +59,7 @@ def _fft(node: Node, states: Sequence[State]) -> list[State]:
 
 
 def _dynamic_update_slice(node: Node, states: Sequence[State]) -> list[State]:
-    """A window of the operand is replaced; it must hold all examples."""
+    """Replaces a window of the operand, which must hold all examples."""
     if any(state is not None for state in states[2:]):
         return [LOST]
     merged = merge(states[:2])
@@ -69,10 +70,11 @@ def _dynamic_update_slice(node: Node, states: Sequence[State]) -> list[State]:
 
 
 def _gather(node: Node, states: Sequence[State]) -> list[State]:
-    """Windows of an array: examples are in the indices, in whole windows, or in both.
+    """Picks windows of an array; the examples are in the indices, in windows, or both.
 
-    The result's axes are those of the indices but the last, and, at `offset_dims`,
-    those of a window.
+    The axes of the result are those of a window, at `offset_dims`, and elsewhere those
+    of the indices (without the last, which holds coordinates). A window keeps examples
+    apart if it has the array's full length along their axis.
     """
     numbers = node.params["dimension_numbers"]
     offset = list(numbers.offset_dims)
@@ -91,8 +93,8 @@ def _gather(node: Node, states: Sequence[State]) -> list[State]:
     def of_table(axis: int) -> int | None:
         if axis in pairs:
             return batch[pairs[axis]]
-        whole = node.params["slice_sizes"][axis] == node.shape(0)[axis]
-        return offset[window.index(axis)] if whole and axis in window else None
+        full = node.params["slice_sizes"][axis] == node.shape(0)[axis]
+        return offset[window.index(axis)] if full and axis in window else None
 
     def of_indices(axis: int) -> int | None:
         return batch[axis] if axis < len(batch) else None
@@ -101,10 +103,10 @@ def _gather(node: Node, states: Sequence[State]) -> list[State]:
 
 
 def _scatter(node: Node, states: Sequence[State]) -> list[State]:
-    """Windows are written into an array, whose axes the result has.
+    """Writes windows into an array; the result has the array's axes.
 
-    The axes of the updates are those of the indices but the last, and, at
-    `update_window_dims`, those of a window.
+    The axes of the updates are those of a window, at `update_window_dims`, and
+    elsewhere those of the indices (without the last, which holds coordinates).
     """
     numbers = node.params["dimension_numbers"]
     pairs = dict(
@@ -120,18 +122,18 @@ def _scatter(node: Node, states: Sequence[State]) -> list[State]:
     batch = [axis for axis in range(len(node.shape(2))) if axis not in at]
     operand, indices, updates = states
 
-    def is_whole(axis: int) -> bool:
+    def is_full(axis: int) -> bool:
         return node.shape(2)[at[window.index(axis)]] == node.shape(0)[axis]
 
     def of_operand(axis: int) -> int | None:
-        inside = axis in window and is_whole(axis)
+        inside = axis in window and is_full(axis)
         return axis if inside or axis in pairs.values() else None
 
     def of_updates(axis: int) -> int | None:
         if axis not in at:
             return pairs.get(batch.index(axis))
         target = window[at.index(axis)]
-        return target if is_whole(target) else None
+        return target if is_full(target) else None
 
     return [
         merge(
@@ -145,7 +147,7 @@ def _scatter(node: Node, states: Sequence[State]) -> list[State]:
 
 
 def _moved(state: State, to: Callable[[int], int | None]) -> State:
-    """The state with its axis where `to` says; lost if that is None."""
+    """The state with its axis mapped by `to`; lost if `to` returns None."""
     if not isinstance(state, Examples):
         return state
     axis = to(state.axis)
@@ -158,7 +160,7 @@ _SCATTERS = tuple(
 )
 
 RULES: dict[str, Rule] = {
-    **{name: _leading(own) for name, own in _OWN_AXES.items()},
+    **{name: _leading(counts) for name, counts in _CORE_AXES.items()},
     **dict.fromkeys(_SCATTERS, _scatter),
     "fft": _fft,
     "gather": _gather,

@@ -1,7 +1,8 @@
-"""Layers whose inputs do not depend on the batch: one row stands for all its cases.
+"""Layers whose inputs do not depend on the batch: one row stands for all cases.
 
-Such are the directions in which a network is differentiated under `vmap`, and what is
-made of them. The gradient at their output is the sum over cases.
+Examples are the directions in which a network is differentiated under `vmap`, and
+everything computed from them. JAX computes such a layer once for all cases, so the
+gradient at its output is a sum over cases.
 """
 
 import dataclasses
@@ -16,18 +17,18 @@ from kfac_jax._jaxpr.states import Examples, State
 def with_cases(
     uses: Sequence[Use], graph: Graph, states: Mapping[int, State]
 ) -> list[Use]:
-    """Notes how many cases a constant input stands for.
+    """Records how many cases each constant input stands for.
 
-    A constant may have an axis of examples too (the first state of a recurrent net);
-    that shows where its output meets data of the same shape.
+    A constant may have an axis of examples nevertheless (the first state of a recurrent
+    network). It does if its output meets data of the same shape, and is left as it is.
 
     Args:
-      uses: what discovery found.
+      uses: the uses that discovery found.
       graph: the program.
-      states: for each value which axis holds the examples.
+      states: for each value the axis that holds the examples.
 
     Returns:
-      The uses; those where the number of cases cannot be told are refused.
+      The uses. Where the number of cases cannot be told, the use is refused.
     """
     readers: dict[int, list[Node]] = {}
     for node in graph.walk():
@@ -37,6 +38,7 @@ def with_cases(
 
     @functools.cache
     def examples(value: int) -> State:
+        """The state of the data that a constant meets in its own shape, or None."""
         for node in readers.get(value, []):
             at = node.inputs.index(value)
             moves = node.name in ("transpose", "rev", "dot_general")
@@ -49,7 +51,7 @@ def with_cases(
         return None
 
     def cases(value: int) -> set[int]:
-        """The sizes of the batches that a constant meets; zero where not known."""
+        """The sizes of the batches that a constant meets; 0 for one not known."""
         met: set[int] = set()
         seen, waiting = {value}, [value]
         while waiting:
@@ -75,20 +77,20 @@ def with_cases(
         else:
             met = cases(use.output)
             count = met.pop() if len(met) == 1 else 0
-            known = dataclasses.replace(use, cases=count)
-            result.append(known if count else mixed(use))
+            counted = dataclasses.replace(use, cases=count)
+            result.append(counted if count else mixed(use))
     return result
 
 
 def mixed(use: Site, where: str = "") -> OtherUse:
-    """Refuses a use of a constant.
+    """Refuses a use whose input is a constant.
 
     Args:
       use: the use.
-      where: why it is not allowed here.
+      where: a further reason, appended to the message.
 
     Returns:
-      What takes its place.
+      The use that takes its place, of no layer.
     """
     reason = "its inputs do not depend on the batch, so gradients mix the examples"
     return OtherUse(use.leaf, "unmatched", reason + where, use.source)

@@ -1,4 +1,4 @@
-"""What JAX cannot differentiate in one of its modes, said with the user's lines."""
+"""Errors with the user's source lines, for what JAX cannot differentiate."""
 
 import contextlib
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -17,16 +17,16 @@ def check_forward_mode(
 ) -> None:
     """Checks that forward mode does not meet a `custom_vjp` function.
 
-    JAX itself says so only once it compiles, and does not say where. A tangent that
-    meets such a function leaves a `custom_lin` in the traced product.
+    JAX reports this only on compilation, and without the place. When a tangent meets
+    such a function, JAX leaves a `custom_lin` equation in the traced product.
 
     Args:
-      graph: the program; only if it has such functions, the product is traced.
-      product: what differentiates the program in forward mode.
+      graph: the program. The product is traced only if the program has such functions.
+      product: a function that differentiates the program in forward mode.
       *operands: its operands.
 
     Raises:
-      ValueError: if it does, with the lines.
+      ValueError: if a tangent meets a `custom_vjp` function; the message has its line.
     """
     if has_forward_mode(graph):
         return
@@ -43,17 +43,17 @@ def check_forward_mode(
 
 
 def has_forward_mode(graph: Graph) -> bool:
-    """Whether the program is without `custom_vjp` functions."""
+    """Whether a program has no `custom_vjp` functions."""
     return all(node.name not in _CUSTOM_VJP for node in graph.walk())
 
 
 @contextlib.contextmanager
 def reverse_mode(graph: Graph, parameters: int) -> Generator[None]:
-    """A context for reverse mode, in which JAX's error about `while` gets its lines.
+    """A context for reverse mode that adds source lines to JAX's error about `while`.
 
     Args:
       graph: the program.
-      parameters: how many of its inputs, the first, are differentiated.
+      parameters: the number of parameters, which are the program's first inputs.
 
     Yields:
       Nothing.
@@ -75,7 +75,7 @@ def reverse_mode(graph: Graph, parameters: int) -> Generator[None]:
 
 
 def _reached(graph: Graph, inputs: Sequence[int]) -> list[Node]:
-    """The nodes that may depend on inputs: what has bodies is taken as a whole."""
+    """The nodes that may depend on the inputs; bodies count as reading all operands."""
     values, nodes = {*inputs}, list[Node]()
     for node in graph.nodes:
         if any(is_value(atom) and atom in values for atom in node.inputs):

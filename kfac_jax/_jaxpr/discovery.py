@@ -5,9 +5,9 @@ nested graph, until an equation combines it with data. The table `kinds.RULES` s
 which equations are layers; everything else is recorded as unmatched, with the equation
 and the line.
 
-What can be known without following parameters is found before, by passes of their own:
-what gradients reach, which values are constants, which are one-hot, where the examples
-are. Biases are found after.
+Separate passes run first for everything that does not need the parameters: which values
+gradients reach, which are constants, which are one-hot, and where the examples are.
+Biases are found last, as they need the layers.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from kfac_jax._jaxpr import _compat, kinds, view_rules
 from kfac_jax._jaxpr.biases import Consumed, biases
 from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
-from kfac_jax._jaxpr.folding import Known, makers
+from kfac_jax._jaxpr.folding import Folded, makers
 from kfac_jax._jaxpr.graph import (
     BODY_OFFSETS,
     Atom,
@@ -39,12 +39,12 @@ from kfac_jax._jaxpr.view import View, source_view
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Found:
-    """What discovery learns about a program.
+    """The result of discovery.
 
     Attributes:
       graph: the program.
-      uses: every use of every parameter that a registered loss has a gradient for.
-      losses: how many loss tags there are.
+      uses: every use of a parameter through which a registered loss has a gradient.
+      losses: the number of loss tags.
       loss_examples: for each loss tag, where the examples are in the registered output.
     """
 
@@ -73,9 +73,13 @@ def discover(
     states = track(graph, [*([None] * len(leaves)), *arguments])
     finder = _Finder(graph, wanted, states)
     uses = finder.find(leaves, leaf_shapes)
-    uses += _lost(leaves, differentiated(graph, wanted, rules=False), uses)
+    # Functions with custom rules count as their bodies here: an operand that the body
+    # does not read is for the rule alone, so it is no use that discovery missed.
+    uses += _unaccounted_for(leaves, differentiated(graph, wanted, rules=False), uses)
     loss_examples = tuple(_examples(node, states) for node in losses)
     origins = makers(graph)
+    # Only a network that depends on the batch can have a layer that does not: if no
+    # output does (a fixed set of points is the batch), constants are the data.
     if any(
         states.get(node.inputs[0]) is not None
         or _is_repeated(state, origins.get(node.inputs[0]))
@@ -87,13 +91,13 @@ def discover(
 
 
 def _examples(loss: Node, states: Mapping[int, State]) -> State:
-    """Those of the network's output or, if it does not depend on data, of targets."""
-    given = (states.get(atom) for atom in loss.inputs if is_value(atom))
-    return next((state for state in given if state is not None), None)
+    """The state of a registered output or, if that has none, of its targets."""
+    operands = (states.get(atom) for atom in loss.inputs if is_value(atom))
+    return next((state for state in operands if state is not None), None)
 
 
 def _is_repeated(examples: State, maker: Node | None) -> bool:
-    """Whether one output was repeated for all examples, as `vmap` does."""
+    """Whether a single output was broadcast over the examples, as by `vmap`."""
     return (
         isinstance(examples, Examples)
         and maker is not None
@@ -103,7 +107,7 @@ def _is_repeated(examples: State, maker: Node | None) -> bool:
 
 
 class _Finder:
-    """One walk over the program, with what is known before it and what it finds."""
+    """One walk over the program: the results of earlier passes, and its own."""
 
     def __init__(
         self, graph: Graph, wanted: set[int], states: Mapping[int, State]
@@ -111,22 +115,24 @@ class _Finder:
         self.graph = graph
         self.states = states
         self.live = needed(graph, wanted)
-        # by gradients; where they stop, parameters are data
+        # values that gradients reach: behind a stop_gradient a parameter is data
         self.reached = differentiated(graph, wanted)
-        self.known = Known(graph, self.live)
+        self.folded = Folded(graph, self.live)
         self.one_hot = one_hot_values(graph)
-        self.made = makers(graph).keys()  # by equations, so that it can be tagged
         self.on_devices = _on_devices(graph)
-        self.views: dict[int, tuple[View, ...]] = {}  # several of joined parameters
+        # Only results of equations can be tapped, not inputs of graphs.
+        self.made = makers(graph).keys()
+        # a tuple, as a concatenation is a view of several parameters
+        self.views: dict[int, tuple[View, ...]] = {}
         self.layers: dict[Node, list[Consumed]] = {}
         self.uses: list[Use] = []
 
     def find(self, leaves: Sequence[int], shapes: Sequence[Sequence[int]]) -> list[Use]:
-        """The uses of those values, which are parameters."""
+        """Returns the uses of the parameters that the values `leaves` are."""
         for i, (value, shape) in enumerate(zip(leaves, shapes, strict=True)):
             self.views[value] = (source_view(i, shape),)
         self._visit(self.graph, 1)
-        added = biases(self.graph, self.layers, self.known)
+        added = biases(self.graph, self.layers, self.folded)
         return [
             dataclasses.replace(use, bias=added[use])
             if isinstance(use, Site) and use in added
@@ -139,7 +145,7 @@ class _Finder:
         return self.views.get(atom, ()) if is_value(atom) else ()
 
     def _visit(self, graph: Graph, steps: int) -> None:
-        """Visits a graph that is run so many times."""
+        """Visits a graph that is run `steps` times in the program."""
         for node in graph.nodes:
             if node.bodies:
                 self._enter(node, steps)
@@ -149,7 +155,7 @@ class _Finder:
     def _step(self, node: Node, steps: int) -> None:
         members = [self.members(atom) for atom in node.inputs]
         if node.name == "kfac_layer" and read_inputs(node) == node.inputs[:1]:
-            members = members[:1]
+            members = members[:1]  # a convolution's: it was found where `y` was made
         if not any(members):
             return
         joined = _joined(node, members)
@@ -161,8 +167,10 @@ class _Finder:
             views = [view for some in members for view in some]
             self._refuse(node, views, f"joined and then combined by `{node.name}`")
             return
+        # View rules come before those of layers. `mul` and `gather` have both, and a
+        # product with a constant, or a slice, is no layer.
         rule = view_rules.TABLE.get(node.name)
-        moved = [rule(self.known, node, views) for views in choices] if rule else []
+        moved = [rule(self.folded, node, views) for views in choices] if rule else []
         found = tuple(view for view in moved if view is not None)
         if found and len(found) == len(choices):
             self.views[node.outputs[0]] = found
@@ -187,7 +195,7 @@ class _Finder:
     def _add(
         self, node: Node, views: Sequence[View | None], linear: Linear, steps: int
     ) -> None:
-        """Notes a layer that is used in each of so many steps."""
+        """Records a layer that is used in each of `steps` steps."""
         if linear.site.output not in self.made:
             reason = f"enters the control flow around `{node.name}` already repeated"
             self._refuse(node, views, reason)
@@ -238,7 +246,7 @@ class _Finder:
         self._leave(node)
 
     def _leave(self, node: Node) -> None:
-        """Follows the views that bodies return as they are; reports the others."""
+        """Follows views that all bodies return alike; refuses the others."""
         for i, out in enumerate(node.outputs):
             members = [self.members(body.outputs[i]) for body in node.bodies]
             if out not in self.reached or not any(members):
@@ -251,14 +259,18 @@ class _Finder:
             self._refuse(node, views, f"returned by `{node.name}`{why}")
 
     def _replicated(self, node: Node, i: int, view: View) -> View | None:
-        """The view of an operand of which every device gets the whole."""
+        """The view of an operand that every device gets in full."""
         if any(name is not None for name in node.params["in_specs"][i]):
             self._refuse(node, [view], "enters a shard_map in parts")
             return None
         return view
 
     def _scanned(self, node: Node, i: int, view: View) -> View | None:
-        """The view that one step of a scan has of an operand."""
+        """The view that one step of a scan has of an operand.
+
+        A constant operand is seen by all steps, a scanned one slice by slice. Carries
+        differ from step to step, so they are views of no parameter.
+        """
         layout = _compat.scan_layout(node.params)
         first_xs = layout.num_consts + layout.num_carry
         if i < layout.num_consts:
@@ -282,19 +294,25 @@ def _on_devices(graph: Graph) -> set[int]:
     }
 
 
-def _lost(leaves: Sequence[int], reached: set[int], uses: Sequence[Use]) -> list[Use]:
-    """What would be called unused though gradients reach it, whatever the cause."""
-    known: set[int] = set()
+def _unaccounted_for(
+    leaves: Sequence[int], reached: set[int], uses: Sequence[Use]
+) -> list[Use]:
+    """Reports parameters without any use although gradients reach them.
+
+    A safety net: without it a gap in this module would make such a parameter "unused",
+    which needs no report, and its curvature would be ignored in silence.
+    """
+    seen: set[int] = set()
     for use in uses:
         if isinstance(use, OtherUse):
-            known.add(use.leaf)
+            seen.add(use.leaf)
         else:
-            known.update(part.leaf for part in (use.weight, use.bias) if part)
+            seen.update(p.leaf for p in (use.weight, use.bias) if p)
     reason = "gradients reach it in a way that could not be followed"
     return [
         OtherUse(leaf, "unmatched", reason, "")
         for leaf, value in enumerate(leaves)
-        if value in reached and leaf not in known
+        if value in reached and leaf not in seen
     ]
 
 
@@ -318,7 +336,15 @@ def _joined(node: Node, members: Sequence[tuple[View, ...]]) -> tuple[View, ...]
 def _one_at_a_time(
     members: Sequence[tuple[View, ...]],
 ) -> list[list[View | None]] | None:
-    """The operands' views with one of several joined ones; None for two joints."""
+    """Splits an equation on joined parameters in one case for each of them.
+
+    Args:
+      members: for each operand, the views that it consists of.
+
+    Returns:
+      For each joined parameter the views of the operands, as if it were alone; None if
+      two operands are joined.
+    """
     several = [i for i, some in enumerate(members) if len(some) > 1]
     if len(several) > 1:
         return None
@@ -333,4 +359,4 @@ RETURNING = ("checkpoint", "remat2", "remat", "cond")
 """Equations whose results are what their bodies return."""
 
 NO_ENTRY = {"while": NO_REVERSE_MODE}
-"""Why it does not look into others."""
+"""Why discovery does not look into some equations, for messages."""

@@ -1,8 +1,9 @@
-"""Which axis of a value holds the examples of the batch, tracked by dataflow.
+"""Rules that track by dataflow which axis of a value holds the examples of the batch.
 
 The leading axes of the loss function's array arguments are axes of examples. Each rule
-says where such an axis goes. A value that depends on the batch in a way no rule covers
-is `LOST`, and approximations that need to sum within an example are refused there.
+says where a primitive moves such an axis. A value that depends on the batch in a way
+that no rule covers is `LOST`: approximations that sum within an example are refused for
+layers that use it.
 """
 
 import dataclasses
@@ -24,7 +25,7 @@ from kfac_jax._jaxpr.states import (
 
 
 def _elementwise(node: Node, states: Sequence[State]) -> list[State]:
-    """Operands of one shape (or of length one along an axis)."""
+    """Operands of one shape, or of length 1 along some axes."""
     shape = node.out_shape()
     for i, state in enumerate(states):
         if isinstance(state, Examples):
@@ -82,7 +83,9 @@ def _reshape(node: Node, states: Sequence[State]) -> list[State]:
     before = math.prod(old[: state.axis]) * state.outer
     for axis, size in enumerate(new):
         start = math.prod(new[:axis])
-        # the axis of examples must lie within one new axis: start·outer = before
+        # In row-major order one example's entries are `before` blocks apart. The new
+        # axis begins after `start` blocks. So it has `before / start` outer entries,
+        # then the examples, then what is left of its size.
         if before % start == 0 and (start * size) % (before * state.size) == 0:
             outer = before // start
             inner = size // (outer * state.size)
@@ -112,7 +115,11 @@ def _dot_general(node: Node, states: Sequence[State]) -> list[State]:
 
 
 def _convolution(node: Node, states: Sequence[State]) -> list[State]:
-    """Examples are images, or groups of features as where `vmap` maps kernels too."""
+    """The examples are images, or groups of channels.
+
+    `vmap` over images and kernels together (or over both's cotangents) puts the mapped
+    axis into the channels: an example is then one or several groups.
+    """
     numbers = node.params["dimension_numbers"]
     if node.params["batch_group_count"] != 1:
         return [LOST]
@@ -121,24 +128,31 @@ def _convolution(node: Node, states: Sequence[State]) -> list[State]:
     groups, features = node.params["feature_group_count"], numbers.out_spec[1]
     per_group = node.shape(1)[numbers.rhs_spec[0]] // groups
     if isinstance(images, Examples):
-        own = images.inner // node.shape(1)[numbers.rhs_spec[1]]  # groups of an example
+        # how many groups each example has: an example's channels over a group's
+        own_groups = images.inner // node.shape(1)[numbers.rhs_spec[1]]
         if images.axis == numbers.lhs_spec[0]:
             results[0] = dataclasses.replace(images, axis=numbers.out_spec[0])
         elif images.axis == numbers.lhs_spec[1] and (
-            images.outer * images.size * own == groups
+            images.outer * images.size * own_groups == groups
         ):
-            inner = own * per_group
+            inner = own_groups * per_group
             results[0] = dataclasses.replace(images, axis=features, inner=inner)
         else:
             results[0] = LOST
     if isinstance(kernels, Examples):
-        whole = kernels.axis == numbers.rhs_spec[0] and kernels.inner % per_group == 0
-        results[1] = dataclasses.replace(kernels, axis=features) if whole else LOST
+        # the examples' boundaries must be boundaries of groups
+        by_group = (
+            kernels.axis == numbers.rhs_spec[0] and kernels.inner % per_group == 0
+        )
+        results[1] = dataclasses.replace(kernels, axis=features) if by_group else LOST
     return [merge(results)]
 
 
 def _along(param: str) -> Rule:
-    """Works along one axis (or several), which must not be that of the examples."""
+    """A rule for primitives that mix entries along axes named by a parameter.
+
+    The axis of examples must not be among them.
+    """
 
     def rule(node: Node, states: Sequence[State]) -> list[State]:
         value = node.params[param]
@@ -149,7 +163,7 @@ def _along(param: str) -> Rule:
 
 
 def _keep(state: State, axes: Sequence[int]) -> State:
-    """The state, if these axes are not the examples'."""
+    """The state, unless its axis of examples is one of `axes`."""
     return LOST if isinstance(state, Examples) and state.axis in axes else state
 
 
@@ -158,7 +172,7 @@ def _unstack(node: Node, states: Sequence[State]) -> list[State]:
 
 
 def _stack(node: Node, states: Sequence[State]) -> list[State]:
-    """A new axis in front of `axis`."""
+    """Stacks operands along a new axis at `axis`."""
     merged = merge(states)
     if isinstance(merged, Examples):
         moved = merged.axis + (merged.axis >= node.params["axis"])
@@ -167,13 +181,13 @@ def _stack(node: Node, states: Sequence[State]) -> list[State]:
 
 
 def _top_k(node: Node, states: Sequence[State]) -> list[State]:
-    """Along the last axis, or along `axis` since JAX 0.8."""
+    """Works along the last axis, or since JAX 0.8 along `axis`."""
     last = len(node.shape()) - 1
     return [_keep(states[0], (node.params.get("axis", last),))] * len(node.outputs)
 
 
 def _same_size(node: Node, states: Sequence[State]) -> list[State]:
-    """Slices and pads that leave the axis of examples as long as it was."""
+    """Slices and pads, which must not change the length of the axis of examples."""
     state = states[0]
     if isinstance(state, Examples):
         if node.out_shape()[state.axis] != node.shape()[state.axis]:
@@ -184,7 +198,7 @@ def _same_size(node: Node, states: Sequence[State]) -> list[State]:
 
 
 def _window(node: Node, states: Sequence[State]) -> list[State]:
-    """Sums of windows, which must hold one example each."""
+    """Reductions over windows, which must not span several examples."""
     state = states[0]
     if isinstance(state, Examples):
         if node.params["window_dimensions"][state.axis] != 1:
@@ -193,7 +207,7 @@ def _window(node: Node, states: Sequence[State]) -> list[State]:
 
 
 _OPAQUE = ("pallas_call", "ffi_call", "pure_callback", "io_callback")
-"""What may mix entries, although operands and results are of one shape."""
+"""Primitives that may mix entries, although operands and results have one shape."""
 
 RULES: dict[str, Rule] = {
     **batched.RULES,
@@ -248,7 +262,7 @@ def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:
     if all(state is None for state in states):
         return [None] * len(node.outputs)
     merged = merge(states)
-    if isinstance(merged, Scanned):  # of one example; nothing can mix several
+    if isinstance(merged, Scanned):  # all operands belong to one example: none can mix
         return [merged] * len(node.outputs)
     rule = RULES.get(node.name)
     if rule is None:
@@ -257,13 +271,13 @@ def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:
 
 
 def named(node: Node, before: Sequence[State], after: Sequence[State]) -> list[State]:
-    """Says where the axis was lost: at this equation, unless an operand had lost it."""
+    """Records where the axis was lost: here, unless an operand had lost it before."""
     if not any(isinstance(state, Lost) for state in after):
         return list(after)
-    known = next((s for s in before if isinstance(s, Lost) and s.where), None)
-    if known is None:
-        known = Lost(f"{node.name} at {node.source}" if node.source else node.name)
-    return [known if isinstance(state, Lost) else state for state in after]
+    lost = next((s for s in before if isinstance(s, Lost) and s.where), None)
+    if lost is None:
+        lost = Lost(f"{node.name} at {node.source}" if node.source else node.name)
+    return [lost if isinstance(state, Lost) else state for state in after]
 
 
 def _lost(node: Node, states: Sequence[State]) -> list[State]:
@@ -271,9 +285,10 @@ def _lost(node: Node, states: Sequence[State]) -> list[State]:
 
 
 def _is_elementwise(node: Node) -> bool:
-    """Equal shapes throughout.
+    """Whether a primitive without a rule may be taken for an elementwise one.
 
-    Primitives that mix entries have a rule.
+    It may if all shapes are equal, as every primitive that mixes entries in spite of
+    equal shapes has a rule.
     """
     if node.bodies:
         return False

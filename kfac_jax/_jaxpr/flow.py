@@ -1,4 +1,4 @@
-"""Which layers' outputs reach which layers' inputs; what is computed just once."""
+"""The flow between layers, and the values that a program computes just once."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,11 +13,14 @@ _TRANSPARENT = (
     "custom_jvp_call",
     "custom_vjp_call",
 )
-"""Equations whose first body computes their results once, from their operands."""
+"""Equations that run their first body once, on their operands, for their results."""
 
 
 def sources(graph: Graph, sites: Mapping[str, Site]) -> dict[str, frozenset[str]]:
-    """For each site, those whose output its input depends on, with none between.
+    """Finds the layers that each layer's input comes from.
+
+    A layer's sources are the layers whose output its input depends on, with no other
+    layer in between.
 
     Args:
       graph: the program.
@@ -25,7 +28,7 @@ def sources(graph: Graph, sites: Mapping[str, Site]) -> dict[str, frozenset[str]
 
     Returns:
       For each layer's name the names of its sources, in the order of the program.
-      Sites inside of loops and conditionals are left out.
+      Layers inside of loops and conditionals are left out.
     """
     at = {site.output: name for name, site in sites.items()}
     reached: dict[int, frozenset[str]] = {}
@@ -42,8 +45,8 @@ def sources(graph: Graph, sites: Mapping[str, Site]) -> dict[str, frozenset[str]
                 visit(body)
                 results = [of(atom) for atom in body.outputs]
             else:
-                all_of_it = frozenset[str]().union(*map(of, node.inputs))
-                results = [all_of_it] * len(node.outputs)
+                union = frozenset[str]().union(*map(of, node.inputs))
+                results = [union] * len(node.outputs)
             for value, result in zip(node.outputs, results, strict=True):
                 name = at.get(value)
                 if name is not None:
@@ -56,7 +59,7 @@ def sources(graph: Graph, sites: Mapping[str, Site]) -> dict[str, frozenset[str]
 
 
 def types_outside_loops(graph: Graph) -> dict[int, Any]:
-    """The types of values that the program computes just once, by their ids."""
+    """The types of all values outside of loops and conditionals, by their ids."""
     return {
         value: var.aval.dtype
         for node in _outside_loops(graph)

@@ -1,4 +1,4 @@
-"""Values of a program that do not depend on its inputs."""
+"""Constant folding: values of a program that do not depend on its inputs."""
 
 import contextlib
 import math
@@ -19,14 +19,14 @@ from kfac_jax._jaxpr.graph import (
 )
 
 LARGEST = 2**20
-"""How many integers are evaluated while planning, at most."""
+"""The most integers of one array that are evaluated while planning."""
 
 
-class Known:
-    """The values that literals and constants make, as far as layers depend on them.
+class Folded:
+    """Values computed from literals and constants alone.
 
-    Scalars (factors of weights) are evaluated at once, integers and booleans (indices
-    of rows) when they are asked for.
+    Scalars (factors of weights) are evaluated at once. Arrays of integers or booleans
+    (indices of rows) are evaluated when asked for, as most are never needed.
     """
 
     def __init__(self, graph: Graph, live: set[int]) -> None:
@@ -34,7 +34,8 @@ class Known:
 
         Args:
           graph: the program.
-          live: the ids of values that matter.
+          live: the ids of values that the registered losses depend on; scalars that are
+            not among them are not evaluated.
         """
         self._live = live
         self._values: dict[int, Any] = {}
@@ -42,11 +43,11 @@ class Known:
         self._fold(graph)
 
     def value(self, atom: Atom) -> Any:
-        """The value of a literal or of a constant; None if it is not known."""
+        """The value of a literal, constant or folded scalar; None if not known."""
         return self._values.get(atom) if is_value(atom) else atom.val
 
     def indices(self, atom: Atom) -> Any:
-        """Integers that are made of literals and constants only; None for others."""
+        """Integers or booleans computed from constants alone; None for others."""
         known = self.value(atom)
         if known is not None or not is_value(atom):
             return known
@@ -79,7 +80,8 @@ class Known:
         if offset is None:
             return
         for body in node.bodies:
-            # what a scan is given changes from step to step
+            # carries and slices change from step to step of a scan, so that no one
+            # value of its body's inputs is the operand's
             if node.name != "scan":
                 for inner, atom in zip(body.inputs, node.inputs[offset:], strict=True):
                     if self.value(atom) is not None:
@@ -88,14 +90,17 @@ class Known:
 
 
 def makers(graph: Graph) -> dict[int, Node]:
-    """Which equation each value comes from."""
+    """The equation that makes each value, by the value's id."""
     return {out: node for node in graph.walk() for out in node.outputs}
 
 
 def _evaluated(node: Node, values: Sequence[Any]) -> Any:
     traced = any(isinstance(value, jax.core.Tracer) for value in values)
     if node.name == "pvary" and not traced:
-        return values[0]  # the same number; outside of shard_map nothing varies
+        # inside of a shard_map body, whose mesh axes do not exist while planning
+        return values[0]
+    # A plan may be made while the caller's `jit` is being traced. Without this context
+    # the operations would be staged into that trace and yield tracers, not numbers.
     context = contextlib.nullcontext() if traced else jax.ensure_compile_time_eval()
     with context:
         (result,) = _compat.evaluate(node.equation, values)

@@ -1,7 +1,8 @@
-"""A jaxpr as a small graph with calls inlined and control flow kept as nested graphs.
+"""A jaxpr as a small graph with calls inlined and control flow as nested graphs.
 
-Every value of the whole program has its own integer id, also across repeated calls of
-one jitted function, so passes can keep what they learn in plain dictionaries.
+Every value of the program has its own integer id, also in repeated calls of one jitted
+function (whose jaxpr JAX shares between calls). So passes can store their results in
+plain dictionaries.
 """
 
 import dataclasses
@@ -27,9 +28,9 @@ _BODY_PARAMS: dict[str, tuple[str, ...]] = {
     "shard_map": ("jaxpr",),
     "xla_pmap": ("call_jaxpr",),
 }
-"""Equations that give their jaxprs a meaning of their own.
+"""Equations that do more with their jaxprs than call them, and where the jaxprs are.
 
-Any other is a plain call.
+Any other equation with a jaxpr is a plain call.
 """
 
 BODY_OFFSETS = {
@@ -42,16 +43,17 @@ BODY_OFFSETS = {
     "custom_vjp_call": 0,
     "shard_map": 0,
 }
-"""Equations whose bodies are looked into, and where the bodies' operands begin."""
+"""Equations whose bodies passes follow values into, and the index of the operand that
+is the body's first input. (The first operand of `cond` chooses the branch.)"""
 
 _CALL_PARAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Node:
-    """One equation, its operands and results by id, and its bodies if it has any.
+    """One equation: its operands and results by id, and its nested graphs, if any.
 
-    `callers` are the equations of the calls it is inlined from, outermost first.
+    `callers` are the equations of the calls that it was inlined from, outermost first.
     """
 
     equation: Any
@@ -62,7 +64,7 @@ class Node:
 
     @property
     def source(self) -> str:
-        """The user's line of the equation, or of the call it is inlined from."""
+        """The user's source line: the equation's, or of the call it was inlined from."""
         lines = map(_compat.source_line, (self.equation, *reversed(self.callers)))
         return next((line for line in lines if line), "")
 
@@ -87,7 +89,7 @@ class Node:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Graph:
-    """Nodes in order of evaluation; `constants` are bound by value."""
+    """Nodes in order of evaluation; `constants` are arrays by the ids they define."""
 
     inputs: tuple[int, ...]
     constants: Mapping[int, Any]
@@ -124,7 +126,9 @@ class _Builder:
 
     def _graphs(self, equation: Any) -> tuple[Graph, ...]:
         before = self._recomputing
-        # the backward pass of `checkpoint`, where the function computes its gradient
+        # A `checkpoint` equation with this parameter is the backward pass of a function
+        # that computes a gradient itself. It repeats the forward pass, loss tags
+        # included, and these must not count twice.
         self._recomputing |= bool(equation.params.get("differentiated"))
         graphs = tuple(self.graph(body) for body in _bodies(equation))
         self._recomputing = before
@@ -157,7 +161,7 @@ class _Builder:
                 env.update(zip(equation.outvars, results, strict=True))
                 continue
             if self._recomputing and equation.primitive.name == "kfac_loss":
-                env[equation.outvars[0]] = inputs[0]  # registered in the forward pass
+                env[equation.outvars[0]] = inputs[0]
                 continue
             outputs = tuple(self._define(env, var) for var in equation.outvars)
             bodies = self._graphs(equation)
@@ -175,10 +179,12 @@ def _bodies(equation: Any) -> Sequence[Any]:
 
 
 def _plain_call(equation: Any) -> Any:
-    """Returns the jaxpr of an equation that only calls it, as `jit` does, or None.
+    """Returns the jaxpr that an equation merely calls, as `jit` does, or None.
 
-    Such an equation is recognised by its operands and results, which are the jaxpr's
-    own; reductions and kernels, whose jaxprs work on parts of the operands, are not.
+    A call is recognised by its operands and results, whose shapes are those of the
+    jaxpr's inputs and outputs. (Names would miss new call primitives.) The jaxprs of
+    reductions and kernels work on blocks or entries of the operands; those are excluded
+    by name, because for some shapes they look like calls.
     """
     if equation.primitive.name in _BODY_PARAMS:
         return None
@@ -201,15 +207,17 @@ def build(closed: Any) -> Graph:
 
 
 def has_own_rule(node: Node) -> bool:
-    """Whether it is a function with a custom derivative rule."""
+    """Whether a node is a function with a custom derivative rule."""
     return node.name.startswith(("custom_jvp", "custom_vjp"))
 
 
 def read_inputs(node: Node) -> tuple[Atom, ...]:
-    """The operands an equation is made of, for discovery.
+    """The operands that discovery follows.
 
-    A tagged layer stands for what its raw output `y` was computed from; but a tag does
-    not say all about a convolution, which is looked up where `y` comes from.
+    A layer tag's operands are the raw output `y`, then inputs and parameters. The tag
+    stands for the equations that computed `y`, so only the latter are followed. The tag
+    of a convolution does not say its strides and padding, so there `y` is followed back
+    to the convolution itself.
     """
     if node.name != "kfac_layer":
         return node.inputs

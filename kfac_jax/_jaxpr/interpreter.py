@@ -1,9 +1,10 @@
-"""Evaluates a program, gathering statistics at layers and bringing losses out.
+"""Evaluates a program, gathers statistics at its layers and returns registered losses.
 
-Every layer's output passes through the identity with one extra argument, a zero *probe*
-shaped like the layer's statistics. The identity's VJP rule returns, as the probe's
-cotangent, the statistics of the layer's input and the incoming cotangent. So JAX's own
-reverse mode sums them over uses, scans, rematerialisation and devices.
+Every layer's output passes through a *tap*: the identity with one extra argument, a
+zero *probe* shaped like the layer's statistics. The tap's VJP rule computes statistics
+from the layer's input and the incoming cotangent, and returns them as the cotangent of
+the probe. So JAX's own reverse mode sums them over uses, scans, rematerialisation and
+devices.
 """
 
 import contextlib
@@ -21,18 +22,25 @@ from kfac_jax.distributions import RegisteredLoss
 
 Probe = dict[str, Array]
 Gather = Callable[[Array | None, Array, Probe], Probe]
-"""From a layer's input and output cotangent, as the program has them, and what
-its probe carries, to statistics; those it leaves out are zero."""
+"""Maps a layer's input and output cotangent (shaped as in the program) and the values
+that its probe carries to statistics. Statistics that it leaves out are zero."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tap:
-    """Statistics to gather at one value: for which layer, and how."""
+    """Gathers a layer's statistics at one value of the program.
+
+    Attributes:
+      layer: the layer's name, which is also its probe's.
+      x: the id of the layer's input; None for a shift.
+      gather: computes the statistics.
+      carried: entries of the probe that hold values for `gather`, not zeros.
+    """
 
     layer: str
     x: Atom | None
     gather: Gather
-    carried: tuple[str, ...] = ()  # entries of the probe that are values, not zeros
+    carried: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,9 +49,9 @@ class Program:
 
     Attributes:
       graph: the program.
-      taps: by the id of the value; several where parameters were joined.
-      scanned: for each scan, by its first result, the layers whose parameters (and
-        probes) it runs over.
+      taps: by the id of the tapped value; several where parameters are joined.
+      scanned: for each scan (by the id of its first result) the names of the layers
+        whose parameters, and so whose probes, it runs over.
     """
 
     graph: Graph
@@ -59,8 +67,8 @@ def run(
     Args:
       program: what to run.
       inputs: its inputs.
-      probes: zeros like each layer's statistics; None to run without gathering, which
-        keeps forward-mode differentiation possible.
+      probes: zeros like each layer's statistics; None to run without taps. (Taps are
+        `custom_vjp` functions, which forward mode cannot pass.)
 
     Returns:
       The program's outputs and its registered losses, in order of evaluation.
@@ -88,7 +96,7 @@ def _run(
             outputs = [operands[0]]
         elif node.name in ("kfac_layer", "kfac_generic"):
             outputs = [operands[0]]
-        elif _interesting(program, node, probes):
+        elif _must_enter(program, node, probes):
             rule = CONTROL.get(node.name)
             if rule is None:
                 raise ValueError(
@@ -100,6 +108,7 @@ def _run(
                 outputs, inner = rule(program, node, operands, probes)
             losses.extend(inner)
         else:
+            # as the user wrote it, custom derivative rules included
             outputs = _compat.evaluate(node.equation, operands)
         for value, result in zip(node.outputs, outputs, strict=True):
             for tap in program.taps.get(value, ()):
@@ -107,7 +116,7 @@ def _run(
                     continue
                 x = None if tap.x is None else read(tap.x)
                 with _under(node):
-                    result = _tag(tap, result, x, probes[tap.layer])
+                    result = _apply_tap(tap, result, x, probes[tap.layer])
             env[value] = result
     return [read(atom) for atom in graph.outputs], losses
 
@@ -131,7 +140,7 @@ def _registered(node: Node, operands: Sequence[Any]) -> RegisteredLoss:
     )
 
 
-def _tag(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
+def _apply_tap(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
     @jax.custom_vjp
     def identity(y: Array, x: Array | None, probe: Probe) -> Array:
         return y
@@ -143,6 +152,8 @@ def _tag(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
         x, carried = residuals
         return dy, None, axis_types.auto(statistics, types)(x, dy, carried)
 
+    # A cotangent must have exactly the type of what it belongs to, so zeros fill what
+    # `gather` leaves out, and all vary over the devices that the probe varies over.
     def statistics(x: Array | None, dy: Array, carried: Probe) -> Probe:
         gathered = tap.gather(x, dy, carried)
         return {
@@ -152,6 +163,8 @@ def _tag(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
             for name, like in types.items()
         }
 
+    # Inside of `shard_map` the statistics vary over devices. Marking the probe as
+    # varying makes its transpose, a sum over devices, part of the backward pass.
     probe = {
         name: _compat.vary_like(axis_types.on_mesh_of(p, y), y, x)
         for name, p in probe.items()
@@ -161,10 +174,10 @@ def _tag(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
     return identity(y, x, probe)
 
 
-def _interesting(
+def _must_enter(
     program: Program, node: Node, probes: Mapping[str, Probe] | None
 ) -> bool:
-    """Whether a nested graph holds taps or losses; otherwise it runs untouched."""
+    """Whether nested graphs hold taps or losses; if not, the equation runs as it is."""
     if not node.bodies:
         return False
     taps = program.taps if probes is not None else {}
@@ -203,9 +216,9 @@ def _scan(
     operands: Sequence[Any],
     probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
-    """Shared probes are closed over, so their cotangents sum.
+    """Probes of shared layers are closed over, so that their cotangents are summed.
 
-    Stacked ones are scanned.
+    Probes of layers whose parameters are stacked are scanned like the parameters.
     """
     layout = _compat.scan_layout(node.params)
     start, stop = layout.num_consts, layout.num_consts + layout.num_carry
@@ -235,7 +248,12 @@ def _scan(
 
 
 def _unstack(loss: RegisteredLoss) -> RegisteredLoss:
-    """Brings the scanned axis behind the cases: a sum over steps, a mean over cases."""
+    """Turns the losses of a scan's steps into one, with the steps inside of each case.
+
+    A loss is a mean over its leading axis and a sum over the others. Steps add up, so
+    their axis goes second. The weight may differ from step to step, so it becomes part
+    of the mask, which multiplies entry by entry.
+    """
     data = tuple(jnp.moveaxis(x, 0, 1) for x in loss.data)
     mask = loss.mask
     if mask is not None:
@@ -278,7 +296,7 @@ def _shard_map(
     operands: Sequence[Any],
     probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
-    """Probes enter on every device, so their cotangents are summed over devices."""
+    """Probes enter replicated, so that their cotangents are summed over devices."""
     if any(n.name == "kfac_loss" for n in node.bodies[0].walk()):
         raise ValueError(
             "A loss is registered inside `shard_map` at "
@@ -306,7 +324,11 @@ def _inline(
     operands: Sequence[Any],
     probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
-    """Statistics pass through the function itself, not through its custom rule."""
+    """Evaluates the function's body, so that its own derivative replaces the rule.
+
+    A custom rule does not know of probes. So this run gives statistics only; the
+    gradient comes from a run that keeps the rule (see `replaces_rules`).
+    """
     return _run(program, node.bodies[0], operands, probes)
 
 
@@ -314,9 +336,9 @@ CUSTOM_RULES = ("custom_jvp_call", "custom_vjp_call")
 
 
 def replaces_rules(program: Program) -> bool:
-    """Whether gathering statistics goes around a custom derivative rule of the user."""
+    """Whether taps lie inside of a function whose custom rule they bypass."""
     return any(
-        node.name in CUSTOM_RULES and _interesting(program, node, {})
+        node.name in CUSTOM_RULES and _must_enter(program, node, {})
         for node in program.graph.walk()
     )
 

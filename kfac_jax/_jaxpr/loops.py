@@ -1,4 +1,4 @@
-"""Loops that are compiled once."""
+"""Loops whose body is compiled once, however many steps they have."""
 
 from collections.abc import Callable
 from typing import Any

@@ -15,7 +15,7 @@ from kfac_jax._jaxpr.view import Layout
 
 
 class Axes(NamedTuple):
-    """What each axis of an array is to a layer."""
+    """The role of each axis of an array in a layer."""
 
     independent: tuple[int, ...]  # one layer for each entry
     rows: tuple[int, ...]  # the batch, and positions within an example
@@ -28,7 +28,7 @@ class Axes(NamedTuple):
         return moved.reshape(*lead, math.prod(moved.shape[len(lead) :]))
 
     def examples(self, state: State) -> State:
-        """The state with the axis counted among `rows`; LOST if it is none of them."""
+        """The state with its axis as an index into `rows`; LOST if it is not a row."""
         if not isinstance(state, Examples):
             return state
         if state.axis not in self.rows:
@@ -37,11 +37,15 @@ class Axes(NamedTuple):
 
 
 class Window(NamedTuple):
-    """A run of entries along an axis."""
+    """A run of entries along an axis.
+
+    Of parameters that are joined, `length` is the run's. Of parameters that are cut, it
+    is the length of the longer run that the entries were cut from.
+    """
 
     axis: int
     start: int
-    length: int  # of the run, or of the longer one that it is a part of
+    length: int
 
 
 class Reader(abc.ABC):
@@ -71,21 +75,28 @@ class Reader(abc.ABC):
 
     @property
     def batch_axes(self) -> tuple[int, int] | None:
-        """Which axes of input and output hold the batch, if `chunks` divides it."""
+        """The batch axes of input and output; None if all rows are read at once."""
         return None
 
     def chunks(self, batch: int) -> tuple[int, int]:
-        """In how many parts of what size to read a batch; what remains is smaller."""
+        """How to read a batch in chunks, to save memory.
+
+        Args:
+          batch: the batch size.
+
+        Returns:
+          The number of full chunks and their size. A smaller one holds the remainder.
+        """
         return 1, batch
 
     @property
     def is_partial(self) -> bool:
-        """Whether it uses a part of the parameter, or it joined to others."""
+        """Whether the layer uses a cut parameter, or one joined to others."""
         return self.joins_outputs
 
     @property
     def joins_outputs(self) -> bool:
-        """Whether the output is another parameter's, too."""
+        """Whether other parameters' outputs are in the same array."""
         return False
 
     def counted(
@@ -93,43 +104,44 @@ class Reader(abc.ABC):
     ) -> tuple[Array, Array]:
         """Clears the rows that do not count: those whose `dy` is exactly zero.
 
-        They are masked, or not routed here. `G` has nothing of them; without this `A`
-        would.
+        Such rows are masked, or routed to another expert. They add nothing to `G` in
+        any case; cleared, they add nothing to `A` either.
 
         Args:
           x: inputs `[*e, b, s, i]`.
-          dy: their cotangents `[*e, b, s, o]`.
+          dy: the outputs' cotangents `[*e, b, s, o]`.
           scale: the scalar factor of the inputs.
-          homogeneous: whether to add the coordinate 1 as the last input.
-          one_hot: whether inputs that are one-hot are to stay integers.
+          homogeneous: whether to append the coordinate 1 to the inputs.
+          one_hot: whether one-hot inputs stay integers.
 
         Returns:
-          Both.
+          `x` and `dy`.
         """
         active = jnp.abs(dy).max(-1, keepdims=True) != 0
-        if not jnp.issubdtype(x.dtype, jnp.floating):  # products take integers too
+        if not jnp.issubdtype(x.dtype, jnp.floating):  # dot_general takes integers too
             x = x.astype(dy.dtype)
         if not is_one(scale):
             x = x * jnp.asarray(scale, x.dtype)
         if homogeneous:
             x = jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
+        # after the 1 is appended, which must be cleared too
         return jnp.where(active, x, jnp.zeros((), x.dtype)), dy
 
 
 def is_one(scale: Any) -> bool:
-    """Whether a scale is known to be one."""
+    """Whether a scale is known to be one, as a traced array never is."""
     return isinstance(scale, float | int) and scale == 1.0
 
 
 def windowed(value: Array, windows: tuple[Window, ...]) -> Array:
-    """The entries in those runs."""
+    """Slices an array to the windows."""
     for axis, start, size in windows:
         value = jax.lax.slice_in_dim(value, start, start + size, axis=axis)
     return value
 
 
-class Held(NamedTuple):
-    """Which parameter a layer's matrices (or vectors) are the entries of."""
+class Parameter(NamedTuple):
+    """A parameter leaf, and how its entries become a layer's matrices or vectors."""
 
     leaf: int
     layout: Layout
@@ -149,21 +161,21 @@ class Site:
       scale: the scalar factor between the leaf and what multiplies `x`.
       scans: the scans that run over the parameter, by their first result.
       repeated: whether a scan uses the parameter in all its steps.
-      examples: which rows belong to one example, the axis counted among the axes of
-        rows; LOST or None where not known.
+      examples: which axis of the rows holds the examples (an index into the reader's
+        `y_axes.rows`); LOST or None where that is not known.
       source: the user's source line.
-      count: at how many positions of the batch each independent layer is used.
-      cases: of a constant input, which each case of the batch shares, how many cases it
+      count: the number of rows of each independent layer, over the full batch.
+      cases: for an input that does not depend on the batch, the number of cases that it
         stands for; 0 for other inputs.
-      swapped: whether the layer has the weight in the layout `transposed`.
+      swapped: whether the layer uses the weight transposed, in the layout `transposed`.
       on_device: whether each device of a `shard_map` has its own examples there.
     """
 
     reader: Reader
     output: int
     x: Atom | None
-    weight: Held | None
-    bias: Held | None
+    weight: Parameter | None
+    bias: Parameter | None
     examples: State
     scale: Any
     scans: tuple[int, ...]
@@ -177,31 +189,31 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """That of its reader."""
+        """The reader's kind."""
         return self.reader.kind
 
     @property
     def leaf(self) -> int:
-        """The parameter that it is a use of: the weight or, of a shift, the bias."""
-        held = self.weight or self.bias
-        assert held is not None
-        return held.leaf
+        """The index of the used parameter: the weight or, for a shift, the bias."""
+        parameter = self.weight or self.bias
+        assert parameter is not None
+        return parameter.leaf
 
     def canonical(
         self, x: Array | None, dy: Array, homogeneous: bool, *, one_hot: bool = True
     ) -> tuple[Array, Array]:
         """Brings `x` and `dy` to `[*independent, batch, shared, features]`.
 
-        With `one_hot` an embedding's `x` are integers without an axis of features, out
-        of bounds for rows that do not count. Rows with `dy` exactly zero (masked, not
-        routed here) become zero in `x`. With `homogeneous`, `x` gets the coordinate 1
-        as its last feature.
+        Rows whose `dy` is exactly zero (masked, or routed elsewhere) become zero in
+        `x`. With `homogeneous`, `x` gets the coordinate 1 as its last feature. With
+        `one_hot` an embedding's `x` are integers without a feature axis; those of
+        cleared rows are out of bounds.
 
         Args:
           x: the input as the program has it; None for a shift.
           dy: the cotangent of the output as the program has it.
           homogeneous: whether the layer has a bias.
-          one_hot: whether an embedding's inputs stay integers; zeros and ones if not.
+          one_hot: whether an embedding's inputs stay integers, or become one-hot rows.
 
         Returns:
           `x` and `dy` in the canonical layout.
@@ -212,13 +224,15 @@ class Site:
     def _by_example(self, value: Array) -> Array:
         """Splits `[*independent, *rows, features]` in examples and their positions.
 
-        Where it is not known which rows are one example, each row counts as one.
+        Each row counts as an example where the axis of examples is not known.
         """
         independent, rows, _ = self.reader.y_axes
         e, last = len(independent), len(independent) + len(rows)
         head, features = value.shape[:e], value.shape[-1]
         if not isinstance(self.examples, Examples):
             return value.reshape(*head, -1, 1, features)
+        # The axis of examples has outer · size · inner entries. Only `size` is the
+        # batch; the other two, and the other row axes, are positions in an example.
         axis, size, outer, inner = dataclasses.astuple(self.examples)
         at = e + axis
         before, after = value.shape[e:at], value.shape[at + 1 : last]

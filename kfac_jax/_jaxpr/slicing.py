@@ -1,4 +1,4 @@
-"""Slices of a graph: what values depend on, and what gradients of them reach."""
+"""Backward slices of a graph: the values that given values depend on."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,7 +20,7 @@ def needed(
     wanted: set[int],
     reads: Callable[[Node], tuple[Atom, ...]] | None = None,
     *,
-    whole: bool = False,
+    all_operands: bool = False,
     rules: bool = True,
 ) -> set[int]:
     """Slices back: the ids of all values that the values in `wanted` depend on.
@@ -28,10 +28,12 @@ def needed(
     Args:
       graph: the program.
       wanted: ids of values, also of nested graphs.
-      reads: what an equation without bodies reads; by default `read_inputs`.
-      whole: whether equations with bodies read all operands, as they must to be run.
-      rules: whether functions with custom derivative rules do, where an operand may be
-        for the rule alone.
+      reads: the operands that an equation without bodies depends on; by default
+        `read_inputs`.
+      all_operands: whether equations with bodies depend on all their operands, as they
+        do if the slice is to be run. If not, bodies are looked into.
+      rules: whether functions with custom derivative rules depend on all operands, as
+        an operand may be there for the rule alone. If not, bodies are looked into.
 
     Returns:
       The ids, `wanted` among them.
@@ -49,7 +51,7 @@ def needed(
 
     def enter(node: Node) -> None:
         offset = BODY_OFFSETS.get(node.name)
-        if whole or offset is None or (rules and has_own_rule(node)):
+        if all_operands or offset is None or (rules and has_own_rule(node)):
             if any(out in found for out in node.outputs):
                 for body in node.bodies:
                     found.update(_values(body.outputs))
@@ -57,18 +59,20 @@ def needed(
                 visit(body)
             found.update(_values(node.inputs))
             return
-        found.update(_values(node.inputs[:offset]))  # which branch
+        found.update(_values(node.inputs[:offset]))  # what chooses the branch of a cond
         for body in node.bodies:
             follow(node.outputs, body.outputs)
             visit(body)
+            # A needed carry is needed from the step before, too, which may need other
+            # carries. The set only grows, so this ends.
             while node.name == "scan" and follow(*_carry(node, body)):
                 visit(body)
             follow(body.inputs, node.inputs[offset:])
 
-    def follow(known: Sequence[int], same: Sequence[Atom]) -> bool:
-        """Whether any is new of the values that are the same as what is needed."""
+    def follow(values: Sequence[int], origins: Sequence[Atom]) -> bool:
+        """Adds the origins of the values that are found; returns whether any is new."""
         size = len(found)
-        pairs = zip(known, same, strict=True)
+        pairs = zip(values, origins, strict=True)
         found.update(_values(atom for value, atom in pairs if value in found))
         return len(found) > size
 
@@ -77,14 +81,14 @@ def needed(
 
 
 def _carry(node: Node, body: Graph) -> tuple[Sequence[int], Sequence[Atom]]:
-    """What one step of a scan is given, and what the step before it puts out."""
+    """The carry that a step of a scan reads, and the one that a step returns."""
     layout = _compat.scan_layout(node.params)
     start, size = layout.num_consts, layout.num_carry
     return body.inputs[start : start + size], body.outputs[:size]
 
 
 def differentiated(graph: Graph, wanted: set[int], *, rules: bool = True) -> set[int]:
-    """Slices back as `needed` does, but only to values that gradients reach."""
+    """Slices back like `needed`, but not through operations that stop gradients."""
     stops = {*_stops(graph)}
     stopped = {out for node in stops for out in node.outputs}
 
@@ -95,7 +99,8 @@ def differentiated(graph: Graph, wanted: set[int], *, rules: bool = True) -> set
 
 
 def _stops(graph: Graph) -> Iterator[Node]:
-    """Where gradients stop, but for functions whose own rule may say otherwise."""
+    """Nodes that stop gradients, except inside of functions with a custom rule."""
+    # such a rule replaces the body's derivative, so a stop in the body need not be one
     for node in graph.nodes:
         if node.name == "stop_gradient":
             yield node
@@ -105,8 +110,8 @@ def _stops(graph: Graph) -> Iterator[Node]:
 
 
 def without_rest(graph: Graph, wanted: set[int]) -> Graph:
-    """The graph with no more than what the values in `wanted` are computed from."""
-    found = needed(graph, wanted, lambda node: node.inputs, whole=True)
+    """The graph without equations that the values in `wanted` do not depend on."""
+    found = needed(graph, wanted, lambda node: node.inputs, all_operands=True)
     nodes = tuple(
         node
         for node in graph.nodes
@@ -116,19 +121,19 @@ def without_rest(graph: Graph, wanted: set[int]) -> Graph:
 
 
 def split(graph: Graph, wanted: set[int]) -> tuple[Graph, Graph]:
-    """Divides a graph into what the values in `wanted` are computed from, and the rest.
+    """Divides a graph into equations that the values in `wanted` need, and the rest.
 
     Args:
       graph: the graph.
       wanted: ids of values.
 
     Returns:
-      The first part, whose outputs are all that the second needs of it, and the second,
-      whose inputs are those and whose outputs are the graph's.
+      The first graph, which returns every value that the second reads, and the second,
+      which takes those values and returns the graph's outputs.
     """
     first = without_rest(graph, wanted)
-    own = {*first.nodes}
-    rest = tuple(node for node in graph.nodes if node not in own)
+    in_first = {*first.nodes}
+    rest = tuple(node for node in graph.nodes if node not in in_first)
     made = {*graph.inputs, *(out for node in first.nodes for out in node.outputs)}
     read = [*graph.outputs, *(atom for node in rest for atom in node.inputs)]
     shared = tuple(dict.fromkeys(a for a in read if is_value(a) and a in made))
@@ -149,7 +154,7 @@ def _values(atoms: Iterable[Atom]) -> Iterator[int]:
 
 
 def _inner(node: Node) -> Iterator[int]:
-    """The values that bodies define."""
+    """The ids of all values that a node's nested graphs define."""
     for body in node.bodies:
         yield from body.inputs
         for inner in body.walk():

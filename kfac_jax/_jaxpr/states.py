@@ -1,4 +1,4 @@
-"""What is known of a value: which of its axes holds the examples of the batch."""
+"""States of values: which axis, if any, holds the examples of the batch."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,7 +8,11 @@ from kfac_jax._jaxpr.graph import Node
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """An axis of `outer × size × inner` entries, the examples in the middle."""
+    """An axis of `outer × size × inner` entries, of which `size` are the examples.
+
+    A reshape may merge the axis of examples with its neighbours: `[2, n, 3] -> [6 n]`
+    gives outer = 2, inner = 3.
+    """
 
     axis: int
     size: int
@@ -18,7 +22,11 @@ class Examples:
 
 @dataclasses.dataclass(frozen=True)
 class Lost:
-    """Depends on the batch in a way that no rule covers, since that equation."""
+    """The value depends on the batch, but none of its axes is one of examples.
+
+    `where` names the equation that first mixed the examples, or has no rule. It is for
+    messages only, so that it takes no part in comparisons.
+    """
 
     where: str = dataclasses.field(default="", compare=False)
 
@@ -28,10 +36,10 @@ LOST = Lost()
 
 @dataclasses.dataclass(frozen=True)
 class Scanned:
-    """All of one example, whose axis a loop runs over: `x[i]` in its i-th iteration.
+    """A value of a single example, inside a loop over examples: `x[i]` in step i.
 
-    Only inside of that loop, and only while `tracking` follows it. What reads the
-    states gets `Lost` there, as no axis is one of examples.
+    This state exists only while `tracking` follows the loop's body. Afterwards such a
+    value is `Lost`, as it has no axis of examples.
     """
 
     loop: int
@@ -40,14 +48,14 @@ class Scanned:
 
 
 State = Examples | Lost | Scanned | None
-"""None: does not depend on the batch."""
+"""None means that the value does not depend on the batch."""
 
 Rule = Callable[[Node, Sequence[State]], list[State]]
-"""From the states of an equation's operands to those of its results."""
+"""Maps the states of an equation's operands to the states of its results."""
 
 
 def merge(states: Sequence[State]) -> State:
-    """The one state of all that depend on the batch; lost if they differ."""
+    """The common state of all values that depend on the batch; lost if they differ."""
     found = [state for state in states if state is not None]
     lost = next((state for state in found if isinstance(state, Lost)), None)
     if lost is not None or len(set(found)) > 1:

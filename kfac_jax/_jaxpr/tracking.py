@@ -1,4 +1,4 @@
-"""Runs the rules of `examples` over a whole program, control flow included."""
+"""Applies the rules of `examples` to a full program, control flow included."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from kfac_jax._jaxpr.states import (
 
 
 def track(graph: Graph, inputs: Sequence[State]) -> Mapping[int, State]:
-    """Returns the state of every value, given those of the program's inputs."""
+    """Returns the state of every value, from the states of the program's inputs."""
     states: dict[int, State] = {}
     _track(graph, inputs, states)
     return {
@@ -49,13 +49,20 @@ def _track(
 
 
 def _cond(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
-    """What chooses the branch mixes no examples: derivatives do not go through it."""
+    """Merges the branches.
+
+    The operand that chooses the branch does not count: no derivative goes through it,
+    so it mixes no gradients of different examples.
+    """
     branches = [_track(body, operands[1:], states) for body in node.bodies]
     return [merge(group) for group in zip(*branches, strict=True)]
 
 
 def _while(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
-    """Carries are iterated until their state settles; so does what ends the loop."""
+    """Iterates the states of carries until they settle; the condition does not count.
+
+    States only go from None over examples to lost, so the iteration ends.
+    """
     start = node.params["cond_nconsts"]
     stop = start + node.params["body_nconsts"]
     consts, carry = operands[start:stop], operands[stop:]
@@ -70,13 +77,16 @@ def _while(node: Node, operands: list[State], states: dict[int, State]) -> list[
 def _linear_solve(
     node: Node, operands: list[State], states: dict[int, State]
 ) -> list[State]:
-    """Follows `solve`, which gives the value; derivatives go through the matrix."""
-    del states  # the body is no part of the program
+    """Follows `solve`, whose result the equation returns.
+
+    Derivatives go through the matrix as well, so the result is lost if the matrix is.
+    """
+    del states  # the graph of `solve` is built here, so its ids are not the program's
     lengths, solve = node.params["const_lengths"], node.params["jaxprs"].solve
     start = lengths.matvec + lengths.vecmat
     consts = operands[start : start + lengths.solve]
-    given = operands[sum(lengths) :]
-    results = _track(build(solve), [*consts, *given], {})
+    right_sides = operands[sum(lengths) :]
+    results = _track(build(solve), [*consts, *right_sides], {})
     matrix = operands[: lengths.matvec]
     if any(isinstance(state, Lost) for state in matrix):
         return [LOST] * len(results)
@@ -85,10 +95,10 @@ def _linear_solve(
 
 
 def _scan(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
-    """Carries are iterated until their state settles; scanned axes are dropped.
+    """Iterates the states of carries until they settle; drops the scanned axis.
 
-    A loop over the examples, as `jax.lax.map` makes it, keeps them apart: what an
-    iteration makes is its own example's, unless a carry depends on others.
+    A loop over examples, as by `jax.lax.map`, keeps them apart: the results of a step
+    belong to that step's example, unless a carry brings in others.
     """
     layout = _compat.scan_layout(node.params)
     start, stop = layout.num_consts, layout.num_consts + layout.num_carry
@@ -105,7 +115,7 @@ def _scan(node: Node, operands: list[State], states: dict[int, State]) -> list[S
 
 
 def _slice(node: Node, state: State) -> State:
-    """One iteration's part of what a scan runs over."""
+    """The state of one step's slice of an array that a scan runs over."""
     if not isinstance(state, Examples):
         return state
     if state.axis == 0:
@@ -114,13 +124,16 @@ def _slice(node: Node, state: State) -> State:
 
 
 def _joined(node: Node, state: State) -> State:
-    """What the next iteration gets: of another example, if these are scanned."""
-    mine = isinstance(state, Scanned) and state.loop == id(node)
-    return LOST if mine else state
+    """The state of a carry as the next step reads it.
+
+    If the loop runs over examples, the next step is another example's.
+    """
+    is_of_step = isinstance(state, Scanned) and state.loop == id(node)
+    return LOST if is_of_step else state
 
 
 def _stack(node: Node, state: State) -> State:
-    """What a scan makes of the results of its iterations."""
+    """The state of a scan's stacked results, from the state of one step's."""
     if isinstance(state, Scanned) and state.loop == id(node):
         return state.examples
     if isinstance(state, Examples):
@@ -131,7 +144,7 @@ def _stack(node: Node, state: State) -> State:
 def _shard_map(
     node: Node, operands: list[State], states: dict[int, State]
 ) -> list[State]:
-    """Inside, each device has its own examples."""
+    """Tracks the body, where each device has a share of the examples."""
     body: Any = node.params["jaxpr"]
     local = [tuple(var.aval.shape) for var in getattr(body, "jaxpr", body).invars]
     inside = [_resize(s, shape) for s, shape in zip(operands, local, strict=True)]

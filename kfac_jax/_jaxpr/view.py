@@ -1,11 +1,11 @@
 """Views: values that hold the entries of one array, moved, repeated or rescaled.
 
-The axes of a view are lists of *pieces*. A piece is a run of the source array's axis (a
-reshape splits axes into pieces, a transposition reorders them) or, where it is `new`,
-an axis along which the source is repeated. A value is a view exactly when each axis is
-a product of pieces, which holds for everything that reshapes, transposes and broadcasts
-make of a weight except a reshape that cuts across pieces. A slice leaves a *part* of a
-piece; joined to other arrays it has a *place* among them.
+Each axis of a view is a list of *pieces*. A piece is a run of one of the source array's
+axes (a reshape splits axes into pieces, a transposition reorders them) or, where it is
+`new`, an axis along which the source is repeated. A value is a view exactly when each
+of its axes is a product of pieces. Every reshape, transposition and broadcast of a
+weight keeps this property, except a reshape that cuts across pieces. A slice leaves a
+piece that is *cut*; a concatenation leaves one that is *joined* to other arrays.
 """
 
 import dataclasses
@@ -19,28 +19,32 @@ class Piece:
     """A run of an axis; compared by identity.
 
     Attributes:
-      size: how long it is.
+      size: its number of entries.
       new: whether it repeats the source.
-      part: where it begins in a longer run of the source, and how long that is.
-      place: where in it the source's entries begin, and how many they are; the others
-        are not of this source.
+      cut: after a slice, the `(start, length)` of the kept entries' longer run: they
+        begin at `start` of `length` entries of the source.
+      joined: after a concatenation, the `(start, length)` of the source's entries in
+        this piece; its other entries belong to other arrays.
     """
+
+    # Identity, not equality: a square matrix has two axes of one size, and only the
+    # identity of their pieces tells a transposition from a copy.
 
     size: int
     new: bool = False
-    part: tuple[int, int] | None = None
-    place: tuple[int, int] | None = None
+    cut: tuple[int, int] | None = None
+    joined: tuple[int, int] | None = None
 
     @property
-    def whole(self) -> int:
-        """How long a run of the source it stands for."""
-        window = self.part or self.place
+    def span(self) -> int:
+        """The length of the source's run that this piece stands for."""
+        window = self.cut or self.joined
         return window[1] if window else self.size
 
     @property
     def plain(self) -> bool:
         """Whether its entries are the source's, one for one."""
-        return not (self.new or self.part or self.place)
+        return not (self.new or self.cut or self.joined)
 
 
 Axis = tuple[Piece, ...]
@@ -53,7 +57,7 @@ def axis_size(axis: Axis) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class View:
-    """How a value is made of the entries of the array `source`.
+    """A value whose entries are those of the array `source`, moved or repeated.
 
     Attributes:
       source: which array (the index of a parameter leaf).
@@ -62,7 +66,7 @@ class View:
       axes: the value's axes.
       stacked: the pieces of axes that enclosing scans run over, outermost first.
       scale: the product of the scalar factors, a number or a scalar array.
-      scans: which scans those are.
+      scans: the ids of the scans that run over `stacked`, in the same order.
       repeated: whether a scan uses the same entries in all its steps.
     """
 
@@ -100,24 +104,36 @@ class View:
     def cut(self, axis: int, start: int, size: int) -> "View | None":
         """Slices an axis that is one piece of the source; None for other axes."""
         piece = self.only(axis)
-        # parts of one entry would be dropped, as all pieces of that size are
+        # `reshape` and `layout` ignore pieces of size 1, as they move no entries. A
+        # cut piece of size 1 would be ignored too, and its window forgotten.
         if piece is None or not piece.plain or size == 1:
             return None
-        return self._replaced(axis, piece, Piece(size, part=(start, piece.size)))
+        return self._replaced(axis, piece, Piece(size, cut=(start, piece.size)))
 
     def joined(self, axis: int, start: int, total: int) -> "View | None":
-        """Joins it to other arrays along an axis that is one piece of the source."""
+        """The view as a run of a concatenation along an axis.
+
+        Args:
+          axis: the axis, one piece of the source.
+          start: where the view's entries begin in the result.
+          total: the length of the result's axis.
+
+        Returns:
+          The joined view; None for other axes.
+        """
         piece, view = self.only(axis), self
-        if axis_size(self.axes[axis]) == 1:  # its piece may have been dropped
+        if axis_size(self.axes[axis]) == 1:
+            # A piece of size 1 may have been dropped by a squeeze or reshape before. A
+            # fresh one may stand anywhere in `order`, as its axis has length 1.
             piece = Piece(1)
             view = dataclasses.replace(self, order=(piece, *self.order))
         if piece is None or not piece.plain:
             return None
-        placed = Piece(total, place=(start, piece.size))
-        return view._replaced(axis, piece, placed)
+        joined = Piece(total, joined=(start, piece.size))
+        return view._replaced(axis, piece, joined)
 
     def only(self, axis: int) -> Piece | None:
-        """The one piece (longer than one) that an axis consists of."""
+        """The piece of an axis that consists of a single one longer than 1, or None."""
         pieces = [piece for piece in self.axes[axis] if piece.size != 1]
         return pieces[0] if len(pieces) == 1 else None
 
@@ -127,7 +143,13 @@ class View:
         return dataclasses.replace(self, order=order, axes=axes)
 
     def reshape(self, shape: Sequence[int]) -> "View | None":
-        """Regroups (and splits) pieces; None where a cut falls across pieces."""
+        """Regroups (and splits) pieces; None where a cut falls across pieces.
+
+        Pieces are taken in row-major order until their sizes multiply to the next
+        axis. If the next piece is too long, it is split in a head, which completes the
+        axis, and a tail. So every axis must end between pieces or divide one evenly:
+        `(2, 3) -> (3, 2)` of two plain pieces does neither and is no view.
+        """
         queue = [p for axis in self.axes for p in axis if p.size != 1]
         splits: dict[Piece, Axis] = {}
         axes: list[Axis] = []
@@ -137,10 +159,14 @@ class View:
             while rest > 1:
                 piece = queue.pop(0)
                 if rest % piece.size:
+                    # windows are contiguous in the piece as it is, not in its splits
                     if piece.size % rest or not (piece.plain or piece.new):
                         return None
                     head = Piece(rest, piece.new)
                     tail = Piece(piece.size // rest, piece.new)
+                    # A tail may be split again. `order` and `stacked` know only the
+                    # piece that was there before this reshape, so splits are recorded
+                    # under that one.
                     origin = next((k for k, v in splits.items() if piece in v), piece)
                     current = splits.get(origin, (piece,))
                     at = current.index(piece)
@@ -176,26 +202,28 @@ class View:
         """The layout that makes each of `groups` one matrix axis.
 
         Args:
-          groups: of the view's axes; those that scans run over come first by
-            themselves.
-          windows: parts and joined pieces that may stand for all of the source's.
+          groups: for each matrix axis, the view's axes that it consists of. The axes
+            that scans run over are put in front, each an axis of its own.
+          windows: cut or joined pieces whose full span the layout may cover.
 
         Returns:
-          The layout of the whole source; None where the groups do not hold every entry
+          The layout of the full source; None where the groups do not hold every entry
           exactly once.
         """
         every = [*([axis] for axis in self.stacked), *groups]
         order = [piece for piece in self.order if piece.size != 1]
         target = [p for group in every for axis in group for p in axis if p.size != 1]
+        # `new` pieces are not in `order`, so a repeated entry fails here too
         if len(target) != len(order) or set(target) != set(order):
             return None
         if not all(piece.plain or piece in windows for piece in order):
             return None
-        shape = tuple(math.prod(p.whole for a in group for p in a) for group in every)
+        shape = tuple(math.prod(p.span for a in group for p in a) for group in every)
         position = {piece: i for i, piece in enumerate(order)}
-        runs: list[
-            list[int]
-        ] = []  # maximal runs that are adjacent in source and target
+        # Pieces that are adjacent in source and target are fused to one run. Layouts
+        # are compared to tell whether two uses are the same linear map, so equal
+        # bijections must come out equal, however finely reshapes have split the axes.
+        runs: list[list[int]] = []
         for piece in target:
             index = position[piece]
             if runs and runs[-1][-1] + 1 == index:
@@ -203,17 +231,17 @@ class View:
             else:
                 runs.append([index])
         by_source = sorted(runs)
-        sizes = tuple(math.prod(order[i].whole for i in run) for run in by_source)
+        sizes = tuple(math.prod(order[i].span for i in run) for run in by_source)
         permutation = tuple(by_source.index(run) for run in runs)
         return Layout(self.source_shape, sizes, permutation, shape)
 
 
 def _split(axis: Axis, splits: dict[Piece, Axis]) -> Axis:
-    return tuple(part for piece in axis for part in splits.get(piece, (piece,)))
+    return tuple(new for piece in axis for new in splits.get(piece, (piece,)))
 
 
 def source_view(source: int, shape: Sequence[int]) -> View:
-    """The view of an array that is the array itself."""
+    """The trivial view: the array itself."""
     pieces = tuple(Piece(size) for size in shape)
     return View(source, tuple(shape), pieces, tuple((piece,) for piece in pieces))
 

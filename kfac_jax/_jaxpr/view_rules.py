@@ -1,7 +1,8 @@
-"""Which equations only change how a parameter is seen.
+"""Equations whose result is a view of a parameter: they move or rescale its entries.
 
-One function for each primitive. A rule gets the node and the views of its operands
-(None for data); it returns the result's view, or None where that is no view.
+`TABLE` has one rule for each primitive. A rule gets the values known while planning,
+the node and the views of its operands (None for data). It returns the view that the
+result is, or None if the result is not a view.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,25 +11,28 @@ import jax.core
 import jax.numpy as jnp
 import numpy as np
 
-from kfac_jax._jaxpr.folding import Known
+from kfac_jax._jaxpr.folding import Folded
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.kinds.embedding import picked_axis
 from kfac_jax._jaxpr.view import View
 
-ViewRule = Callable[[Known, Node, Sequence[View | None]], View | None]
+ViewRule = Callable[[Folded, Node, Sequence[View | None]], View | None]
 
 
-def _same(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
+def _same(_: Folded, node: Node, views: Sequence[View | None]) -> View | None:
     return views[0]
 
 
-def _converted(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
-    """Another real type; integers have no gradient, complex products no real factor."""
+def _converted(_: Folded, node: Node, views: Sequence[View | None]) -> View | None:
+    """Follows casts to real types only.
+
+    Integers have no gradient, and products with complex numbers no real factors.
+    """
     real = jnp.issubdtype(node.params["new_dtype"], jnp.floating)
     return views[0] if real else None
 
 
-def _slice(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
+def _slice(_: Folded, node: Node, views: Sequence[View | None]) -> View | None:
     starts, strides = node.params["start_indices"], node.params["strides"]
     if any(stride != 1 for stride in strides or ()):
         return None
@@ -36,12 +40,13 @@ def _slice(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
 
 
 def _dynamic_slice(
-    known: Known, node: Node, views: Sequence[View | None]
+    folded: Folded, node: Node, views: Sequence[View | None]
 ) -> View | None:
-    """A slice from a place that is known."""
-    starts = [known.value(atom) for atom in node.inputs[1:]]
+    """A slice whose start is known while planning."""
+    starts = [folded.value(atom) for atom in node.inputs[1:]]
     if any(x is None or isinstance(x, jax.core.Tracer) for x in starts):
         return None
+    # JAX clamps starts so that the slice lies inside the operand
     limits = [n - m for n, m in zip(node.shape(), node.out_shape(), strict=True)]
     clamped = [
         max(0, min(int(start), limit))
@@ -51,7 +56,7 @@ def _dynamic_slice(
 
 
 def _cut(node: Node, view: View | None, starts: Sequence[int]) -> View | None:
-    """Cuts the axes that get shorter."""
+    """Cuts the axes that the result has shorter."""
     sizes = zip(node.shape(), node.out_shape(), strict=True)
     for axis, (before, after) in enumerate(sizes):
         if view is not None and before != after:
@@ -59,17 +64,20 @@ def _cut(node: Node, view: View | None, starts: Sequence[int]) -> View | None:
     return view
 
 
-def _gather(known: Known, node: Node, views: Sequence[View | None]) -> View | None:
-    return _window(known, node, views) or _positions(known, node, views)
+def _gather(folded: Folded, node: Node, views: Sequence[View | None]) -> View | None:
+    return _window(folded, node, views) or _positions(folded, node, views)
 
 
-def _window(known: Known, node: Node, views: Sequence[View | None]) -> View | None:
-    """One slice from a place that is known, as `w[None, :n]` is in JAX 0.8."""
+def _window(folded: Folded, node: Node, views: Sequence[View | None]) -> View | None:
+    """One slice whose start is known while planning.
+
+    JAX 0.8 writes `w[None, :n]` as such a gather, later versions as a slice.
+    """
     numbers, shape = node.params["dimension_numbers"], node.shape()
     sizes = node.params["slice_sizes"]
     if len(node.shape(1)) != 1 or node.out_shape() != tuple(sizes):
         return None
-    indices = known.indices(node.inputs[1])
+    indices = folded.indices(node.inputs[1])
     if indices is None or isinstance(indices, jax.core.Tracer):
         return None
     starts = [0] * len(shape)
@@ -82,13 +90,17 @@ def _window(known: Known, node: Node, views: Sequence[View | None]) -> View | No
     return _cut(node, views[0], starts) if inside else None
 
 
-def _positions(known: Known, node: Node, views: Sequence[View | None]) -> View | None:
-    """Consecutive rows of a table, `w[jnp.arange(n)]`, as of positions."""
+def _positions(folded: Folded, node: Node, views: Sequence[View | None]) -> View | None:
+    """Consecutive rows of a table, `w[jnp.arange(n)]`: positional embeddings.
+
+    With such indices a gather only slices and reshapes, and the rows, then added to
+    data, are a shift. As an embedding they would be a layer with a constant input.
+    """
     view, picked = views[0], picked_axis(node)
     if view is None or picked is None:
         return None
     rows, length = node.shape(1)[:-1], node.shape(0)[picked.axis]
-    indices = known.indices(node.inputs[1])
+    indices = folded.indices(node.inputs[1])
     if indices is None or isinstance(indices, jax.core.Tracer):
         return None
     column = np.asarray(indices)[..., picked.column].reshape(-1)
@@ -100,6 +112,8 @@ def _positions(known: Known, node: Node, views: Sequence[View | None]) -> View |
         view = view.cut(picked.axis, start, column.size)
         if view is None:
             return None
+    # The result has the axes of a row at `offset_dims`, those of the indices elsewhere.
+    # So bring the picked axis to the front, split it like the indices, and move both.
     features = [a for a in range(len(view.axes)) if a != picked.axis]
     first = view.transpose([picked.axis, *features])
     shape = [*rows, *(node.shape(0)[a] for a in features)]
@@ -113,15 +127,15 @@ def _positions(known: Known, node: Node, views: Sequence[View | None]) -> View |
     return split and split.transpose(places)
 
 
-def _reshape(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
-    """May transpose first (as batched convolutions do)."""
+def _reshape(_: Folded, node: Node, views: Sequence[View | None]) -> View | None:
+    """A reshape; its `dimensions` say how to transpose first (batched convolutions)."""
     view, order = views[0], node.params["dimensions"]
     if view is not None and order is not None:
         view = view.transpose(order)
     return view and view.reshape(node.params["new_sizes"])
 
 
-def _tile(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
+def _tile(_: Folded, node: Node, views: Sequence[View | None]) -> View | None:
     """Repeats axes of length one."""
     shape, view = node.shape(), views[0]
     if view is None or any(
@@ -132,12 +146,12 @@ def _tile(_: Known, node: Node, views: Sequence[View | None]) -> View | None:
     return view.broadcast(node.out_shape(), range(len(shape)))
 
 
-def _multiply(known: Known, node: Node, views: Sequence[View | None]) -> View | None:
-    """A scalar constant factor is part of the view (W * 2.0, W / sqrt(d))."""
+def _multiply(folded: Folded, node: Node, views: Sequence[View | None]) -> View | None:
+    """Products with a scalar constant, `W * 2.0` or `W / sqrt(d)`, rescale the view."""
     if len(views) != 2 or (views[0] is None and views[1] is None):
         return None
     at = 0 if views[0] is not None else 1
-    view, factor = views[at], known.value(node.inputs[1 - at])
+    view, factor = views[at], folded.value(node.inputs[1 - at])
     if view is None or factor is None or getattr(factor, "size", 1) != 1:
         return None
     factor = factor.reshape(()) if getattr(factor, "ndim", 0) else factor

@@ -84,7 +84,7 @@ def within(
         raise ValueError(f"{name} must be in [{low}, {high}{bracket}; got {value}.")
 
 
-def whole(name: str, value: Any, *, arrays: bool = False) -> None:
+def integer(name: str, value: Any, *, arrays: bool = False) -> None:
     """Raises TypeError unless it is an integer, or with `arrays` a scalar array.
 
     An array may be of any real type: `optax.inject_hyperparams` has floats of all.

@@ -102,7 +102,7 @@ class BlockDiagonalCurvature:
         """Checks the options; `init` makes the plan."""
         arguments.function("func", self.func)
         _options.refuse("BlockDiagonalCurvature", _REFUSED, vars(self))
-        arguments.whole("num_samples", self.num_samples)
+        arguments.integer("num_samples", self.num_samples)
         arguments.within("num_samples", self.num_samples, 1, float("inf"))
         mode = self.default_estimation_mode
         if mode is not None:

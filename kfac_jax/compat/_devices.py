@@ -185,7 +185,7 @@ def p_split_num(key: Array, num: int) -> tuple[Array, ...]:
     Raises:
       ValueError: if there is not one for each device.
     """
-    arguments.whole("num", num)
+    arguments.integer("num", num)
     arguments.within("num", num, 1, float("inf"))
     shape = jnp.shape(arguments.array("key", key))
     if shape[:1] != (jax.local_device_count(),):

@@ -140,7 +140,7 @@ class OptaxPreconditioner:
                 arguments.within(name, value, 0.0, float("inf"))
         arguments.within("curvature_ema", self.curvature_ema, 0.0, 1.0, closed=True)
         period = self.inverse_update_period
-        arguments.whole("inverse_update_period", period, arrays=True)
+        arguments.integer("inverse_update_period", period, arrays=True)
         arguments.within("inverse_update_period", period, 1, float("inf"))
 
     def init(

@@ -304,7 +304,7 @@ class Optimizer:
         arguments.instance("state", state, _steps.State, expected)
         self._check(params=params, rng=rng, batch=batch, func_state=func_state)
         if global_step_int is not None:
-            arguments.whole("global_step_int", global_step_int, arrays=True)
+            arguments.integer("global_step_int", global_step_int, arrays=True)
         if data_iterator is not None:
             state, rng = self._burnt_in(
                 params, state, rng, data_iterator, func_state, global_step_int

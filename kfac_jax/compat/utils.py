@@ -123,7 +123,7 @@ def product(iterable_object: Iterable[Any]) -> Any:
 
 def first_dim_is_size(size: int, *args: Array) -> bool:
     """Whether the leading axis of every array has that length."""
-    arguments.whole("size", size)
+    arguments.integer("size", size)
     for x in args:
         if not arguments.array("args", x).ndim:
             raise ValueError(

@@ -145,7 +145,7 @@ def _check(decay: Any, start: Any) -> None:
     schedules.check("decay", decay, 0.0, 1.0, symbol="ξ")
     if start is None:
         return
-    arguments.whole("start (k0)", start, arrays=True)
+    arguments.integer("start (k0)", start, arrays=True)
     if isinstance(start, numbers.Integral) and int(start) < 1:
         raise ValueError(
             f"start (k0) counts steps from 1, so it must be at least 1; got {start}."

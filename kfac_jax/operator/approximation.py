@@ -52,7 +52,7 @@ class Approximation:
         """Applies a function to the matrices of all layers with a block."""
         layers = layers_of(self.groups)
         given = self.tree.leaves(v, "the vector v")
-        leaves = axis_types.whole(given)
+        leaves = axis_types.unsharded(given)
         dtypes = {layer.name: layer.dtype for layer in layers}
         vectors = to_vectors(layers, leaves)
         moved = function({name: x.astype(dtypes[name]) for name, x in vectors.items()})

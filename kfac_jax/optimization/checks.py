@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax._utils import schedules
-from kfac_jax._utils.arguments import shown, whole
+from kfac_jax._utils.arguments import integer, shown
 from kfac_jax._utils.trees import path_name
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.devices import Devices, checked
@@ -50,7 +50,7 @@ def check_common(
         name = "inverse_every"
         schedules.check(name, inverse_every, 1, _INF, symbol="T3", allowed=allowed)
         if not callable(inverse_every):
-            whole("inverse_every (T3)", inverse_every, arrays=True)
+            integer("inverse_every (T3)", inverse_every, arrays=True)
     check_devices(curvature, devices)
 
 

@@ -45,7 +45,7 @@ class Optimizer:
         velocity = jax.tree.map(fresh.zeros_like, params)
         devices = self.preconditioner.devices
         if devices.cuts_state:
-            velocity = devices.kept(axis_types.whole(velocity))
+            velocity = devices.kept(axis_types.unsharded(velocity))
         return state._replace(velocity=velocity)
 
     def update(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kfac_jax._jaxpr.sites import Held, OtherUse, Site, Use
+from kfac_jax._jaxpr.sites import OtherUse, Parameter, Site, Use
 from kfac_jax._jaxpr.states import Examples, Lost
 from kfac_jax._jaxpr.view import Layout
 from kfac_jax._utils.arguments import shown
@@ -145,7 +145,9 @@ def _oriented(sites: Sequence[Site]) -> tuple[list[Site], bool] | None:
     return sorted(result, key=lambda site: site.swapped), tied
 
 
-def _joins(bias: Held, sites: Sequence[Site], leaf: _Leaf, uses: Sequence[Use]) -> bool:
+def _joins(
+    bias: Parameter, sites: Sequence[Site], leaf: _Leaf, uses: Sequence[Use]
+) -> bool:
     """All sites add this bias, and it is added nowhere else."""
     own = _weight_uses(leaf, uses)
     shifts = [u for u in own if isinstance(u, Site) and u.kind == "shift"]

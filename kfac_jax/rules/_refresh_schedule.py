@@ -66,11 +66,11 @@ class RefreshSchedule:
                 f"at least shares; got {self.every} and {self.shares}. Raise T3, or "
                 "lower shares."
             )
-        arguments.whole("every (T3)", self.every, arrays=True)
+        arguments.integer("every (T3)", self.every, arrays=True)
 
     def turns(self, step: Array | int) -> Array:
         """Whose turn it is at a step, counted from 1: `[shares]`."""
-        arguments.whole("step", step, arrays=True)
+        arguments.integer("step", step, arrays=True)
         every = axis_types.here(schedules.at(self.every, step - 1))
         every = jnp.asarray(every, jnp.int32)
         starts = jnp.arange(self.shares, dtype=jnp.int32) * every // self.shares

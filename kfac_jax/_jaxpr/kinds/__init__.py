@@ -1,4 +1,4 @@
-"""The kinds of layers, a file for each: which equations they are, how rows are read."""
+"""The kinds of layers, one file each: how they are recognised, how rows are read."""
 
 from kfac_jax._jaxpr.kinds import elementwise, tagged
 from kfac_jax._jaxpr.kinds.convolution import convolution

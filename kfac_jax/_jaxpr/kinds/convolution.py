@@ -18,17 +18,17 @@ from kfac_jax._jaxpr.view import View, source_view
 
 @dataclasses.dataclass(frozen=True)
 class Convolution(Reader):
-    """Patches of a `conv_general_dilated`, of any rank.
+    """Reads the patches of a `conv_general_dilated` of any rank.
 
     Attributes:
-      x_order: where the input has its batch, channel and spatial axes.
-      y_order: where the output has them.
+      x_order: the input's batch axis, channel axis and spatial axes.
+      y_order: the output's, in the same order.
       kernel: the kernel's spatial shape.
       positions: the output's spatial shape.
-      strides: between positions.
-      padding: zeros before and after each spatial axis; negative ones cut off.
-      x_dilation: the input's, more than 1 for transposed convolutions.
-      kernel_dilation: the kernel's.
+      strides: the distances between positions.
+      padding: zeros before and after each spatial axis; a negative number cuts entries.
+      x_dilation: the input's dilation, more than 1 for transposed convolutions.
+      kernel_dilation: the kernel's dilation.
       groups: the number of independent groups of channels.
     """
 
@@ -46,23 +46,27 @@ class Convolution(Reader):
 
     @property
     def y_axes(self) -> Axes:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The axes of `outputs`."""
+        """The roles of the axes of `outputs`, to which both sides are brought."""
         rank = len(self.kernel)
         return _kinds(self.groups, tuple(range(rank + 1)), rank + 1)
 
     @property
     def batch_axes(self) -> tuple[int, int]:
-        """Where input and output have the batch."""
+        """The batch axes of input and output."""
         return self.x_order[0], self.y_order[0]
 
     def rows(self, x: Array | None, dy: Array) -> tuple[Array, Array]:
-        """One for each position of the kernel."""
+        """One row for each example and position: a patch, and the channels there."""
         assert x is not None
         axes = self.y_axes
         return axes.arrange(self.inputs(x)), axes.arrange(self.outputs(dy))
 
     def inputs(self, x: Array) -> Array:
-        """Patches `[batch, *positions, group, channels · kernel]`."""
+        """Patches `[batch, *positions, group, channels · kernel]`.
+
+        Made of strided slices, one spatial axis after the other. Each puts the offsets
+        in the kernel last, so a patch has the weight's order (channel, *kernel).
+        """
         x = x.transpose((self.x_order[0], *self.x_order[2:], self.x_order[1]))
         edges = [
             (low, high, d - 1)
@@ -71,6 +75,7 @@ class Convolution(Reader):
         zero = jnp.zeros((), x.dtype)
         x = jax.lax.pad(x, zero, [(0, 0, 0), *edges, (0, 0, 0)])
         for i, width in enumerate(self.kernel):
+            # from the first position to the last, the latter included
             span = (self.positions[i] - 1) * self.strides[i] + 1
             starts = [k * self.kernel_dilation[i] for k in range(width)]
             moved = [
@@ -82,19 +87,21 @@ class Convolution(Reader):
         return x.reshape(*x.shape[: 1 + len(self.kernel)], self.groups, rest)
 
     def outputs(self, y: Array) -> Array:
-        """The output, or its cotangent, `[batch, *positions, group, channels]`."""
+        """The output or its cotangent as `[batch, *positions, group, channels]`."""
         y = y.transpose((self.y_order[0], *self.y_order[2:], self.y_order[1]))
         return y.reshape(*y.shape[:-1], self.groups, y.shape[-1] // self.groups)
 
     def chunks(self, batch: int) -> tuple[int, int]:
-        """Splits a batch so that the patches of one part take no more than the input.
+        """Splits a batch so that the patches of one chunk take no more than the input.
 
         Args:
-          batch: its size.
+          batch: the batch size.
 
         Returns:
-          The number of parts and the size of each; what remains is smaller than one.
+          The number of full chunks and their size.
         """
+        # An entry of the input stands for about prod(x_dilation) / prod(strides)
+        # positions, and each position's patch has prod(kernel) entries per channel.
         dilated = math.prod(self.x_dilation)
         growth = math.prod(self.kernel) / math.prod(self.strides) * dilated
         size = max(1, int(batch / max(growth, 1.0)))
@@ -102,7 +109,7 @@ class Convolution(Reader):
 
 
 def convolution(node: Node, views: Sequence[View | None], state: State) -> Outcome:
-    """A convolution: patches are inputs, channels outputs, positions are shared.
+    """A convolution: a dense layer from patches to channels, shared by all positions.
 
     Groups of channels are independent layers.
     """
@@ -118,7 +125,8 @@ def convolution(node: Node, views: Sequence[View | None], state: State) -> Outco
     grouped = view.reshape(_split(node.shape(1), out_axis, reader.groups))
     if grouped is None:
         return Refused("convolved in groups that do not match its axes")
-    # the axes of the split kernel: the group's comes just before the outputs'
+    # Where the kernel's axes are once it is split: the axis of groups is at `out_axis`,
+    # just before that of the outputs, and moves all later ones on by one.
     move = [a + (a > out_axis) for a in range(len(view.axes))]
     weight = grouped.layout(
         [
@@ -129,16 +137,18 @@ def convolution(node: Node, views: Sequence[View | None], state: State) -> Outco
     )
     if weight is None:
         return Refused("repeated or only partly used by `conv_general_dilated`")
-    # positions of the kernel mix within an example, so that only the batch keeps them
+    # A patch reads several positions, so no spatial axis can be one of examples. The
+    # batch axis is the first of the rows.
     batch = Axes((), reader.y_order[:1], ()).examples(state)
     site = site_of(node, view, reader, batch, x=node.inputs[0], weight=weight)
     y_shape, feature = node.out_shape(), reader.y_order[1]
     grouped_shape = _split(y_shape, feature, reader.groups)
-    own_view = source_view(-1, grouped_shape).reshape(y_shape)
-    assert own_view is not None
+    # a bias is added to the output with its channels in one axis, not by groups
+    y_view = source_view(-1, grouped_shape).reshape(y_shape)
+    assert y_view is not None
     order = [a + (a > feature) for a in reader.y_order]
     rows = (order[0], *order[2:])
-    return Linear(site, own_view, grouped_shape, _kinds(reader.groups, rows, feature))
+    return Linear(site, y_view, grouped_shape, _kinds(reader.groups, rows, feature))
 
 
 def _reader(node: Node, spatial: Sequence[int]) -> Convolution:
@@ -158,7 +168,10 @@ def _reader(node: Node, spatial: Sequence[int]) -> Convolution:
 
 
 def _kinds(groups: int, rows: tuple[int, ...], group_axis: int) -> Axes:
-    """Which axes are independent, rows, features; a single group is no axis."""
+    """The roles of axes, with channels at `group_axis` and the next.
+
+    A single group is no independent axis, so that an ungrouped convolution has none.
+    """
     if groups == 1:
         return Axes((), rows, (group_axis, group_axis + 1))
     return Axes((group_axis,), rows, (group_axis + 1,))

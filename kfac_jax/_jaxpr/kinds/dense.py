@@ -16,44 +16,44 @@ from kfac_jax._jaxpr.view import Axis, View, axis_size
 
 @dataclasses.dataclass(frozen=True)
 class Dense(Reader):
-    """Rows of a product.
+    """Reads the rows of a product.
 
     Attributes:
       x_axes: the input's axes.
-      y_axes: the output's.
-      x_places: where in the input's features this parameter's begin, if it is joined to
-        others.
-      y_places: the same of the output's.
+      y_axes: the output's axes.
+      x_windows: this parameter's input features, if it is joined to others along them.
+      y_windows: this parameter's output features, if it is joined to others along them.
     """
 
     kind: ClassVar[str] = "dense"
 
     x_axes: Axes
     y_axes: Axes
-    x_places: tuple[Window, ...] = ()
-    y_places: tuple[Window, ...] = ()
+    x_windows: tuple[Window, ...] = ()
+    y_windows: tuple[Window, ...] = ()
 
     def rows(self, x: Array | None, dy: Array) -> tuple[Array, Array]:
-        """As they are."""
+        """This parameter's features of both operands."""
         assert x is not None
-        x, dy = windowed(x, self.x_places), windowed(dy, self.y_places)
+        x, dy = windowed(x, self.x_windows), windowed(dy, self.y_windows)
         return self.x_axes.arrange(x), self.y_axes.arrange(dy)
 
     @property
     def joins_outputs(self) -> bool:
-        """Of weights that are joined along their outputs."""
-        return bool(self.y_places)
+        """Whether the weight is joined to others along its outputs."""
+        return bool(self.y_windows)
 
     @property
     def is_partial(self) -> bool:
-        """Of weights that are joined."""
-        return bool(self.x_places or self.y_places)
+        """Whether the weight is joined to others."""
+        return bool(self.x_windows or self.y_windows)
 
 
 def dot_general(node: Node, views: Sequence[View | None], state: State) -> Outcome:
-    """A dense layer: contracted axes are inputs, free axes of the weight outputs.
+    """A dense layer: contracted axes are inputs, the weight's free axes are outputs.
 
-    Batch axes are independent layers, or rows where the weight is merely repeated.
+    The batch axes of `dot_general` are independent layers, except where the weight is
+    only repeated along one: there one layer has more rows.
     """
     if views[0] is not None and views[1] is not None:
         return Refused("multiplied with another parameter")
@@ -65,12 +65,15 @@ def dot_general(node: Node, views: Sequence[View | None], state: State) -> Outco
     w_batch, x_batch = batch[side], batch[1 - side]
     w_free = _free(len(view.axes), w_contract, w_batch)
     x_free = _free(len(node.shape(1 - side)), x_contract, x_batch)
+    # `dot_general` puts the axes of its result in the order: batch, free axes of the
+    # left operand, free axes of the right. The axes of x below follow the rows of y, so
+    # that both sides list the rows in one order.
     repeated = [_is_new(view.axes[a]) for a in w_batch]
     independent = [i for i, new in enumerate(repeated) if not new]
     y_batch, first, second = _output_axes(len(batch[0]), x_free, w_free, side)
     lead = [[view.axes[w_batch[i]]] for i in independent]
     ins, outs = [view.axes[a] for a in w_contract], [view.axes[a] for a in w_free]
-    joined = pieces_alone(view, (*w_contract, *w_free), "place")
+    joined = pieces_alone(view, (*w_contract, *w_free), "joined")
     weight = view.layout([*lead, ins, outs], windows=joined)
     if weight is None:
         return Refused("repeated or only partly used by `dot_general`")
@@ -83,8 +86,8 @@ def dot_general(node: Node, views: Sequence[View | None], state: State) -> Outco
         Axes(
             tuple(independent), (*(i for i in y_batch if repeated[i]), *first), second
         ),
-        windows_on(view, w_contract, x_contract, "place"),
-        windows_on(view, w_free, second, "place"),
+        windows_on(view, w_contract, x_contract, "joined"),
+        windows_on(view, w_free, second, "joined"),
     )
     site = site_of(
         node,
@@ -109,9 +112,19 @@ def _is_new(axis: Axis) -> bool:
 def _output_axes(
     batch: int, x_free: Sequence[int], w_free: Sequence[int], side: int
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Axes of the product: batch, then free ones of the left, then of the right."""
-    parts = [len(w_free), len(x_free)] if side == 0 else [len(x_free), len(w_free)]
-    left = tuple(range(batch, batch + parts[0]))
-    right = tuple(range(batch + parts[0], batch + sum(parts)))
+    """The product's axes: those of the batch, of rows, and of outputs.
+
+    Args:
+      batch: the number of batch axes.
+      x_free: the input's free axes.
+      w_free: the weight's free axes.
+      side: which operand is the weight.
+
+    Returns:
+      Three lists of axes of the product.
+    """
+    counts = [len(w_free), len(x_free)] if side == 0 else [len(x_free), len(w_free)]
+    left = tuple(range(batch, batch + counts[0]))
+    right = tuple(range(batch + counts[0], batch + sum(counts)))
     rows, outs = (right, left) if side == 0 else (left, right)
     return tuple(range(batch)), rows, outs

@@ -1,4 +1,4 @@
-"""Elementwise scales and shifts, and parameters that are joined to data."""
+"""Elementwise scales and shifts, and parameters concatenated with data."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,17 +10,17 @@ from jax import Array
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.kinds.outcome import Outcome, Refused, plain_linear, site_of
 from kfac_jax._jaxpr.kinds.windows import pieces_alone, windows_on
-from kfac_jax._jaxpr.sites import Axes, Held, Reader, Window, windowed
+from kfac_jax._jaxpr.sites import Axes, Parameter, Reader, Window, windowed
 from kfac_jax._jaxpr.states import Examples, State
 from kfac_jax._jaxpr.view import View
 
 
 @dataclasses.dataclass(frozen=True)
 class Scale(Reader):
-    """Each feature is an independent layer with one input and one output.
+    """Reads a scale: each feature is an independent layer with one input and output.
 
     Attributes:
-      y_axes: the axes of the output; the input is stretched to them.
+      y_axes: the axes of the output, to whose shape the input is broadcast.
     """
 
     kind: ClassVar[str] = "scale"
@@ -28,7 +28,7 @@ class Scale(Reader):
     y_axes: Axes
 
     def rows(self, x: Array | None, dy: Array) -> tuple[Array, Array]:
-        """As they are, the input stretched."""
+        """The entries of the output, and those of the input broadcast to its shape."""
         assert x is not None
         x = jnp.broadcast_to(x, dy.shape)
         return self.y_axes.arrange(x), self.y_axes.arrange(dy)
@@ -36,39 +36,42 @@ class Scale(Reader):
 
 @dataclasses.dataclass(frozen=True)
 class Shift(Reader):
-    """A layer whose only input is the constant one.
+    """Reads a shift: a layer whose only input is the constant 1.
 
     Attributes:
       y_axes: the axes of the output.
-      parts: the runs of the parameter that are used, if not all of it is.
-      places: where in the output's features this parameter's begin, if it is joined to
-        others.
+      cuts: the used runs of the parameter, if it is cut.
+      windows: this parameter's output features, if it is joined to others.
     """
 
     kind: ClassVar[str] = "shift"
 
     y_axes: Axes
-    parts: tuple[Window, ...] = ()
-    places: tuple[Window, ...] = ()
+    cuts: tuple[Window, ...] = ()
+    windows: tuple[Window, ...] = ()
 
     def rows(self, x: Array | None, dy: Array) -> tuple[Array, Array]:
-        """Ones, and the cotangent of what all of the parameter would have put out."""
-        dy = windowed(dy, self.places)
+        """Ones, and the cotangent of the output that the full parameter would have.
+
+        The factors of a layer are those of the full parameter. So the cotangent of a
+        cut parameter's output is padded with zeros for the entries that are not used.
+        """
+        dy = windowed(dy, self.windows)
         widths = [(0, 0)] * dy.ndim
-        for axis, start, full in self.parts:
+        for axis, start, full in self.cuts:
             widths[axis] = start, full - start - dy.shape[axis]
-        dy = self.y_axes.arrange(jnp.pad(dy, widths) if self.parts else dy)
+        dy = self.y_axes.arrange(jnp.pad(dy, widths) if self.cuts else dy)
         return jnp.ones_like(dy[..., :1]), dy
 
     @property
     def joins_outputs(self) -> bool:
-        """Of parameters that are joined."""
-        return bool(self.places)
+        """Whether the parameter is joined to others."""
+        return bool(self.windows)
 
     @property
     def is_partial(self) -> bool:
-        """Of parameters that are cut or joined."""
-        return bool(self.parts or self.places)
+        """Whether the parameter is cut, or joined to others."""
+        return bool(self.cuts or self.windows)
 
 
 def scale(node: Node, views: Sequence[View | None], state: State) -> Outcome:
@@ -86,35 +89,36 @@ def scale(node: Node, views: Sequence[View | None], state: State) -> Outcome:
 
 
 def shift(node: Node, views: Sequence[View | None], state: State) -> Outcome:
-    """An elementwise shift: a layer whose only input is the constant one."""
+    """An elementwise shift: a layer whose only input is the constant 1."""
     found = _against_data(node, views)
     if isinstance(found, Refused):
         return found
     at, view, features = found
-    cut, joined = (pieces_alone(view, features, w) for w in ("part", "place"))
+    cut, joined = (pieces_alone(view, features, w) for w in ("cut", "joined"))
     layout = view.layout([[view.axes[a] for a in features]], windows=cut + joined)
     if layout is None:
         return Refused(f"repeated or only partly used by `{node.name}`")
     reader = Shift(
         Axes((), _others(node, features), features),
-        windows_on(view, features, features, "part"),
-        windows_on(view, features, features, "place"),
+        windows_on(view, features, features, "cut"),
+        windows_on(view, features, features, "joined"),
     )
     sign = -1.0 if node.name == "sub" and at == 1 else 1.0
-    bias = Held(view.source, layout)
+    bias = Parameter(view.source, layout)
     site = site_of(node, view, reader, state, bias=bias, scale=view.scale * sign)
     return plain_linear(node, site)
 
 
 def concatenated(node: Node, views: Sequence[View | None], state: State) -> Outcome:
-    """A parameter that is repeated for each example and joined to data: a token.
+    """A learned token: a parameter repeated for each example and joined to data.
 
-    It is a shift of nothing, so its statistics are gathered where it is repeated.
+    Such a token is a shift added to zeros. Its statistics are gathered at the repeated
+    parameter, before the concatenation, where the cotangent is only the token's.
     """
-    given = [(i, view) for i, view in enumerate(views) if view is not None]
-    if len(given) > 1:
+    parameters = [(i, view) for i, view in enumerate(views) if view is not None]
+    if len(parameters) > 1:
         return Refused("concatenated with another parameter")
-    ((at, view),) = given
+    ((at, view),) = parameters
     features = feature_axes(view, node.shape(at))
     repeated = isinstance(state, Examples) and any(
         piece.new and piece.size > 1 for piece in view.axes[state.axis]
@@ -131,13 +135,17 @@ def concatenated(node: Node, views: Sequence[View | None], state: State) -> Outc
         reader,
         state,
         output=node.inputs[at],
-        bias=Held(view.source, layout),
+        bias=Parameter(view.source, layout),
     )
     return plain_linear(node, site)
 
 
 def feature_axes(view: View, shape: Sequence[int]) -> tuple[int, ...] | None:
-    """The axes along which an elementwise parameter varies; None if it cuts one."""
+    """The axes along which an elementwise parameter varies.
+
+    None if it is repeated along only a part of an axis: then that axis is neither one
+    of features nor one of rows.
+    """
     if len(view.axes) != len(shape):
         return None
     features: list[int] = []
@@ -153,14 +161,14 @@ def feature_axes(view: View, shape: Sequence[int]) -> tuple[int, ...] | None:
 def _against_data(
     node: Node, views: Sequence[View | None]
 ) -> tuple[int, View, tuple[int, ...]] | Refused:
-    """Which operand is the parameter, and the axes along which it varies."""
+    """The operand that is a parameter, its view, and the axes along which it varies."""
     if views[0] is not None and views[1] is not None:
         return Refused(f"combined with another parameter by `{node.name}`")
     at = 0 if views[0] is not None else 1
     view = views[at]
     assert view is not None
     shape, data = node.out_shape(), node.shape(1 - at)
-    if not view.axes:  # a scalar, which an equation repeats by itself
+    if not view.axes:  # a scalar, which elementwise primitives broadcast by themselves
         view = view.broadcast(shape, ())
     features = feature_axes(view, shape)
     stretches = len(data) == len(shape) and all(

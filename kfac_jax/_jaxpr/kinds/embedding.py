@@ -17,16 +17,15 @@ from kfac_jax._jaxpr.view import View
 
 @dataclasses.dataclass(frozen=True)
 class Table(Reader):
-    """Rows are integers that pick a row of the table each.
+    """Reads an embedding: each row is an integer that picks a row of the table.
 
     Attributes:
-      x_axes: the axes of the indices; features are the columns of an index.
+      x_axes: the axes of the indices; the features are the columns of an index.
       y_axes: the axes of the output.
-      length: how many rows the table has.
-      column: which column of an index picks the row.
-      drops: whether indices out of bounds pick nothing; others are clipped.
-      y_places: where in the output's features this table's begin, if it is joined to
-        others.
+      length: the number of rows of the table.
+      column: the column of an index that picks the row.
+      drops: whether indices out of bounds pick no row; if not, they are clipped.
+      y_windows: this table's output features, if it is joined to others along them.
     """
 
     kind: ClassVar[str] = "embedding"
@@ -36,26 +35,30 @@ class Table(Reader):
     length: int
     column: int = 0
     drops: bool = False
-    y_places: tuple[Window, ...] = ()
+    y_windows: tuple[Window, ...] = ()
 
     def rows(self, x: Array | None, dy: Array) -> tuple[Array, Array]:
-        """Integers `[*rows, 1]`, with the length of the table for none."""
+        """Integers `[*rows, 1]`, where the length of the table stands for no row."""
         assert x is not None
         index = self.x_axes.arrange(x)[..., self.column, None].astype(jnp.int32)
         inside = jnp.clip(index, 0, self.length - 1)
         if self.drops:
             inside = jnp.where(inside == index, index, self.length)
-        return inside, self.y_axes.arrange(windowed(dy, self.y_places))
+        return inside, self.y_axes.arrange(windowed(dy, self.y_windows))
 
     @property
     def joins_outputs(self) -> bool:
-        """Of tables that are joined."""
-        return bool(self.y_places)
+        """Whether the table is joined to others along its outputs."""
+        return bool(self.y_windows)
 
     def counted(
         self, x: Array, dy: Array, scale: Any, homogeneous: bool, one_hot: bool
     ) -> tuple[Array, Array]:
-        """Integers `[*e, b, s]` that are out of bounds for rows that do not count."""
+        """Integers `[*e, b, s]`, out of bounds for rows that do not count.
+
+        A scale cannot multiply integers. So with `one_hot` it multiplies `dy`, which
+        leaves `Xᵀ dY` and `A ⊗ G` as they are.
+        """
         active = jnp.abs(dy).max(-1) != 0
         x = jnp.where(active, x[..., 0], self.length)
         dy = jnp.where((x < self.length)[..., None], dy, 0)
@@ -66,20 +69,22 @@ class Table(Reader):
 
 
 class Picked(NamedTuple):
-    """The axis of which a gather picks whole rows."""
+    """How a gather picks full rows of a table, along one axis."""
 
     axis: int
-    column: int  # of the indices
-    drops: bool  # whether indices out of bounds give no row
+    column: int  # the column of the indices that picks along that axis
+    drops: bool  # whether indices out of bounds pick no row
 
 
 def picked_axis(node: Node) -> Picked | None:
-    """The axis that a gather picks rows along; None if they are not whole rows."""
+    """The axis along which a gather picks rows; None if it picks no full rows."""
     numbers = node.params["dimension_numbers"]
     fill = node.params["mode"] == jax.lax.GatherScatterMode.FILL_OR_DROP
     sizes, shape = tuple(node.params["slice_sizes"]), node.shape(0)
     columns = tuple(numbers.start_index_map)
-    # an index along an axis that is taken whole is clamped to zero
+    # Along an axis that is taken in full an index can only be 0 (JAX clamps others), so
+    # it picks nothing. If all axes are taken in full, the first stands for a table of
+    # one row.
     picked = [a for a in columns if sizes[a] != shape[a]] or list(columns[:1])
     if (
         len(picked) != 1
@@ -91,6 +96,7 @@ def picked_axis(node: Node) -> Picked | None:
             for a, (n, m) in enumerate(zip(sizes, shape, strict=True))
             if a not in picked
         )
+        # a row is dropped if any of its columns is out of bounds; `drops` is for one
         or (fill and len(columns) > 1)
     ):
         return None
@@ -98,7 +104,7 @@ def picked_axis(node: Node) -> Picked | None:
 
 
 def embedding(node: Node, views: Sequence[View | None], state: State) -> Outcome:
-    """A gather of whole rows: the axis indexed is the input, all others outputs."""
+    """A gather of full rows: the indexed axis is the input, all others are outputs."""
     view = views[0]
     if view is None:
         return Refused("used as indices by `gather`")

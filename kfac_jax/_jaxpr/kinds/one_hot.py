@@ -1,4 +1,4 @@
-"""Dense layers of one-hot inputs are embeddings."""
+"""Dense layers with one-hot inputs, which are embeddings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,16 +13,16 @@ from kfac_jax._jaxpr.sites import Site
 
 
 class Indices(NamedTuple):
-    """What a one-hot value is made of."""
+    """The integers that a one-hot value encodes."""
 
-    atom: Atom  # the integers
-    axis: int  # along which the value is one-hot
-    size: int  # of that axis
+    atom: Atom  # the integers, with a length of 1 along `axis`
+    axis: int  # the axis along which the value is one-hot
+    size: int  # the length of that axis
 
 
 def one_hot_values(graph: Graph) -> Mapping[int, Indices]:
-    """Finds values that are one-hot: integers compared with an `iota`, and cast."""
-    counting: dict[int, int] = {}  # along which axis a value is an iota
+    """Finds one-hot values: integers compared with an `iota`, then cast."""
+    counting: dict[int, int] = {}  # the axis along which a value is 0, 1, 2, ...
     found: dict[int, Indices] = {}
     for node in graph.walk():
         if len(node.outputs) != 1:
@@ -58,14 +58,21 @@ def _compared(node: Node, counting: Mapping[int, int]) -> Indices | None:
     return None
 
 
-def as_embedding(site: Site, known: Mapping[int, Indices]) -> Site:
-    """A dense site whose input is one-hot, as the embedding that it is."""
+def as_embedding(site: Site, one_hot: Mapping[int, Indices]) -> Site:
+    """Turns a dense site with a one-hot input into an embedding; returns others as is.
+
+    An embedding's input factor is diagonal, so it needs no `[vocabulary, vocabulary]`
+    matrix.
+    """
     reader = site.reader
-    found = known.get(site.x) if site.x is not None and is_value(site.x) else None
-    if not isinstance(reader, Dense) or found is None or reader.x_places:
+    indices = one_hot.get(site.x) if site.x is not None and is_value(site.x) else None
+    if not isinstance(reader, Dense) or indices is None or reader.x_windows:
         return site
     axes = reader.x_axes
-    if axes.independent or axes.features != (found.axis,):
+    if axes.independent or axes.features != (indices.axis,):
         return site
-    table = Table(axes, reader.y_axes, found.size, drops=True, y_places=reader.y_places)
-    return dataclasses.replace(site, reader=table, x=found.atom)
+    # `drops`: an integer out of bounds equals no entry of the iota, so its row is zero
+    table = Table(
+        axes, reader.y_axes, indices.size, drops=True, y_windows=reader.y_windows
+    )
+    return dataclasses.replace(site, reader=table, x=indices.atom)

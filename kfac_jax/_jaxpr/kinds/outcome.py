@@ -1,24 +1,25 @@
-"""What becomes of an equation that consumes a parameter."""
+"""The possible outcomes for an equation that combines a parameter with data."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr.graph import Atom, Node
-from kfac_jax._jaxpr.sites import Axes, Held, Reader, Site
+from kfac_jax._jaxpr.sites import Axes, Parameter, Reader, Site
 from kfac_jax._jaxpr.states import State
 from kfac_jax._jaxpr.view import Layout, View, source_view
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Linear:
-    """A linear site, and its output as a view of what the site puts out.
+    """A linear layer's site, and its output as a view that biases can be matched with.
 
     Attributes:
       site: the site.
-      view: the output, as a view of itself.
-      shape: the shape of what the site puts out.
-      axes: its axes.
+      view: the equation's output as a view of an array of shape `shape`.
+      shape: the output's shape, with an axis of its own for each role: a grouped
+        convolution's channels are `[groups, channels per group]`.
+      axes: the roles of the axes of `shape`.
       shift: the use of a bias that a tag names beside the weight.
     """
 
@@ -31,7 +32,7 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Refused:
-    """Why an equation is not a layer."""
+    """The reason why an equation is not a layer."""
 
     reason: str
 
@@ -46,8 +47,8 @@ class Generic:
 Outcome = Linear | Refused | Generic
 
 Rule = Callable[[Node, Sequence[View | None], State], Outcome]
-"""From a node, the views of its operands (None for data) and where the examples are in
-its result."""
+"""Maps a node, the views of its operands (None for data), and the state of its first
+result, to an outcome."""
 
 
 def site_of(
@@ -59,23 +60,23 @@ def site_of(
     x: Atom | None = None,
     output: Any = None,
     weight: Layout | None = None,
-    bias: Held | None = None,
+    bias: Parameter | None = None,
     transposed: Layout | None = None,
     scale: Any = None,
 ) -> Site:
-    """The use of a parameter by an equation.
+    """Makes a site of an equation that uses a parameter.
 
     Args:
       node: the equation.
-      view: how it sees the parameter.
-      reader: how rows are read from its operands.
-      state: where the examples are in what `reader` calls the output.
+      view: the equation's operand, as a view of the parameter.
+      reader: reads rows from input and output.
+      state: the state of the output.
       x: the input.
-      output: the output, if it is not the equation's.
+      output: the id of the output; by default the equation's first result.
       weight: the weight's layout.
       bias: the bias.
       transposed: the weight's layout with inputs and outputs swapped.
-      scale: the scalar factor, if it is not the view's.
+      scale: the scalar factor; by default the view's.
 
     Returns:
       The site.
@@ -84,7 +85,7 @@ def site_of(
         reader=reader,
         output=node.outputs[0] if output is None else output,
         x=x,
-        weight=weight and Held(view.source, weight),
+        weight=weight and Parameter(view.source, weight),
         bias=bias,
         transposed=transposed,
         examples=reader.y_axes.examples(state),
@@ -96,6 +97,6 @@ def site_of(
 
 
 def plain_linear(node: Node, site: Site, shift: Site | None = None) -> Linear:
-    """The outcome of an equation whose output is the site's as it is."""
+    """The outcome of an equation whose result is the site's output, not reshaped."""
     shape = node.out_shape()
     return Linear(site, source_view(-1, shape), shape, site.reader.y_axes, shift)

@@ -12,7 +12,7 @@ from kfac_jax._jaxpr.kinds.outcome import (
     plain_linear,
     site_of,
 )
-from kfac_jax._jaxpr.sites import Axes, Held, is_one
+from kfac_jax._jaxpr.sites import Axes, Parameter, is_one
 from kfac_jax._jaxpr.states import State
 from kfac_jax._jaxpr.view import Layout, View
 
@@ -25,31 +25,34 @@ def generic(node: Node, views: Sequence[View | None], state: State) -> Outcome:
 
 
 def tagged(node: Node, views: Sequence[View | None], state: State) -> Outcome:
-    """A layer under one of the `register_*` layer tags.
+    """A layer with one of the `register_*` layer tags.
 
-    Convolutions are looked up where their output comes from instead.
+    Discovery finds convolutions where their output is computed, not by their tag.
     """
     kind, names = node.params["kind"], node.params["names"]
     if any(view is not None for view in views[:2]):
         return Refused(f"tagged as {kind}, but the layer's input is a parameter")
-    parts = views[1 + node.params["num_inputs"] :]
-    given = {
-        name: view for name, view in zip(names, parts, strict=True) if view is not None
+    operands = views[1 + node.params["num_inputs"] :]
+    parameters = {
+        name: view
+        for name, view in zip(names, operands, strict=True)
+        if view is not None
     }
-    if len(given) != len(parts):
+    if len(parameters) != len(operands):
         return Refused(f"tagged as {kind}, but an operand is not a view of a parameter")
-    return _RULES[kind](node, given, state)
+    return _RULES[kind](node, parameters, state)
 
 
-def _dense(node: Node, given: dict[str, View], state: State) -> Outcome:
+def _dense(node: Node, parameters: dict[str, View], state: State) -> Outcome:
+    # `vmap` over the weights puts that many leading axes in front, of the output too
     n, rank = node.params["independent"], len(node.out_shape())
-    view, added = given["w"], given.get("b")
+    view, added = parameters["w"], parameters.get("b")
     weight = view.layout([[a] for a in view.axes[: n + 2]])
     layout = added and added.layout([[a] for a in added.axes[: n + 1]])
     if weight is None or (added is not None and layout is None):
         return Refused("tagged as dense, but a parameter is repeated or partly used")
     axes = Axes(tuple(range(n)), tuple(range(n, rank - 1)), (rank - 1,))
-    bias = Held(added.source, layout) if added and layout else None
+    bias = Parameter(added.source, layout) if added and layout else None
     fits = added is not None and _fits(view, added)
     site = site_of(
         node,
@@ -62,25 +65,27 @@ def _dense(node: Node, given: dict[str, View], state: State) -> Outcome:
     )
     if added is None:
         return plain_linear(node, site)
+    # The bias is recorded as a shift too, for where it cannot join the weight's layer.
+    # As a shift it is a single layer, also under a `vmap` over the weights.
     by_itself = Shift(Axes((), axes.rows, (*axes.independent, *axes.features)))
     joint = added.layout([added.axes[: n + 1]])
     assert joint is not None  # as there is a layout of the same axes
-    alone = site_of(node, added, by_itself, state, bias=Held(added.source, joint))
+    alone = site_of(node, added, by_itself, state, bias=Parameter(added.source, joint))
     return plain_linear(node, site, alone)
 
 
 def _fits(weight: View, bias: View) -> bool:
-    """Whether a bias can be the weight of the weight's homogeneous coordinate."""
+    """Whether a bias can be the last row of the weight's matrix, whose input is 1."""
     return weight.scans == bias.scans and is_one(bias.scale)
 
 
-def _scale_and_shift(node: Node, given: dict[str, View], state: State) -> Outcome:
+def _scale_and_shift(node: Node, parameters: dict[str, View], state: State) -> Outcome:
     shape = node.out_shape()
     if node.params["independent"] or node.shape(1) != shape:
         return Refused("tagged as scale_and_shift under a vmap over its parameters")
     wide = {
         name: view.broadcast(shape, range(len(shape) - len(view.axes), len(shape)))
-        for name, view in given.items()
+        for name, view in parameters.items()
     }
     features = feature_axes(next(iter(wide.values())), shape)
     if features is None or any(
@@ -101,7 +106,7 @@ def _scale_and_shift(node: Node, given: dict[str, View], state: State) -> Outcom
         joint = shift.layout([[shift.axes[a] for a in features]])
         assert joint is not None  # as there is a layout of the same axes
         reader = Shift(Axes((), rows, features))
-        bias = Held(shift.source, joint)
+        bias = Parameter(shift.source, joint)
         alone = site_of(node, shift, reader, state, bias=bias)
     if scale is None:
         assert alone is not None  # the tag has one of them
@@ -114,7 +119,7 @@ def _scale_and_shift(node: Node, given: dict[str, View], state: State) -> Outcom
         state,
         x=node.inputs[1],
         weight=layouts["scale"],
-        bias=Held(shift.source, layouts["shift"]) if shift and fits else None,
+        bias=Parameter(shift.source, layouts["shift"]) if shift and fits else None,
     )
     return plain_linear(node, site, alone)
 

@@ -1,4 +1,4 @@
-"""Where parameters are cut, or joined to others, along the axes that layers see."""
+"""Windows of parameters that are cut, or joined to others, along a layer's axes."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -6,12 +6,12 @@ from typing import Literal
 from kfac_jax._jaxpr.sites import Window
 from kfac_jax._jaxpr.view import Piece, View
 
-Kind = Literal["part", "place"]
-"""Cut from a longer piece, or joined to others: those attributes of `Piece`."""
+Kind = Literal["cut", "joined"]
+"""The attribute of `Piece` that holds the window."""
 
 
 def pieces_alone(view: View, axes: Sequence[int], kind: Kind) -> list[Piece]:
-    """Those windows of that kind that are one of these axes by themselves."""
+    """The pieces with a window of that kind that are an axis by themselves."""
     pieces = [view.only(axis) for axis in axes]
     return [p for p in pieces if p is not None and getattr(p, kind)]
 
@@ -19,7 +19,17 @@ def pieces_alone(view: View, axes: Sequence[int], kind: Kind) -> list[Piece]:
 def windows_on(
     view: View, axes: Sequence[int], others: Sequence[int], kind: Kind
 ) -> tuple[Window, ...]:
-    """The windows of those pieces, on the axes of data that these axes meet."""
+    """Translates pieces' windows to the axes of the data that they are combined with.
+
+    Args:
+      view: the parameter.
+      axes: axes of the view.
+      others: for each of them the axis of the data that it meets.
+      kind: which windows.
+
+    Returns:
+      The windows, on axes of the data.
+    """
     return tuple(
         Window(other, *getattr(piece, kind))
         for axis, other in zip(axes, others, strict=True)
