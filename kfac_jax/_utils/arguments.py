@@ -109,7 +109,7 @@ def count(name: str, value: Any, least: int) -> None:
         raise ValueError(f"{name} must be an integer ≥ {least}; got {shown(value)}.")
 
 
-def integer(name: str, value: Any, least: int) -> None:
+def integer_from(name: str, value: Any, least: int) -> None:
     """Like `count`, with TypeError for what is no integer."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer; got {value!r}.")

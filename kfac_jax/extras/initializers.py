@@ -64,7 +64,7 @@ def sparse_normal(
     >>> weights.shape, (weights != 0).sum(0).tolist()
     ((6, 3), [2, 2, 2])
     """
-    arguments.integer("incoming", incoming, 1)
+    arguments.integer_from("incoming", incoming, 1)
     arguments.number("stddev", stddev)
     if not 0.0 <= stddev < float("inf"):
         raise ValueError(f"stddev must be finite and at least 0; got {stddev}.")

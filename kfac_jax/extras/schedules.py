@@ -49,12 +49,12 @@ class ExponentialBatchSize:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        arguments.integer("multiple_of", self.multiple_of, 1)
-        arguments.integer("initial (m_1)", self.initial, self.multiple_of)
-        arguments.integer("final (|S|)", self.final, self.initial)
-        arguments.integer("steps", self.steps, 2)
+        arguments.integer_from("multiple_of", self.multiple_of, 1)
+        arguments.integer_from("initial (m_1)", self.initial, self.multiple_of)
+        arguments.integer_from("final (|S|)", self.final, self.initial)
+        arguments.integer_from("steps", self.steps, 2)
         if self.distinct is not None:
-            arguments.integer("distinct", self.distinct, 2)
+            arguments.integer_from("distinct", self.distinct, 2)
             if self.distinct > self.steps:
                 raise ValueError(
                     f"distinct must be at most steps ({self.steps}); got "
