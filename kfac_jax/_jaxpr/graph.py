@@ -64,7 +64,7 @@ class Node:
 
     @property
     def source(self) -> str:
-        """The user's source line: the equation's, or of the call it was inlined from."""
+        """The user's line of the equation, or of the call that it was inlined from."""
         lines = map(_compat.source_line, (self.equation, *reversed(self.callers)))
         return next((line for line in lines if line), "")
 

@@ -53,7 +53,7 @@ class Alone(Devices):
         """The same."""
         return list(flags)
 
-    def kept_shape(self, shape: Shape) -> Shape:
+    def row_shape(self, shape: Shape) -> Shape:
         """The same."""
         return shape
 
@@ -61,7 +61,7 @@ class Alone(Devices):
         """The same."""
         return list(leaves)
 
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
         """The same."""
         return list(rows)
 

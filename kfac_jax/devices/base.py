@@ -77,7 +77,7 @@ class Devices(abc.ABC):
     # ------------------------------------------------------------------------- rows
 
     @abc.abstractmethod
-    def kept_shape(self, shape: Shape) -> Shape:
+    def row_shape(self, shape: Shape) -> Shape:
         """The shape of what is kept of an array."""
 
     @abc.abstractmethod
@@ -85,7 +85,7 @@ class Devices(abc.ABC):
         """What is kept of arrays that all devices have."""
 
     @abc.abstractmethod
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
         """Inverts `rows`: one collective for each type."""
 
     @abc.abstractmethod
@@ -102,7 +102,7 @@ class Devices(abc.ABC):
           The results.
         """
 
-    def kept(self, tree: T) -> T:
+    def tree_rows(self, tree: T) -> T:
         """`rows`, of a tree."""
         leaves, treedef = jax.tree.flatten(tree)
         return jax.tree.unflatten(treedef, self.rows(leaves))

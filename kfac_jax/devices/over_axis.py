@@ -170,7 +170,7 @@ class OverAxis(Several):
 
     # ------------------------------------------------------------------------- rows
 
-    def kept_shape(self, shape: Shape) -> Shape:
+    def row_shape(self, shape: Shape) -> Shape:
         """The shape of a device's rows."""
         return own_shape(shape, self.keepers()) if self.cuts_state else shape
 
@@ -188,7 +188,7 @@ class OverAxis(Several):
         start = jax.lax.axis_index(self.state_axes) * count
         return jax.lax.dynamic_slice_in_dim(x, start, count)
 
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
         """Arrays of which each device has its rows: one collective for each type."""
         if not self.cuts_state:
             return list(rows)

@@ -102,7 +102,7 @@ class OverMesh(Several):
 
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
         """The same, of `sums` by rows where devices keep these."""
-        return weight, counts, self.kept(sums)
+        return weight, counts, self.tree_rows(sums)
 
     def everywhere(self, flags: Sequence[Array]) -> list[Array]:
         """The same."""
@@ -110,7 +110,7 @@ class OverMesh(Several):
 
     # ------------------------------------------------------------------------- rows
 
-    def kept_shape(self, shape: Shape) -> Shape:
+    def row_shape(self, shape: Shape) -> Shape:
         """The shape of all devices' rows."""
         if not self.cuts_state:
             return shape
@@ -124,11 +124,11 @@ class OverMesh(Several):
         cut = self._mapped(self._inside.rows, (P(),), P(self.state_axes))
         return jax.jit(cut)(list(leaves))
 
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
         """Arrays whose rows lie on the devices: one collective for each type."""
         if not self.cuts_state:
             return list(rows)
-        return self.apart(lambda over, rows, _: over.whole(rows, shapes), rows, ())
+        return self.apart(lambda over, rows, _: over.full(rows, shapes), rows, ())
 
     def apart(
         self, function: Callable[[OverAxis, Any, Any], T], rows: Any, whole: Any

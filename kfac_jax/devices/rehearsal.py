@@ -73,7 +73,7 @@ class Rehearsal(Several):
 
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
         """Of all arrays or of rows; a sum moves twice what it takes to gather it."""
-        rows = self.kept(sums)
+        rows = self.tree_rows(sums)
         if self._scatters:
             self._gather(self._keepers * nbytes(rows), self._keepers)
             self._gather(2 * nbytes(rows), self._devices // self._keepers)
@@ -83,24 +83,22 @@ class Rehearsal(Several):
 
     # ------------------------------------------------------------------------- rows
 
-    def kept_shape(self, shape: Shape) -> Shape:
+    def row_shape(self, shape: Shape) -> Shape:
         """The shape of a device's rows."""
         return own_shape(shape, self._keepers) if self.cuts_state else shape
 
     def rows(self, leaves: Sequence[Array]) -> list[Array]:
         """A device's rows."""
-        return [jnp.zeros(self.kept_shape(x.shape), x.dtype) for x in leaves]
+        return [jnp.zeros(self.row_shape(x.shape), x.dtype) for x in leaves]
 
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
         """Of rows that are gathered, if devices keep rows."""
         self._gather(self._keepers * nbytes(rows), self._keepers)
         return [jnp.zeros(s, x.dtype) for x, s in zip(rows, shapes, strict=True)]
 
     def gather(self, parts: Sequence[Array]) -> list[Array]:
         """The devices' parts behind each other, `[devices · rows, ...]`."""
-        return self.whole(
-            parts, [(len(x) * self._keepers, *x.shape[1:]) for x in parts]
-        )
+        return self.full(parts, [(len(x) * self._keepers, *x.shape[1:]) for x in parts])
 
     def own_part(self, x: Array) -> Array:
         """A device's part of the first axis, filled up with zeros."""

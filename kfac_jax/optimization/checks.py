@@ -111,7 +111,7 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
       ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
     arrays = jax.tree.map(
-        lambda x: x.update(shape=devices.kept_shape(x.shape)),
+        lambda x: x.update(shape=devices.row_shape(x.shape)),
         {
             "factors": abstract_factors(curvature.groups),
             "inverses": abstract_inverses(curvature.groups),

@@ -95,7 +95,7 @@ def _whole(
     def join(rows: list[Array]) -> list[Array]:
         if devices is None:
             return [from_rows(x, s) for x, s in zip(rows, shapes, strict=True)]
-        return devices.whole(rows, shapes)
+        return devices.full(rows, shapes)
 
     # compiled at once: one by one, each shape would be compiled for itself
     compiled = join if isinstance(devices, OverAxis) else jax.jit(join)
@@ -130,7 +130,7 @@ def spread_state(curvature: Curvature, state: T, devices: Sharing) -> T:
 def _spread(curvature: Curvature, state: KFACState, devices: Devices) -> KFACState:
     leaves, _, treedef = _leaves(curvature, state, None, whole=True)
     if not isinstance(devices, OverMesh):
-        found = devices.kept(leaves)
+        found = devices.tree_rows(leaves)
         return state._replace(**jax.tree.unflatten(treedef, found))
     if devices.cuts_state:  # not by `kept`: the arrays may lie on other devices
         keepers = devices.keepers()
@@ -229,7 +229,7 @@ def _fits(
     if whole:
         return got == shape
     if devices is not None:
-        return got == devices.kept_shape(shape)
+        return got == devices.row_shape(shape)
     rows, *rest = rows_shape(shape, 1)
     return len(got) > 0 and got[0] >= rows and [*got[1:]] == rest
 
