@@ -86,7 +86,7 @@ class OverAxis(Several):
             )
 
     def size(self) -> int:
-        """How many devices share the work.
+        """The number of devices that share the work.
 
         Raises:
           ValueError: if the axis does not exist where this is called.
@@ -94,11 +94,11 @@ class OverAxis(Several):
         return self._size(self.axis)
 
     def sharing_only(self) -> "OverAxis":
-        """The same devices, each of which has all of the state."""
+        """The same devices, each of which keeps the full state."""
         return OverAxis(self.axis)
 
     def keepers(self) -> int:
-        """In how many parts the state is cut."""
+        """The number of parts that the state is cut into."""
         return self._size(self.state_axes) if self.state_axes else 1
 
     def _size(self, axes: str | tuple[str, ...]) -> int:
@@ -115,7 +115,7 @@ class OverAxis(Several):
     # ------------------------------------------------------------------ collectives
 
     def mean(self, tree: T) -> T:
-        """The average over the devices, of what is not the same on all."""
+        """Averages the arrays that differ between devices."""
         leaves, treedef = jax.tree.flatten(tree)
         places = [i for i, each in enumerate(self._differs(leaves)) if each]
         totals = self._sum([leaves[i] for i in places])
@@ -124,7 +124,11 @@ class OverAxis(Several):
         return jax.tree.unflatten(treedef, leaves)
 
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
-        """In one collective for each type, `sums` only where they tell something."""
+        """Sums in one collective for each type; `sums` only if the weight is positive.
+
+        The condition is the summed weight, the same on all devices: a collective that
+        only some devices enter would block for ever.
+        """
         small, small_tree = jax.tree.flatten((weight, counts))
         leaves, treedef = jax.tree.flatten(sums)
         if not any(self._differs([*small, *leaves])):  # JAX has summed them
@@ -166,7 +170,7 @@ class OverAxis(Several):
             own = jax.lax.psum_scatter(x, self.state_axes)
             return jax.lax.psum(own, others) if others else own
 
-        return together(cut, scatter, kept=1)
+        return together(cut, scatter, leading=1)
 
     # ------------------------------------------------------------------------- rows
 
@@ -201,10 +205,10 @@ class OverAxis(Several):
         return [x.reshape(-1, *x.shape[2:]) for x in together(parts, gather)]
 
     def apart(
-        self, function: Callable[["OverAxis", Any, Any], T], rows: Any, whole: Any
+        self, function: Callable[["OverAxis", Any, Any], T], rows: Any, full: Any
     ) -> T:
         """Calls it: every device runs this."""
-        return function(self, rows, whole)
+        return function(self, rows, full)
 
     # --------------------------------------------------------------------- inversion
 

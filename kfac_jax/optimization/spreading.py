@@ -1,4 +1,4 @@
-"""States of which devices keep parts: how they lie, and the way there and back."""
+"""States whose rows are spread over devices: their shardings, and conversions."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ from kfac_jax.plan.group import abstract_factors, abstract_inverses
 T = TypeVar("T")
 
 _SPREAD = ("factors", "inverses", "velocity")
-"""What devices keep rows of."""
+"""The fields of the state that devices keep rows of."""
 
 
 def state_specs(devices: Sharing | None) -> KFACState:
@@ -147,7 +147,8 @@ def _spread(curvature: Curvature, state: KFACState, devices: Devices) -> KFACSta
 def _laid(x: Any, lies: NamedSharding) -> Array:
     """`device_put`, also onto devices of other processes that have the same array.
 
-    There it would compare what the processes have, and find that NaN is not NaN.
+    `device_put` itself compares the processes' arrays for equality then, and fails for
+    arrays with NaN, which is not equal to itself.
     """
     here = isinstance(x, np.ndarray | Array) and not isinstance(x, Tracer)
     here = here and getattr(x, "is_fully_addressable", True)
@@ -162,7 +163,7 @@ def _mapped(
     tree: T,
     other: Callable[[Any], Any] = lambda x: x,
 ) -> T:
-    """Applies one function to the K-FAC states in a tree, another to all else.
+    """Applies a function to the K-FAC states in a tree, and another to other leaves.
 
     Raises:
       TypeError: if there is none.
@@ -187,7 +188,7 @@ def _leaves(
     devices: Sharing | None,
     whole: bool = False,
 ) -> tuple[list[Array], list[tuple[int, ...]], Any]:
-    """What can be cut: the arrays, their whole shapes, and the tree they are leaves of.
+    """The arrays that can be cut, their full shapes, and their tree's structure.
 
     Raises:
       ValueError: if an array is not as it should be.
