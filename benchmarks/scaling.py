@@ -151,7 +151,7 @@ def _statistics(curvature: kfac_jax.Curvature, params: Any, *args: Any) -> Any:
 
 def _refresh(groups: Any, over: Any, factors: Any, old: Any) -> Any:
     shapes = {n: part for x in groups for n, part in x.factor_shapes.items()}
-    factors = by_rows.whole(shapes, factors, over)
+    factors = by_rows.full(shapes, factors, over)
     return inverses_lib.refresh(groups, factors, old, jnp.float32(1.0), over)[0]
 
 
@@ -274,7 +274,7 @@ def _on_devices(problem: Problem, count: int, only: str = "") -> Results:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree
         )
 
-    state = jax.eval_shape(lambda: over.kept(inverses_lib.initial(groups)))
+    state = jax.eval_shape(lambda: over.tree_rows(inverses_lib.initial(groups)))
     rows, params, batch = lay(state, "data"), lay(shapes[0]), lay(shapes[1:], "data")
     programs: list[tuple[str, Callable[..., Any], Any]] = [
         (

@@ -1,7 +1,8 @@
-"""Arrays to begin with. Outside of traced programs, nothing is compiled for them.
+"""Initial arrays, made without compiling anything (outside of traced programs).
 
-Computed one by one, each shape would be compiled for itself, and in one program each
-array is still a kernel of its own: of an optimizer's first call that was a tenth.
+If JAX computed them one by one, each shape would be compiled by itself. Even in a
+single program each array is a kernel of its own, which took a tenth of an optimizer's
+first call.
 """
 
 from typing import Any
@@ -14,7 +15,7 @@ from jax import Array
 
 
 def _computed() -> bool:
-    """Whether arrays are to be part of a traced program, or follow a mesh."""
+    """Whether JAX must compute arrays: inside of a trace, or with a mesh in context."""
     traced = isinstance(jnp.zeros(()), jax.core.Tracer)
     return traced or not jax.sharding.get_abstract_mesh().empty
 
@@ -25,7 +26,7 @@ def _placed(x: np.ndarray) -> Array:
 
 
 def full(shape: tuple[int, ...], value: float, dtype: Any) -> Array:
-    """The value everywhere.
+    """An array with one value in all entries.
 
     >>> full((2,), 1.0, jnp.float32)
     Array([1., 1.], dtype=float32)
@@ -48,7 +49,7 @@ def identities(shape: tuple[int, ...], dtype: Any) -> Array:
 
 
 def zeros_like(x: Any) -> Array:
-    """Zeros where x is: on its devices, with its sharding."""
+    """Zeros with the shape, type, devices and sharding of x."""
     if isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer):
         if not x.committed and not _computed():
             return full(x.shape, 0.0, x.dtype)

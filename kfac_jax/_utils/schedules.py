@@ -10,7 +10,7 @@ from kfac_jax._utils.arguments import is_number, shown, within
 
 
 def at(value: optax.ScalarOrSchedule, step: Numeric) -> ArrayLike:
-    """The number, or what the schedule says of a step, counted from 0.
+    """The number, or the schedule's value at a step, counted from 0.
 
     >>> at(0.5, 3), at(lambda step: 0.5**step, 3)
     (0.5, 0.125)

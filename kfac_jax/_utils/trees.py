@@ -45,7 +45,7 @@ class TreeSpec:
         return found
 
     def masked_leaves(self, tree: Any, what: str) -> list[Any | None]:
-        """Like `leaves`, but what `optax.masked` hides comes back as None.
+        """Like `leaves`, but leaves that `optax.masked` hides are None.
 
         Args:
           tree: the tree; a masked node may stand for a whole subtree.
@@ -80,7 +80,7 @@ class TreeSpec:
         return jax.tree.unflatten(treedef, filled)
 
     def _places(self, tree: Any, treedef: Any, what: str) -> list[list[int]]:
-        """Which of the plan's leaves each node (a leaf, or hidden) stands for."""
+        """For each node (a leaf, or a hidden subtree) the plan's leaves in it."""
         index_tree = jax.tree.unflatten(self.treedef, range(len(self.paths)))
         try:
             subtrees = treedef.flatten_up_to(index_tree)
@@ -107,7 +107,7 @@ class TreeSpec:
         return places
 
     def _same_names(self, tree: Any) -> list[int] | None:
-        """Matches trees of one set of paths in other containers (flax's Variables)."""
+        """Matches leaves by path, in trees of other containers (flax's Variables)."""
         found = [_plain(path_name(p)) for p, _ in jax.tree.leaves_with_path(tree)]
         mine = [_plain(path) for path in self.paths]
         if sorted(found) != sorted(mine) or len(set(mine)) != len(mine):

@@ -1,4 +1,4 @@
-"""What a block is: the approximation of one layer's diagonal block of the curvature."""
+"""The protocol of blocks, which approximate one layer's block of the curvature."""
 
 import abc
 import dataclasses
@@ -23,19 +23,19 @@ from kfac_jax.blocks._layout import (
 
 
 class Damped(NamedTuple):
-    """`factor + shift · I`, which is to be inverted."""
+    """The matrix `factor + shift · I`, to be inverted."""
 
-    factor: Array  # [*e, d, d]; of any shape [*e, ...] where inverted elementwise
-    shift: Array  # [*e]; [] where inverted elementwise, or for all
+    factor: Array  # [*e, d, d]; any shape [*e, ...] if inverted elementwise
+    shift: Array  # [*e]; [] if inverted elementwise, or if equal for all
 
 
 @dataclasses.dataclass(frozen=True)
 class Spectrum:
-    """An eigendecomposition of a block: what functions of its matrix are computed from.
+    """An eigendecomposition of a block, for functions of its matrix.
 
     Attributes:
       eigenvalues: `(damping, mode) -> array` of the eigenvalues of the damped block.
-      to_basis: takes `[*e, i, o]` vectors to coordinates shaped like the eigenvalues.
+      to_basis: maps `[*e, i, o]` vectors to coordinates shaped like the eigenvalues.
       from_basis: the transpose (and inverse) of `to_basis`.
     """
 
@@ -47,37 +47,38 @@ class Spectrum:
 class Block(abc.ABC):
     """A frozen, hashable description of an approximation; all arrays are passed in.
 
-    A layer's statistics are sums over the batch which also add up over micro-batches
-    and devices; its factors are their normalised form, of which moving averages are
-    kept. `damp` gives what has to be inverted; those in `elementwise` by reciprocals,
-    all others as positive definite matrices. `solve(inverses, v)` applies the inverted
-    damped block.
+    A layer's statistics are sums over the batch, which add up over micro-batches and
+    devices. Its factors are the sums divided by counts, and the optimizer stores moving
+    averages of them. `damp` returns the arrays to invert: those named in `elementwise`
+    by reciprocals, all others as positive definite matrices. `solve(inverses, v)`
+    applies the inverted damped block.
 
     Laws: `solve` with inverses of `damp` inverts `matvec` plus damping (exactly, or in
     factored form for `Kronecker`); `spectrum` agrees with `matvec`.
     """
 
     elementwise: ClassVar[frozenset[str]] = frozenset()
-    """Which results of `damp` are inverted by reciprocals."""
+    """The names of results of `damp` that are inverted by reciprocals."""
 
     row_statistics: ClassVar[frozenset[str]] = frozenset()
-    """Statistics of inputs only. Exact modes gather them once, not for each output; for
-    an input that all cases share they are multiplied by the number of cases."""
+    """The names of statistics that depend on inputs only. Exact modes gather them once,
+    not for each output. For an input that all cases share they are multiplied by the
+    number of cases."""
 
     handles_tied: ClassVar[bool] = False
-    """Whether it can be the block of a weight that is used transposed too. The methods
-    that get a shape must then mind `tied`; `statistics` gets one of its `terms`, and
-    what it returns for the second is given the prefix `transposed_`."""
+    """Whether it can be the block of a weight that is also used transposed. Then the
+    methods that get a shape must handle `tied`. `statistics` gets one of the shape's
+    `terms`; its results for the second get the prefix `transposed_`."""
 
     handles_one_hot: ClassVar[bool] = False
-    """Whether an embedding's inputs may be given as the integers that they are: then
-    its shape is `one_hot`, and `statistics` gets `x [*e, b, s]`. A factor of the
-    table, as in `√d · table[ids]`, is in `dy` then. Others get one-hot rows
-    `[*e, b, s, i]`, multiplied by it."""
+    """Whether `statistics` takes an embedding's inputs as integers `x [*e, b, s]`, with
+    a shape that is `one_hot`. Then a scalar factor of the table, as in
+    `√d · table[ids]`, is in `dy`. Other blocks get one-hot rows `[*e, b, s, i]`, which
+    are multiplied by the factor."""
 
     carried: ClassVar[frozenset[str]] = frozenset()
-    """Factors that `statistics` needs, as keywords, and `solve`, beside the inverses:
-    a basis. Statistics hold them too, once for each batch."""
+    """The names of factors that are a basis. `statistics` gets them as keywords, and
+    `solve` among the inverses. A batch's statistics include them, too."""
 
     solves_by_sides: ClassVar[bool] = False
     """Whether `solve` is `A⁻¹ V G⁻¹` with the inverses of `input` and `output`, or of
@@ -91,8 +92,8 @@ class Block(abc.ABC):
     """Whether there is `of_gradients`, for weights that are used several times."""
 
     gradient_products: bool = False
-    """Whether a gradient stays the product `Xᵀ dY` that it is, where that saves
-    arithmetic; only with `solves_by_sides`."""
+    """Whether gradients are kept as products `Xᵀ dY` where that saves arithmetic; only
+    with `solves_by_sides`."""
 
     @property
     def needs_examples(self) -> bool:
@@ -103,7 +104,7 @@ class Block(abc.ABC):
     def inverted_in_every_step(self) -> bool:
         """Whether the inverse follows the factors and λ in every step, not every T3.
 
-        All of `damp` must be elementwise then.
+        If so, all results of `damp` must be elementwise.
         """
         return bool(self.carried)
 
@@ -112,9 +113,9 @@ class Block(abc.ABC):
         """Shapes of the factors."""
 
     def statistics_shapes(self, shape: BlockShape) -> Shapes:
-        """Those of the statistics, the factors' if there are no others.
+        """Shapes of the statistics, each with the `stacked` axes in front.
 
-        Each with the `stacked` axes in front.
+        By default the factors' shapes.
         """
         return self.factor_shapes(shape)
 
@@ -148,16 +149,16 @@ class Block(abc.ABC):
         return x, dy
 
     def counts(self, statistics: Arrays, weight: Float[Array, ""]) -> Arrays:
-        """What sums are divided by to become factors, by the factors' names.
+        """The divisors that turn sums into factors, by the factors' names.
 
-        Sums like the statistics: those of devices and micro-batches add up.
+        Counts are sums too: those of devices and micro-batches add up.
 
         Args:
           statistics: the sums.
-          weight: how many batches they are a sum of.
+          weight: the number of cases that the sums are over.
 
         Returns:
-          Counts that broadcast to the factors; the number of batches for all.
+          Counts that broadcast to the factors; by default the weight for all.
         """
         return dict.fromkeys(statistics, weight)
 
@@ -176,11 +177,11 @@ class Block(abc.ABC):
         return {name: divide(statistics[name], count) for name, count in counts.items()}
 
     def carry(self, factors: Arrays) -> Arrays:
-        """Computes what is `carried` from the other factors."""
+        """Computes the `carried` factors from the others."""
         return {}
 
     def average(self, old: Arrays, new: Arrays, epsilon: Float[Array, ""]) -> Arrays:
-        """Moves the averages on by a batch: `ε · old + (1 - ε) · new`."""
+        """Updates the averages with a batch: `ε · old + (1 - ε) · new`."""
         return {
             name: epsilon.astype(x.dtype) * x
             + (1 - epsilon.astype(x.dtype)) * new[name].astype(x.dtype)
@@ -188,14 +189,14 @@ class Block(abc.ABC):
         }
 
     def refresh(self, factors: Arrays) -> Arrays:
-        """What happens to the factors when inverses are refreshed, every T3 steps."""
+        """Changes the factors when inverses are refreshed, every T3 steps."""
         return factors
 
     @abc.abstractmethod
     def damp(self, factors: Arrays, damping: Numeric) -> dict[str, Damped]:
-        """Returns what is to be inverted for the block with damping λ.
+        """Returns the arrays to invert for the block with damping λ.
 
-        With `carried` factors all of it must be elementwise.
+        With `carried` factors all of them must be elementwise.
         """
 
     @abc.abstractmethod

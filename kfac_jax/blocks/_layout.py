@@ -1,4 +1,4 @@
-"""What blocks see: one layout, whatever the kind of layer.
+"""The layout of all arrays that blocks see, the same for all kinds of layers.
 
 Letters: `e` axes of independent layers (any number of them), `b` batch, `s` positions
 within an example, `i` inputs (with the homogeneous coordinate last if there is a bias),
@@ -15,10 +15,10 @@ Arrays = dict[str, Array]
 """The arrays of one layer, by name."""
 
 Shapes = dict[str, tuple[int, ...]]
-"""Their shapes."""
+"""The shapes of one layer's arrays, by name."""
 
 Inputs = Float[Array, "*e b s i"] | Int[Array, "*e b s"]
-"""Rows, or the integers that one-hot rows are given as."""
+"""Rows of inputs, or integers in place of one-hot rows."""
 
 Outputs = Float[Array, "*e b s o"]
 """Output gradients."""
@@ -40,9 +40,9 @@ class BlockShape:
       inputs: i.
       outputs: o.
       homogeneous: whether the last input is the constant 1 that a bias multiplies.
-      one_hot: whether inputs are given as integers `x [*e, b, s]`, those out of bounds
-        being rows that do not count; only to blocks with `handles_one_hot`.
-      tied: whether the transposed parameters are used too.
+      one_hot: whether inputs are integers `x [*e, b, s]`, out of bounds for rows that
+        do not count; only for blocks with `handles_one_hot`.
+      tied: whether the parameters are also used transposed.
     """
 
     stacked: tuple[int, ...]

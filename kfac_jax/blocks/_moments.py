@@ -22,7 +22,8 @@ from kfac_jax.linalg._gram import gram
 def shapes(shape: BlockShape, max_factor_dim: int | None) -> Shapes:
     """Shapes of the sums for both sides, and of the number of rows that count.
 
-    With a homogeneous coordinate that is the last entry of the inputs' sum.
+    With a homogeneous coordinate that number is the last entry of the inputs' sum, and
+    has no array of its own.
     """
     count = {} if shape.homogeneous else {"count": shape.lead}
     return side_shapes(shape, max_factor_dim) | count
@@ -35,7 +36,7 @@ def moments(
     max_factor_dim: int | None,
     weight_sharing: str,
 ) -> Arrays:
-    """The sums over rows, of `x` that are zero where there is no gradient."""
+    """The sums over rows. Inputs `x` must be zero for rows without a gradient."""
     wanted = shapes(shape, max_factor_dim)
     if shape.one_hot:
         inputs = Side(_occurrences(x, dy, shape.inputs, weight_sharing), False)
@@ -53,7 +54,7 @@ def moments(
 def input_rows(
     x: Float[Array, "*e b s i"], dy: Outputs, weight_sharing: str
 ) -> Float[Array, "*e b r i"]:
-    """The inputs that count as rows: those given or, in "reduce", examples' means."""
+    """The rows of inputs: as given or, in "reduce", each example's mean."""
     if weight_sharing == "expand":
         return x
     x = x.sum(-2, keepdims=True, dtype=wide_dtype(x.dtype))
@@ -61,14 +62,14 @@ def input_rows(
 
 
 def output_rows(dy: Outputs, weight_sharing: str) -> Float[Array, "*e b r o"]:
-    """The output gradients that do: those given or, in "reduce", examples' sums."""
+    """The rows of output gradients: as given or, in "reduce", each example's sum."""
     if weight_sharing == "expand":
         return dy
     return dy.sum(-2, keepdims=True, dtype=wide_dtype(dy.dtype))
 
 
 def counts(sums: Arrays, weight: Float[Array, ""]) -> Arrays:
-    """What the sums are divided by: the inputs' by rows, the outputs' by batches."""
+    """The divisors of the sums: the number of rows for inputs, `weight` for outputs."""
     inputs, outputs = sides(sums)
     count = sums["count"] if "count" in sums else inputs.diagonal[..., -1]
     count = jnp.expand_dims(count, inputs.axes)
@@ -85,7 +86,7 @@ def _active(dy: Outputs) -> Bool[Array, "*e b s"]:
 
 
 def _positions(dy: Outputs) -> Int[Array, "*e b 1"]:
-    """How many positions of each example count; 1 if none does."""
+    """The number of positions of each example that count; 1 if none does."""
     return jnp.maximum(_active(dy).sum(-1, keepdims=True), 1)
 
 

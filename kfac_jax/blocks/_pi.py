@@ -1,4 +1,4 @@
-"""How factored damping is divided between the two factors: π, by norm."""
+"""π, which divides factored damping between the two factors, for several norms."""
 
 from collections.abc import Callable
 
@@ -27,7 +27,7 @@ def pi(norm: str, factors: Sides) -> Float[Array, " 2 *e"]:
       factors: A and G.
 
     Returns:
-      Both, one after the other.
+      π and 1/π, stacked.
 
     References:
       Martens & Grosse 2015, section 6.3.

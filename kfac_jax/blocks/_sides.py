@@ -11,7 +11,7 @@ from kfac_jax.blocks._layout import Arrays, BlockShape, Shapes
 from kfac_jax.linalg._psd import diagonal
 
 DIAGONAL = "_diagonal"
-"""What a factor's name ends in if it is only the diagonal of a matrix."""
+"""The suffix of a factor's name if it is only the diagonal of a matrix."""
 
 SIDES = ("input", "output")
 
@@ -34,21 +34,22 @@ class Side(NamedTuple):
 
     @property
     def frobenius_norm(self) -> Float[Array, "*e"]:
-        """The Frobenius norm; also of numbers whose squares underflow."""
+        """The Frobenius norm, also of entries whose squares underflow."""
         x = self.array
         largest = jnp.abs(x).max(self.axes, keepdims=True)
-        # not by the smallest number: XLA makes of (s / n) / tiny s / (n tiny), a 0 / 0
+        # A zero matrix is divided by 1. With the smallest number instead, XLA rewrites
+        # (s / n) / tiny as s / (n tiny), and n tiny underflows to 0.
         scaled = x / jnp.where(largest > 0, largest, 1.0)
         norm = jnp.sqrt(jnp.square(scaled).sum(self.axes))
         return norm * jnp.squeeze(largest, self.axes)
 
 
 Sides = tuple[Side, Side]
-"""The inputs' and the outputs'."""
+"""The side of the inputs, and that of the outputs."""
 
 
 def sides(arrays: Arrays) -> Sides:
-    """The sides among arrays with other names."""
+    """Picks the two sides from arrays by name."""
     first, second = (
         Side(arrays[name], True)
         if name in arrays
@@ -59,7 +60,7 @@ def sides(arrays: Arrays) -> Sides:
 
 
 def names(both: Sides) -> tuple[str, str]:
-    """What the sides' factors are called."""
+    """The names of the sides' factors."""
     first, second = (
         name if side.is_full else name + DIAGONAL
         for name, side in zip(SIDES, both, strict=True)

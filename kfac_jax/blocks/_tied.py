@@ -1,12 +1,12 @@
-"""Weights that are used as they are and transposed: a sum of two Kronecker products.
+"""Weights that are used both directly and transposed: a sum of two Kronecker products.
 
 A table of embeddings that is also the output layer, or a decoder that shares the
-encoder's weights, has `F ≈ A ⊗ G + G' ⊗ A'`: A and G come from its own inputs and
-output gradients, A' and G' from those of its transpose, whose inputs meet the outputs'
-side. Factors of the second term have the prefix `transposed_`.
+encoder's weights, has `F ≈ A ⊗ G + G' ⊗ A'`. A and G are from the inputs and output
+gradients of the direct use, A' and G' from those of the transposed use, whose inputs
+meet the weight's output side. Factors of the second term have the prefix `transposed_`.
 
-Such a sum has no inverse that is made of factors. It is replaced by the Kronecker
-product nearest to it in the Frobenius norm, `X ⊗ Y`.
+The inverse of such a sum is no Kronecker product. So the sum is replaced by the product
+`X ⊗ Y` nearest to it in the Frobenius norm.
 """
 
 from typing import TypeVar
@@ -37,7 +37,7 @@ def split(factors: Arrays) -> tuple[Arrays, Arrays]:
 
 
 def nearest_product(factors: Arrays) -> Arrays:
-    """The factors X and Y of the nearest product; those of a single one as they are.
+    """The factors X and Y of the nearest product; a single product is its own.
 
     With the two terms written as `Σ_u w_u P_u ⊗ Q_u`, P and Q of norm one, laid out as
     vectors, the sum is the matrix `P W Qᵀ`. Its best approximation of rank one is `X =
@@ -56,7 +56,8 @@ def nearest_product(factors: Arrays) -> Arrays:
     p, q = (a, other_g), (g, other_a)
     p_norms, q_norms = (jnp.stack([x.frobenius_norm for x in pair]) for pair in (p, q))
     tiny = jnp.finfo(p_norms.dtype).tiny
-    # of the products only ratios matter, and they may be tiny themselves
+    # Only the ratio of the two weights matters. Each is a product of norms, which may
+    # underflow, so their logarithms are compared.
     log_w = jnp.log(jnp.maximum(p_norms, tiny)) + jnp.log(jnp.maximum(q_norms, tiny))
     p_norms, q_norms = (jnp.where(n > 0, n, 1.0) for n in (p_norms, q_norms))
     largest = log_w.max(0, keepdims=True)
@@ -94,14 +95,15 @@ def _leading(
     left = jnp.square(w[1]) * p_cosine + both * q_cosine
     half = (top - bottom) / 2
     root = jnp.sqrt(jnp.square(half) + left * right)
-    # of the two rows of M - λ I, the one without cancellation
+    # An eigenvector is orthogonal to either row of M - λ I. In the chosen row `half`
+    # and `root` have one sign, so that nothing cancels.
     upper = jnp.stack([half + root, left])
     lower = jnp.stack([right, root - half])
     return jnp.where(half >= 0, upper, lower)
 
 
 def _combine(weights: Float[Array, " 2 *e"], pair: Sides) -> Side:
-    """The sum with these weights, a diagonal only where both are."""
+    """The weighted sum of two sides; a diagonal if both are diagonals."""
     full = pair[0].is_full or pair[1].is_full
     axes = (-2, -1) if full else (-1,)
     first, second = (

@@ -30,25 +30,24 @@ class Kronecker(Block):
     for deep linear nets where the loss treats positions, or their mean, as cases.
 
     Factored damping replaces the factors by `A + π √λ I` and `G + √λ / π I` with `π =
-    √(‖A ⊗ I‖ / ‖I ⊗ G‖)`: of what their product has beyond `A ⊗ G + λ I`, that
-    minimises a bound on the norm.
+    √(‖A ⊗ I‖ / ‖I ⊗ G‖)`. This π minimises a bound on the norm of the difference
+    between their product and `A ⊗ G + λ I`.
 
-    A weight that is used transposed too (a table of embeddings that is also the output
-    layer) has a sum of two such products, `A ⊗ G + G' ⊗ A'`, with four factors; the
-    block is the product nearest to it in the Frobenius norm.
+    A weight that is also used transposed (a table of embeddings that is the output
+    layer too) has a sum of two such products, `A ⊗ G + G' ⊗ A'`, with four factors. The
+    block is the product nearest to this sum in the Frobenius norm.
 
-    Of a side longer than `max_factor_dim`, and of one-hot inputs (an embedding's
-    vocabulary, where nothing is lost by it), only the diagonal is kept; the factor is
-    then called `input_diagonal` or `output_diagonal`.
+    A side longer than `max_factor_dim` keeps only its factor's diagonal, called
+    `input_diagonal` or `output_diagonal`. So do one-hot inputs (an embedding's
+    vocabulary), whose factor is diagonal anyway.
 
-    With `gradient_products` the inverses are applied to the inputs and the output
-    gradients whose product a gradient is, `A⁻¹ (Xᵀ dY) G⁻¹ = (A⁻¹ Xᵀ) (dY G⁻¹)`, in
-    dense layers where that takes fewer multiply-adds: where a batch has fewer cases
-    than about two thirds of the layer's width. It is not possible with an `l2` penalty.
-    The report says which layers. An update whose gradients are not those that the
-    statistics came with (clipped, averaged over devices or micro-batches) recognises
-    that, and multiplies the gradients themselves. Statistics then hold the batch's
-    inputs and output gradients, too.
+    With `gradient_products`, a dense layer's inverses are applied to the two matrices
+    whose product is the gradient, `A⁻¹ (Xᵀ dY) G⁻¹ = (A⁻¹ Xᵀ) (dY G⁻¹)`, if that takes
+    fewer multiply-adds: if a batch has fewer cases than about two thirds of the layer's
+    width. It is not possible with an `l2` penalty. The report says which layers do so.
+    The statistics then include the batch's inputs and output gradients. If an update's
+    gradients are not their product (but clipped, or averaged over devices or
+    micro-batches), the update detects that and multiplies the gradients themselves.
 
     Attributes:
       max_factor_dim: the longest side with a full factor; None for no limit.
@@ -56,8 +55,8 @@ class Kronecker(Block):
       pi: the norm in π: "trace", the paper's choice; "frobenius"; "spectral", for the
         cost of an eigendecomposition in each refresh; or "one" for π = 1.
       gradient_products: whether to precondition gradients as products, see above.
-      exact_scalars: whether a layer with only one input or output is damped exactly, as
-        `A g + λ I`, where its factor g is a number. Otherwise as all others.
+      exact_scalars: whether a layer with a single input or output, whose factor g is a
+        number, is damped exactly, as `A g + λ I`. If not, its damping is factored, too.
 
     References:
       Martens & Grosse 2015, sections 3, 4.2, 6.3 and 8. Eschenhagen et al. 2023
@@ -99,7 +98,7 @@ class Kronecker(Block):
 
     @property
     def needs_examples(self) -> bool:
-        """In the "reduce" setting."""
+        """Whether the setting is "reduce", which sums within an example."""
         return self.weight_sharing == "reduce"
 
     def statistics_shapes(self, shape: BlockShape) -> Shapes:
@@ -113,19 +112,19 @@ class Kronecker(Block):
         return join(first, *second) if second else first
 
     def statistics(self, x: Inputs, dy: Outputs, shape: BlockShape) -> Arrays:
-        """The sums; rows without a gradient do not count."""
+        """The sums over all rows with a gradient."""
         limit, sharing = self.max_factor_dim, self.weight_sharing
         return _moments.moments(x, dy, shape, limit, sharing)
 
     def rows(
         self, x: Float[Array, "*e b s i"], dy: Outputs
     ) -> tuple[Float[Array, "*e b r i"], Float[Array, "*e b r o"]]:
-        """Those given or, in "reduce", one for each example."""
+        """The given rows or, in "reduce", one for each example."""
         sharing = self.weight_sharing
         return _moments.input_rows(x, dy, sharing), _moments.output_rows(dy, sharing)
 
     def counts(self, statistics: Arrays, weight: Float[Array, ""]) -> Arrays:
-        """The number of rows for inputs, that of batches for outputs."""
+        """The number of rows for inputs, and `weight` for outputs."""
         first, second = split(statistics)
         own = _moments.counts(first, weight)
         return join(own, _moments.counts(second, weight)) if second else own

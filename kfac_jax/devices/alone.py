@@ -1,4 +1,4 @@
-"""One device, or many that each do everything."""
+"""A single device, or several that each do everything."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Alone(Devices):
-    """A device that shares nothing: what `devices=None` stands for.
+    """A device that shares nothing; `devices=None` means this.
 
     >>> Alone().size()
     1
@@ -26,63 +26,63 @@ class Alone(Devices):
 
     @property
     def cuts_state(self) -> bool:
-        """It has all."""
+        """False: it keeps the full state."""
         return False
 
     def size(self) -> int:
-        """One."""
+        """1."""
         return 1
 
     def keepers(self) -> int:
-        """One."""
+        """1."""
         return 1
 
     def mean(self, tree: T) -> T:
-        """The same."""
+        """Returns the tree, the average over one device."""
         return tree
 
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
-        """The same."""
+        """Returns the arguments, the sums over one device."""
         return weight, counts, sums
 
     def everywhere(self, flags: Sequence[Array]) -> list[Array]:
-        """The same."""
+        """Returns the flags."""
         return list(flags)
 
-    def kept_shape(self, shape: Shape) -> Shape:
-        """The same."""
+    def row_shape(self, shape: Shape) -> Shape:
+        """Returns the shape: the rows are the full array."""
         return shape
 
     def rows(self, leaves: Sequence[Array]) -> list[Array]:
-        """The same."""
+        """Returns the arrays, which are their own rows."""
         return list(leaves)
 
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
-        """The same."""
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        """Returns the rows, which are the full arrays."""
         return list(rows)
 
-    def apart(self, function: Callable[..., T], rows: Any, whole: Any) -> T:
-        """Calls it for itself."""
-        return function(self, rows, whole)
+    def apart(self, function: Callable[..., T], rows: Any, full: Any) -> T:
+        """Calls the function on this device."""
+        return function(self, rows, full)
 
     def made(self, make: Callable[[], T]) -> T:
-        """Makes it, array by array."""
+        """Makes the state array by array, without compiling."""
         return make()
 
     def inverses(self, shifted: Mapping[K, Shifted]) -> dict[K, Inverted]:
-        """Size by size."""
+        """Inverts matrices, those of one size as one batch."""
         return by_name(inverse_many, shifted)
 
     def roots(self, shifted: Mapping[K, Shifted]) -> dict[K, Array]:
-        """Size by size."""
+        """Computes roots, those of one size as one batch."""
         return by_name(inverse_root_many, shifted)
 
     def conditionals(
         self, parts: Mapping[K, tuple[Array, Array, Array]]
     ) -> dict[K, Conditional]:
-        """One by one."""
+        """Computes the decompositions one after the other."""
         return by_name(conditionals, parts)
 
     def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
-        """One by one."""
+        """Runs the tasks one after the other."""
         return {name: task.function(task.operand) for name, task in tasks.items()}

@@ -1,4 +1,4 @@
-"""What a step asks of the devices that make it."""
+"""The protocol of devices that run a step together."""
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
@@ -21,90 +21,93 @@ Shifted = tuple[Array, Array]
 
 
 class Task(NamedTuple):
-    """What one device does, with the same operand on all."""
+    """A computation for one device."""
 
     cost: float  # multiply-adds
     function: Callable[[Any], list[Array]]
-    operand: Any
+    operand: Any  # the same on all devices
 
 
 class Devices(abc.ABC):
-    """Devices that make a step together.
+    """Devices that run a step together.
 
-    Where they keep all of the state each, rows of it are all of it.
+    They may keep a part each of the state: *rows* of every array. If each device keeps
+    the full state, the rows of an array are the array.
     """
 
     @property
     @abc.abstractmethod
     def cuts_state(self) -> bool:
-        """Whether each keeps only a part of the state, the rows of every matrix."""
+        """Whether each device keeps only rows of the state's arrays."""
 
     @abc.abstractmethod
     def size(self) -> int:
-        """How many share the work."""
+        """The number of devices that share the work."""
 
     @abc.abstractmethod
     def keepers(self) -> int:
-        """In how many parts the state is cut."""
+        """The number of parts that the state is cut into."""
 
     # ------------------------------------------------------------------ collectives
 
     @abc.abstractmethod
     def mean(self, tree: T) -> T:
-        """The average over the devices, where each has its own."""
+        """Averages, over the devices, arrays that differ between them."""
 
     @abc.abstractmethod
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
-        """Sums statistics over the devices, unless they are without information.
+        """Sums statistics over the devices.
+
+        The large `sums` are only exchanged if the weight is positive.
 
         Args:
-          weight: how many batches they are of.
-          counts: what their sums will be divided by: small.
-          sums: large.
+          weight: the number of cases that the statistics are over.
+          counts: small arrays, which the sums will be divided by.
+          sums: large arrays.
 
         Returns:
-          All three, of `sums` the rows that a device keeps.
+          All three; of `sums` the rows that a device keeps.
         """
 
     @abc.abstractmethod
     def everywhere(self, flags: Sequence[Array]) -> list[Array]:
-        """Whether each flag is true on all devices that keep a part."""
+        """For each flag, whether it is true on all devices that keep rows."""
 
     # ------------------------------------------------------------------------- rows
 
     @abc.abstractmethod
-    def kept_shape(self, shape: Shape) -> Shape:
-        """The shape of what is kept of an array."""
+    def row_shape(self, shape: Shape) -> Shape:
+        """The shape of the rows of an array."""
 
     @abc.abstractmethod
     def rows(self, leaves: Sequence[Array]) -> list[Array]:
-        """What is kept of arrays that all devices have."""
+        """Cuts full arrays into the rows that devices keep."""
 
     @abc.abstractmethod
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
-        """Inverts `rows`: one collective for each type."""
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        """Inverts `rows`, with one collective for each type."""
 
     @abc.abstractmethod
-    def apart(self, function: Callable[..., T], rows: Any, whole: Any) -> T:
-        """Calls a function of rows and whole arrays that every device runs.
+    def apart(self, function: Callable[..., T], rows: Any, full: Any) -> T:
+        """Calls a function on every device, with this device's rows.
 
         Args:
-          function: gets an `OverAxis` of these devices, a device's rows, and whole
+          function: gets an `OverAxis` of these devices, a device's rows, and full
             arrays; its results are the same on all devices.
-          rows: a tree of what devices keep.
-          whole: a tree of arrays that all devices have.
+          rows: a tree of rows.
+          full: a tree of arrays that all devices have.
 
         Returns:
           The results.
         """
 
-    def kept(self, tree: T) -> T:
-        """`rows`, of a tree."""
+    def tree_rows(self, tree: T) -> T:
+        """Cuts the arrays of a tree into rows."""
         leaves, treedef = jax.tree.flatten(tree)
         return jax.tree.unflatten(treedef, self.rows(leaves))
 
     def fitting(self, count: Array, shape: Shape) -> Array:
-        """A count, so that it broadcasts to what is kept of an array of that shape."""
+        """Makes a count broadcast to the rows of an array of that shape."""
         if not self.cuts_state or count.ndim == 0:
             return count
         if count.size == 1:
@@ -112,14 +115,15 @@ class Devices(abc.ABC):
         return self.rows([jnp.broadcast_to(count, shape)])[0]
 
     def finite(self, parts: Sequence[tuple[list[Array], list[Array]]]) -> list[Array]:
-        """Whether all of each part is finite.
+        """Whether all arrays of each part are finite.
 
         Args:
-          parts: for each, matrices whose diagonals tell, and other arrays. Of rows,
-            everything is looked at.
+          parts: for each part, matrices of which the diagonal is enough to check, and
+            other arrays. If devices keep rows, which have no diagonal, all entries are
+            checked.
 
         Returns:
-          A flag for each.
+          A flag for each part.
         """
         if self.cuts_state:
             own = [
@@ -137,7 +141,7 @@ class Devices(abc.ABC):
 
     @abc.abstractmethod
     def made(self, make: Callable[[], T]) -> T:
-        """Makes a state, without any device having to hold all that others keep."""
+        """Makes a state, so that no device has to hold the rows of others."""
 
     @abc.abstractmethod
     def inverses(self, shifted: Mapping[K, Shifted]) -> dict[K, Inverted]:
@@ -155,13 +159,13 @@ class Devices(abc.ABC):
 
     @abc.abstractmethod
     def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
-        """The results of tasks, each done by its owner; the same on all devices."""
+        """Runs each task on one device, its owner; all devices get all results."""
 
 
 def by_name(
     function: Callable[[list[S]], Sequence[T]], given: Mapping[K, S]
 ) -> dict[K, T]:
-    """Applies a function of several to what has names, if there is any."""
+    """Applies a function of a list to the values of a mapping, unless it is empty."""
     if not given:
         return {}
     return dict(zip(given, function([*given.values()]), strict=True))

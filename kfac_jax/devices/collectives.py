@@ -11,42 +11,42 @@ from kfac_jax._jaxpr import _compat
 
 
 def together(
-    leaves: Sequence[Array], collective: Callable[[Array], Array], kept: int = 0
+    leaves: Sequence[Array], collective: Callable[[Array], Array], leading: int = 0
 ) -> list[Array]:
-    """Applies a collective to all arrays of one type as to one flat array.
+    """Applies a collective to all arrays of one type at once, as one flat array.
 
-    So their number does not grow with that of layers.
+    So the number of collectives does not grow with the number of layers.
 
     Args:
       leaves: the arrays.
-      collective: from `[*kept, n]` to `[*new, n]`.
-      kept: how many leading axes, the same of all arrays, are not flattened.
+      collective: a function from `[*leading, n]` to `[*new, n]`.
+      leading: the number of leading axes, equal for all arrays, that are not flattened.
 
     Returns:
-      For each array what became of its part, `[*new, *rest]`.
+      For each array its part of the result, `[*new, *rest]`.
     """
     results: dict[int, Array] = {}
     for dtype in dict.fromkeys(x.dtype for x in leaves):
         members = [i for i, x in enumerate(leaves) if x.dtype == dtype]
         parts = [leaves[i] for i in members]
-        flat = [x.reshape(*x.shape[:kept], -1) for x in parts]
+        flat = [x.reshape(*x.shape[:leading], -1) for x in parts]
         done = collective(jnp.concatenate(flat, axis=-1))
         start = 0
         for i, x, part in zip(members, parts, flat, strict=True):
             piece = done[..., start : start + part.shape[-1]]
-            results[i] = piece.reshape(*done.shape[:-1], *x.shape[kept:])
+            results[i] = piece.reshape(*done.shape[:-1], *x.shape[leading:])
             start += part.shape[-1]
     return [results[i] for i in range(len(leaves))]
 
 
 def summed(leaves: Sequence[Array], like: Sequence[Array | None]) -> list[Array]:
-    """Sums arrays over the mesh axes that they vary over and others do not.
+    """Sums arrays over the mesh axes that they vary over but their counterparts do not.
 
-    Inside of `shard_map`: one collective for those of one type and the same axes.
+    Inside of `shard_map`; one collective for all arrays of one type and the same axes.
 
     Args:
       leaves: the arrays.
-      like: for each the other one; None varies over no axis.
+      like: for each array its counterpart; None stands for one that does not vary.
 
     Returns:
       The sums.

@@ -86,7 +86,7 @@ class OverAxis(Several):
             )
 
     def size(self) -> int:
-        """How many devices share the work.
+        """The number of devices that share the work.
 
         Raises:
           ValueError: if the axis does not exist where this is called.
@@ -94,7 +94,7 @@ class OverAxis(Several):
         return self._size(self.axis)
 
     def keepers(self) -> int:
-        """In how many parts the state is cut."""
+        """The number of parts that the state is cut into."""
         return self._size(self.state_axes) if self.state_axes else 1
 
     def _size(self, axes: str | tuple[str, ...]) -> int:
@@ -111,7 +111,7 @@ class OverAxis(Several):
     # ------------------------------------------------------------------ collectives
 
     def mean(self, tree: T) -> T:
-        """The average over the devices, of what is not the same on all."""
+        """Averages the arrays that differ between devices."""
         leaves, treedef = jax.tree.flatten(tree)
         places = [i for i, each in enumerate(self._differs(leaves)) if each]
         totals = self._sum([leaves[i] for i in places])
@@ -120,7 +120,11 @@ class OverAxis(Several):
         return jax.tree.unflatten(treedef, leaves)
 
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
-        """In one collective for each type, `sums` only where they tell something."""
+        """Sums in one collective for each type; `sums` only if the weight is positive.
+
+        The condition is the summed weight, the same on all devices: a collective that
+        only some devices enter would block for ever.
+        """
         small, small_tree = jax.tree.flatten((weight, counts))
         leaves, treedef = jax.tree.flatten(sums)
         if not any(self._differs([*small, *leaves])):  # JAX has summed them
@@ -141,11 +145,13 @@ class OverAxis(Several):
         return list(jax.lax.psum(failed, self.state_axes) == 0)
 
     def _differs(self, leaves: Sequence[Array]) -> list[bool]:
-        """Whether devices may have different ones; only a `shard_map` can tell."""
-        self.size()
+        """For each array whether it may differ between devices."""
+        self.size()  # raises if the axis does not exist
         axes = as_names(self.axis)
-        told = _compat.varies(jax.lax.axis_index(self.axis), axes)
-        return [_compat.varies(x, axes) or not told for x in leaves]
+        # A device's index differs between devices. If even its type does not say so,
+        # types say nothing here (`pmap`, or `check_vma=False`), and any array may.
+        types_tell = _compat.varies(jax.lax.axis_index(self.axis), axes)
+        return [_compat.varies(x, axes) or not types_tell for x in leaves]
 
     def _sum(self, leaves: Sequence[Array]) -> list[Array]:
         """The sums over the devices, in one collective for each type."""
@@ -162,11 +168,11 @@ class OverAxis(Several):
             own = jax.lax.psum_scatter(x, self.state_axes)
             return jax.lax.psum(own, others) if others else own
 
-        return together(cut, scatter, kept=1)
+        return together(cut, scatter, leading=1)
 
     # ------------------------------------------------------------------------- rows
 
-    def kept_shape(self, shape: Shape) -> Shape:
+    def row_shape(self, shape: Shape) -> Shape:
         """The shape of a device's rows."""
         return own_shape(shape, self.keepers()) if self.cuts_state else shape
 
@@ -178,29 +184,29 @@ class OverAxis(Several):
         return [self.own_part(to_rows(x, devices)) for x in leaves]
 
     def own_part(self, x: Array) -> Array:
-        """A device's part of the first axis, filled up with zeros."""
+        """This device's part of the first axis, padded with zeros."""
         x = fill(x, self.keepers())
         count = len(x) // self.keepers()
         start = jax.lax.axis_index(self.state_axes) * count
         return jax.lax.dynamic_slice_in_dim(x, start, count)
 
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
-        """Arrays of which each device has its rows: one collective for each type."""
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        """Joins the rows of arrays, in one collective for each type."""
         if not self.cuts_state:
             return list(rows)
         pairs = zip(self.gather(rows), shapes, strict=True)
         return [from_rows(x, shape) for x, shape in pairs]
 
     def gather(self, parts: Sequence[Array]) -> list[Array]:
-        """The devices' parts behind each other, `[devices · rows, ...]`."""
+        """Concatenates the devices' parts, `[devices · rows, ...]`."""
         gather = functools.partial(_compat.all_gather, axis=self.state_axes)
         return [x.reshape(-1, *x.shape[2:]) for x in together(parts, gather)]
 
     def apart(
-        self, function: Callable[["OverAxis", Any, Any], T], rows: Any, whole: Any
+        self, function: Callable[["OverAxis", Any, Any], T], rows: Any, full: Any
     ) -> T:
-        """Calls it: every device runs this."""
-        return function(self, rows, whole)
+        """Calls the function, as every device runs this code."""
+        return function(self, rows, full)
 
     # --------------------------------------------------------------------- inversion
 
@@ -210,7 +216,7 @@ class OverAxis(Several):
         function: Callable[[Array], Array],
         shared: Shared | None = None,
     ) -> list[Array]:
-        """The largest first, each to the device with least to do."""
+        """Gives each matrix, the largest first, to the device with least to do."""
         me = jax.lax.axis_index(self.axis)
         sizes = [Stack(len(x), x.shape[-1], x.dtype) for x in stacks]
         allotment = allot(sizes, self.size(), shared is not None)
@@ -237,7 +243,7 @@ class OverAxis(Several):
     def _exchange(
         self, mine: Mapping[int, Array], allotment: Allotment, me: Array
     ) -> dict[int, Array]:
-        """All results `[k, d, d]` from those of a device: one collective for a type."""
+        """All devices' results, `[k, d, d]`, in one collective for each type."""
         results: dict[int, Array] = {}
         for members, packing in allotment.exchanges:
             own = jnp.zeros((packing.length,), mine[members[0]].dtype)
@@ -260,7 +266,7 @@ class OverAxis(Several):
         return results
 
     def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
-        """In one collective for each type."""
+        """Runs tasks, and sums results (zero but on owners): one collective a type."""
         me = jax.lax.axis_index(self.axis)
         own: list[list[Array]] = []
         owners = balance([task.cost for task in tasks.values()], self.size())
@@ -280,13 +286,13 @@ class OverAxis(Several):
         }
 
     def _join_columns(self, x: Array) -> Array:
-        """`[..., devices · c]` from everyone's `[..., c]`."""
+        """Joins all devices' columns `[..., c]` to `[..., devices · c]`."""
         everyone = _compat.all_gather(x, self.axis)
         return jnp.moveaxis(everyone, 0, -2).reshape(*x.shape[:-1], -1)
 
 
 def as_names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Names of axes, of which there may be one alone."""
+    """Names of axes as a tuple, also from a single name."""
     return tuple(axes) if isinstance(axes, tuple | list) else (axes,)
 
 
@@ -300,7 +306,7 @@ def check_names(argument: str, axes: Any) -> None:
 
 
 def _piece(everyone: Array, size: int, owner: Array, start: Array) -> Array:
-    """A part of what one device has, of `[devices, n]`."""
+    """A run of the entries of one device, from `[devices, n]`."""
     return jax.lax.dynamic_slice(everyone, (owner, start), (1, size))[0]
 
 
@@ -326,8 +332,8 @@ def _own_results(
 ) -> Array:
     """The results for matrices `order[first : first + count]`, `[slots, d, d]`.
 
-    On CPUs one by one, see `linalg.inverse_many`; elsewhere as one batch, by devices
-    that have any.
+    On CPUs they are computed one by one, see `linalg.inverse_many`; elsewhere as one
+    batch, by devices that own any.
     """
     zeros = jnp.zeros((slots, *stack.shape[1:]), stack.dtype)
     zeros = _compat.vary_like(zeros, first, stack)

@@ -79,67 +79,71 @@ class OverMesh(Several):
 
     @property
     def _inside(self) -> OverAxis:
-        """What the devices do in a `shard_map`."""
+        """The same devices, seen from inside of a `shard_map` over the mesh."""
         return OverAxis(self.axes, self.state_axes)
 
     def size(self) -> int:
-        """How many devices share the work."""
+        """The number of devices that share the work."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     def keepers(self) -> int:
-        """In how many parts the state is cut."""
+        """The number of parts that the state is cut into."""
         return math.prod(self.mesh.shape[axis] for axis in as_names(self.state_axes))
 
     # ------------------------------------------------------------------ collectives
 
     def mean(self, tree: T) -> T:
-        """The same: arrays under `jit` are of all devices together."""
+        """Returns the tree: under `jit` arrays are those of all devices already."""
         return tree
 
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
-        """The same, of `sums` by rows where devices keep these."""
-        return weight, counts, self.kept(sums)
+        """Returns the arguments, which are sums already; of `sums` the rows."""
+        return weight, counts, self.tree_rows(sums)
 
     def everywhere(self, flags: Sequence[Array]) -> list[Array]:
-        """The same."""
+        """Returns the flags: under `jit` they are those of all devices already."""
         return list(flags)
 
     # ------------------------------------------------------------------------- rows
 
-    def kept_shape(self, shape: Shape) -> Shape:
+    def row_shape(self, shape: Shape) -> Shape:
         """The shape of all devices' rows."""
         if not self.cuts_state:
             return shape
         return rows_shape(shape, self.keepers())
 
     def rows(self, leaves: Sequence[Array]) -> list[Array]:
-        """Arrays cut into the devices' rows: each device takes its own."""
+        """Cuts arrays into rows; each device takes its own."""
         if not self.cuts_state:
             return list(leaves)
-        # left to the compiler, cutting would move parts of arrays around
+        # In a `shard_map`, as every device has the full arrays and need only slice
+        # them. A sharding constraint would leave it to the compiler, which exchanges
+        # parts of arrays.
         cut = self._mapped(self._inside.rows, (P(),), P(self.state_axes))
         return jax.jit(cut)(list(leaves))
 
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
-        """Arrays whose rows lie on the devices: one collective for each type."""
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        """Joins the rows of arrays, in one collective for each type."""
         if not self.cuts_state:
             return list(rows)
-        return self.apart(lambda over, rows, _: over.whole(rows, shapes), rows, ())
+        return self.apart(lambda over, rows, _: over.full(rows, shapes), rows, ())
 
     def apart(
-        self, function: Callable[[OverAxis, Any, Any], T], rows: Any, whole: Any
+        self, function: Callable[[OverAxis, Any, Any], T], rows: Any, full: Any
     ) -> T:
-        """Calls it in a `shard_map`, with what the devices are there."""
+        """Calls the function in a `shard_map`, with these devices as an `OverAxis`."""
         local = functools.partial(function, self._inside)
-        return self._mapped(local, (P(self.state_axes), P()), P())(rows, whole)
+        return self._mapped(local, (P(self.state_axes), P()), P())(rows, full)
 
     def _mapped(
         self, function: Callable[..., T], in_specs: tuple[P, ...], out_specs: P
     ) -> Callable[..., T]:
-        """A function of what each device has."""
+        """Maps a function over the mesh."""
+        # In context there may be the same mesh with axes of other types (Auto, within
+        # `axis_types.auto`); `shard_map` takes no other mesh than that in context.
         here = jax.sharding.get_abstract_mesh()
         same = here == self.mesh.abstract_mesh or here.shape != self.mesh.shape
-        mesh = self.mesh if same else here  # its axes with other types
+        mesh = self.mesh if same else here
         return jax.shard_map(
             function, mesh=mesh, in_specs=in_specs, out_specs=out_specs
         )
@@ -152,7 +156,7 @@ class OverMesh(Several):
         function: Callable[[Array], Array],
         shared: Shared | None = None,
     ) -> list[Array]:
-        """As `OverAxis` does, in a `shard_map`."""
+        """Maps like `OverAxis`, in a `shard_map`."""
 
         def local(stacks: list[Array]) -> list[Array]:
             return self._inside.map(stacks, function, shared)
@@ -160,14 +164,14 @@ class OverMesh(Several):
         return self._mapped(local, (P(),), P())(list(stacks))
 
     def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
-        """As `OverAxis` does, in a `shard_map`."""
+        """Runs tasks like `OverAxis`, in a `shard_map`."""
 
         def local(operands: list[Any]) -> list[list[Array]]:
-            given = {
+            local_tasks = {
                 name: task._replace(operand=operand)
                 for (name, task), operand in zip(tasks.items(), operands, strict=True)
             }
-            return [*self._inside.each(given).values()]
+            return [*self._inside.each(local_tasks).values()]
 
         operands = [task.operand for task in tasks.values()]
         found = self._mapped(local, (P(),), P())(operands)

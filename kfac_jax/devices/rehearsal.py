@@ -50,26 +50,26 @@ class Rehearsal(Several):
         self.received += size * (devices - 1) / devices
 
     def size(self) -> int:
-        """How many share the work."""
+        """The number of devices that share the work."""
         return self._devices
 
     def keepers(self) -> int:
-        """In how many parts the state is cut."""
+        """The number of parts that the state is cut into."""
         return self._keepers
 
     # ------------------------------------------------------------------ collectives
 
     def mean(self, tree: T) -> T:
-        """The same, of a few numbers."""
+        """Returns the tree; an exchange of a few numbers is not counted."""
         return tree
 
     def everywhere(self, flags: Sequence[Array]) -> list[Array]:
-        """The same, of a few bits."""
+        """Returns the flags; an exchange of a few bits is not counted."""
         return list(flags)
 
     def sums(self, weight: Array, counts: S, sums: T) -> tuple[Array, S, T]:
-        """Of all arrays or of rows; a sum moves twice what it takes to gather it."""
-        rows = self.kept(sums)
+        """Counts the bytes of the sums; a sum moves twice the bytes of a gathering."""
+        rows = self.tree_rows(sums)
         if self._scatters:
             self._gather(self._keepers * nbytes(rows), self._keepers)
             self._gather(2 * nbytes(rows), self._devices // self._keepers)
@@ -79,49 +79,47 @@ class Rehearsal(Several):
 
     # ------------------------------------------------------------------------- rows
 
-    def kept_shape(self, shape: Shape) -> Shape:
+    def row_shape(self, shape: Shape) -> Shape:
         """The shape of a device's rows."""
         return own_shape(shape, self._keepers) if self.cuts_state else shape
 
     def rows(self, leaves: Sequence[Array]) -> list[Array]:
         """A device's rows."""
-        return [jnp.zeros(self.kept_shape(x.shape), x.dtype) for x in leaves]
+        return [jnp.zeros(self.row_shape(x.shape), x.dtype) for x in leaves]
 
-    def whole(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
-        """Of rows that are gathered, if devices keep rows."""
+    def full(self, rows: Sequence[Array], shapes: Sequence[Shape]) -> list[Array]:
+        """Counts the bytes of gathering rows, if devices keep rows."""
         self._gather(self._keepers * nbytes(rows), self._keepers)
         return [jnp.zeros(s, x.dtype) for x, s in zip(rows, shapes, strict=True)]
 
     def gather(self, parts: Sequence[Array]) -> list[Array]:
         """The devices' parts behind each other, `[devices · rows, ...]`."""
-        return self.whole(
-            parts, [(len(x) * self._keepers, *x.shape[1:]) for x in parts]
-        )
+        return self.full(parts, [(len(x) * self._keepers, *x.shape[1:]) for x in parts])
 
     def own_part(self, x: Array) -> Array:
         """A device's part of the first axis, filled up with zeros."""
         return jnp.zeros((-(-len(x) // self._keepers), *x.shape[1:]), x.dtype)
 
-    def apart(self, function: Callable[..., T], rows: Any, whole: Any) -> T:
+    def apart(self, function: Callable[..., T], rows: Any, full: Any) -> T:
         """Calls it: every device runs this."""
-        return function(self, rows, whole)
+        return function(self, rows, full)
 
     # --------------------------------------------------------------------- inversion
 
     def inverses(self, shifted: Mapping[K, Shifted]) -> dict[K, Inverted]:
-        """With their owners noted."""
+        """Inverts, and records the owners."""
         found = super().inverses(shifted)
         self._own(shifted)
         return found
 
     def roots(self, shifted: Mapping[K, Shifted]) -> dict[K, Array]:
-        """With their owners noted."""
+        """Computes roots, and records the owners."""
         found = super().roots(shifted)
         self._own(shifted)
         return found
 
     def _own(self, shifted: Mapping[K, Shifted]) -> None:
-        """Tells apart by names what `map` got in stacks of one size and type."""
+        """Records the owners by name; `map` only saw stacks of one size and type."""
         for name, (x, shift) in shifted.items():
             stack = self._by_size[padded(x.shape[-1]), x.dtype]
             own = [stack.pop(0) for _ in range(shift.size)]
@@ -133,7 +131,7 @@ class Rehearsal(Several):
         function: Callable[[Array], Array],
         shared: Shared | None = None,
     ) -> list[Array]:
-        """Notes what the planner decides."""
+        """Records the planner's decisions."""
         sizes = [Stack(len(x), x.shape[-1], x.dtype) for x in stacks]
         allotment = allot(sizes, self._devices, shared is not None)
         self.work += allotment.work
@@ -144,7 +142,7 @@ class Rehearsal(Several):
         return list(stacks)
 
     def each(self, tasks: Mapping[K, Task]) -> dict[K, list[Array]]:
-        """Notes what the planner decides, and finds the results' shapes."""
+        """Records the planner's decisions, and finds the results' shapes."""
         costs = [task.cost for task in tasks.values()]
         owners = balance(costs, self._devices)
         self.owners |= {name: (own,) for name, own in zip(tasks, owners, strict=True)}
@@ -156,5 +154,5 @@ class Rehearsal(Several):
 
 
 def nbytes(tree: Any) -> int:
-    """How many bytes all arrays of a tree take."""
+    """The number of bytes of all arrays of a tree."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,4 +1,4 @@
-"""Arrays that devices keep parts of: an axis in front, padded, and cut into rows."""
+"""Rows of arrays: one axis is moved to the front, padded, and cut over devices."""
 
 import jax.numpy as jnp
 from jax import Array
@@ -7,7 +7,7 @@ Shape = tuple[int, ...]
 
 
 def row_axis(shape: Shape) -> int:
-    """Which axis is cut: the longest, of a square matrix the rows'.
+    """The axis that is cut: the longest one; for a square matrix, that of its rows.
 
     >>> row_axis((4, 8, 8)), row_axis((3, 3, 64, 128)), row_axis((5,))
     (1, 3, 0)
@@ -37,18 +37,18 @@ def own_shape(shape: Shape, devices: int) -> Shape:
 
 
 def to_rows(x: Array, devices: int) -> Array:
-    """Moves the axis that is cut to the front and fills it up with zeros."""
+    """Moves the axis that is cut to the front, and pads it with zeros."""
     x = x.reshape(x.shape or (1,))
     return fill(jnp.moveaxis(x, row_axis(x.shape), 0), devices)
 
 
 def fill(x: Array, devices: int) -> Array:
-    """Adds zeros to the first axis until it can be divided."""
+    """Pads the first axis with zeros to a multiple of the number of devices."""
     return jnp.pad(x, [(0, -len(x) % devices), *[(0, 0)] * (x.ndim - 1)])
 
 
 def from_rows(x: Array, shape: Shape) -> Array:
-    """Inverts `to_rows`, for any number of devices."""
+    """Inverts `to_rows`; the padding, and so the number of devices, may be any."""
     full = shape or (1,)
     axis = row_axis(full)
     return jnp.moveaxis(x[: full[axis]], 0, axis).reshape(shape)

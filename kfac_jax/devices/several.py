@@ -1,4 +1,4 @@
-"""Several devices: what those along an axis and those of a mesh have in common."""
+"""Several devices: the common part of `OverAxis` and `OverMesh`."""
 
 import abc
 import functools
@@ -21,13 +21,13 @@ Shared = Callable[[Array, Columns], Array]
 
 
 class Several(Devices):
-    """Devices that share the work, and may keep a part of the state each."""
+    """Devices that share the work, and may keep rows of the state."""
 
     state_axes: str | tuple[str, ...]
 
     @property
     def cuts_state(self) -> bool:
-        """Along axes of the state, if there are any."""
+        """Whether there are axes along which the state is cut."""
         return bool(self.state_axes)
 
     @abc.abstractmethod
@@ -43,29 +43,30 @@ class Several(Devices):
           stacks: `[k, d, d]` matrices, the same on all devices.
           function: of matrices that come as `[k, d, d]`; it treats them one by one, and
             its cost grows as `k d³`.
-          shared: the same by all devices, for matrices too large for one.
+          shared: a function with the same results that all devices compute together,
+            for matrices too large for one device.
 
         Returns:
-          Its results, the same on all devices.
+          The results, the same on all devices.
         """
 
     def made(self, make: Callable[[], T]) -> T:
-        """Makes it in one program."""
+        """Makes the state in one compiled program, which shards it at once."""
         return jax.jit(make)()
 
     def inverses(self, shifted: Mapping[K, Shifted]) -> dict[K, Inverted]:
-        """Each device inverts what it owns, all together what is too large for one."""
+        """Each device inverts its matrices; all together invert those too large."""
         apply = functools.partial(self.map, shared=shared_inverse)
         return by_name(functools.partial(inverse_many, apply=apply), shifted)
 
     def roots(self, shifted: Mapping[K, Shifted]) -> dict[K, Array]:
-        """Each device those of what it owns."""
+        """Each device computes the roots of its matrices."""
         return by_name(functools.partial(inverse_root_many, apply=self.map), shifted)
 
     def conditionals(
         self, parts: Mapping[K, tuple[Array, Array, Array]]
     ) -> dict[K, Conditional]:
-        """Each device decomposes what it owns."""
+        """Each device computes the decompositions that it owns."""
 
         def each(*columns: Sequence[Any]) -> list[list[Array]]:
             tasks = dict(zip(parts, map(Task, *columns), strict=True))

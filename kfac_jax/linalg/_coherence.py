@@ -41,15 +41,15 @@ def conditionals(
     """Diagonalises A and `C = X Z⁻¹ Xᵀ` together, one pair after the other.
 
     With K, s of A and C and L, t of B and D, the inverse of `A ⊗ B - C ⊗ D` is
-    `(K ⊗ L) (I - s ⊗ t)⁻¹ (K ⊗ L)ᵀ`. The squared singular values of the coherence
-    matrix `R_Aᵀ X R_Z` are s: what they leave of 1 keeps its sign in float32, where
-    eigenvalues of a product lose it. Those within rounding of 1 are taken for the
-    nearest number that leaves something.
+    `(K ⊗ L) (I - s ⊗ t)⁻¹ (K ⊗ L)ᵀ`. The entries of s are the squared singular values
+    of the coherence matrix `R_Aᵀ X R_Z`. Computed so, `1 - s` keeps its sign in
+    float32, while eigenvalues of a matrix product would lose it. Values of s within
+    rounding of 1 are lowered, so that `1 - s` is positive.
 
     Args:
       parts: for each pair R_A `[d, d]`, X `[d, p]`, and R_Z `[p, p]`, with
         `R_A R_Aᵀ = A⁻¹` and `R_Z R_Zᵀ = Z⁻¹`.
-      each: what applies the decomposition to each; by default one after the other.
+      each: applies the decomposition to all pairs; by default one after the other.
 
     Returns:
       K and s of each.
@@ -99,7 +99,7 @@ def _left_singular(
 
 
 def pseudo_inverse(x: Float[Array, "d d"]) -> Float[Array, "d d"]:
-    """`x⁺` of a semidefinite x; eigenvalues within rounding of zero count as it.
+    """`x⁺` of a semidefinite x; eigenvalues within rounding of zero count as zero.
 
     >>> import jax.numpy as jnp
     >>> pseudo_inverse(jnp.diag(jnp.asarray([4.0, 0.0])))

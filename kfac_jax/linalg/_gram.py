@@ -1,4 +1,4 @@
-"""Second moments `xᵀ x`, on CPUs without computing all of a symmetric matrix."""
+"""Second moments `xᵀ x`; on CPUs a quarter of the symmetric result is copied."""
 
 import jax
 import jax.numpy as jnp
@@ -7,20 +7,21 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Real
 
 _SMALLEST = 192
-"""A smaller side gains nothing."""
+"""The smallest side for which halving pays."""
 
 _SQUAREST = 0.75
 _TALLEST = 100
-"""Rows for each column between which it gains: with fewer, the arithmetic saved is
-little beside the memory touched; with more, narrow products are slow."""
+"""Halving pays between these numbers of rows for each column. With fewer rows, the
+saved arithmetic is little beside the memory traffic; with more, narrow products are
+slow."""
 
 
 def gram(rows: Real[Array, "*e r d"], dtype: DTypeLike) -> Float[Array, "*e d d"]:
     """`Σ_r x_r x_rᵀ` of rows, accumulated in a type that may be wider.
 
-    It is symmetric: on CPUs, which gain by it, a quarter is copied. (Finer divisions
-    have less arithmetic, but more to compile and more memory to touch, and were not
-    faster within a step.)
+    The result is symmetric, so on CPUs, where this is faster, a quarter is copied from
+    another. (Finer divisions need less arithmetic, but more compilation and memory
+    traffic, and were not faster within a step.)
 
     Args:
       rows: real numbers.

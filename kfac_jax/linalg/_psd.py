@@ -35,10 +35,10 @@ def inverse(x: Matrices) -> Matrices:
 
 
 class Inverted(NamedTuple):
-    """An inverse, and whether it is finite."""
+    """Inverses, and whether all of them are finite."""
 
     inverse: Float[Array, "*e d d"]
-    finite: Bool[Array, ""]  # whether all of them are
+    finite: Bool[Array, ""]
 
 
 Apply = Callable[[Sequence[Array], Callable[[Array], Array]], list[Array]]
@@ -50,15 +50,15 @@ def inverse_many(
 ) -> list[Inverted]:
     """Inverts `x + s I` for many x and s, matrices of similar size as one batch.
 
-    Matrices are padded by the identity. What there is to compile grows with the number
-    of different padded sizes, not of matrices.
+    Matrices are padded by the identity. So the size of the compiled program grows with
+    the number of different padded sizes, not with the number of matrices.
 
     Sizes are inverted one after the other: on CPUs, batched LAPACK calls that run at
     the same time wait for each other's threads and can block for ever (jaxlib 0.10).
 
     Args:
       shifted: x, symmetric `[..., d, d]`, and s, `[...]`; the sum positive definite.
-      apply: what applies the inversion to the batches; by default one after the other.
+      apply: applies the inversion to the batches; by default one after the other.
 
     Returns:
       The inverses in the same order and shapes.
@@ -72,8 +72,8 @@ def inverse_root_many(
     """Roots R of the inverses of `x + s I`: upper triangular, `R Rᵀ (x + s I) = I`.
 
     Args:
-      shifted: as for `inverse_many`.
-      apply: as there.
+      shifted: x and s, as for `inverse_many`.
+      apply: applies the inversion to the batches, as for `inverse_many`.
 
     Returns:
       The roots in the same order and shapes; NaN where not positive definite.
@@ -85,9 +85,12 @@ def inverse_root_many(
 def _in_turn(
     stacks: Sequence[Array], function: Callable[[Array], Array]
 ) -> list[Array]:
+    """Calls a function for one stack after the other."""
     results: list[Array] = []
     previous = jnp.zeros(())
     for stack in stacks:
+        # Adds a zero that XLA cannot know to be zero before the previous result is
+        # there. A data dependency is the only order that XLA is sure to keep.
         results.append(
             function(stack + known_false_after(previous).astype(stack.dtype))
         )
@@ -110,7 +113,9 @@ def _many(
     ]
     found = (apply or _in_turn)(stacks, function)
     for members, inverses in zip(groups.values(), found, strict=True):
-        finite = jnp.isfinite(diagonal(inverses)).all(-1)  # as in finite_diagonals
+        # An inverse is positive definite, so its diagonal bounds all entries. The
+        # padding is the identity's inverse, which is finite.
+        finite = jnp.isfinite(diagonal(inverses)).all(-1)
         start = 0
         for i in members:
             shape = shifted[i][0].shape
@@ -126,10 +131,11 @@ def _many(
 def padded(d: int) -> int:
     """The size that matrices of size d are padded to.
 
-    Odd multiples of 16, or 8 more than a power of two below: rows that lie a power of
-    two apart share their places in a CPU's caches, and LAPACK takes twice the time. The
-    outputs of one layer mostly meet the inputs and bias of the next in one size, `d`
-    and `d + 1`.
+    Padded sizes are odd multiples of 16, and for small d a power of two plus 8. Rows at
+    distances of powers of two compete for the same places in a CPU's caches, and LAPACK
+    takes twice the time. Common sizes `d = 2^n` (outputs of one layer) and `d + 1`
+    (inputs of the next, and its bias) get the same padded size, so that they share a
+    batch.
     """
     if d <= 8:
         return 1 << (d - 1).bit_length()
@@ -154,9 +160,10 @@ def _stack(shifted: Sequence[tuple[Array, Array]], size: int) -> Array:
 
 
 def _one_by_one(function: Callable[[Array], Array]) -> Callable[[Array], Array]:
-    """Has LAPACK get one matrix at a time, where several devices are of one CPU.
+    """Gives LAPACK one matrix at a time if a process has several CPU devices.
 
-    Their batched calls wait for each other's threads and can block for ever.
+    Their batched calls share one pool of threads, wait for each other and can block for
+    ever. The order of `_in_turn` does not help there: it is kept on each device only.
     """
 
     def wrapped(x: Array) -> Array:
@@ -188,9 +195,10 @@ def inverse_stack(x: Stack) -> Stack:
 def inverse_root(x: Stack) -> Stack:
     """The upper triangular `U⁻¹` of `x = Uᵀ U`, so that `x⁻¹ = U⁻¹ U⁻ᵀ`.
 
-    Only the factorisation is left to LAPACK (or its like on other backends), whose
-    triangular solve takes three times the arithmetic for the inverse of U. NaN where x
-    is not positive definite.
+    Only the factorisation is left to LAPACK (or its counterpart on other backends). Its
+    triangular solve would take three times the arithmetic for `U⁻¹`, because it does
+    not know that the right-hand side, the identity, is triangular too. NaN where x is
+    not positive definite.
     """
     if x.shape[-1] == 1:
         return jnp.where(x > 0, 1.0 / jnp.sqrt(x), jnp.nan)
@@ -201,8 +209,8 @@ def inverse_root(x: Stack) -> Stack:
 def _upper_factor(x: Stack) -> Stack:
     """The upper triangular U of `x = Uᵀ U`.
 
-    What goes in and out of LAPACK is transposed, which costs nothing: it stores
-    matrices by columns.
+    LAPACK stores matrices by columns, JAX by rows. So the transpositions here cancel
+    with those around the call, and cost nothing.
     """
     return transpose(jnp.linalg.cholesky(transpose(x), symmetrize_input=False))
 
@@ -222,6 +230,8 @@ def _triangular_inverse(x: Stack) -> Stack:
     k, d, _ = x.shape
     if d <= _SOLVED or d % 2:
         return _solved(x)
+    # Both halves have one size, so that each level of the recursion is one batch; the
+    # number of operations to compile grows with log d. (Padded sizes are even.)
     a, b, _, c = quarters(x)
     halves = _triangular_inverse(jnp.concatenate([a, c]))
     first, second = halves[:k], halves[k:]
@@ -235,7 +245,10 @@ def _solved(x: Stack) -> Stack:
 
 
 def _gram(x: Stack) -> Stack:
-    """`x xᵀ` for upper triangular matrices, without most products with zero."""
+    """`x xᵀ` for upper triangular matrices, without most products with zero.
+
+    With `x = [[a, b], [0, c]]` it is `[[a aᵀ + b bᵀ, b cᵀ], [c bᵀ, c cᵀ]]`.
+    """
     if x.shape[-1] <= _MULTIPLIED or x.shape[-1] % 2:
         return x @ transpose(x)
     a, b, _, c = quarters(x)
@@ -269,8 +282,8 @@ def diagonal(x: Matrices) -> Float[Array, "*e d"]:
 def finite_diagonals(groups: Sequence[Sequence[Array]]) -> Bool[Array, " n"]:
     """Whether positive semidefinite matrices are finite.
 
-    Looks at diagonals: `|x_ij| ≤ √(x_ii x_jj)`, so they bound every entry. All of them
-    together, because a reduction for each would be much to compile.
+    Only diagonals are read: they bound every entry, as `|x_ij| ≤ √(x_ii x_jj)`. All
+    diagonals are put into one array, as a reduction for each takes long to compile.
 
     Args:
       groups: n groups of matrices `[*e, d, d]`, of any sizes.
@@ -292,7 +305,7 @@ def finite_diagonals(groups: Sequence[Sequence[Array]]) -> Bool[Array, " n"]:
 
 
 def eigh(x: Matrices) -> tuple[Float[Array, "*e d"], Matrices]:
-    """Eigenvalues, at least zero, and eigenvectors of semidefinite matrices."""
+    """Eigenvalues (clipped at zero) and eigenvectors of semidefinite matrices."""
     w, u = symmetric_eigh(x)
     return jnp.maximum(w, 0.0), u
 
@@ -300,8 +313,9 @@ def eigh(x: Matrices) -> tuple[Float[Array, "*e d"], Matrices]:
 def symmetric_eigh(x: Matrices) -> tuple[Float[Array, "*e d"], Matrices]:
     """Eigenvalues and eigenvectors of symmetric matrices.
 
-    On CPUs one matrix after the other, also under vmap: batched LAPACK calls that run
-    at the same time wait for each other's threads and can block for ever (jaxlib 0.10).
+    On CPUs matrices are decomposed one after the other, also under vmap: batched LAPACK
+    calls that run at the same time wait for each other's threads and can block for ever
+    (jaxlib 0.10).
     """
     x = symmetrize(x)
     w, u = _eigh(x.reshape(-1, *x.shape[-2:]))
@@ -328,10 +342,11 @@ def _eigh_jvp(
 ) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """`ẇ = diag(M)` and `u̇ = u (M ∘ F)`, `M = uᵀ ẋ u`, `F_ij = 1 / (w_j - w_i)`.
 
-    What is mapped one at a time for LAPACK's sake has no reverse mode of its own.
+    The rule is needed because `sequential_vmap` has no reverse mode.
     """
     w, u = _eigh(*primals)
     moved = transpose(u) @ tangents[0] @ u
+    # the identity keeps the diagonal of gaps from being zero: 1 / (0 + 1) - 1 = 0
     identity = jnp.eye(w.shape[-1], dtype=w.dtype)[None]
     inverse_gaps = 1 / (w[:, None, :] - w[:, :, None] + identity) - identity
     return (w, u), (diagonal(moved), u @ (moved * inverse_gaps))
@@ -340,11 +355,11 @@ def _eigh_jvp(
 def turned_basis(x: Matrices, basis: Matrices) -> Matrices:
     """One step of orthogonal iteration from a basis towards the eigenvectors.
 
-    `Q L = X U` with L lower triangular, its diagonal positive: the eigenvectors, in the
-    order of `eigh`, are left as they are, and everything else moves towards them. It
-    takes a fraction of an eigendecomposition's time.
+    `Q L = X U` with L lower triangular and a positive diagonal. If U has the
+    eigenvectors in the order of `eigh`, then Q = U; any other basis moves towards them.
+    A step takes a fraction of an eigendecomposition's time.
 
-    On CPUs one matrix after the other, as in `eigh`.
+    On CPUs matrices are treated one after the other, as in `eigh`.
 
     Args:
       x: symmetric, semidefinite.
@@ -353,7 +368,8 @@ def turned_basis(x: Matrices, basis: Matrices) -> Matrices:
     Returns:
       Q.
     """
-    # the iteration has the largest eigenvalue first, `eigh` last
+    # Orthogonal iteration sorts the columns by falling eigenvalues, `eigh` by rising
+    # ones. So the columns are reversed before and after.
     moved = (symmetrize(x) @ basis[..., ::-1]).reshape(-1, *x.shape[-2:])
     q = jax.lax.platform_dependent(moved, cpu=_qr_in_turn, default=_qr_at_once)
     return q.reshape(x.shape)[..., ::-1]
@@ -361,6 +377,7 @@ def turned_basis(x: Matrices, basis: Matrices) -> Matrices:
 
 def _qr_at_once(x: Array) -> Array:
     q, r = jnp.linalg.qr(x)
+    # QR leaves the signs of columns open; a positive diagonal of R makes them unique
     return q * jnp.where(diagonal(r) < 0, -1, 1).astype(q.dtype)[..., None, :]
 
 
@@ -369,9 +386,9 @@ def _qr_in_turn(x: Array) -> Array:
 
 
 def mean_rows(rows: Sequence[Array]) -> Float[Array, " n *e"]:
-    """The means over the last axis of arrays `[*e, d]` that differ in its length only.
+    """The means over the last axis of arrays `[*e, d]` that differ only in its length.
 
-    As one product: to compile, XLA makes four kernels out of each sum.
+    They are computed as one product, because XLA compiles four kernels for each sum.
 
     Args:
       rows: n arrays, at least one.
@@ -402,7 +419,7 @@ def trace_pi(
 
     Args:
       mean_a: `tr A / dim A`, the mean eigenvalue of A, or another norm of `A ⊗ I`.
-      mean_g: that of G.
+      mean_g: `tr G / dim G`, or the same norm of `I ⊗ G`.
 
     Returns:
       π.
@@ -414,6 +431,7 @@ def trace_pi(
     >>> trace_pi(jnp.asarray(4.0), jnp.asarray(1.0))
     Array(2., dtype=float32...)
     """
+    # `where` before the division, so that no branch makes NaN under jax_debug_nans
     good = (mean_a > 0) & (mean_g > 0) & jnp.isfinite(mean_a) & jnp.isfinite(mean_g)
     ratio = jnp.where(good, mean_a, 1.0) / jnp.where(good, mean_g, 1.0)
     info = jnp.finfo(ratio.dtype)

@@ -1,4 +1,4 @@
-"""One inversion by several devices, each of which computes some columns."""
+"""The inversion of a matrix by several devices, each of which computes some columns."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -10,16 +10,16 @@ from jax import Array
 from kfac_jax.linalg._psd import inverse_root, join_quarters, quarters, transpose
 
 LEAVES = 8
-"""Into how many parts on its diagonal a matrix is cut whose roots all compute."""
+"""The number of diagonal blocks of a matrix; every device computes all their roots."""
 
 
 class Columns(NamedTuple):
     """How devices divide columns.
 
     Attributes:
-      me: which device this is.
-      devices: how many there are.
-      join: `[..., devices · c]` from everyone's `[..., c]`.
+      me: the index of this device.
+      devices: the number of devices.
+      join: joins all devices' `[..., c]` to `[..., devices · c]`.
     """
 
     me: Array
@@ -27,7 +27,7 @@ class Columns(NamedTuple):
     join: Callable[[Array], Array]
 
     def compute(self, function: Callable[[Array], Array], x: Array) -> Array:
-        """`f(x)` for an f that takes columns to columns, each device some of them."""
+        """`f(x)` for an f that acts on each column; each device computes some."""
         count = -(-x.shape[-1] // self.devices)
         more = count * self.devices - x.shape[-1]
         padded = jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, more)])

@@ -33,8 +33,8 @@ def _check_damping(damping: Any) -> None:
 class Approximation:
     """A structured approximation of the Fisher, with one block for each layer.
 
-    Without links `F ≈ blkdiag(F_1, ..., F_l)`; linked layers (`BlockTridiagonal`) have
-    a block together, with a sparse inverse.
+    Without links `F ≈ blkdiag(F_1, ..., F_l)`; linked layers (`BlockTridiagonal`) share
+    one block, with a sparse inverse.
 
     Vectors are pytrees like the parameters. With damping λ the operator is `F + λ I`;
     `damping_mode="exact"` is that, `"factored"` damps each Kronecker factor (section
@@ -51,18 +51,18 @@ class Approximation:
     def _map(self, v: Vector, function: Callable[[Vectors], Vectors]) -> Vector:
         """Applies a function to the matrices of all layers with a block."""
         layers = layers_of(self.groups)
-        given = self.tree.leaves(v, "the vector v")
-        leaves = axis_types.unsharded(given)
+        original = self.tree.leaves(v, "the vector v")
+        leaves = axis_types.unsharded(original)
         dtypes = {layer.name: layer.dtype for layer in layers}
         vectors = to_vectors(layers, leaves)
         moved = function({name: x.astype(dtypes[name]) for name, x in vectors.items()})
         return jax.tree.unflatten(
             self.tree.treedef,
-            axis_types.sharded_like(to_leaves(layers, moved, leaves), given),
+            axis_types.sharded_like(to_leaves(layers, moved, leaves), original),
         )
 
     def _each(self, v: Vector, function: Callable[[Group, Vectors], Vectors]) -> Vector:
-        """Applies a function to those of each group by itself."""
+        """Applies a function to the matrices of each group by itself."""
 
         def apply(vectors: Vectors) -> Vectors:
             result: Vectors = {}
@@ -74,11 +74,11 @@ class Approximation:
 
     @property
     def _blocks(self) -> list[Group]:
-        """The groups with a block."""
+        """The groups whose layers have a block."""
         return [x for x in self.groups if x.layers[0].block is not None]
 
     def _check(self, damping: Any, mode: str) -> None:
-        """Checks how the operator is to be damped."""
+        """Checks that every group can be damped in this way."""
         _check_damping(damping)
         arguments.choice("damping_mode", mode, ("factored", "exact"))
         for group in self._blocks:

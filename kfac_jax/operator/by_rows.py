@@ -1,4 +1,4 @@
-"""Inverses of which devices keep rows: their way back, and their application."""
+"""Inverses whose rows are spread over devices: how they are joined, and applied."""
 
 import functools
 from collections.abc import Sequence
@@ -12,20 +12,20 @@ from kfac_jax.plan.group import Factors, FactorShapes, Group, Vectors
 from kfac_jax.plan.layer import Layer
 
 
-def whole(shapes: FactorShapes, kept: Factors, devices: Devices) -> Factors:
-    """Arrays of which devices have rows, in one collective.
+def full(shapes: FactorShapes, rows: Factors, devices: Devices) -> Factors:
+    """Joins the rows of arrays in one collective.
 
     Args:
-      shapes: of which arrays, by layer name.
-      kept: their rows.
+      shapes: the shapes of the full arrays, by layer name.
+      rows: this device's rows of them, by layer name.
       devices: the devices.
 
     Returns:
-      The arrays by layer name.
+      The full arrays by layer name.
     """
     names = [(name, key) for name, part in shapes.items() for key in part]
-    found = devices.whole(
-        [kept[name][key] for name, key in names],
+    found = devices.full(
+        [rows[name][key] for name, key in names],
         [shapes[name][key] for name, key in names],
     )
     result: Factors = {name: {} for name in shapes}
@@ -37,20 +37,21 @@ def whole(shapes: FactorShapes, kept: Factors, devices: Devices) -> Factors:
 def solve(
     groups: Sequence[Group], inverses: Factors, vectors: Vectors, devices: Devices
 ) -> Vectors:
-    """`A⁻¹ V G⁻¹` where that is all, each device computing the rows it has.
+    """Computes `A⁻¹ V G⁻¹` from rows of A⁻¹ and G⁻¹, without joining the inverses.
 
-    Rows of `A⁻¹ V` come from the rows of A⁻¹, and are exchanged; then those of
-    `G⁻¹ (A⁻¹ V)ᵀ`. Two collectives, whatever the number of layers.
+    Each device multiplies its rows of A⁻¹ by V, and the rows of `A⁻¹ V` are exchanged;
+    then the same with `G⁻¹ (A⁻¹ V)ᵀ`. That makes two collectives for any number of
+    layers.
 
     Args:
       groups: the plan's groups.
-      inverses: rows, by layer name.
+      inverses: this device's rows, by layer name.
       vectors: `[*e, i, o]`, by layer name.
       devices: the devices.
 
     Returns:
-      The products of those layers that have such a block; none where each device has
-      all of the inverses.
+      The products of the layers in groups with `solves_by_rows`; none if devices do not
+      keep rows.
     """
     if not devices.cuts_state:
         return {}
@@ -71,7 +72,11 @@ def solve(
 def _local_solve(
     layers: Sequence[Layer], over: OverAxis, rows: Factors, vectors: Vectors
 ) -> Vectors:
-    """In each of two rounds the side to multiply is made the rows' side."""
+    """Multiplies by A⁻¹, then by G⁻¹, exchanging rows after each.
+
+    `_multiply` contracts the last axis but one. After the first round the axes of V are
+    swapped, so that the second one contracts its other side.
+    """
     for inputs in (True, False):
         parts: list[Array] = []
         for layer in layers:
@@ -81,16 +86,22 @@ def _local_solve(
         exchanged = over.gather(parts)
         for layer, x in zip(layers, exchanged, strict=True):
             count = layer.shape.inputs if inputs else layer.shape.outputs
-            # the other side is next
+            # cuts off the padding, and puts the multiplied side last
             vectors = vectors | {layer.name: jnp.moveaxis(x[:count], 0, -1)}
     return vectors
 
 
-def _multiply(kept: Array, v: Array, over: OverAxis) -> Array:
-    """Some rows of `K V`, `[rows, *e, c]`, for V `[*e, d, c]` and the same rows of K.
+def _multiply(rows: Array, v: Array, over: OverAxis) -> Array:
+    """This device's rows of `K V`, `[rows, *e, c]`.
 
-    Those are `[rows, *e, d]`, or `[rows, *e]` of a diagonal.
+    Args:
+      rows: the same rows of K, `[rows, *e, d]`, or `[rows, *e]` of a diagonal K.
+      v: V, `[*e, d, c]`.
+      over: the devices.
+
+    Returns:
+      The rows of the product.
     """
-    if kept.ndim == v.ndim:
-        return jnp.einsum("r...d,...dc->r...c", kept, v)
-    return kept[..., None] * over.own_part(jnp.moveaxis(v, -2, 0))
+    if rows.ndim == v.ndim:
+        return jnp.einsum("r...d,...dc->r...c", rows, v)
+    return rows[..., None] * over.own_part(jnp.moveaxis(v, -2, 0))

@@ -1,4 +1,4 @@
-"""Inverses of the damped curvature: computed, kept where they fail, applied."""
+"""Inverses of the damped curvature: how they are computed, replaced and applied."""
 
 import functools
 from collections.abc import Sequence
@@ -37,12 +37,12 @@ def initial(groups: Sequence[Group]) -> Factors:
 def move(
     groups: Sequence[Group], factors: Factors, devices: Devices = ALONE
 ) -> Factors:
-    """Moves factors that are in a basis to the present one.
+    """Renews bases, and moves the factors that are expressed in them.
 
     Args:
-      groups: those whose factors are to be moved.
+      groups: the groups whose factors are to be moved.
       factors: the moving averages, by layer name.
-      devices: which share the work.
+      devices: the devices that share the work.
 
     Returns:
       All factors of those groups.
@@ -62,7 +62,7 @@ def move(
 
 
 def _places(group: Group, factors: Factors) -> list[Name]:
-    """Which factors a refresh changes; others need not be exchanged."""
+    """The names of the factors that a refresh changes; only these are exchanged."""
     moved = jax.eval_shape(group.move, widened([group], factors))
     return [(name, key) for name, part in moved.items() for key in part]
 
@@ -80,21 +80,22 @@ def refresh(
     damping: Array,
     devices: Devices = ALONE,
 ) -> tuple[Factors, Array]:
-    """Inverts the damped factors; a group of which one is not finite keeps the old.
+    """Inverts the damped factors, and replaces the old inverses where all is finite.
 
     Args:
-      groups: the plan's groups; those without factors here keep the old, too.
+      groups: the plan's groups. A group without `factors` keeps its old inverses, and
+        so does a group with an inverse that is not finite.
       factors: the moving averages, by layer name.
       old: the inverses so far.
       damping: λ + η.
-      devices: which share the inversion, and may keep rows of the inverses.
+      devices: the devices that share the inversion, and may keep rows of the inverses.
 
     Returns:
-      The inverses, and how many layers failed.
+      The inverses, and the number of layers whose inversion failed.
     """
     present = [group for group in groups if group.name in factors]
     found, finite = compute(present, factors, damping, devices)
-    found = devices.kept(found)
+    found = devices.tree_rows(found)
     result, failed = dict(old), jnp.zeros((), jnp.int32)
     for group in present:
         flag = finite[group.name]
@@ -113,16 +114,16 @@ def compute(
     damping: Numeric,
     devices: Devices = ALONE,
 ) -> tuple[Factors, dict[str, Array]]:
-    """Inverts the damped factors, matrices of one size of all groups as one batch.
+    """Inverts the damped factors of all groups, matrices of one size as one batch.
 
     Args:
       groups: the groups.
       factors: the moving averages, by layer name.
       damping: λ + η.
-      devices: which share the inversion.
+      devices: the devices that share the inversion.
 
     Returns:
-      The inverses by layer name, and by group's name whether they are finite.
+      The inverses by layer name, and whether they are finite by the group's name.
     """
     factors = widened(groups, factors)
     wanted = {group.name: group.to_invert(factors, damping) for group in groups}
@@ -134,7 +135,7 @@ def compute(
     of_roots = [wanted[x.name] for x in groups if x.wants_roots]
     others = [wanted[x.name] for x in groups if not x.wants_roots]
     inverted |= devices.inverses(_shifted(others))
-    unknown = jnp.asarray(True)  # the group looks at what it makes of roots
+    unknown = jnp.asarray(True)  # the group checks what it computes from the roots
     for name, root in devices.roots(_shifted(of_roots)).items():
         inverted[name] = Inverted(root, unknown)
     result: Factors = {}
@@ -170,15 +171,15 @@ def precondition(
 
     Args:
       groups: the plan's groups.
-      factors: the moving averages, of which those that are carried are used.
+      factors: the moving averages; only those in `carried` are used.
       inverses: from `refresh`.
       leaves: the vector's leaves; None where hidden by a mask.
-      products: what some of the vector's matrices may be products of.
-      devices: which may keep rows of the inverses.
+      products: X and dY, where one of the vector's matrices may be `Xᵀ dY`.
+      devices: the devices, which may keep rows of the inverses.
 
     Returns:
-      The leaves of the product, and its squared length (which counts what a mask hides
-      of a layer).
+      The leaves of the product, and its squared length. (If a mask hides some of a
+      layer's parameters, the length counts their entries too.)
     """
     layers = layers_of(groups)
     vectors = to_vectors(layers, leaves)
@@ -186,10 +187,10 @@ def precondition(
     wide = {name: v.astype(dtypes[name]) for name, v in vectors.items()}
     solved = by_rows.solve(groups, inverses, wide, devices)
     rest = [x for x in groups if any(n in wide and n not in solved for n in x.names)]
-    whole = by_rows.whole(
+    full = by_rows.full(
         {n: s for x in rest for n, s in x.inverse_shapes.items()}, inverses, devices
     )
-    solved |= apply(rest, factors, whole, wide, products)
+    solved |= apply(rest, factors, full, wide, products)
     covered = {i for layer in layers if layer.name in solved for i in layer.leaves}
     others = [x for i, x in enumerate(leaves) if x is not None and i not in covered]
     everything = [*solved.values(), *others]
@@ -204,36 +205,36 @@ def apply(
     vectors: Vectors,
     products: Products,
 ) -> Vectors:
-    """Applies inverses to layers' matrices, class by class of the groups.
+    """Applies inverses to layers' matrices, all groups of one class at once.
 
     Args:
       groups: the groups.
       factors: the moving averages.
-      inverses: by layer name, whole.
+      inverses: the full inverses, by layer name.
       vectors: by layer name.
-      products: what some of them may be products of.
+      products: X and dY, where a vector may be `Xᵀ dY`.
 
     Returns:
       The products by layer name.
     """
-    given: Factors = {}
+    usable: Factors = {}
     for group in groups:
         for name, carried in group.carried.items():
-            given[name] = {n: factors[name][n] for n in carried} | inverses[name]
+            usable[name] = {n: factors[name][n] for n in carried} | inverses[name]
     kinds: dict[type[Group], list[Group]] = {}
     for group in groups:
         kinds.setdefault(type(group), []).append(group)
     solved: Vectors = {}
     for kind, members in kinds.items():
-        solved |= kind.solve_all(members, given, vectors, products)
+        solved |= kind.solve_all(members, usable, vectors, products)
     return solved
 
 
 def to_vectors(layers: Sequence[Layer], leaves: Sequence[Array | None]) -> Vectors:
     """Joins leaves to one matrix for each layer with a block.
 
-    A layer all of whose leaves are None (hidden by a mask) is left out; if only some
-    are, those count as zero.
+    A leaf that is None (hidden by a mask) counts as zero. A layer whose leaves are all
+    None is left out.
     """
     result: Vectors = {}
     for layer in layers:
@@ -252,7 +253,7 @@ def to_vectors(layers: Sequence[Layer], leaves: Sequence[Array | None]) -> Vecto
 def to_leaves(
     layers: Sequence[Layer], vectors: Vectors, leaves: Sequence[Array | None]
 ) -> list[Array | None]:
-    """Inverts `to_vectors`; leaves of layers that are not in it stay as they are."""
+    """Inverts `to_vectors`; leaves of layers without a vector stay as they are."""
     result = list(leaves)
     for layer in layers:
         if layer.name not in vectors:

@@ -1,9 +1,10 @@
 """Linked layers: cross-layer curvature, block-tridiagonal for a chain (section 4.3).
 
-`F̂⁻¹ = Ξᵀ Λ Ξ`. A row of Ξ takes from a layer's vector what its parent's predicts,
-`U_i = V_i - Ψ_A V_p Ψ_Gᵀ`, with the regressions `Ψ_A = A_ip A_p⁻¹`, `Ψ_G = G_ip G_p⁻¹`.
-Λ inverts what the parent leaves of a layer's own curvature,
-`Σ = A_i ⊗ G_i - (Ψ_A A_p Ψ_Aᵀ) ⊗ (Ψ_G G_p Ψ_Gᵀ)`, all of it for the root of a tree.
+`F̂⁻¹ = Ξᵀ Λ Ξ`. A row of Ξ subtracts from a layer's vector the prediction from its
+parent's, `U_i = V_i - Ψ_A V_p Ψ_Gᵀ`, with the regressions `Ψ_A = A_ip A_p⁻¹` and
+`Ψ_G = G_ip G_p⁻¹`. Λ inverts the part of a layer's own curvature that the parent does
+not explain, `Σ = A_i ⊗ G_i - (Ψ_A A_p Ψ_Aᵀ) ⊗ (Ψ_G G_p Ψ_Gᵀ)`. For the root of a tree
+`Σ = A ⊗ G`.
 """
 
 import dataclasses
@@ -48,8 +49,8 @@ CROSS = ("parent_input", "parent_output")
 their output gradients, `[i, parent's i]` and `[o, parent's o]`."""
 
 ROWS = ("input_rows", "output_rows")
-"""What the taps bring out besides statistics, `[rows, i]` and `[rows, o]`: what second
-moments with other layers' rows are made of."""
+"""Names of the rows, `[rows, i]` and `[rows, o]`, that taps return besides statistics.
+Second moments of different layers are computed from them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Linked(Group):
 
     Attributes:
       members: the layers, parents before their children.
-      parents: the name of each one's parent, empty for the root.
+      parents: the name of each member's parent; empty for the root.
     """
 
     members: tuple[Layer, ...]
@@ -78,7 +79,7 @@ class Linked(Group):
 
     @property
     def links(self) -> Iterator[tuple[Layer, Layer]]:
-        """Layers with their parents."""
+        """Yields each layer with its parent."""
         known = {x.name: x for x in self.layers}
         for layer, parent in zip(self.layers, self.parents, strict=True):
             if parent:
@@ -88,7 +89,7 @@ class Linked(Group):
 
     @property
     def cross_shapes(self) -> FactorShapes:
-        """The shapes of the factors that layers share with their parents."""
+        """The shapes of the links' factors, by the child's name."""
         return {
             layer.name: {
                 CROSS[0]: (layer.shape.inputs, parent.shape.inputs),
@@ -99,17 +100,17 @@ class Linked(Group):
 
     @property
     def factor_shapes(self) -> FactorShapes:
-        """The layers' own, and those they share."""
+        """The shapes of the layers' own factors, and of the links'."""
         return _joined(super().factor_shapes, self.cross_shapes)
 
     @property
     def statistics_shapes(self) -> FactorShapes:
-        """The layers' own, and those they share."""
+        """The shapes of the layers' own statistics, and of the links'."""
         return _joined(super().statistics_shapes, self.cross_shapes)
 
     @property
     def inverse_shapes(self) -> FactorShapes:
-        """Of K, s and Ψ of both sides, see `inverses`."""
+        """The shapes of K, s and Ψ for both sides, see `inverses`."""
         cross = self.cross_shapes
         return {
             x.name: {
@@ -124,7 +125,7 @@ class Linked(Group):
 
     @property
     def row_statistics(self) -> dict[str, frozenset[str]]:
-        """The blocks', and second moments of inputs with the parent's."""
+        """The blocks' input statistics, and second moments with the parent's inputs."""
         linked = self.cross_shapes
         return {
             x.name: _block(x).row_statistics
@@ -135,9 +136,9 @@ class Linked(Group):
     def probes(
         self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
-        """Zeros like the statistics of blocks, and like rows.
+        """Zeros like the blocks' statistics, and like rows.
 
-        On a mesh with Explicit axes, rows are sharded as the data are.
+        On a mesh with Explicit axes, rows are sharded like the data.
         """
         found: Factors = {}
         for x in self.layers:
@@ -153,14 +154,14 @@ class Linked(Group):
     def gather(
         self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
     ) -> Arrays:
-        """The block's statistics, and rows, zero where they do not count."""
+        """The block's statistics and the rows; rows that do not count are zero."""
         block = _block(layer)
         sums = site_statistics(site, block, layer.shape, x, dy, carried)
         x, dy = site.canonical(x, dy, layer.shape.homogeneous)
         return sums | dict(zip(ROWS, block.rows(x, dy), strict=True))
 
     def collect(self, sums: Factors, carried: Factors) -> Factors:
-        """Second moments of layers' rows with those of their parents' for the rows."""
+        """The statistics, with second moments of linked layers in place of the rows."""
         found = {
             name: {n: x for n, x in sums[name].items() if n not in ROWS}
             for name in self.names
@@ -174,21 +175,21 @@ class Linked(Group):
     # ------------------------------------------------------------------------ factors
 
     def counts(self, statistics: Factors, weight: Array) -> Factors:
-        """As blocks count; what layers share is divided by the number of batches."""
+        """The blocks' counts; a link's factors are divided by the number of cases."""
         cross, found = self.cross_shapes, Factors()
         for x in self.layers:
             shared = cross.get(x.name, {})
             own = {n: s for n, s in statistics[x.name].items() if n not in shared}
-            batches = weight.astype(x.dtype)
-            found[x.name] = _block(x).counts(own, batches)
-            found[x.name] |= dict.fromkeys(shared, batches)
+            cases = weight.astype(x.dtype)
+            found[x.name] = _block(x).counts(own, cases)
+            found[x.name] |= dict.fromkeys(shared, cases)
         return found
 
     def divisors(self, counts: Factors) -> Factors:
-        """The counts; where they differ between linked layers' inputs, a mean of both.
+        """The counts; a link's input factor has the geometric mean of its layers' two.
 
-        The geometric one, which keeps the second moments of both layers together
-        semidefinite.
+        With `A_ij / √(n_i n_j)` the joint matrix of both layers is `D S D` of the sums
+        S, with D diagonal. So it stays positive semidefinite.
         """
         found = super().divisors(counts)
         for layer, parent in self.links:
@@ -198,21 +199,21 @@ class Linked(Group):
         return found
 
     def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
-        """Entry by entry."""
+        """Averages layer by layer; a link's factors as the child's block does."""
         return {
             x.name: _block(x).average(old[x.name], new[x.name], epsilon)
             for x in self.layers
         }
 
     def looked_at(self, factors: Factors) -> tuple[list[Array], list[Array]]:
-        """The layers' own factors: the others are made of the same rows."""
+        """The layers' own factors; those of links are made of the same rows."""
         own = [factors[name][side] for name in self.names for side in SIDES]
         return own, []
 
     # ----------------------------------------------------------------------- inverses
 
     def init_inverses(self) -> Factors:
-        """Of the identity: Σ = I, no regression."""
+        """The inverses of the identity: Σ = I, Ψ = 0."""
         shapes = self.inverse_shapes
         return {
             x.name: {
@@ -237,10 +238,11 @@ class Linked(Group):
     def inverses(
         self, found: Mapping[Name, Inverted], factors: Factors, devices: Devices
     ) -> tuple[Factors, Array]:
-        """K, s and Ψ of both sides.
+        """K, s and Ψ of both sides, with Ψ the regression on the parent.
 
-        With `Σ⁻¹ = (K_A ⊗ K_G) (I - s_A ⊗ s_G)⁻¹ (K_A ⊗ K_G)ᵀ`. They are finite all
-        together or not at all: each other's moments must fit.
+        `Σ⁻¹ = (K_A ⊗ K_G) (I - s_A ⊗ s_G)⁻¹ (K_A ⊗ K_G)ᵀ`. There is one flag for the
+        group: a layer's inverses are only valid with those of its parent from the same
+        factors.
         """
         roots = {name: part.inverse for name, part in found.items()}
         pairs = [
@@ -281,7 +283,7 @@ class Linked(Group):
         vectors: Vectors,
         products: Products,
     ) -> Vectors:
-        """Applies `Ξᵀ Λ Ξ`; a vector that is missing counts as zero."""
+        """Applies `Ξᵀ Λ Ξ`; a missing vector (hidden by a mask) counts as zero."""
         found: Vectors = {}
         for group in groups:
             left: Vectors = {}
@@ -313,8 +315,8 @@ class Linked(Group):
     def matvec(self, factors: Factors, vectors: Vectors) -> Vectors:
         """Multiplies by the undamped `F̂ = Ξ⁻¹ Λ⁻¹ Ξ⁻ᵀ`.
 
-        Regressions take the pseudo-inverse of the parent's factors, in whose range the
-        second moments with its children's rows are.
+        The parent's factors may be singular without damping. Their pseudo-inverse is
+        enough: `A_ip = E[a_i a_pᵀ]` has its rows in the range of `A_p`.
         """
         regressions = {
             layer.name: [
@@ -341,13 +343,13 @@ class Linked(Group):
         return result
 
     def diagonal(self, factors: Factors) -> Vectors:
-        """That of the layers' own curvature."""
+        """The diagonal of the layers' own curvature, which links do not change."""
         return {
             x.name: _block(x).diagonal(factors[x.name], x.shape) for x in self.layers
         }
 
     def check_mode(self, damping: Numeric, mode: str) -> None:
-        """Damping is factored."""
+        """Refuses exact damping."""
         undamped = isinstance(damping, numbers.Real) and damping == 0
         if mode == "exact" and not undamped:
             raise ValueError(
@@ -358,7 +360,7 @@ class Linked(Group):
 
     @property
     def has_spectrum(self) -> bool:
-        """Not in closed form."""
+        """False: the eigenvectors have no closed form."""
         return False
 
     def power(
@@ -369,7 +371,7 @@ class Linked(Group):
         damping: Numeric,
         mode: str,
     ) -> Vectors:
-        """Is refused."""
+        """Refuses."""
         raise ValueError(
             "power needs a plan with structure=BlockDiagonal(); got "
             "BlockTridiagonal(). For the inverse use solve, for draws with "
@@ -377,7 +379,7 @@ class Linked(Group):
         )
 
     def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
-        """`log det F̂`: Ξ has unit determinant."""
+        """`log det F̂ = -log det Λ`, as Ξ has unit determinant."""
         inverses, total = self._inverses(factors, damping), jnp.zeros(())
         for x in self.layers:
             own = inverses[x.name]
@@ -389,7 +391,7 @@ class Linked(Group):
     def sample(
         self, factors: Factors, noise: Vectors, damping: Numeric, mode: str
     ) -> Vectors:
-        """Applies `Ξᵀ` and a root of Λ."""
+        """Applies a root of Λ, then `Ξᵀ`."""
         inverses, left = self._inverses(factors, damping), Vectors()
         for name in self.names:
             own = inverses[name]
@@ -398,7 +400,7 @@ class Linked(Group):
         return self._transposed(inverses, left)
 
     def _inverses(self, factors: Factors, damping: Numeric) -> Factors:
-        """Computed here and now."""
+        """The inverses of given factors, computed on this device."""
         wanted = self.to_invert(factors, damping).matrices
         shifted = {
             name: (x, jnp.broadcast_to(s, x.shape[:-2]))
@@ -414,10 +416,11 @@ class Linked(Group):
 
     @property
     def inversion_cost(self) -> int:
-        """Of the roots, and of the links.
+        """Multiply-adds for the roots, and for the links.
 
-        A link adds for each side, with m ≥ n its two lengths, the products of its
-        coherence and regression, and `2 m² n + 4 m n² + 4.5 n³` for singular vectors.
+        For each side of a link, with m ≥ n the lengths of its factor, these are the
+        products for coherence and regression, and `2 m² n + 4 m n² + 4.5 n³` for
+        singular vectors.
         """
         cost = 0.0
         for x in self.layers:
@@ -430,7 +433,7 @@ class Linked(Group):
 
     @property
     def statistics_cost(self) -> float:
-        """Of all factors' products, and of the outputs' gradients."""
+        """Multiply-adds of all factors' products, and of the outputs' gradients."""
         shapes = self.factor_shapes
         return sum(statistics_cost(x, shapes[x.name]) for x in self.layers)
 
@@ -440,7 +443,7 @@ def _joined(first: FactorShapes, second: FactorShapes) -> FactorShapes:
 
 
 def _inverse_shapes(side: str, n: int, cross: Any) -> dict[str, tuple[int, ...]]:
-    """Of one side of a layer."""
+    """The shapes of K, s and Ψ of one side; of K alone without a parent."""
     shapes: dict[str, tuple[int, ...]] = {f"{side}_basis": (n, n)}
     if cross is not None:
         shapes[f"{side}_explained"] = (n,)
@@ -449,7 +452,7 @@ def _inverse_shapes(side: str, n: int, cross: Any) -> dict[str, tuple[int, ...]]
 
 
 def _unexplained(own: Arrays) -> Float[Array, "i o"] | float:
-    """`1 - s_A s_Gᵀ`."""
+    """The diagonal of `I - s_A ⊗ s_G` as a matrix, `1 - s_A s_Gᵀ`."""
     if "input_explained" not in own:
         return 1.0
     return 1 - own["input_explained"][:, None] * own["output_explained"][None, :]
@@ -478,10 +481,11 @@ class BlockTridiagonal:
     A layer is linked to the layer that uses its output next: the first one in the order
     of the program whose input depends on it with no other such layer between. In a
     network that is not a chain (residual connections, branches) the links form a
-    forest. Linked are layers of kinds "dense" and "conv" with a `Kronecker` block with
-    two full factors, used once and outside of scans and conditionals, two of which must
-    have the same number of positions in each example. What is not linked, and why, is
-    in the report; it has a block of its own.
+    forest. A layer can be linked if its kind is "dense" or "conv", its block is a
+    `Kronecker` with two full factors, and it is used once, outside of scans and
+    conditionals. Two linked layers must have the same number of positions in each
+    example. The report says which layers are not linked, and why; each of these has a
+    block of its own.
 
     Damping is factored (on the layers' own factors), so `damping_mode="exact"` is
     refused. A refresh takes two singular value decompositions for each link, which cost
@@ -512,7 +516,7 @@ class BlockTridiagonal:
 
 
 def _trees(layers: Sequence[Layer], parents: Mapping[str, str]) -> list[Linked]:
-    """The groups that links make, each with parents before their children."""
+    """Groups layers that links connect, with parents before their children."""
 
     def path(name: str) -> list[str]:
         return [name, *(path(parents[name]) if name in parents else [])]
@@ -582,6 +586,6 @@ def _mismatch(
 
 
 def paired_rows(layer: Layer, site: Site) -> int:
-    """How many rows of a layer count as cases, and are paired with its parent's."""
+    """The number of a layer's rows that are paired with rows of its parent."""
     assert isinstance(site.examples, Examples)
     return site.examples.size if _block(layer).needs_examples else site.count

@@ -1,4 +1,4 @@
-"""Layers whose gradient stays the product that it is, where that saves arithmetic.
+"""Layers whose gradient is kept as a product of two matrices, to save arithmetic.
 
 A dense layer's gradient over `r` cases is `V = Xᵀ dY`, of rank r. With few cases
 `A⁻¹ V G⁻¹ = (A⁻¹ Xᵀ) (dY G⁻¹)` takes fewer multiply-adds on the right than on the left
@@ -25,30 +25,30 @@ from kfac_jax.plan.layer import Layer
 from kfac_jax.plan.summing import sums_gradients
 
 _SIDES = ("product_inputs", "product_outputs")
-"""What the taps bring out besides statistics, `[rows, i]` and `[rows, o]`: with the
-loss's cotangents, `∇W = Xᵀ dY`."""
+"""Names of the arrays X, `[rows, i]`, and dY, `[rows, o]`, that taps return besides
+statistics. When the loss's cotangents are pulled back, `∇W = Xᵀ dY`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KeptProduct(Single):
-    """A layer whose gradient is gathered as the sides of a product.
+    """A layer whose gradient is gathered as the two sides of a product.
 
     Attributes:
       layer: the layer.
-      rows: how many rows the sides have, of the plan's batch.
+      rows: the number of rows of both sides, for the plan's batch.
     """
 
     rows: int
 
     @property
     def product_rows(self) -> int:
-        """The sides' rows."""
+        """The number of rows of the sides."""
         return self.rows
 
     def probes(
         self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
-        """Also for the two sides."""
+        """Zeros like the block's statistics, and like the two sides."""
         found = super().probes(sites, data)
         count, shape = sites[self.name][0].count, self.layer.shape
         for name, n in zip(_SIDES, (shape.inputs, shape.outputs), strict=True):
@@ -58,19 +58,23 @@ class KeptProduct(Single):
     def gather(
         self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
     ) -> Arrays:
-        """The sides too; of the statistics' cotangents nobody asks for them."""
+        """The block's statistics, and the two sides.
+
+        The sides are used only when the loss is pulled back. The compiler removes them
+        where cotangents are pulled back for statistics.
+        """
         sides = site.canonical(x, dy, layer.shape.homogeneous)
         rows = [side.reshape(-1, side.shape[-1]) for side in sides]
         sums = super().gather(layer, site, x, dy, carried)
         return sums | dict(zip(_SIDES, rows, strict=True))
 
     def collect(self, sums: Factors, carried: Factors) -> Factors:
-        """Without the sides."""
+        """The statistics without the sides."""
         own = {n: x for n, x in sums[self.name].items() if n not in _SIDES}
         return {self.name: own}
 
     def products(self, sums: Factors) -> Products:
-        """The sides."""
+        """The two sides of the gradient."""
         inputs, outputs = (sums[self.name][side] for side in _SIDES)
         return {self.name: (inputs, outputs)}
 
@@ -82,7 +86,7 @@ class KeptProduct(Single):
         vectors: Vectors,
         products: Products,
     ) -> Vectors:
-        """From the sides if all vectors are their products, from the vectors if not."""
+        """Solves from the sides if every vector is their product, else from vectors."""
         names = [x.name for x in groups if x.name in vectors]
         if not names or not all(name in products for name in names):
             return super().solve_all(groups, inverses, vectors, products)
@@ -107,15 +111,15 @@ class KeptProduct(Single):
 def _is_product(
     v: Float[Array, "i o"], x: Float[Array, "r i"], dy: Float[Array, "r o"]
 ) -> Bool[Array, ""]:
-    """Whether `V = Xᵀ dY`, seen from the left by one vector of random signs.
+    """Whether `V = Xᵀ dY`, tested with one vector of random signs.
 
-    A gradient may have been clipped, or averaged over devices, since. `uᵀ V = (X u)ᵀ
-    dY` takes about as long as reading V, X and dY once.
+    A gradient may have been clipped, or averaged over devices, since it was gathered.
+    The test `uᵀ V = (X u)ᵀ dY` takes about as long as reading V, X and dY once.
     """
     u = jax.random.rademacher(jax.random.key(0), (len(v),), v.dtype)
-    given, made = u @ v, (x @ u) @ dy
+    actual, expected = u @ v, (x @ u) @ dy
     tolerance = jnp.sqrt(jnp.asarray(jnp.finfo(v.dtype).eps, v.dtype))
-    return jnp.linalg.norm(made - given) <= tolerance * jnp.linalg.norm(given)
+    return jnp.linalg.norm(expected - actual) <= tolerance * jnp.linalg.norm(actual)
 
 
 # ------------------------------------------------------------------- which layers
@@ -124,12 +128,12 @@ def _is_product(
 def by_themselves(
     layers: Sequence[Layer], uses: Uses, linked: frozenset[str] = frozenset()
 ) -> tuple[list[Group], list[str]]:
-    """Groups of one layer each, whose gradients stay products where asked and possible.
+    """Makes a group of each layer, with gradients as products where asked and possible.
 
     Args:
-      layers: of which layers.
-      uses: of the whole program.
-      linked: layers that are in a group with others already.
+      layers: the layers.
+      uses: all uses of the program.
+      linked: the names of layers that are already in a group with others.
 
     Returns:
       The groups, and lines for the report.
@@ -180,7 +184,7 @@ def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:
 
 
 def _refusal(layer: Layer, uses: Uses, types: Mapping[int, Any], linked: bool) -> str:
-    """Why a gradient does not stay a product."""
+    """Why a gradient is not kept as a product; empty if it is."""
     if uses.custom_rules:
         return "a custom derivative rule of the program may change its gradient"
     if uses.l2:

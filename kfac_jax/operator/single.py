@@ -1,4 +1,4 @@
-"""Layers by themselves: every layer has a block of its own, and a group."""
+"""Groups of a single layer, which the layer's block approximates."""
 
 import dataclasses
 import functools
@@ -40,12 +40,12 @@ class Single(Group):
 
     @property
     def layers(self) -> tuple[Layer, ...]:
-        """The one."""
+        """The single layer."""
         return (self.layer,)
 
     @property
     def block(self) -> Block:
-        """The layer's, which there must be."""
+        """The layer's block, which must not be None."""
         assert self.layer.block is not None
         return self.layer.block
 
@@ -53,24 +53,24 @@ class Single(Group):
 
     @property
     def inverse_shapes(self) -> FactorShapes:
-        """Those of what the block has inverted."""
+        """The shapes of the matrices that the block has inverted."""
         return {self.name: {name: x.shape for name, x in self.layer.damped.items()}}
 
     @property
     def in_every_step(self) -> bool:
-        """As the block says."""
+        """Whether the block's inverses follow the factors in every step."""
         return self.layer.block is not None and self.block.inverted_in_every_step
 
     @property
     def by_entry(self) -> bool:
-        """Unless the block has a basis, or an average of its own."""
+        """Whether the block has neither a basis nor its own way to average."""
         if self.layer.block is None:
             return True
         return not self.moves and type(self.block).average is Block.average
 
     @property
     def solves_by_rows(self) -> bool:
-        """Whether its inverse is `A⁻¹ ⊗ G⁻¹`, with rows where they are expected."""
+        """Whether the inverse is `A⁻¹ ⊗ G⁻¹`, cut along the first axis after `lead`."""
         if self.layer.block is None or not self.block.solves_by_sides:
             return False
         lead = len(self.layer.shape.lead)
@@ -81,7 +81,7 @@ class Single(Group):
 
     @property
     def row_statistics(self) -> dict[str, frozenset[str]]:
-        """The block's."""
+        """The block's statistics that depend on inputs only."""
         layer = self.layer
         own = frozenset() if layer.block is None else layer.block.row_statistics
         return {self.name: own}
@@ -105,19 +105,19 @@ class Single(Group):
     # ------------------------------------------------------------------------ factors
 
     def counts(self, statistics: Factors, weight: Array) -> Factors:
-        """As the block counts."""
+        """The block's counts."""
         own = statistics[self.name]
         if self.layer.block is None or not own:
             return {}
         return {self.name: self.block.counts(own, weight.astype(self.layer.dtype))}
 
     def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
-        """As the block averages."""
+        """The block's averages."""
         own = self.block.average(old[self.name], new[self.name], epsilon)
         return {self.name: own}
 
     def looked_at(self, factors: Factors) -> tuple[list[Array], list[Array]]:
-        """Matrices, bases among them, and what is elementwise."""
+        """Matrices (also bases), and arrays that are inverted elementwise."""
         elementwise = self.block.elementwise
         own = factors[self.name]
         matrices = [x for name, x in own.items() if name not in elementwise]
@@ -126,7 +126,7 @@ class Single(Group):
     # ----------------------------------------------------------------------- inverses
 
     def init_inverses(self) -> Factors:
-        """Identities, ones where elementwise."""
+        """Identities, or ones for what is inverted elementwise."""
         own = self.layer.damped
         elementwise = self.block.elementwise if own else frozenset()
         return {
@@ -139,13 +139,13 @@ class Single(Group):
         }
 
     def move(self, factors: Factors) -> Factors:
-        """What the block's refresh changes."""
+        """The factors that the block's refresh changes."""
         own = factors[self.name]
         new = self.block.refresh(own)
         return {self.name: {n: x for n, x in new.items() if x is not own[n]}}
 
     def to_invert(self, factors: Factors, damping: Numeric) -> ToInvert:
-        """What the block has inverted."""
+        """The matrices that the block has inverted."""
         if self.layer.block is None:
             return ToInvert({}, {})
         damping = jnp.asarray(damping, self.layer.dtype)
@@ -159,7 +159,7 @@ class Single(Group):
     def inverses(
         self, found: Mapping[Name, Inverted], factors: Factors, devices: Devices
     ) -> tuple[Factors, Array]:
-        """The inverses as they are."""
+        """The inverses, unchanged."""
         own = {name: found[self.name, name] for name in self.layer.damped}
         flags = [x.finite for x in own.values()]
         finite = jnp.asarray(True)
@@ -175,7 +175,7 @@ class Single(Group):
         vectors: Vectors,
         products: Products,
     ) -> Vectors:
-        """Layer by layer."""
+        """Solves layer by layer."""
         return {
             x.name: x.block.solve(inverses[x.name], vectors[x.name])
             for x in groups
@@ -185,19 +185,19 @@ class Single(Group):
     # ----------------------------------------------------------------------- operator
 
     def matvec(self, factors: Factors, vectors: Vectors) -> Vectors:
-        """The block's."""
+        """Multiplies by the block."""
         return {self.name: self.block.matvec(factors[self.name], vectors[self.name])}
 
     def diagonal(self, factors: Factors) -> Vectors:
-        """The block's."""
+        """The block's diagonal."""
         return {self.name: self.block.diagonal(factors[self.name], self.layer.shape)}
 
     def check_mode(self, damping: Numeric, mode: str) -> None:
-        """Blocks have both modes."""
+        """Does nothing: blocks have both modes."""
 
     @property
     def has_spectrum(self) -> bool:
-        """Blocks have one."""
+        """True, as every block has one."""
         return True
 
     def _spectrum(self, factors: Factors) -> Spectrum:
@@ -211,33 +211,33 @@ class Single(Group):
         damping: Numeric,
         mode: str,
     ) -> Vectors:
-        """By the block's eigenvectors."""
+        """Multiplies in the basis of the block's eigenvectors."""
         spectrum = self._spectrum(factors)
         v = vectors[self.name]
         scale = (spectrum.eigenvalues(damping, mode) ** exponent).astype(v.dtype)
         return {self.name: spectrum.from_basis(scale * spectrum.to_basis(v))}
 
     def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
-        """By the block's eigenvalues."""
+        """The sum of the logarithms of the block's eigenvalues."""
         return jnp.log(self._spectrum(factors).eigenvalues(damping, mode)).sum()
 
     def sample(
         self, factors: Factors, noise: Vectors, damping: Numeric, mode: str
     ) -> Vectors:
-        """The power -½ of the noise."""
+        """Multiplies the noise by the power -½."""
         return self.power(factors, noise, -0.5, damping, mode)
 
     # ------------------------------------------------------------------ costs, report
 
     @property
     def inversion_cost(self) -> int:
-        """Of factors that are inverted or decomposed."""
+        """Multiply-adds of the factors that are inverted or decomposed."""
         layer = self.layer
         if layer.block is None:
             return 0
         names = layer.block.elementwise | layer.block.carried
         inverted = {name: x.shape for name, x in layer.damped.items()}
-        if not layer.shape.tied:  # whose factors are added up first
+        if not layer.shape.tied:  # a tied layer's factors are added up before
             inverted |= layer.factor_shapes
         return sum(
             math.prod(shape) * shape[-1]
@@ -247,7 +247,7 @@ class Single(Group):
 
     @property
     def statistics_cost(self) -> float:
-        """Of the factors' products, and of the output's gradient."""
+        """Multiply-adds of the factors' products, and of the output's gradient."""
         return statistics_cost(self.layer, self.layer.factor_shapes)
 
 
@@ -256,7 +256,7 @@ def statistics_cost(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> floa
 
     Args:
       layer: the layer.
-      shapes: of its second moments.
+      shapes: the shapes of its second moments.
 
     Returns:
       The number.
@@ -264,7 +264,7 @@ def statistics_cost(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> floa
     if not layer.is_tapped:
         return 0
     moments = sum(map(math.prod, shapes.values()))
-    moments /= len(layer.shape.terms)  # about half of the rows are for either
+    moments /= len(layer.shape.terms)  # about half of a tied layer's rows go to each
     return layer.positions * (moments + math.prod(layer.shape.matrix))
 
 
@@ -278,8 +278,9 @@ def site_statistics(
 ) -> Arrays:
     """One use's statistics, from input and output cotangent as the program has them.
 
-    Patches of a convolution take the kernel's size times the memory of its input; they
-    are made of a part of the batch at a time, so that they never take more than that.
+    A convolution's patches take up to the kernel's size times the memory of its input.
+    So they are made for a chunk of the batch at a time, which takes no more memory than
+    the input.
 
     Args:
       site: the use.
@@ -306,12 +307,14 @@ def site_statistics(
         return gathered(site, x, dy)
     x_axis, y_axis = axes
     batch = x.shape[x_axis]
-    parts, size = site.reader.chunks(batch)
+    chunks, size = site.reader.chunks(batch)
     in_front = Examples(0, batch)
-    if parts <= 1 or (block.needs_examples and site.examples != in_front):
+    # A chunk of the batch axis holds full examples only if that is their axis. Blocks
+    # that sum within an example must see all of it.
+    if chunks <= 1 or (block.needs_examples and site.examples != in_front):
         return gathered(site, x, dy)
 
-    def piece(start: Array | int, size: int) -> Arrays:
+    def chunk(start: Array | int, size: int) -> Arrays:
         return gathered(
             dataclasses.replace(
                 site, examples=Examples(0, size) if site.examples == in_front else LOST
@@ -320,18 +323,19 @@ def site_statistics(
             jax.lax.dynamic_slice_in_dim(dy, start, size, y_axis),
         )
 
-    total = sum_over(lambda index: piece(index * size, size), parts)
-    done = parts * size
+    total = sum_over(lambda index: chunk(index * size, size), chunks)
+    done = chunks * size
     if done == batch:
         return total
-    return jax.tree.map(jnp.add, total, piece(done, batch - done))
+    return jax.tree.map(jnp.add, total, chunk(done, batch - done))
 
 
 def _repeated(sums: Arrays, row_statistics: frozenset[str], cases: int) -> Arrays:
-    """The statistics of a constant that stands for as many rows as there are cases.
+    """The statistics of a constant input, which stands for one row of each case.
 
-    The output's gradient is the sum over cases. Its square has the expectation of the
-    sum of squares, as the sampled gradients of cases are independent with mean zero.
+    `A` has the same row `cases` times. `G` needs no factor: the output's gradient is
+    the sum over cases, and the expectation of its square is the sum of the cases'
+    squares, as sampled gradients of different cases are independent with mean zero.
     """
     return {
         name: value * cases if name in row_statistics else value

@@ -1,4 +1,4 @@
-"""What `kfac` and `scale_by_kfac` refuse."""
+"""Checks of the arguments of `kfac` and `scale_by_kfac`, and of their updates."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -24,11 +24,11 @@ from kfac_jax.statistics.averages import check_statistics
 
 _INF = float("inf")
 _SHOWN = 10
-"""How many of the leaves that differ an error lists."""
+"""The most differing leaves that an error lists."""
 
 
 def check_plan(curvature: Any) -> None:
-    """Raises TypeError unless it is what `make_curvature` returns."""
+    """Raises TypeError unless it is a plan of `make_curvature`."""
     if not isinstance(curvature, Curvature):
         raise TypeError(
             "curvature must be a plan from make_curvature; got "
@@ -39,7 +39,7 @@ def check_plan(curvature: Any) -> None:
 def check_common(
     curvature: Any, damping: Any, decay: Any, inverse_every: Any, devices: Any
 ) -> None:
-    """Checks what both transformations take."""
+    """Checks the arguments that both transformations have."""
     check_plan(curvature)
     if not isinstance(damping, LevenbergMarquardt):
         allowed = "a number, schedule or rule"
@@ -55,7 +55,7 @@ def check_common(
 
 
 def check_devices(curvature: Curvature, devices: Any) -> None:
-    """Checks that devices can share what a plan's layers need."""
+    """Checks that devices can share the work for a plan's layers."""
     refused = [n for x in curvature.groups if not x.by_entry for n in x.names]
     if checked(devices).cuts_state and refused:
         raise ValueError(
@@ -75,14 +75,14 @@ def check_devices(curvature: Curvature, devices: Any) -> None:
 def check_update(
     state: Any, statistics: Any, kind: str, unknown: Sequence[str] = ()
 ) -> None:
-    """Checks what every update gets.
+    """Checks the arguments that every update gets.
 
     Args:
       state: the state.
-      statistics: the step's.
-      kind: of the transformation.
-      unknown: keywords that are not its own. optax passes those of one member of a
-        chain to all, so they are no error by themselves.
+      statistics: the step's statistics.
+      kind: the transformation's name, for messages.
+      unknown: the names of further keywords. optax passes the keywords of one member of
+        a chain to all members, so they are no error by themselves.
 
     Raises:
       TypeError: if the state or the statistics are of the wrong type.
@@ -111,7 +111,7 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
     Raises:
       ValueError: if leaves are missing, unexpected, or of another shape or type.
     """
-    arrays = state_arrays(curvature, devices.kept_shape)
+    arrays = state_arrays(curvature, devices.row_shape)
     expected = _described(arrays) | dict.fromkeys(_SCALARS, "a scalar")
     found = _described(state._replace(velocity=())._asdict())
     differing = [
@@ -175,7 +175,7 @@ def _described(tree: Any) -> dict[str, str]:
 
 
 def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:
-    """Checks what decides the length of a step."""
+    """Checks the arguments that decide the length of a step."""
     modelled = isinstance(learning_rate, QuadraticModel)
     if not modelled:
         allowed = "a number, schedule or rule"

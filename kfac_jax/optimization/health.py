@@ -1,4 +1,4 @@
-"""What to look at while an optimizer trains."""
+"""Diagnostics of a training run."""
 
 import warnings
 from typing import Any, NamedTuple
@@ -12,13 +12,13 @@ from kfac_jax.optimization.state import KFACState
 
 
 def kfac_state(state: Any) -> KFACState:
-    """The state of K-FAC within that of an optax transformation.
+    """Finds the state of K-FAC in the state of an optax transformation.
 
     Args:
-      state: of `kfac`, `scale_by_kfac`, or a chain or wrapper around one.
+      state: the state of `kfac`, `scale_by_kfac`, or a chain or wrapper around one.
 
     Returns:
-      The first that there is.
+      The first `KFACState`.
 
     Raises:
       TypeError: if there is none.
@@ -35,14 +35,14 @@ def kfac_state(state: Any) -> KFACState:
 
 
 class Health(NamedTuple):
-    """What `health` found."""
+    """The result of `health`."""
 
-    ok: bool  # whether nothing is amiss
-    message: str  # what is, and what to change; empty if nothing is
+    ok: bool  # whether the run trains
+    message: str  # the likely cause if not, and what to change; empty if it does
 
 
 _RISE = 100.0
-"""How many times its lowest running mean a loss may be."""
+"""The largest ratio of a loss to its lowest running mean that is not reported."""
 
 _NOT_FINITE = (
     "The loss was finite and is not: the run diverged, or the batch has values that "
@@ -67,12 +67,12 @@ def health(state: Any) -> Health:
     each of its warnings once for a line of the program, unless told otherwise.
 
     Args:
-      state: of `kfac` or `scale_by_kfac`, or of a chain with one of them in it; of
-        several seeds or devices, if its arrays have leading axes for them, of which the
-        worst counts. The loss is known where `update` got `value=`, as by `make_step`.
+      state: the state of `kfac` or `scale_by_kfac`, or of a chain with one of them in
+        it. Its arrays may have leading axes for several seeds or devices; the worst of
+        them counts. The loss is known if `update` got `value=`, as from `make_step`.
 
     Returns:
-      Whether the run is well, and if not, the likely cause and the argument to change.
+      Whether the run trains and, if not, the likely cause and the argument to change.
 
     Raises:
       TypeError: if there is no state of K-FAC, or if it is traced.

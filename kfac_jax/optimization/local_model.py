@@ -1,4 +1,4 @@
-"""What a step's own batch says of the loss around the parameters."""
+"""The loss around the parameters, on a step's own batch."""
 
 import dataclasses
 from typing import Any
@@ -20,11 +20,11 @@ class LocalModel:
 
     Attributes:
       curvature: the plan.
-      params: θ, or None where no rule needs it.
+      params: θ; None if no rule needs it.
       args: the loss function's further arguments, or None.
-      gradient: ∇h, by leaves, without those a mask hides.
+      gradient: ∇h, by leaves, without leaves that a mask hides.
       damping: λ.
-      devices: over which devices the batch is spread.
+      devices: the devices that the batch is spread over.
     """
 
     curvature: Curvature
@@ -42,14 +42,14 @@ class LocalModel:
           fraction: τ2, the part of the batch that F is computed on.
 
         Returns:
-          `[n, n]`, of the whole batch.
+          `[n, n]`, averaged over all devices' batches.
         """
-        part = batch_lib.take(self.args, fraction, self.curvature.batch_argnums)
-        own = self.curvature.quadratic_form(self.params, vectors, *part)
-        return self.devices.mean(own)
+        args = batch_lib.take(self.args, fraction, self.curvature.batch_argnums)
+        matrix = self.curvature.quadratic_form(self.params, vectors, *args)
+        return self.devices.mean(matrix)
 
     def total_damping(self, like: Array) -> Array:
-        """λ + η, of a matrix's type."""
+        """λ + η, in the type of a matrix."""
         return (self.damping + self.curvature.l2).astype(like.dtype)
 
     def moved(self, delta: list[Array]) -> optax.Params:
@@ -58,7 +58,7 @@ class LocalModel:
         return optax.apply_updates(axis_types.here(self.params), tree)
 
     def loss(self, params: optax.Params) -> Array:
-        """H at other parameters."""
+        """The batch's loss at other parameters."""
 
         def own(params: optax.Params) -> Array:
             return loss_of(self.curvature.loss_fn(params, *self.args))

@@ -1,4 +1,4 @@
-"""The loss of a batch, as `value=` tells it."""
+"""The loss of a batch, from the argument `value=` of an update."""
 
 import math
 from typing import Any
@@ -13,7 +13,7 @@ from kfac_jax.optimization.state import KFACState, nan
 
 
 def averaged_loss(devices: Devices, value: Any) -> Array | None:
-    """The loss in what `update` got as `value`, over all devices' cases.
+    """The loss in `value`, averaged over all devices; None without a value.
 
     Raises:
       TypeError: if it is no number.
@@ -34,38 +34,38 @@ def _loss_in(value: Any) -> Any:
 
 
 def with_loss(state: KFACState, value: Array | None) -> KFACState:
-    """The state after a step at whose start the loss was `value`.
+    """Records the loss at the start of a step, and updates its running means.
 
-    A loss of exactly 0, as of a batch that a mask hides, says nothing of the scale of
-    losses, and one that is not finite neither.
+    The means ignore losses that are not finite, and losses of exactly 0: those are of
+    batches that a mask hides, and do not tell the scale of losses.
     """
     loss, mean = loss_of(value), state.info.mean_loss
-    told, known = jnp.isfinite(loss) & (loss != 0), jnp.isfinite(mean)
-    # of what is finite only, for jax_debug_nans
-    new = jnp.where(told, loss, 0.0)
-    old = jnp.where(known, mean, new)
-    weight = jnp.maximum(1 / state.step.astype(mean.dtype), 1 - _KEPT_LOSS)
-    mean = jnp.where(told, old + weight * (new - old), mean)
+    counts, has_mean = jnp.isfinite(loss) & (loss != 0), jnp.isfinite(mean)
+    # computed from finite numbers only, for jax_debug_nans
+    new = jnp.where(counts, loss, 0.0)
+    old = jnp.where(has_mean, mean, new)
+    weight = jnp.maximum(1 / state.step.astype(mean.dtype), 1 - _LOSS_DECAY)
+    mean = jnp.where(counts, old + weight * (new - old), mean)
     lowest = jnp.fmin(state.info.lowest_loss, mean)
     return state._replace(
         info=state.info._replace(loss=loss, mean_loss=mean, lowest_loss=lowest)
     )
 
 
-_KEPT_LOSS = 0.95
-"""What a batch's loss leaves of the running mean before."""
+_LOSS_DECAY = 0.95
+"""The decay of the running mean of the loss."""
 
 
 def is_usable(value: Array | None, gradient: list[Array]) -> Array:
-    """Whether a batch may be learnt from, as far as the loss tells.
+    """Whether an update may use its batch, as far as the loss tells.
 
-    A loss whose square overflows, in the gradient's precision, is taken for one that is
-    not finite: with a saturated output, which hides all curvature, there is no other
-    sign. To look at the gradient's squares would cost a pass over it.
+    A loss whose square overflows in the gradient's precision counts as not finite: with
+    a saturated output, which hides all curvature, there is no other sign. To look at
+    the gradient's squares instead would cost a pass over it.
 
     Args:
-      value: h(θ), as passed to update, or None, of which nothing is said.
-      gradient: ∇h, by leaves, of which only the types matter.
+      value: h(θ), as passed to update. None counts as usable.
+      gradient: ∇h, by leaves; only the types matter.
 
     Returns:
       [] bool.

@@ -43,11 +43,11 @@ def make_step(
         or other wrapper with one of them in it.
       statistics_every: k, a number or a schedule of the step; the first step and every
         k-th after it gather statistics, and the others cost a gradient and the update,
-        with the rules that evaluate the loss if there are any (docs/performance.md has
-        the price). Lower `decay` in `kfac` with it, to 0.8 for 5.
-      devices: what `tx` got, if that is an `OverAxis`, for a step that every device
-        runs on its part of the batch: samples then differ between devices, and
-        gradients are their means.
+        and the rules that evaluate the loss if there are any (docs/performance.md has
+        the price). Lower `decay` in `kfac` with it, to 0.8 for k = 5.
+      devices: the `devices` of `tx`, if that is an `OverAxis`. Then every device runs
+        the step on its part of the batch; devices draw different samples, and their
+        gradients are averaged.
 
     Returns:
       `step(params, state, key, *args) -> params, state, value`. The value is the loss
@@ -81,7 +81,8 @@ def make_step(
     checked(devices)
     axis = devices.axis if isinstance(devices, OverAxis) else None
     update = optax.with_extra_args_support(tx).update
-    # else they are of no use; with state_axes a device has rows of them only
+    # Factors are passed only if statistics depend on them. (With `state_axes` a device
+    # has only rows of others.)
     wanted = any(group.moves for group in curvature.groups)
 
     def step(params: optax.Params, state: Any, key: Array, *args: Any) -> Any:
@@ -97,8 +98,9 @@ def make_step(
         if statistics_every == 1:
             value, grads, statistics = gather()
         else:
-            # the gradient is not in a branch: there XLA would not share its forward
-            # pass with the quadratic model's, and be slow at convolutions on CPUs
+            # The gradient is outside of the branch. Inside, XLA could not share its
+            # forward pass with the quadratic model's, and it runs convolutions in
+            # branches slowly on CPUs.
             value, grads = curvature.value_and_grad(params, *args)
             every = jnp.asarray(schedules.at(statistics_every, own.step), jnp.int32)
             statistics = jax.lax.cond(
@@ -119,7 +121,8 @@ def make_step(
 def _mean(grads: optax.Updates, loss: Array, axis: Any) -> optax.Updates:
     """Over devices; a division where `shard_map` has summed gradients already.
 
-    It has if it checks what varies: then the loss does, and gradients do not.
+    A `shard_map` that checks what varies has summed them already: then the loss varies
+    and gradients do not, and they are only divided by the number of devices.
     """
     names = set(axis) if isinstance(axis, tuple) else {axis}
     checked = bool(names & _compat.varying(loss))

@@ -1,4 +1,4 @@
-"""What `kfac` does with a preconditioned gradient: how long its steps are."""
+"""The optimizer behind `kfac`: a preconditioner, and rules for the length of steps."""
 
 import dataclasses
 from typing import Any
@@ -22,12 +22,12 @@ from kfac_jax.rules import LevenbergMarquardt, QuadraticModel
 from kfac_jax.statistics.averages import Statistics
 
 SHARE_OF_LOSS = 0.003
-"""Of the loss, the norm constraint where none is given; see docs/tuning.md."""
+"""The default norm constraint, as a share of the loss; see docs/tuning.md."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-    """A preconditioner, and what decides the length of its steps: see `kfac`."""
+    """A preconditioner, and the rules for the length of its steps: see `kfac`."""
 
     preconditioner: Preconditioner
     learning_rate: optax.ScalarOrSchedule | QuadraticModel
@@ -45,7 +45,7 @@ class Optimizer:
         velocity = jax.tree.map(fresh.zeros_like, params)
         devices = self.preconditioner.devices
         if devices.cuts_state:
-            velocity = devices.kept(axis_types.unsharded(velocity))
+            velocity = devices.tree_rows(axis_types.unsharded(velocity))
         return state._replace(velocity=velocity)
 
     def update(
@@ -100,20 +100,20 @@ class Optimizer:
             state = self._adapt(rule, state, step, moved, chosen, batch)
         else:
             state = state._replace(damping=at(rule, state.step))
-        kept = _fill(own.devices.kept(moved.kept), velocity)
-        state = state._replace(velocity=tree.restore(kept, state.velocity))
+        velocity = _fill(own.devices.tree_rows(moved.velocity), velocity)
+        state = state._replace(velocity=tree.restore(velocity, state.velocity))
         return tree.restore(_fill(moved.delta, batch.gradient), updates), state
 
-    def _velocity(self, kept: optax.Updates) -> list[Array | None]:
-        """The leaves of δ0, whole, None where a mask hides them."""
+    def _velocity(self, velocity: optax.Updates) -> list[Array | None]:
+        """The full leaves of δ0 from the state's (or rows); None where a mask hides."""
         tree, devices = self.preconditioner.curvature.tree, self.preconditioner.devices
         rows = dataclasses.replace(
-            tree, shapes=tuple(map(devices.kept_shape, tree.shapes))
+            tree, shapes=tuple(map(devices.row_shape, tree.shapes))
         )
-        leaves = rows.masked_leaves(kept, "the velocity")
+        leaves = rows.masked_leaves(velocity, "the velocity")
         pairs = zip(leaves, tree.shapes, strict=True)
         shapes = [shape for x, shape in pairs if x is not None]
-        found = devices.whole([x for x in leaves if x is not None], shapes)
+        found = devices.full([x for x in leaves if x is not None], shapes)
         return _fill(found, leaves)
 
     def _constraint(
@@ -121,14 +121,15 @@ class Optimizer:
     ) -> Array | None:
         """The norm constraint of a step.
 
-        With the lowest loss so far it does not grow with a loss that does. A loss of 0
-        is none, see `with_loss`.
+        By default it is a share of the loss, or of the lowest running mean so far if
+        that is smaller: steps must not get longer while the loss grows. A loss of 0
+        does not count, see `with_loss`.
         """
-        given = None if self.modelled else self.norm_constraint
-        if given is None:
+        constraint = None if self.modelled else self.norm_constraint
+        if constraint is None:
             return None
-        if not isinstance(given, str):
-            return at(given, count)
+        if not isinstance(constraint, str):
+            return at(constraint, count)
         size = jnp.ones((), float)
         if value is not None:
             lowest = lowest.astype(value.dtype)
@@ -146,7 +147,8 @@ class Optimizer:
     ) -> KFACState:
         """Every T1 steps, measures ρ and changes λ by it."""
         old, gradient = batch.damping, step.model.gradient
-        # outside of the branch: most callers compute it too, and XLA does it once
+        # Outside of the branch, because most callers compute θ + δ as well. XLA then
+        # computes it once, which it cannot do across a `cond`.
         params = step.model.moved(moved.delta)
 
         def measure() -> tuple[Array, Array, Array, Array]:
@@ -154,17 +156,18 @@ class Optimizer:
                 params, chosen.solution, self.modelled, batch.value
             )
             rho = jnp.where(moved.finite, rho, jnp.nan)
-            # where loss or gradient are not finite already at θ, ρ says nothing about
-            # λ, nor where the change is lost in the rounding of the loss
-            known = step.usable & jnp.isfinite(inner_product(gradient, gradient))
+            # ρ says nothing about λ if loss or gradient are not finite already at θ, or
+            # if the change is smaller than the rounding of the loss
+            tells = step.usable & jnp.isfinite(inner_product(gradient, gradient))
             loss = loss_of(batch.value)
-            # (that of a cross entropy is of its logits: of nats, however small it is)
+            # A cross entropy is a difference of logits, so its rounding is absolute,
+            # however small it is: hence at least that of a loss of 1.
             rounding = 16 * jnp.finfo(loss.dtype).eps * jnp.maximum(jnp.abs(loss), 1.0)
-            known &= ~(jnp.abs(change.astype(loss.dtype)) < rounding)
+            tells &= ~(jnp.abs(change.astype(loss.dtype)) < rounding)
             curvature = averaged_curvature(state.curvature, along)
             adapted = rule.update(old, rho, curvature)
-            kept = rule.clip(old, curvature)
-            return jnp.where(known, adapted, kept), rho, change, curvature
+            unchanged = rule.clip(old, curvature)
+            return jnp.where(tells, adapted, unchanged), rho, change, curvature
 
         def keep() -> tuple[Array, Array, Array, Array]:
             info = state.info
@@ -195,6 +198,6 @@ def _record(
 
 
 def _fill(parts: list[Array], like: list[Array | None]) -> list[Array | None]:
-    """Puts parts where `like` has leaves."""
+    """Puts parts in the places of the leaves of `like` that are not None."""
     rest = iter(parts)
     return [None if x is None else next(rest) for x in like]

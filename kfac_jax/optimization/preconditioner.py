@@ -1,4 +1,4 @@
-"""What both transformations do first: factors and inverses, and a gradient by them."""
+"""The common part of both transformations: factors, inverses, and their application."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -29,40 +29,40 @@ from kfac_jax.statistics.averages import Statistics
 
 
 class Batch(NamedTuple):
-    """What an update gets to know of its batch."""
+    """The information about its batch that an update gets."""
 
     gradient: list[Array | None]  # ∇h by leaves, None where a mask hides them
     statistics: Statistics
     value: Array | None  # h(θ) over all devices' cases
-    usable: Array  # [] bool: whether it may be learnt from, as far as the loss tells
+    usable: Array  # [] bool: whether to use the batch, as far as the loss tells
     damping: Array  # [], λ of this update
 
     @property
     def shown(self) -> list[Array]:
-        """∇h without what a mask hides."""
+        """The leaves of ∇h that no mask hides."""
         return [x for x in self.gradient if x is not None]
 
 
 class Preconditioned(NamedTuple):
-    """What became of it."""
+    """A preconditioned vector, and the state after its batch."""
 
     state: KFACState
-    leaves: list[Array | None]
-    square: Array  # [], the squared length of the result
-    refused: Array  # [] bool: whether statistics or inverses were
+    leaves: list[Array | None]  # the preconditioned vector, None where a mask hides it
+    square: Array  # [], its squared length
+    refused: Array  # [] bool: whether statistics or inverses were refused
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preconditioner:
-    """The part of an optimizer that is the same whatever decides its steps' length.
+    """The part of an optimizer that does not depend on the choice of the step's length.
 
     Attributes:
       curvature: the plan.
       damping: λ: a number, a schedule or a rule.
       decay: the largest ε: a number or a schedule.
       schedule: when inverses are refreshed.
-      devices: which share the work.
-      factored_damping: the rule for γ, or None for √(λ+η).
+      devices: the devices that share the work.
+      factored_damping: the rule for γ; None for γ = √(λ+η).
     """
 
     curvature: Curvature
@@ -78,8 +78,8 @@ class Preconditioner:
         groups = self.curvature.groups
 
         def fill() -> tuple[Factors, Factors]:
-            whole = averages.init_factors(groups), inverses_lib.initial(groups)
-            return self.devices.kept(whole)
+            full = averages.init_factors(groups), inverses_lib.initial(groups)
+            return self.devices.tree_rows(full)
 
         factors, inverses = self.devices.made(fill)
         strength = initial_damping(self.damping)
@@ -107,18 +107,18 @@ class Preconditioner:
         value: Any,
         others: Sequence[str],
     ) -> Batch:
-        """Checks what an update got.
+        """Checks the arguments of an update.
 
         Args:
-          kind: of the transformation.
+          kind: the transformation's name, for messages.
           updates: ∇h.
           state: the state.
-          statistics: the batch's.
+          statistics: the batch's statistics.
           value: h(θ), or `(h(θ), aux)`, or None.
-          others: keywords that are not its own.
+          others: the names of further keyword arguments.
 
         Returns:
-          What is known of the batch.
+          The batch.
 
         Raises:
           TypeError: if the state or the statistics are of the wrong type.
@@ -133,7 +133,7 @@ class Preconditioner:
         return Batch(gradient, statistics, value, usable, self.damping_of(state))
 
     def damping_of(self, state: KFACState) -> Array:
-        """λ of the next update: a rule has left it in the state."""
+        """λ of the next update, which a rule has left in the state."""
         if isinstance(self.damping, LevenbergMarquardt):
             return state.damping
         return at(self.damping, state.step)
@@ -143,17 +143,18 @@ class Preconditioner:
     ) -> tuple[KFACState, Array]:
         """Updates factors and, if due, γ and inverses.
 
-        A batch that is not usable is not learnt from. Both ε and the refreshes at the
-        first steps count batches that brought statistics: a step without any must not
-        pass for the first.
+        The statistics of a batch that is not usable are ignored. The decay ε and the
+        refreshes of the first steps depend on the number of batches with accepted
+        statistics, not on the number of steps: a step without statistics must not count
+        as the first.
 
         Args:
           state: the state.
           batch: the batch.
-          candidates: what γ is chosen by, if it is apart from λ.
+          candidates: evaluates candidates for γ; None if γ = √(λ+η).
 
         Returns:
-          The state, and whether anything was refused.
+          The state, and whether statistics or inverses were refused.
         """
         step, groups = state.step + 1, self.curvature.groups
         averaged = averages.average(
@@ -167,7 +168,9 @@ class Preconditioner:
         )
         batches = state.batches + averaged.informed.astype(jnp.int32)
         turns = self.schedule.turns(step) & (batches > 0)
-        if candidates is not None:  # a traced T3 may not divide T2
+        if candidates is not None:
+            # γ changes inside of a refresh, so one is due whenever γ is. T3 may be
+            # traced, so it cannot be checked to divide T2.
             turns |= candidates.due & (batches > 0)
         due = turns | (averaged.informed & (batches <= self.schedule.warm_up))
         refreshed = refresh(
@@ -203,20 +206,21 @@ class Preconditioner:
         products: Products,
         candidates: Candidates | None = None,
     ) -> Preconditioned:
-        """Learns from a batch, and applies the inverses to a vector.
+        """Updates factors and inverses, and applies the inverses to a vector.
 
-        Stale inverses are those of the state before; while there are none the result
-        is zero.
+        With a schedule that is `stale`, the inverses of the previous state are applied,
+        so that nothing waits for a refresh. Before the first batch there are none, and
+        the result is zero.
 
         Args:
           state: the state.
           batch: the batch.
           vector: ∇h or -∇h, by leaves.
-          products: what its matrices may be products of.
-          candidates: what γ is chosen by, if it is apart from λ.
+          products: X and dY, where one of the vector's matrices may be `Xᵀ dY`.
+          candidates: evaluates candidates for γ; None if γ = √(λ+η).
 
         Returns:
-          The new state, and the result.
+          The new state, and the preconditioned vector.
         """
         after, refused = self.advance(state, batch, candidates)
         stale = self.schedule.stale
@@ -237,6 +241,6 @@ class Preconditioner:
 
 
 def counted(state: KFACState, skipped: Array) -> KFACState:
-    """With an update more that refused something, if it did."""
+    """Counts an update as skipped, if it refused something."""
     count = state.info.skipped_updates + skipped.astype(jnp.int32)
     return state._replace(info=state.info._replace(skipped_updates=count))

@@ -1,4 +1,4 @@
-"""The refresh of inverses, and of γ with them: all layers at once, or in turn."""
+"""The refresh of inverses, and of γ with them: of all layers at once, or in turn."""
 
 import functools
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from kfac_jax.plan.group import Factors, Group, names_of
 
 
 class Refreshed(NamedTuple):
-    """What a refresh leaves."""
+    """The state after a refresh."""
 
     factors: Factors
     inverses: Factors
-    gamma: Array | None  # [], γ, where it is apart from λ
+    gamma: Array | None  # [], γ; None if γ = √(λ+η)
     failed: Array  # [] bool, whether an inverse was not finite
 
 
@@ -49,20 +49,22 @@ def refresh(
     Args:
       groups: the plan's groups.
       factors: the moving averages.
-      inverses: those so far.
+      inverses: the inverses so far.
       damping: λ + η.
-      gamma: γ so far, None where it is √(λ+η).
-      due: whether each share of the groups is due.
+      gamma: γ so far; None if γ = √(λ+η).
+      due: for each share of the groups, whether it is due.
       informed: whether there have been statistics.
       devices: the devices.
-      candidates: what γ is chosen by; then all groups are one share.
+      candidates: evaluates candidates for γ, or None. With it all groups are one share.
 
     Returns:
-      What the refresh leaves.
+      The state after the refresh.
     """
     every_step = [x for x in groups if x.in_every_step]
     turned = list(groups)
-    if candidates is None:  # or γ is chosen by all
+    # Groups whose inverses are renewed in every step take no turns, unless their bases
+    # move in a refresh. To choose γ, the inverses of all groups are needed at once.
+    if candidates is None:
         turned = [x for x in groups if x.moves or x not in every_step]
     inverses = dict(inverses)
     moving = _of([x for x in every_step if x.moves], factors)
@@ -71,7 +73,9 @@ def refresh(
     for share, now in zip(shares(turned, len(due)), due, strict=True):
         if not share:
             continue
-        if waits is not None:  # one after the other, see linalg.inverse_many
+        if waits is not None:
+            # Shares run one after the other: batched LAPACK calls that run at the same
+            # time can block for ever, see linalg.inverse_many.
             now = now & ~known_false_after(waits)
         own = _of(share, inverses)
         bases = {n: x for n, x in moving.items() if n in names_of(share)}
@@ -96,7 +100,7 @@ def refresh(
     # before there are statistics, steps follow the gradient
     inverses |= jax.tree.map(functools.partial(jnp.where, informed), found, old)
     wrong = failed > 0
-    if every_step:  # of rows, each device has seen its own
+    if every_step:  # each device has only checked its own rows
         (safe,) = devices.everywhere([unsafe == 0])
         wrong |= ~safe
     return Refreshed(factors | moving, inverses, gamma, wrong)
@@ -118,26 +122,27 @@ def refresh_share(
 ) -> tuple[Factors, Factors, Array | None, Array]:
     """Renews the inverses of one share.
 
-    γ is chosen inside of the refresh, which is due whenever that is: from the very
-    factors that are inverted then, and at no cost in other steps.
+    γ is chosen here because a refresh is due whenever γ is: the choice then uses the
+    very factors that are inverted, and costs nothing in other steps.
 
     Args:
       groups: the share.
       factors: the moving averages of all layers.
       damping: λ + η.
       devices: the devices.
-      candidates: what γ is chosen by.
+      candidates: evaluates candidates for γ, or None.
       moving: the share's factors that are in a basis.
       old: the share's inverses.
-      gamma: γ, if it is apart from λ.
+      gamma: γ; None if γ = √(λ+η).
 
     Returns:
-      The factors that are in a basis, the inverses, γ, and how many layers failed.
+      The factors that are in a basis, the inverses, γ, and the number of layers whose
+      inversion failed.
     """
     moving = inverses_lib.move([x for x in groups if x.name in moving], moving, devices)
     shapes = {n: s for x in groups for n, s in x.factor_shapes.items()}
     fixed = {n: factors[n] for n in shapes if n not in moving}
-    fixed = by_rows.whole({n: shapes[n] for n in fixed}, fixed, devices)
+    fixed = by_rows.full({n: shapes[n] for n in fixed}, fixed, devices)
     if candidates is not None:
         assert gamma is not None
         gamma = candidates.update(fixed | moving, gamma)

@@ -17,16 +17,16 @@ from kfac_jax.rules import QuadraticModel, SeparateDamping
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Candidates:
-    """What the candidates for γ are compared on: this step's own batch and gradient.
+    """Evaluates candidates for γ on the batch and gradient of one step.
 
     Attributes:
-      rule: which candidates.
-      due: whether γ is to be chosen at this step.
-      rates: chooses α (and μ) for each.
-      model: the batch's.
+      rule: the rule that proposes the candidates.
+      due: whether γ is to be chosen in this step.
+      rates: chooses α (and μ) for each candidate.
+      model: the batch's quadratic model.
       previous: δ0, by leaves.
       momentum: a fixed μ, or None.
-      products: what -∇h's matrices may be products of.
+      products: X and dY, where one of the matrices of -∇h may be `Xᵀ dY`.
     """
 
     rule: SeparateDamping
@@ -42,7 +42,7 @@ class Candidates:
         """Every T2 steps, chooses the candidate whose step has the lowest M(δ).
 
         Args:
-          factors: the moving averages, whole.
+          factors: the full moving averages.
           gamma: γ.
 
         Returns:
@@ -54,9 +54,10 @@ class Candidates:
     def _select(self, factors: Factors, gamma: Array) -> Array:
         """The best candidate.
 
-        Inverses and Δ come one candidate after the other: compiled once, and with the
-        memory of one. Only the winner's inverses are wanted, so they are computed again
-        rather than all kept. The forward pass and the product with δ0 serve all.
+        Inverses and Δ are computed for one candidate after the other, so that they are
+        compiled once and take the memory of one. The winner's inverses are computed
+        again afterwards, which needs less memory than to store those of all candidates.
+        All candidates share one forward pass, and the product with δ0.
         """
         gammas = self.rule.candidates(gamma)
         propose = functools.partial(self._propose, factors)

@@ -116,12 +116,12 @@ def report(
     def apply(
         over: Rehearsal, factors: Factors, inverses: Factors, velocity: list[Array]
     ) -> Any:
-        vector = over.whole(velocity, tree.shapes)
+        vector = over.full(velocity, tree.shapes)
         return inverses_lib.precondition(groups, factors, inverses, vector, {}, over)
 
     def rehearsed(part: Callable[..., Any]) -> Rehearsal:
         over = Rehearsal(devices, keepers, scatters)
-        jax.eval_shape(lambda: part(over, *over.kept(whole())))
+        jax.eval_shape(lambda: part(over, *over.tree_rows(whole())))
         return over
 
     refreshed, alone = rehearsed(invert), jax.eval_shape(whole)
@@ -135,7 +135,7 @@ def report(
         owners=owners,
         work=tuple(refreshed.work.tolist()),
         total_work=refreshed.total_work,
-        state_bytes=nbytes(jax.eval_shape(refreshed.kept, alone)),
+        state_bytes=nbytes(jax.eval_shape(refreshed.tree_rows, alone)),
         whole_state_bytes=nbytes(alone),
         statistics_bytes=rehearsed(gather).received,
         update_bytes=rehearsed(apply).received,

@@ -1,4 +1,4 @@
-"""States of which devices keep parts: how they lie, and the way there and back."""
+"""States whose rows are spread over devices: their shardings, and conversions."""
 
 import functools
 import math
@@ -26,7 +26,7 @@ from kfac_jax.optimization.state import KFACState
 T = TypeVar("T")
 
 _SPREAD = ("factors", "inverses", "velocity")
-"""What devices keep rows of."""
+"""The fields of the state that devices keep rows of."""
 
 
 def state_specs(devices: Sharing | None) -> KFACState:
@@ -94,7 +94,7 @@ def _whole(
     def join(rows: list[Array]) -> list[Array]:
         if devices is None:
             return [from_rows(x, s) for x, s in zip(rows, shapes, strict=True)]
-        return devices.whole(rows, shapes)
+        return devices.full(rows, shapes)
 
     # compiled at once: one by one, each shape would be compiled for itself
     compiled = join if isinstance(devices, OverAxis) else jax.jit(join)
@@ -129,7 +129,7 @@ def spread_state(curvature: Curvature, state: T, devices: Sharing) -> T:
 def _spread(curvature: Curvature, state: KFACState, devices: Devices) -> KFACState:
     leaves, _, treedef = _leaves(curvature, state, None, whole=True)
     if not isinstance(devices, OverMesh):
-        found = devices.kept(leaves)
+        found = devices.tree_rows(leaves)
         return state._replace(**jax.tree.unflatten(treedef, found))
     if devices.cuts_state:  # not by `kept`: the arrays may lie on other devices
         keepers = devices.keepers()
@@ -146,7 +146,8 @@ def _spread(curvature: Curvature, state: KFACState, devices: Devices) -> KFACSta
 def _laid(x: Any, lies: NamedSharding) -> Array:
     """`device_put`, also onto devices of other processes that have the same array.
 
-    There it would compare what the processes have, and find that NaN is not NaN.
+    `device_put` itself compares the processes' arrays for equality then, and fails for
+    arrays with NaN, which is not equal to itself.
     """
     here = isinstance(x, np.ndarray | Array) and not isinstance(x, Tracer)
     here = here and getattr(x, "is_fully_addressable", True)
@@ -161,7 +162,7 @@ def _mapped(
     tree: T,
     other: Callable[[Any], Any] = lambda x: x,
 ) -> T:
-    """Applies one function to the K-FAC states in a tree, another to all else.
+    """Applies a function to the K-FAC states in a tree, and another to other leaves.
 
     Raises:
       TypeError: if there is none.
@@ -186,7 +187,7 @@ def _leaves(
     devices: Sharing | None,
     whole: bool = False,
 ) -> tuple[list[Array], list[tuple[int, ...]], Any]:
-    """What can be cut: the arrays, their whole shapes, and the tree they are leaves of.
+    """The arrays that can be cut, their full shapes, and their tree's structure.
 
     Raises:
       ValueError: if an array is not as it should be.
@@ -224,7 +225,7 @@ def _fits(
     if whole:
         return got == shape
     if devices is not None:
-        return got == devices.kept_shape(shape)
+        return got == devices.row_shape(shape)
     rows, *rest = rows_shape(shape, 1)
     return len(got) > 0 and got[0] >= rows and [*got[1:]] == rest
 

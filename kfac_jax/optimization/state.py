@@ -1,4 +1,4 @@
-"""The state of an optimizer, and what it says of the last update."""
+"""The state of an optimizer, and its diagnostics of the last update."""
 
 from typing import Any, NamedTuple
 
@@ -15,18 +15,18 @@ from kfac_jax.rules import LevenbergMarquardt, SeparateDamping
 
 
 class Info(NamedTuple):
-    """What the last update did.
+    """Diagnostics of the last update.
 
-    What was not computed is NaN (∞ under jax_debug_nans).
+    Numbers that were not computed are NaN (∞ under jax_debug_nans).
     """
 
     loss: Array  # [], h(θ): the `value` passed to update
-    damping: Array  # [], λ the update was made with
-    factored_damping: Array  # [], γ in its inverses; NaN where that is √(λ+η)
+    damping: Array  # [], the update's λ
+    factored_damping: Array  # [], γ in its inverses; NaN if γ = √(λ+η)
     learning_rate: Array  # [], α
     momentum: Array  # [], μ
-    step_scale: Array  # [], by what a limit multiplied α and μ: 1 where none did
-    mean_loss: Array  # [], running mean of h(θ), of some 20 steps
+    step_scale: Array  # [], the factor that a limit multiplied α and μ by; 1 without
+    mean_loss: Array  # [], running mean of h(θ), over some 20 steps
     lowest_loss: Array  # [], the lowest value of that mean so far
     rho: Array  # [], ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0)), when it was last measured
     quadratic_change: Array  # [], M(δ) - M(0)
@@ -38,35 +38,36 @@ class KFACState(NamedTuple):
     """The state of `scale_by_kfac` and `kfac`: a plain pytree with stable names."""
 
     step: Array  # [] int32, the number of updates so far
-    batches: Array  # [] int32, how many of them brought statistics that were accepted
+    batches: Array  # [] int32, the number of updates whose statistics were accepted
     factors: Factors  # by layer name, moving averages of the factors
-    inverses: Factors  # by layer name, of the damped factors
+    inverses: Factors  # by layer name, inverses of the damped factors
     damping: Array  # [], λ for the next update
-    length: Array  # [], running mean of the lengths of steps, 0 where there is no limit
-    curvature: Array  # [], running mean of Δᵀ F Δ / Δᵀ Δ, 0 where it is not measured
-    factored_damping: Array  # [], γ; NaN where that is √(λ+η)
+    length: Array  # [], running mean of the lengths of steps; 0 if there is no limit
+    curvature: Array  # [], running mean of Δᵀ F Δ / Δᵀ Δ; 0 if it is not measured
+    factored_damping: Array  # [], γ; NaN if γ = √(λ+η)
     # δ0, the previous update, like the parameters; () in scale_by_kfac
     velocity: optax.Params
     info: Info
 
 
 def nan() -> Array:
-    """What stands for a number that was not computed."""
+    """The placeholder of a number that was not computed."""
     # under jax_debug_nans a NaN would stop the user's program
     config: Any = jax.config
     return jnp.asarray(jnp.inf if config.jax_debug_nans else jnp.nan, float)
 
 
 def initial_info() -> Info:
-    """Before the first step nothing is known."""
-    # no two fields share a buffer: state is donated
+    """The diagnostics before the first step, none of which is known."""
+    # A buffer must not be donated twice, and states are donated. So each field gets an
+    # array of its own.
     unknown = [nan() for _ in range(10)]
     counts = [jnp.zeros((), jnp.int32) for _ in range(2)]
     return Info._make([*unknown, *counts])
 
 
 def at(value: optax.ScalarOrSchedule, step: Array) -> Array:
-    """A hyperparameter's value, on the mesh that the step is on."""
+    """The value of a hyperparameter in a step, on the mesh of the step."""
     return jnp.asarray(axis_types.here(schedules.at(value, step)), float)
 
 
@@ -78,7 +79,7 @@ def initial_damping(damping: optax.ScalarOrSchedule | LevenbergMarquardt) -> Arr
 
 
 def initial_factored_damping(rule: SeparateDamping | None, total: Numeric) -> Array:
-    """γ0 if it is separate: as the rule says, or the root of λ0 + η."""
+    """γ of the first step: the rule's, or √(λ+η); NaN without a rule."""
     if rule is None:
         return nan()
     return jnp.sqrt(total) if rule.initial is None else jnp.asarray(rule.initial, float)

@@ -1,4 +1,4 @@
-"""One update's vectors: how long the step is, and how well it was predicted."""
+"""The length of one step, and the quality of its prediction by the quadratic model."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ from kfac_jax.rules import QuadraticModel, Solution
 
 
 class Rates(NamedTuple):
-    """What was chosen for a step."""
+    """The coefficients that were chosen for a step."""
 
     solution: Solution  # α, μ and the model's change
-    scale: Array  # [], by what a limit multiplied them
+    scale: Array  # [], the factor that a limit multiplied α and μ by
     length: Array  # [], the next running mean of lengths
     curvature: Array  # [], Δᵀ F Δ / Δᵀ Δ; NaN where it was not computed
 
@@ -30,7 +30,7 @@ class Combined(NamedTuple):
     """The update of one step, by leaves."""
 
     delta: list[Array]  # δ, or zero
-    kept: list[Array]  # δ0 of the next step
+    velocity: list[Array]  # δ0 of the next step
     finite: Array  # []: whether δ was accepted
 
 
@@ -39,11 +39,11 @@ class Step:
     """One update's vectors, as lists of leaves (without those a mask hides).
 
     Attributes:
-      model: the batch's.
+      model: the batch's quadratic model.
       direction: Δ, minus the preconditioned gradient.
-      squared_length: ΔᵀΔ, or somewhat more.
+      squared_length: ΔᵀΔ, or an upper bound.
       usable: whether h(θ) is finite, as far as it is known.
-      previous: δ0.
+      previous: δ0, the previous update.
     """
 
     model: LocalModel
@@ -70,7 +70,7 @@ class Step:
         return fisher + total * gram.astype(fisher.dtype), slope.astype(fisher.dtype)
 
     def along(self, matrix: Array) -> Array:
-        """`Δᵀ F Δ / Δᵀ Δ` from the matrix of `plane`; 0 where Δ is."""
+        """`Δᵀ F Δ / Δᵀ Δ` from the matrix of `plane`; 0 if Δ = 0."""
         square = self.squared_length.astype(matrix.dtype)
         ratio = matrix[0, 0] / jnp.where(square > 0, square, 1.0)
         return jnp.where(square > 0, ratio - self.model.total_damping(matrix), 0.0)
@@ -91,17 +91,17 @@ class Step:
         constraint: Array | None,
         length: Array,
     ) -> Rates:
-        """α and μ, from the quadratic model or as given, within their limits.
+        """Chooses α and μ: by the quadratic model, or the user's, within limits.
 
         Args:
           rule: a quadratic model, a number or a schedule.
           momentum: μ; None lets the model choose it.
-          count: how many steps there were.
-          constraint: the largest `-α² Δᵀ ∇h` of a given α, or None.
+          count: the number of previous steps.
+          constraint: the largest `-α² Δᵀ ∇h` for a user's α, or None.
           length: the running mean of the lengths of steps.
 
         Returns:
-          What was chosen.
+          The coefficients.
         """
         if isinstance(rule, QuadraticModel):
             matrix, slope = self.plane(rule.fraction)
@@ -110,19 +110,21 @@ class Step:
             solution, scale, length = rule.limit(free, slope @ step, length, count)
             return Rates(solution, scale, length, self.along(matrix))
         assert momentum is not None
-        alpha = given = at(rule, count)
+        alpha = free_alpha = at(rule, count)
         if constraint is not None:
             alpha = self.constrain(alpha, constraint)
-        scale = jnp.where(given == 0, 1.0, alpha / jnp.where(given == 0, 1.0, given))
+        is_zero = free_alpha == 0
+        scale = jnp.where(is_zero, 1.0, alpha / jnp.where(is_zero, 1.0, free_alpha))
         return Rates(Solution(alpha, momentum, nan()), scale, length, nan())
 
     @jax.named_scope("kfac_update")
     def combine(self, alpha: Array, mu: Array, value: Any) -> Combined:
-        """`δ = α Δ + μ δ0`, if it is certain to be finite.
+        """Computes `δ = α Δ + μ δ0`, if it is certain to be finite.
 
-        That is decided before δ is computed, from the lengths of Δ and δ0, which saves
-        passes over δ. It is also made to wait for the loss, the last reader of the
-        parameters, so that donated ones can be updated in place.
+        Its finiteness is decided before δ is computed, from the lengths of Δ and δ0,
+        which saves passes over δ. The decision also waits for the loss, the last reader
+        of the parameters. So δ is added to them after the last read, and XLA can update
+        donated parameters in place.
 
         Args:
           alpha: α.
@@ -130,27 +132,28 @@ class Step:
           value: h(θ), as passed to update, or None.
 
         Returns:
-          δ, zero where refused; the next δ0, which then stays; whether δ is finite.
+          δ, the next δ0, and whether δ is finite. If not, δ is zero and δ0 unchanged.
         """
         u, v = self.direction, self.previous
         squares = jnp.stack([self.squared_length, inner_product(v, v)])
         rates = jnp.stack([alpha, mu]).astype(squares.dtype)
+        # |α Δ + μ δ0| ≤ |α| |Δ| + |μ| |δ0|, and no entry is larger than the length
         length = (jnp.abs(rates) * jnp.sqrt(squares)).sum()
         limits = (float(jnp.finfo(x.dtype).max) for x in self.model.gradient)
         largest = min(limits, default=float("inf"))
         finite = self.usable & (length <= largest)
         finite &= ~known_false_after(loss_of(value))
         delta: list[Array] = []
-        kept: list[Array] = []
+        velocity: list[Array] = []
         for d, d0, g in zip(u, v, self.model.gradient, strict=True):
             dtype = wide_dtype(d.dtype)
             moved = alpha.astype(dtype) * wide(d) + mu.astype(dtype) * wide(d0)
             moved = moved.astype(g.dtype)
-            kept.append(jnp.where(finite, moved.astype(d0.dtype), d0))
-            # the same array where it can be, for one pass less
-            moved = kept[-1] if d0.dtype == g.dtype else moved
+            velocity.append(jnp.where(finite, moved.astype(d0.dtype), d0))
+            # δ is computed from δ0's new array where types allow, for one pass less
+            moved = velocity[-1] if d0.dtype == g.dtype else moved
             delta.append(jnp.where(finite, moved, jnp.zeros_like(moved)))
-        return Combined(delta, kept, finite)
+        return Combined(delta, velocity, finite)
 
     @jax.named_scope("kfac_damping")
     def reduction_ratio(
@@ -158,7 +161,7 @@ class Step:
     ) -> tuple[Array, Array, Array]:
         """Measures `ρ = (h(θ+δ) - h(θ)) / (M(δ) - M(0))` on this step's own batch.
 
-        Where the loss rises ρ is -∞, whatever the model predicted.
+        If the loss rises, ρ is -∞, whatever the model predicted.
 
         Args:
           moved: θ + δ.
@@ -184,12 +187,13 @@ class Step:
         return jnp.where(after > before, -jnp.inf, rho), predicted, along
 
 
-_KEPT_CURVATURE = 0.9
-"""What a measurement of the curvature along a step leaves of the mean before."""
+_CURVATURE_DECAY = 0.9
+"""The decay of the running mean of the curvature along steps."""
 
 
 def averaged_curvature(old: Array, new: Array) -> Array:
-    """The running mean with a measurement; the first of them is taken as it is."""
+    """Updates the running mean with a measurement; the first one replaces it."""
     new = new.astype(old.dtype)
-    mean = jnp.where(old > 0, _KEPT_CURVATURE * old + (1 - _KEPT_CURVATURE) * new, new)
+    decay = _CURVATURE_DECAY
+    mean = jnp.where(old > 0, decay * old + (1 - decay) * new, new)
     return jnp.where(jnp.isfinite(new) & (new >= 0), mean, old)

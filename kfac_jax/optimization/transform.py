@@ -228,10 +228,10 @@ def kfac(
 
 
 def _on_any_mesh(update: Callable[..., Any]) -> Callable[..., Any]:
-    """An update that need not know how its arrays are sharded, see `axis_types`.
+    """Wraps an update, which then need not know its arrays' shardings (`axis_types`).
 
-    Results get the shardings of the gradients and of the state. What the loss function
-    is evaluated on stays as it is.
+    Results get the shardings of the gradients and of the state. The loss function's
+    arguments keep theirs.
     """
 
     @functools.wraps(update)

@@ -1,4 +1,4 @@
-"""The arguments of the loss function as a batch: which of them have a leading axis."""
+"""The batch among the loss function's arguments: arrays with a leading batch axis."""
 
 from collections.abc import Sequence, Set
 from typing import Any
@@ -12,7 +12,7 @@ from kfac_jax._utils import arguments
 
 
 def _is_key(leaf: Any) -> bool:
-    """Typed keys, and the raw ones: two or four uint32."""
+    """Whether it is a random key: a typed one, or a raw one of two or four uint32."""
     dtype = jnp.result_type(leaf)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         return True
@@ -20,7 +20,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 Argnums = tuple[int, ...] | None
-"""Which of the loss function's arguments are the batch; None if that is not said."""
+"""The indices of the loss function's arguments that are the batch; None to guess."""
 
 
 def check_argnums(value: Any, args: Sequence[Any]) -> Argnums:
@@ -60,19 +60,19 @@ def _is_batch(path: Any, leaf: Any, argnums: Argnums) -> bool:
 def examples(
     args: tuple[Any, ...], argnums: Argnums, cases: Sequence[int]
 ) -> list[Examples | None]:
-    """For each array of the arguments, where it holds the examples.
+    """For each array of the arguments, the axis that holds the examples.
 
-    That is its leading axis, if it belongs to the batch. Where that is not said and
-    leading axes differ, those do that fit the cases of a loss; if it is not plain which
-    fit a loss, all do.
+    This is the leading axis of the arrays that belong to the batch. Without `argnums`,
+    if leading axes differ, an array belongs to the batch if its length fits the number
+    of cases of a loss. If for some loss more than one length could fit, all arrays do.
 
     Args:
       args: the loss function's arguments.
-      argnums: which of them are the batch.
-      cases: how many cases each loss registers.
+      argnums: the indices of the arguments that are the batch, or None.
+      cases: the number of cases of each registered loss.
 
     Returns:
-      Axes, None of what belongs to no batch.
+      Axes; None for arrays that belong to no batch.
     """
     leaves = jax.tree.leaves_with_path(args)
     axes = [
@@ -89,11 +89,11 @@ def examples(
 
 
 def _examples_of(cases: int, sizes: Set[int]) -> int | None:
-    """Which of some lengths is the number of a loss's examples; None if not plain.
+    """Which of some lengths is the number of a loss's examples; None if ambiguous.
 
-    That is as many as there are cases, or else the only length that divides them, by
-    the positions of an example. Arrays that are joined along their leading axes look
-    like that too, if one of the lengths divides another.
+    It is the number of cases or, where each example has several cases (positions of a
+    sequence), the only length that divides it. That length is ambiguous if it divides
+    another one: then the cases may be arrays joined along their leading axes.
     """
     if cases in sizes:
         return cases
@@ -105,7 +105,7 @@ def _examples_of(cases: int, sizes: Set[int]) -> int | None:
 
 
 def leading_axes(args: Any, argnums: Argnums = None) -> list[tuple[str, int]]:
-    """Names each array of the batch, and its leading axis's length."""
+    """The name and the leading length of each array of the batch."""
     found = []
     for path, leaf in jax.tree.leaves_with_path(args):
         if _is_batch(path, leaf, argnums):
@@ -118,12 +118,12 @@ def leading_axes(args: Any, argnums: Argnums = None) -> list[tuple[str, int]]:
 
 
 def describe(axes: Sequence[tuple[str, int]]) -> str:
-    """Writes leading axes for an error message."""
+    """Formats leading axes for an error message."""
     return ", ".join(f"{name}: {size}" for name, size in axes)
 
 
 def take(args: Any, fraction: float, argnums: Argnums = None) -> Any:
-    """Slices the first `fraction` of the batch off every array that has it.
+    """Takes the first `fraction` of every array of the batch.
 
     Args:
       args: the loss function's arguments.

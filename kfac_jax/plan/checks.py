@@ -1,4 +1,4 @@
-"""What is checked, or told, when a plan is made."""
+"""Checks and warnings when a plan is made."""
 
 import dataclasses
 import warnings
@@ -31,7 +31,7 @@ def check_options(
       has_aux: a bool.
       estimation_mode: one of `modes.MODES`.
       on_unmatched: "warn", "error" or "ignore".
-      on_rest: likewise.
+      on_rest: "warn", "error" or "ignore".
       num_samples: at least one.
       statistics_fraction: in (0, 1].
       l2: at least zero.
@@ -99,10 +99,10 @@ def apply_policy(
     Args:
       layers: the layers.
       on_unmatched: "warn", "error" or "ignore".
-      quiet: do not repeat warnings that the plan gave.
+      quiet: whether to leave out warnings, which the plan gave before.
 
     Returns:
-      The layers, those ignored with the identity.
+      The layers; ignored ones have the identity as their block.
 
     Raises:
       ValueError: with "error", naming each parameter, the reason and the line.
@@ -134,15 +134,15 @@ def apply_policy(
 
 
 def check_cases(traced: Traced, estimation_mode: str, independent_cases: bool) -> str:
-    """Warns of what an exact mode costs where the axis of examples was lost.
+    """Warns of the cost of an exact mode if the axis of examples was lost.
 
     Args:
       traced: the traced loss function.
       estimation_mode: the mode.
-      independent_cases: whether cases are then taken for examples.
+      independent_cases: whether each case then counts as an example.
 
     Returns:
-      Where it was lost; empty if it was not.
+      The equation where the axis was lost; empty if it was not.
     """
     where = lost_examples(traced, estimation_mode)
     if where and not independent_cases:
@@ -151,7 +151,7 @@ def check_cases(traced: Traced, estimation_mode: str, independent_cases: bool) -
 
 
 def lost_examples(traced: Traced, estimation_mode: str) -> str:
-    """Where the axis of examples was lost, if the mode has to know it."""
+    """The equation where the axis of examples was lost, if the mode needs that axis."""
     if not is_exact(estimation_mode):
         return ""
     states = traced.found.loss_examples
@@ -159,7 +159,7 @@ def lost_examples(traced: Traced, estimation_mode: str) -> str:
 
 
 def cost_of_lost_examples(where: str) -> str:
-    """What it costs, and what to do instead."""
+    """The warning about a lost axis of examples: the cost, and what to do."""
     return (
         "Which examples the registered outputs belong to could not be followed since "
         f"{where}: this exact mode pulls back every case by itself, so that the time "

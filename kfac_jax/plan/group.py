@@ -1,8 +1,8 @@
-"""What a group is: layers whose curvature is inverted together.
+"""The protocol of groups: layers whose curvature is inverted together.
 
-All that a stage may ask of layers, it asks of groups. So a way to treat layers (one by
-one, linked to their neighbours, with gradients that stay products) is one class in one
-file of `kfac_jax/operator/`, and no stage knows which there are.
+Stages ask groups, never layers. So each way to treat layers (one by one, linked to
+their neighbours, with gradients kept as products) is one class in one file of
+`kfac_jax/operator/`, and no stage knows which classes there are.
 """
 
 import abc
@@ -23,13 +23,13 @@ from kfac_jax.linalg import Inverted
 from kfac_jax.plan.layer import Layer
 
 Factors = dict[str, Arrays]
-"""By layer name, and for each layer by name."""
+"""Arrays by layer name, then by the array's name."""
 
 FactorShapes = dict[str, dict[str, tuple[int, ...]]]
-"""Likewise."""
+"""Shapes by layer name, then by the array's name."""
 
 Abstract = dict[str, dict[str, jax.ShapeDtypeStruct]]
-"""FactorShapes and types, likewise."""
+"""Shapes and types by layer name, then by the array's name."""
 
 Vectors = dict[str, Array]
 """By layer name, the matrix `[*e, i, o]` of a vector's entries."""
@@ -38,11 +38,11 @@ Products = dict[str, tuple[Array, Array]]
 """By layer name, X `[r, i]` and dY `[r, o]` of a gradient `Xᵀ dY`."""
 
 Name = tuple[str, str]
-"""Of a layer, and of one of its arrays."""
+"""The name of a layer, and the name of one of its arrays."""
 
 
 class ToInvert(NamedTuple):
-    """What a group has inverted at a refresh."""
+    """Damped arrays to invert at a refresh: as matrices, and entry by entry."""
 
     matrices: dict[Name, Damped]
     elementwise: dict[Name, Damped]
@@ -51,34 +51,34 @@ class ToInvert(NamedTuple):
 class Group(abc.ABC):
     """Layers that are inverted together. Frozen and hashable; arrays are passed in.
 
-    Methods with arrays "by layer name" get more layers than their own and return only
-    their own.
+    Arrays "by layer name" that a method gets may include other groups' layers; its
+    results only include this group's.
 
     Laws: `solve_all` with the inverses of what `to_invert` returns inverts `matvec`
     plus (factored) damping; `logdet` and `sample` agree with both.
     """
 
     wants_roots: ClassVar[bool] = False
-    """Whether what is inverted comes back as triangular roots R of inverses `R Rᵀ`."""
+    """Whether `inverses` gets triangular roots R of the inverses `R Rᵀ` instead."""
 
     @property
     @abc.abstractmethod
     def layers(self) -> tuple[Layer, ...]:
-        """Its layers, the parents of linked ones before their children."""
+        """Its layers; a linked layer's parent comes before it."""
 
     @property
     def name(self) -> str:
-        """Its first layer's."""
+        """The name of its first layer."""
         return self.layers[0].name
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Its layers'."""
+        """The names of its layers."""
         return tuple(layer.name for layer in self.layers)
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        """What must not differ between the plan and a later trace of the program."""
+        """The properties that a later trace of the program must have, too."""
         return tuple((x.name, x.kind, x.block, x.shape, x.layouts) for x in self.layers)
 
     # ------------------------------------------------------------------ what it holds
@@ -96,11 +96,11 @@ class Group(abc.ABC):
     @property
     @abc.abstractmethod
     def inverse_shapes(self) -> FactorShapes:
-        """The shapes of what an optimizer keeps to divide by the curvature."""
+        """The shapes of the arrays that an optimizer stores to apply the inverse."""
 
     @property
     def carried(self) -> dict[str, tuple[str, ...]]:
-        """Those factors, a basis, that statistics and solutions need, too."""
+        """The names of factors (bases) that statistics and solutions need as well."""
         return {x.name: tuple(x.carried_shapes) for x in self.layers}
 
     @property
@@ -115,17 +115,17 @@ class Group(abc.ABC):
 
     @property
     def by_entry(self) -> bool:
-        """Whether factors are averages by entry, of which devices may keep rows."""
+        """Whether factors are averaged by entry, so that devices may keep rows."""
         return True
 
     @property
     def product_rows(self) -> int:
-        """Of how many rows its gradient is gathered as a product; 0 where it is not."""
+        """The number of rows of a gradient kept as a product; 0 if it is not one."""
         return 0
 
     @property
     def solves_by_rows(self) -> bool:
-        """Whether devices that keep rows of A⁻¹ and G⁻¹ may apply them as they are."""
+        """Whether devices may apply their rows of A⁻¹ and G⁻¹ without joining them."""
         return False
 
     # --------------------------------------------------------------------- statistics
@@ -133,82 +133,83 @@ class Group(abc.ABC):
     @property
     @abc.abstractmethod
     def row_statistics(self) -> dict[str, frozenset[str]]:
-        """Statistics that depend on layers' inputs only."""
+        """For each layer the names of statistics that depend on its inputs only."""
 
     @abc.abstractmethod
     def probes(
         self, sites: Mapping[str, Sequence[Site]], data: Sequence[ArrayTree]
     ) -> Factors:
-        """Zeros like what the taps at the layers' uses bring out.
+        """Zeros like the arrays that the taps at the layers' uses return.
 
         Args:
           sites: the uses of each layer.
           data: the loss function's further arguments.
 
         Returns:
-          Arrays for those layers that are tapped.
+          Arrays for the layers that are tapped.
         """
 
     @abc.abstractmethod
     def gather(
         self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
     ) -> Arrays:
-        """What one tap brings out; what is left out counts as zero.
+        """The contribution of one use to the statistics.
 
         Args:
           layer: the layer.
-          site: which of its uses.
+          site: one of its uses.
           x: the input, as the program has it; None for a shift.
           dy: the output's cotangent.
-          carried: what statistics need of the factors.
+          carried: the factors that the statistics depend on.
 
         Returns:
-          Arrays by name.
+          Arrays by name; arrays left out count as zero.
         """
 
     def collect(self, sums: Factors, carried: Factors) -> Factors:
-        """Statistics from what the taps brought, summed over all uses.
+        """The statistics, from what the taps returned.
 
         Args:
-          sums: what they brought, by layer.
-          carried: what statistics need of the factors.
+          sums: what the taps returned, summed over all uses.
+          carried: the factors that the statistics depend on.
 
         Returns:
-          Arrays like `statistics_shapes`, without what is carried.
+          Arrays like `statistics_shapes`, without those that are carried.
         """
         return {name: sums[name] for name in self.names if name in sums}
 
     def products(self, sums: Factors) -> Products:
-        """The sides of gradients, from what the taps brought with the loss's."""
+        """The sides of gradients, from what taps returned for the loss's cotangent."""
         return {}
 
     # ------------------------------------------------------------------------ factors
 
     @abc.abstractmethod
     def counts(self, statistics: Factors, weight: Array) -> Factors:
-        """What sums are divided by, as sums that add up over devices.
+        """The counts that sums are divided by; counts add up over devices, like sums.
 
         Args:
           statistics: the sums.
-          weight: how many batches they are of.
+          weight: the number of cases that they are over.
 
         Returns:
-          Counts by the names of the factors, for those that statistics inform about.
+          Counts by layer and factor name, for factors that have statistics.
         """
 
     def divisors(self, counts: Factors) -> Factors:
-        """What sums over all devices are divided by, from counts over all devices."""
+        """The divisors of sums over all devices, from counts over all devices."""
         return {name: counts[name] for name in self.names if name in counts}
 
     @abc.abstractmethod
     def average(self, old: Factors, new: Factors, epsilon: Array) -> Factors:
-        """Moves the averages on by a batch: `ε · old + (1 - ε) · new`."""
+        """Updates the averages with a batch: `ε · old + (1 - ε) · new`."""
 
     @abc.abstractmethod
     def looked_at(self, factors: Factors) -> tuple[list[Array], list[Array]]:
-        """Of which arrays the diagonal tells whether they are finite, and of which not.
+        """Arrays to check for finiteness: by their diagonal, and by every entry.
 
-        An eigendecomposition or a matrix product that fails is NaN throughout.
+        The diagonal is enough for a matrix product or an eigendecomposition, which is
+        NaN throughout if it fails.
         """
 
     # ----------------------------------------------------------------------- inverses
@@ -218,23 +219,23 @@ class Group(abc.ABC):
         """Identities: until the first refresh succeeds, steps follow the gradient."""
 
     def move(self, factors: Factors) -> Factors:
-        """Those factors that a refresh changes, in their new basis."""
+        """The factors that a refresh changes, in their new basis."""
         return {}
 
     @abc.abstractmethod
     def to_invert(self, factors: Factors, damping: Numeric) -> ToInvert:
-        """What is to be inverted for damping λ."""
+        """The arrays to invert for damping λ."""
 
     @abc.abstractmethod
     def inverses(
         self, found: Mapping[Name, Inverted], factors: Factors, devices: Devices
     ) -> tuple[Factors, Array]:
-        """What the optimizer keeps, from the inverses (or roots).
+        """The arrays that the optimizer stores, from the inverses (or roots).
 
         Args:
-          found: of what `to_invert` returned.
+          found: the inverses of what `to_invert` returned.
           factors: the factors.
-          devices: which share what is left to do.
+          devices: the devices that share the remaining work.
 
         Returns:
           Arrays like `inverse_shapes`, and whether all are finite.
@@ -253,9 +254,9 @@ class Group(abc.ABC):
 
         Args:
           groups: the groups.
-          inverses: what `inverses` returned, and what is `carried`.
-          vectors: V; of layers that a mask hides there is none.
-          products: X and dY of some of them, if V is their product.
+          inverses: the results of `inverses`, and the factors in `carried`.
+          vectors: V; layers that a mask hides have none.
+          products: X and dY of some layers, whose V may be `Xᵀ dY`.
 
         Returns:
           The products of all layers that have vectors.
@@ -273,12 +274,12 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def check_mode(self, damping: Numeric, mode: str) -> None:
-        """Raises ValueError if it cannot be damped in this way."""
+        """Raises ValueError if the group cannot be damped in this way."""
 
     @property
     @abc.abstractmethod
     def has_spectrum(self) -> bool:
-        """Whether powers can be computed; then so are exactly damped solutions."""
+        """Whether powers can be computed, and so solutions with exact damping."""
 
     @abc.abstractmethod
     def power(
@@ -303,7 +304,7 @@ class Group(abc.ABC):
     def sample(
         self, factors: Factors, noise: Vectors, damping: Numeric, mode: str
     ) -> Vectors:
-        """Turns white noise to one with the inverse damped curvature as covariance."""
+        """Turns white noise into noise with covariance `(F + λ I)⁻¹`."""
 
     # ------------------------------------------------------------------ costs, report
 
@@ -319,17 +320,17 @@ class Group(abc.ABC):
 
 
 class Uses(NamedTuple):
-    """What a structure sees of a program."""
+    """The layers and uses of a program, from which a structure makes groups."""
 
     layers: Sequence[Layer]
-    sites: Mapping[str, Sequence[Site]]  # by layer name, where each is used
+    sites: Mapping[str, Sequence[Site]]  # for each layer name, its uses
     graph: Graph
     l2: float  # η
-    custom_rules: bool  # whether derivative rules of the user's decide about gradients
+    custom_rules: bool  # whether a user's derivative rule may decide about gradients
 
 
 class Grouped(NamedTuple):
-    """What a structure makes of it."""
+    """The groups that a structure makes."""
 
     groups: tuple[Group, ...]
     notes: tuple[str, ...] = ()  # lines for the report
@@ -344,21 +345,21 @@ class Structure(Protocol):
 
 
 def names_of(groups: Sequence[Group]) -> set[str]:
-    """The names of all their layers."""
+    """The names of all layers of some groups."""
     return {name for group in groups for name in group.names}
 
 
 def layers_of(groups: Sequence[Group]) -> list[Layer]:
-    """All their layers."""
+    """All layers of some groups."""
     return [layer for group in groups for layer in group.layers]
 
 
 def abstract_factors(groups: Sequence[Group]) -> Abstract:
-    """Their factors as they are kept."""
+    """Shapes and types of the groups' factors as they are stored."""
     shapes = {n: part for x in groups for n, part in x.factor_shapes.items()}
     return {
         layer.name: {
-            n: jax.ShapeDtypeStruct(s, layer.kept_dtype(n))
+            n: jax.ShapeDtypeStruct(s, layer.stored_dtype(n))
             for n, s in shapes[layer.name].items()
         }
         for layer in layers_of(groups)
@@ -366,7 +367,7 @@ def abstract_factors(groups: Sequence[Group]) -> Abstract:
 
 
 def abstract_inverses(groups: Sequence[Group]) -> Abstract:
-    """What an optimizer keeps to divide by their curvature."""
+    """Shapes and types of the arrays that an optimizer stores to apply inverses."""
     shapes = {n: part for x in groups for n, part in x.inverse_shapes.items()}
     return {
         layer.name: {
@@ -378,7 +379,7 @@ def abstract_inverses(groups: Sequence[Group]) -> Abstract:
 
 
 def widened(groups: Sequence[Group], factors: Factors) -> Factors:
-    """The factors in the types that their layers are computed in, also of NumPy's."""
+    """Casts factors, NumPy's too, to the types that curvature is computed in."""
     return {
         x.name: {n: jnp.asarray(f, x.dtype) for n, f in factors[x.name].items()}
         for x in layers_of(groups)

@@ -34,10 +34,10 @@ def make_layers(
     blocks: BlocksSpec,
     weight_sharing: str,
 ) -> tuple[tuple[Layer, ...], dict[str, list[Site]]]:
-    """Makes layers of uses.
+    """Makes layers from uses.
 
-    A weight is a layer if all its uses are the same linear map; a bias joins it if it
-    is added to all of that weight's outputs and used nowhere else.
+    A weight is a layer if all its uses are the same linear map. A bias joins this layer
+    if it is added to the weight's output in every use, and is used nowhere else.
 
     Args:
       uses: what discovery found.
@@ -48,8 +48,8 @@ def make_layers(
       weight_sharing: the setting of default blocks.
 
     Returns:
-      The layers in the order of their first parameters, and by the name of each the
-      sites that feed its statistics.
+      The layers in the order of their first parameters, and for each layer name the
+      sites that its statistics are gathered at.
 
     Raises:
       TypeError: if `blocks` is of an unknown type or holds something else than blocks.
@@ -108,7 +108,8 @@ def _linear_layer(
     assert sites[0].weight is not None
     params = [(leaf, sites[0].weight.layout, "weight")]
     bias = sites[0].bias
-    # neither the inputs of a table nor both sides of a tied weight have a place for it
+    # A bias needs a further input. A table's inputs are integers, and for a tied weight
+    # one side's inputs are the other side's outputs, so neither has room for it.
     plain = sites[0].kind != "embedding" and not tied
     if plain and bias is not None and _joins(bias, sites, leaves[bias.leaf], uses):
         params.append((leaves[bias.leaf], bias.layout, "bias"))
@@ -125,9 +126,15 @@ def _linear_layer(
 
 
 def _oriented(sites: Sequence[Site]) -> tuple[list[Site], bool] | None:
-    """Marks the sites that use the first one's weight transposed, if there are any.
+    """Marks the sites that use a weight transposed, relative to the first site.
 
-    Those of a table come first. None if the sites are different linear maps.
+    Args:
+      sites: all uses of the weight.
+
+    Returns:
+      The sites, those that use it as the first one does in front, and whether there are
+      others. (If it is a table somewhere, the first is such a use.) None if the sites
+      are different linear maps.
     """
     tables = [site for site in sites if site.kind == "embedding"]
     first = (tables or sites)[0]
@@ -148,7 +155,7 @@ def _oriented(sites: Sequence[Site]) -> tuple[list[Site], bool] | None:
 def _joins(
     bias: Parameter, sites: Sequence[Site], leaf: _Leaf, uses: Sequence[Use]
 ) -> bool:
-    """All sites add this bias, and it is added nowhere else."""
+    """Whether all sites add this bias, and nothing else uses it."""
     own = _weight_uses(leaf, uses)
     shifts = [u for u in own if isinstance(u, Site) and u.kind == "shift"]
     elsewhere = [
@@ -159,7 +166,7 @@ def _joins(
         and _bias(u) == leaf.index
         and not any(u is site for site in sites)
     ]
-    # there is a shift for each bias, beside the use of the weight
+    # discovery records each addition of a bias as a shift, too
     return (
         all(site.bias == bias for site in sites)
         and not elsewhere
@@ -247,7 +254,7 @@ def _is_lost(sites: Sequence[Site]) -> bool:
 
 
 def _since(sites: Sequence[Site]) -> str:
-    """Where the axis of examples was lost, if that is known."""
+    """A phrase with the equation where the axis of examples was lost, if known."""
     states = [site.examples for site in sites]
     where = next((s.where for s in states if isinstance(s, Lost) and s.where), "")
     return f" since {where}" if where else ""

@@ -26,7 +26,7 @@ KINDS = {
 """The kinds of layers, as `blocks={kind: ...}` knows them."""
 
 TAGGED = ("dense", "conv", "embedding", "tied", "scale", "scale_and_shift", "shift")
-"""Those with inputs and outputs that statistics are gathered from."""
+"""The kinds whose statistics are gathered from inputs and output gradients."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,16 +38,16 @@ class Layer:
       kind: one of `KINDS`.
       params: paths of its parameters, the weight before the bias.
       shapes: their shapes.
-      dtype: the type it is computed in, float32 or wider.
-      factor_dtype: the type its averages are kept in.
-      uses: at how many places the program uses it.
-      rows: at how many positions of the plan's batch, all uses together.
+      dtype: the type that its curvature is computed in, float32 or wider.
+      factor_dtype: the type that its averages are stored in.
+      uses: the number of places where the program uses it.
+      rows: the number of rows of the plan's batch, over all uses.
       block: the approximation; None leaves the gradient as it is.
       shape: the canonical shape.
-      reason: why no better block applies; empty where nothing is amiss.
+      reason: why no better block applies; empty if the block is as it should be.
       source: the user's source line of its first use.
-      leaves: indices of its parameters among all leaves.
-      layouts: how each parameter's entries become matrices.
+      leaves: the indices of its parameters among all leaves.
+      layouts: for each parameter, how its entries become matrices.
       roles: for each parameter "weight" or "bias".
     """
 
@@ -72,26 +72,26 @@ class Layer:
         """The shapes of the block's factors by name."""
         return {} if self.block is None else self.block.factor_shapes(self.shape)
 
-    def kept_dtype(self, name: str) -> str:
-        """The type that a factor is kept in: a basis is as exact as an inverse."""
+    def stored_dtype(self, name: str) -> str:
+        """The type that a factor is stored in; a basis must be as exact as `dtype`."""
         return self.dtype if name in self.carried_shapes else self.factor_dtype
 
     @property
     def statistics_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the block's statistics, or of its factors if they are that."""
+        """The shapes of the block's statistics; for untapped layers, of its factors."""
         if self.block is None or not self.tagged:
             return self.factor_shapes
         return self.block.statistics_shapes(self.shape)
 
     @property
     def carried_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of those factors that the block's statistics need."""
+        """The shapes of the factors (bases) that the block's statistics depend on."""
         carried = frozenset() if self.block is None else self.block.carried
         return {n: s for n, s in self.factor_shapes.items() if n in carried}
 
     @property
     def damped(self) -> dict[str, jax.ShapeDtypeStruct]:
-        """What the block has inverted, as abstract arrays."""
+        """Shapes and types of the damped matrices that the block has inverted."""
         if self.block is None:
             return {}
         factors = {
@@ -104,7 +104,7 @@ class Layer:
 
     @property
     def positions(self) -> float:
-        """Rows of each slice of the stacked axes, of which `rows` counts all."""
+        """The number of rows of each layer in a stack; `rows` counts those of all."""
         return self.rows / math.prod(self.shape.stacked)
 
     @property
@@ -114,17 +114,17 @@ class Layer:
 
     @property
     def tagged(self) -> bool:
-        """Whether statistics come from inputs and output gradients of the layer."""
+        """Whether the layer is of a kind with inputs and output gradients."""
         return self.kind in TAGGED
 
     @property
     def is_tapped(self) -> bool:
-        """Whether there are such statistics."""
+        """Whether taps gather statistics for the layer's block."""
         return self.tagged and bool(self.factor_shapes)
 
     @property
     def is_squared(self) -> bool:
-        """Whether statistics are squares of the parameter's own gradient."""
+        """Whether the statistics are squares of the parameter's gradient."""
         return not self.tagged and bool(self.factor_shapes)
 
     def to_matrix(self, leaves: Sequence[Array]) -> Array:

@@ -1,4 +1,4 @@
-"""The returned loss against the registered one."""
+"""Checks the returned loss against the registered one."""
 
 import functools
 import itertools
@@ -24,16 +24,17 @@ from kfac_jax.plan.tracing import Traced, tracers
 def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) -> None:
     """Compares the returned loss with the registered one, where arrays are concrete.
 
-    They may differ by a rest that has no curvature of its own (a bound's KL term, an
-    auxiliary loss, a clipped objective). What looks like a factor, as of a sum in place
-    of a mean, is an error. Also warns about convex losses that are not convex there.
+    They may differ by a rest without curvature of its own (a bound's KL term, an
+    auxiliary loss, a clipped objective). A difference that looks like a factor, as if a
+    sum were used in place of a mean, is an error. Also warns about convex losses that
+    are not convex at these arrays.
 
     Args:
       traced: the traced loss function.
       params: the parameters.
       args: the further arguments.
       l2: the weight of the declared penalty.
-      on_rest: what to do about a rest: "warn", "error", or "ignore" what differs.
+      on_rest: what to do about a rest: "warn", "error" or "ignore".
 
     Raises:
       ValueError: if they differ by a factor, or by a rest that is to be an error.
@@ -56,7 +57,7 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) 
         tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
         concavity = _concavity(losses)
         known.append(all(loss.data for loss in losses))
-        if not known[-1]:  # nothing is compared, so that nothing need be computed
+        if not known[-1]:  # a loss without targets has no value to compare with
             return jnp.zeros(()), jnp.zeros(()), tolerance, concavity
         n = len(jax.tree.leaves(params))
         penalty = sum(jnp.vdot(x, x).astype(float) for x in leaves[:n]) * (l2 / 2)
@@ -106,9 +107,10 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) 
 
 
 def _is_factor(ratio: float, traced: Traced) -> bool:
-    """Whether a ratio is ½, 2, or made of lengths of what is registered.
+    """Whether a ratio is ½, 2, or a product of lengths of registered outputs' axes.
 
-    So it is after a sum in place of a mean, or the other way round, along some axes.
+    These are the ratios if a mean is taken in place of a sum, or the other way round,
+    along some axes.
     """
     shapes = [
         node.shape() for node in traced.found.graph.walk() if node.name == "kfac_loss"
@@ -120,12 +122,13 @@ def _is_factor(ratio: float, traced: Traced) -> bool:
         for lengths in itertools.combinations(shape, count)
     }
     factors = {a * b for a in sums for b in (0.5, 1.0, 2.0)} - {0.0, 1.0}
-    factors |= {1 / f for f in factors} | {-1.0}  # and of another sign
+    factors |= {1 / f for f in factors} | {-1.0}  # -1: a log-likelihood, not minus it
     return any(math.isclose(ratio, f, rel_tol=_FACTOR_TOLERANCE) for f in factors)
 
 
 _FACTOR_TOLERANCE = 1e-3
-"""Float32 losses over large batches agree to this; the ratio of a rest seldom does."""
+"""The precision of float32 losses over large batches. The ratio of a rest is seldom as
+close to a factor."""
 
 
 def _warn_of_concavity(concavity: float) -> None:
@@ -138,7 +141,7 @@ def _warn_of_concavity(concavity: float) -> None:
 
 
 def _concavity(losses: Sequence[RegisteredLoss]) -> Array:
-    """The largest of the convex losses'."""
+    """The largest concavity of all convex losses; 0 without any."""
     each = [
         loss.distribution.concavity(wide(loss.z), loss.data).astype(float)
         for loss in losses

@@ -1,4 +1,4 @@
-"""The estimation modes: what output gradients stand for the curvature."""
+"""The estimation modes: which output gradients the curvature is estimated from."""
 
 MODES = (
     "fisher_gradients",
@@ -8,10 +8,12 @@ MODES = (
     "ggn_exact",
     "ggn_curvature_prop",
 )
-"""Sampled gradients; exact; at the targets; random roots. For losses in natural
-parameters the generalised Gauss-Newton matrix and the Fisher are equal, and so are
-their modes; for others (a predicted variance, distributions of the user's own) the
-Fisher is used in both."""
+"""Gradients at sampled targets; a sum over all outputs (exact); gradients at the data's
+targets (empirical); random combinations of the Fisher's root (curvature propagation).
+
+The `ggn_*` modes compute the same as their `fisher_*` siblings. For losses in natural
+parameters the generalised Gauss-Newton matrix equals the Fisher; for others (a
+predicted variance, a user's own distribution) the Fisher is used in both."""
 
 
 def is_exact(mode: str) -> bool:

@@ -1,4 +1,4 @@
-"""The plan: what was asked for, and the layers and groups that a program has."""
+"""The plan: the user's options, and the layers and groups of the program."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +21,7 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """What was asked for: see `make_curvature`, whose arguments these are."""
+    """The arguments of `make_curvature`."""
 
     loss_fn: Callable[..., Any]
     has_aux: bool
@@ -41,15 +41,15 @@ class Options:
     def derive(self, params: Params, args: Any, *, quiet: bool) -> "Derived":
         """Traces the loss function and finds layers and groups.
 
-        Both a plan and each computation with it come from here, so that they agree.
+        A plan and every later computation with it derive layers here, so they agree.
 
         Args:
           params: the parameters, or their shapes.
           args: the loss function's further arguments, or their shapes.
-          quiet: do not repeat warnings that the plan gave.
+          quiet: whether to leave out warnings, which the plan gave before.
 
         Returns:
-          What was found.
+          The program, its layers and its groups.
 
         Raises:
           TypeError: if the loss is not a real scalar.
@@ -92,12 +92,12 @@ class Options:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Derived:
-    """What one trace of the loss function gives.
+    """The layers and groups of one trace of the loss function.
 
     Attributes:
-      traced: the program, with what was found in it.
+      traced: the program, and the results of discovery.
       layers: its layers.
-      sites: by layer name, where each is used.
+      sites: for each layer name, its uses.
       grouped: its groups.
     """
 
@@ -117,7 +117,7 @@ class Plan(Options):
     lost_examples: str = dataclasses.field(default="", repr=False, compare=False)
 
     def tapped(self, params: Params, args: Any) -> tuple[Derived, Program]:
-        """Traces the loss function again, and places taps as the plan has them.
+        """Traces the loss function again, and places the plan's taps.
 
         Raises:
           ValueError: if the program's layers are not the plan's.

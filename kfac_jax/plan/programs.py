@@ -1,4 +1,4 @@
-"""Programs that are run in place of the loss function: with taps, or parts of it."""
+"""Programs that are run in place of the loss function: with taps, or shortened."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,19 @@ def bare_program(traced: Traced) -> Program:
 
 
 def outputs_program(traced: Traced) -> Program:
-    """What the registered losses are computed from, without taps."""
+    """The equations that the registered losses depend on, without taps."""
     graph = traced.found.graph
     return Program(slicing.without_rest(graph, _tags(graph)), {}, {})
 
 
 def split_program(program: Program) -> tuple[Program, Program]:
-    """What the registered losses are computed from, and the rest without taps."""
+    """The equations that the registered losses depend on, and the rest without taps."""
     first, rest = slicing.split(program.graph, _tags(program.graph))
     return dataclasses.replace(program, graph=first), Program(rest, {}, {})
 
 
 def _tags(graph: Graph) -> set[int]:
-    """The results of the loss tags."""
+    """The ids of the loss tags' results."""
     return {
         out for node in graph.walk() if node.name == "kfac_loss" for out in node.outputs
     }
@@ -45,11 +45,11 @@ def tapped_program(
 
     Args:
       traced: the traced loss function.
-      groups: the groups, which say what taps gather.
-      sites: by layer name, where each is used.
+      groups: the groups, which compute what taps gather.
+      sites: for each layer name, its uses.
 
     Returns:
-      The program. Probes are by layer name.
+      The program, which takes probes by layer name.
     """
     taps: dict[int, list[Tap]] = {}
     scanned: dict[int, frozenset[str]] = {}
@@ -73,7 +73,7 @@ def _gather(group: Group, layer: Layer, site: Site) -> Gather:
 
 
 def goes_around_rules(traced: Traced, sites: Mapping[str, Sequence[Site]]) -> bool:
-    """Whether taps at those sites go around a custom derivative rule of the user's."""
+    """Whether taps at those sites would bypass a custom derivative rule."""
 
     def nothing(x: Array | None, dy: Array, carried: Probe) -> Probe:
         return {}

@@ -1,4 +1,4 @@
-"""The report: the plan as a table a person can act on, and its totals as data."""
+"""The report: the plan as a table for people, and its totals as data."""
 
 import collections
 import math
@@ -53,8 +53,8 @@ def totals(groups: Sequence[Group], fraction: float) -> Totals:
         parameters=sum(map(_size, layers)),
         covered=sum(_size(layer) for layer in layers if not layer.reason),
         by_kind=dict(by_kind),
-        factor_bytes=sum(map(_held, abstract_factors(groups).values())),
-        inverse_bytes=sum(map(_held, abstract_inverses(groups).values())),
+        factor_bytes=sum(map(_size_in_bytes, abstract_factors(groups).values())),
+        inverse_bytes=sum(map(_size_in_bytes, abstract_inverses(groups).values())),
         inversion_cost=sum(x.inversion_cost for x in groups),
         statistics_cost=sum(x.statistics_cost for x in groups) * fraction,
         gradient_cost=sum(map(gradient_cost, layers)),
@@ -66,8 +66,8 @@ def gradient_cost(layer: Layer) -> float:
     return 3 * layer.positions * math.prod(layer.shape.matrix)
 
 
-def _held(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """How many bytes arrays hold."""
+def _size_in_bytes(arrays: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """The total size of arrays in bytes."""
     return sum(x.size * x.dtype.itemsize for x in arrays.values())
 
 
@@ -90,7 +90,7 @@ def _rows(
         str(layer.uses),
         block,
         factors,
-        _bytes(_held(arrays)),
+        _bytes(_size_in_bytes(arrays)),
     )
     return rows
 
@@ -124,8 +124,8 @@ def table(
 
     Args:
       layers: the plan's layers.
-      groups: the groups that they are in.
-      notes: what the structure has to say about them.
+      groups: the groups of these layers.
+      notes: the structure's lines for the report.
       fraction: τ1, the part of the batch that statistics are gathered from.
 
     Returns:
@@ -157,7 +157,7 @@ def table(
 
 
 def _kinds(total: Totals) -> str:
-    """How many parameters there are of each kind."""
+    """The line with the number of parameters of each kind."""
     parts = [
         f"{kind} {n} ({n / max(total.parameters, 1):.1%})"
         for kind, n in total.by_kind.items()
@@ -166,7 +166,7 @@ def _kinds(total: Totals) -> str:
 
 
 def _costs(total: Totals) -> str:
-    """Arithmetic, as the products of the layers count it."""
+    """The line with the arithmetic of refreshes and statistics."""
     text = f"One refresh of the inverses: {total.inversion_cost:.2g} multiply-adds"
     if total.gradient_cost:
         times = total.statistics_cost / total.gradient_cost

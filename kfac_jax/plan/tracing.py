@@ -1,4 +1,4 @@
-"""Tracing a loss function, and what is found in it."""
+"""Traces a loss function and discovers its layers."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from kfac_jax.plan import batch
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Traced:
-    """A traced loss function, with what discovery found in it."""
+    """A traced loss function, and the results of discovery in it."""
 
     found: Found
     aux_tree: Any
@@ -46,7 +46,7 @@ def trace(
       tree: the parameters' description.
       params: the parameters, or their shapes.
       args: the further arguments, or their shapes.
-      batch_argnums: which of them are the batch.
+      batch_argnums: the indices of the arguments that are the batch, or None.
 
     Returns:
       The program and its layers.
@@ -144,7 +144,9 @@ def _check_references(program: graph_lib.Graph) -> None:
 
 
 def _check_closures(program: graph_lib.Graph) -> None:
-    """Convex losses are evaluated after the trace: nothing of it may be left in them.
+    """Checks that convex losses do not close over values of the trace.
+
+    They are evaluated after the trace has ended, when its values are no longer valid.
 
     Args:
       program: the traced loss function.
@@ -169,10 +171,10 @@ def _check_closures(program: graph_lib.Graph) -> None:
 def _is_bound(
     distribution: Convex, node: graph_lib.Node, program: graph_lib.Graph
 ) -> bool:
-    """Whether a loss can be evaluated only within the trace of the program.
+    """Whether a loss can only be evaluated within the trace of the program.
 
-    Tracers that outlive it, as where a plan is made inside of `jit`, are among the
-    program's constants.
+    Tracers of an outer trace (a plan made inside of `jit`) stay valid. Such tracers are
+    among the program's constants.
     """
     operands = node.equation.invars[: 1 + node.params["num_data"]]
     case = [jax.ShapeDtypeStruct(v.aval.shape[1:], v.aval.dtype) for v in operands]
@@ -185,9 +187,9 @@ def _is_bound(
 
 
 def tracers(graph: graph_lib.Graph) -> list[Any]:
-    """The constants that are traced by a transformation around it."""
+    """The constants of a graph that belong to a trace around it."""
     graphs = [graph, *(body for node in graph.walk() for body in node.bodies)]
-    constants = [x for part in graphs for x in part.constants.values()]
+    constants = [x for one in graphs for x in one.constants.values()]
     return [x for x in constants if isinstance(x, jax.core.Tracer)]
 
 

@@ -103,8 +103,8 @@ class LevenbergMarquardt:
 
         Args:
           damping: λ, `[]`.
-          curvature: `Δᵀ F Δ / Δᵀ Δ`, `[]`; 0, or what is not finite, where it is not
-            known.
+          curvature: `Δᵀ F Δ / Δᵀ Δ`, `[]`; 0, or a value that is not finite, if it is
+            not known.
 
         Returns:
           λ.

@@ -9,10 +9,10 @@ from jax import Array
 from kfac_jax._utils import arguments
 
 _FREE = 5
-"""The first steps are not limited: the first mean of lengths is made of them."""
+"""The number of first steps without a limit; the first mean of lengths is theirs."""
 
-_KEPT = 0.95
-"""What a step leaves of the mean of lengths before."""
+_DECAY = 0.95
+"""The decay of the running mean of lengths."""
 
 
 class Solution(NamedTuple):
@@ -31,20 +31,21 @@ class QuadraticModel:
     `learning_rate`; with `momentum=None` it chooses μ too, which on a quadratic makes
     the method preconditioned conjugate gradients.
 
-    The model is of one batch, and what it does not know are the others. Two limits keep
-    small batches from steps that only they call for. On noise μ comes out negative, or
-    above one, as often as not: it is kept between 0 and `largest_momentum`. And a case
-    that is wrong with confidence has a large gradient and next to no curvature, so that
-    α is 1/λ along it: no step is more than `longest` times as long as the running mean,
-    in the model's norm `√(½ δᵀ (F + (λ+η) I) δ)`, which for the best step is the root
-    of its decrease. With both limits None it is the paper's.
+    The model knows one batch only. Two limits keep small batches from steps that fit
+    only them. First, on noise the best μ is often negative or above one, so it is
+    clipped to between 0 and `largest_momentum`. Second, a case that is wrong with
+    confidence has a large gradient but almost no curvature, so that α is 1/λ along it.
+    So no step is more than `longest` times as long as the running mean of lengths. The
+    length is `√(½ δᵀ (F + (λ+η) I) δ)`, which for the best step is the root of its
+    decrease. With both limits None the rule is the paper's.
 
     Attributes:
       fraction: τ2, the fraction of the batch the products are computed on; the paper
         uses 1/4 with batches of thousands. With 128 cases even 1/2 lets runs diverge
         (docs/tuning.md), and L2 or more damping is needed below 1.
-      largest_momentum: the largest μ that is chosen, the least being 0; None for any.
-      longest: how many times as long as the mean a step may be; None for any length.
+      largest_momentum: the largest μ, with 0 as the smallest; None for no limit.
+      longest: the largest length of a step, in multiples of the mean; None for no
+        limit.
 
     References:
       Martens & Grosse 2015, sections 6.4, 7 and 8, for the model.
@@ -136,21 +137,22 @@ class QuadraticModel:
           step: how many steps there were before, `[]`.
 
         Returns:
-          The step, by what it was multiplied, and the next mean.
+          The step, the factor that it was multiplied by, and the next mean.
         """
         length = jnp.sqrt(jnp.maximum(-solution.change, 0.0))
         if self.longest is None:
             return solution, jnp.ones_like(length), jnp.zeros_like(length)
         mean = mean.astype(length.dtype)
         most = self.longest * mean
-        known = mean > 0  # not before the first step that moved: zero is no length
-        late = known & (step >= _FREE)
+        has_mean = mean > 0  # a mean of zero means that no step has moved yet
+        late = has_mean & (step >= _FREE)
         scale = jnp.where(late & (length > most), most / length, 1.0)
         scale = jnp.where(jnp.isfinite(length), scale, 0.0)
-        # the mean follows growth of what is asked for, by twice what is allowed at most
+        # The mean may grow with the model's lengths, but slowly: a single length counts
+        # at most as twice the longest allowed one.
         seen = jnp.where(late, jnp.minimum(length, 2.0 * most), length)
         seen = jnp.where(jnp.isfinite(length), seen, mean)
-        mean = jnp.where(known, _KEPT * mean + (1.0 - _KEPT) * seen, seen)
+        mean = jnp.where(has_mean, _DECAY * mean + (1.0 - _DECAY) * seen, seen)
         curved = solution.change - slope  # ½ δᵀ (F + (λ+η) I) δ
         change = scale * slope + jnp.square(scale) * curved
         limited = Solution(

@@ -1,4 +1,4 @@
-"""When inverses are refreshed."""
+"""The schedule of refreshes of inverses."""
 
 import dataclasses
 import numbers
@@ -13,25 +13,25 @@ from kfac_jax._utils import arguments, schedules
 
 @dataclasses.dataclass(frozen=True)
 class RefreshSchedule:
-    """Refreshes inverses every T3 steps, at once or in turn, for now or the next step.
+    """Refreshes inverses every T3 steps, of all layers at once or in turn.
 
-    Staggered, with several `shares`, a share of the layers is refreshed at a time, all
-    of them once in T3 steps: steps then take about equally long. Layers with linked
-    neighbours (`BlockTridiagonal`) stay together. While an average is young, in the
-    first three steps (`warm_up`), all are refreshed in each.
+    With several `shares` refreshes are staggered: one share of the layers is refreshed
+    at a time, and each share once in T3 steps, so that steps take about equally long.
+    Linked layers (`BlockTridiagonal`) are in one share. In the first three steps
+    (`warm_up`), while averages change fast, all layers are refreshed in each step.
 
-    Stale, a step uses the inverses (and bases) of the step before, and the next one
-    what it computes: nothing waits for a refresh, which can run beside the model. The
-    first step then has no inverses yet, and moves nothing.
+    With `stale` a step uses the inverses (and bases) of the step before, and those that
+    it computes are for the next step. Then nothing waits for a refresh, which can run
+    beside the model. The first step has no inverses yet, and its update is zero.
 
     Attributes:
       every: T3, in steps; a number or a schedule of the step.
-      shares: into how many shares of about equal cost the layers are divided.
-      stale: whether refreshed inverses wait for the next step.
-      phase: which of T3 steps refreshes: step k, counted from 1, with `k mod T3` equal
-        to `phase mod T3`.
-      warm_up: how many of the first steps refresh all layers; only steps that bring
-        statistics are counted for this, all steps for T3 and phase.
+      shares: the number of shares, of about equal cost, that layers are divided into.
+      stale: whether refreshed inverses are used from the next step on only.
+      phase: the step that refreshes, out of T3: step k, counted from 1, with `k mod T3`
+        equal to `phase mod T3`.
+      warm_up: the number of first steps that refresh all layers. Only steps with
+        statistics count for this, while all steps count for T3 and phase.
 
     References:
       Martens & Grosse 2015, section 8, for T3 and the first three steps. Osawa et al.
@@ -69,7 +69,7 @@ class RefreshSchedule:
         arguments.integer("every (T3)", self.every, arrays=True)
 
     def turns(self, step: Array | int) -> Array:
-        """Whose turn it is at a step, counted from 1: `[shares]`."""
+        """Whether it is each share's turn at a step, counted from 1: `[shares]`."""
         arguments.integer("step", step, arrays=True)
         every = axis_types.here(schedules.at(self.every, step - 1))
         every = jnp.asarray(every, jnp.int32)
@@ -80,7 +80,7 @@ class RefreshSchedule:
 def as_schedule(
     inverse_every: optax.ScalarOrSchedule | RefreshSchedule,
 ) -> RefreshSchedule:
-    """A number of steps as the schedule that it stands for."""
+    """Turns a number of steps into a schedule; returns schedules unchanged."""
     if isinstance(inverse_every, RefreshSchedule):
         return inverse_every
     return RefreshSchedule(inverse_every)

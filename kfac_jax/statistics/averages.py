@@ -1,4 +1,4 @@
-"""Statistics of batches, and the factors: moving averages of them, layer by layer."""
+"""Statistics of batches, and the factors, which are moving averages of them."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -30,16 +30,16 @@ class Statistics(NamedTuple):
     averaged: factors are ratios of these sums.
     """
 
-    weight: Array  # []: how many cases the losses are means of; 0 means no information
-    cases: Array  # []: how many of them no mask hides; 0 means no information either
-    layers: Factors  # for each layer the sums its block asks for, float32 or wider
-    # the sides of gradients that stay products (Kronecker(gradient_products=True)):
-    # of this very batch only, so a sum of several says nothing here
+    weight: Array  # []: number of cases that the losses are means of; 0: no information
+    cases: Array  # []: number of cases that no mask hides; 0: no information
+    layers: Factors  # for each layer the sums that its block needs, float32 or wider
+    # the sides of gradients kept as products (Kronecker(gradient_products=True)); they
+    # belong to one batch's gradient, so a sum over several batches has no meaning
     products: Products
 
 
 def init_factors(groups: Sequence[Group]) -> Factors:
-    """Zeros, and standard bases where factors are in one."""
+    """Zeros, and identities for bases."""
     carried = {name: x for group in groups for name, x in group.carried.items()}
     return {
         layer: {
@@ -53,7 +53,7 @@ def init_factors(groups: Sequence[Group]) -> Factors:
 
 
 def zero_statistics(groups: Sequence[Group]) -> "Statistics":
-    """Statistics that say nothing, with as many rows as in the plan's batch."""
+    """Statistics without information, shaped like those of the plan's batch."""
     products = {
         x.name: (
             jnp.zeros((group.product_rows, x.shape.inputs), x.dtype),
@@ -77,7 +77,7 @@ def _shapes(groups: Sequence[Group], which: str) -> FactorShapes:
 
 
 def check_statistics(value: Any) -> None:
-    """Raises TypeError unless it is what a plan returns."""
+    """Raises TypeError unless a value is statistics that a plan returned."""
     instance(
         "statistics",
         value,
@@ -103,11 +103,11 @@ def check(
       groups: the plan's groups.
       which: "factor_shapes" or "statistics_shapes".
       found: arrays by layer name.
-      devices: over which they may be spread by rows.
+      devices: the devices that the rows of arrays may be spread over.
 
     Raises:
       TypeError: if an array is not of real floating point.
-      ValueError: if names or shapes are others.
+      ValueError: if names or shapes are not the plan's.
     """
     names, what = names_of(groups), _WHAT[which]
     if not isinstance(found, dict) or set(found) != names:
@@ -117,7 +117,7 @@ def check(
             f"got {got}. Use what this plan returned."
         )
     for layer, shapes in _shapes(groups, which).items():
-        expected = {n: devices.kept_shape(s) for n, s in shapes.items()}
+        expected = {n: devices.row_shape(s) for n, s in shapes.items()}
         got = _shapes_of(found[layer])
         if got != expected:
             raise ValueError(
@@ -136,7 +136,7 @@ def check(
 
 
 def _shapes_of(part: Any) -> Any:
-    """The shapes of arrays by name; of what is none, what it is."""
+    """The shapes of arrays by name; a description of anything else."""
     if not isinstance(part, dict):
         return shown(part)
     return {name: jnp.shape(x) if is_array(x) else shown(x) for name, x in part.items()}
@@ -146,8 +146,8 @@ class Averaged(NamedTuple):
     """The averages after one batch."""
 
     factors: Factors
-    informed: Array  # []: whether any layer took the statistics
-    refused: Array  # []: whether there were some that a layer did not take
+    informed: Array  # []: whether any layer accepted the statistics
+    refused: Array  # []: whether there were statistics that a layer did not accept
 
 
 @jax.named_scope("kfac_factors")
@@ -160,21 +160,23 @@ def average(
     devices: Devices = ALONE,
     usable: Array | bool = True,
 ) -> Averaged:
-    """Moves the averages on by one batch; see `Curvature.update_factors`.
+    """Updates the averages with one batch; see `Curvature.update_factors`.
 
-    Factors are sums over all devices divided by counts over all devices: both add up.
+    The batch's factors are sums over all devices divided by counts over all devices. A
+    mean of the devices' own quotients would weigh devices wrongly where masks hide
+    different numbers of rows.
 
     Args:
       groups: the plan's groups.
-      factors: the averages so far, as the devices keep them.
-      statistics: the batch's.
+      factors: the averages so far, or this device's rows of them.
+      statistics: the batch's statistics.
       step: k, counted from 1.
       decay: the largest ε.
-      devices: over which the batch, and possibly the factors, are spread.
+      devices: the devices that the batch, and possibly the factors, are spread over.
       usable: whether the batch may be used, as far as its loss tells.
 
     Returns:
-      The averages, and what was done with the statistics.
+      The averages, and whether the statistics were accepted.
 
     Raises:
       ValueError: if factors or statistics are of another plan.
@@ -189,17 +191,18 @@ def average(
     epsilon = jnp.minimum(
         1.0 - 1.0 / jnp.asarray(step, float), jnp.asarray(decay, float)
     )
-    told = [group for group in groups if group.name in new]
-    finite = devices.finite([group.looked_at(new) for group in told])
+    updated = [group for group in groups if group.name in new]
+    finite = devices.finite([group.looked_at(new) for group in updated])
     result = dict(factors)
-    for group, flag in zip(told, finite, strict=True):
+    for group, flag in zip(updated, finite, strict=True):
         averages = group.average(widened([group], factors), new, epsilon)
         for layer, part in averages.items():
             result[layer] = {
                 name: jnp.where(taken & flag, part[name].astype(old.dtype), old)
                 for name, old in factors[layer].items()
             }
-    # one sum of all flags: XLA would repeat what they are made of for each reduction
+    # The flags are summed once. XLA fuses the computation of a flag into each reduction
+    # that reads it, so `any` and `all` of them would do that work twice.
     wrong = sum((~flag).astype(jnp.int32) for flag in finite)
     informed = taken & (wrong < max(1, len(finite)))
     return Averaged(result, informed, offered & (~taken | (wrong > 0)))
@@ -208,7 +211,7 @@ def average(
 def _means(
     groups: Sequence[Group], statistics: Statistics, devices: Devices
 ) -> tuple[Array, Array, Factors]:
-    """Weight and cases, and the batch's own factors, as the devices keep factors."""
+    """The weight, the number of cases, and the batch's factors (or rows of them)."""
     counts: Factors = {}
     for group in groups:
         counts |= group.counts(statistics.layers, statistics.weight)
@@ -241,7 +244,7 @@ def _check_products(groups: Sequence[Group], products: Products) -> None:
         if group.product_rows
     }
     got = {name: tuple(jnp.shape(x)[-1] for x in xs) for name, xs in products.items()}
-    # where a custom derivative rule decides about gradients there are none
+    # there are none if a custom derivative rule decides about gradients
     if got and got != expected:
         raise ValueError(
             f"statistics.products must have rows of lengths {expected}; got {got}. Use "

@@ -1,8 +1,8 @@
-"""The cotangents that are pulled back from the registered outputs, for each mode.
+"""The cotangents that each mode pulls back from the registered outputs.
 
-With `F_R = B Bᵀ` the Fisher over the outputs, a cotangent `u` with `E[u uᵀ] = F_R` (or
-a set with `Σ u uᵀ = F_R`) pulled back to the layers gives second moments that are (or
-add up to) the curvature's.
+Let `F_R = B Bᵀ` be the Fisher over the outputs. A random cotangent u with `E[u uᵀ] =
+F_R`, pulled back to the layers, gives unbiased second moments of the curvature; a set
+of cotangents with `Σ u uᵀ = F_R` gives terms that add up to them.
 """
 
 import math
@@ -24,11 +24,11 @@ Pull = Callable[[list[Array]], Any]
 def _random_roots(losses: Sequence[RegisteredLoss], key: Array) -> list[Array]:
     """`B r` for random r with covariance I, nowhere exactly zero unless B is.
 
-    Curvature propagation takes random signs for r, which of all r have the least
-    variance: that of a second moment grows with `E r⁴ ≥ (E r²)² = 1`. But signs can
-    cancel: `B (1, 1)` is zero for two equal probabilities, and a row without a
-    gradient counts as masked. So the signs get magnitudes of which `r²` is uniform on
-    [½, 1½]: then `B r` is zero with probability zero, and `E r⁴ = 1 + 1/12` (for normal
+    Curvature propagation takes random signs for r. The variance of a second moment
+    grows with `E r⁴ ≥ (E r²)² = 1`, and signs reach this bound. But signs can cancel:
+    `B (1, 1)` is zero for two equal probabilities, and a row whose gradient is zero
+    counts as masked. So the signs are multiplied by magnitudes with `r²` uniform on
+    [½, 1½]. Then `B r` is zero with probability zero, and `E r⁴ = 1 + 1/12` (for normal
     r it is 3).
     """
     keys = jax.random.split(key, len(losses))
@@ -54,7 +54,7 @@ def random_cotangents(
 
 
 def random_signs(cotangents: Sequence[Array], key: Array) -> list[Array]:
-    """Gives each case a random sign, so that different cases do not correlate."""
+    """Gives each case a random sign, so that different cases are uncorrelated."""
     keys = jax.random.split(key, len(cotangents))
     return [
         u * jax.random.rademacher(k, (len(u), *[1] * (u.ndim - 1)), u.dtype)
@@ -85,7 +85,7 @@ def target_cotangents(losses: Sequence[RegisteredLoss]) -> list[Array]:
 def only_column(
     losses: Sequence[RegisteredLoss], states: Sequence[State], independent_cases: bool
 ) -> list[Array] | None:
-    """The cotangent that says all, where each example has a single output."""
+    """The only column of B, if each example has a single output; None otherwise."""
     if len(losses) > 1:
         return None
     outer, _, inner = _within(losses[0], states[0], independent_cases)
@@ -97,13 +97,13 @@ def only_column(
 def _within(
     loss: RegisteredLoss, state: State, independent_cases: bool
 ) -> tuple[int, int, int]:
-    """How the cases are divided, `outer × examples × inner`."""
+    """How the leading axis of an output is divided: `outer × examples × inner`."""
     cases = len(loss.z)
     if state is None or (independent_cases and isinstance(state, Lost)):
         return (1, cases, 1)
     if isinstance(state, Examples) and state.axis == 0:
         return (state.outer, state.size, state.inner)
-    return (1, 1, cases)  # not known: every case by itself
+    return (1, 1, cases)  # not known: as if all cases were positions of one example
 
 
 def sum_over_outputs(
@@ -112,16 +112,17 @@ def sum_over_outputs(
     pull: Pull,
     independent_cases: bool,
 ) -> Any:
-    """Sums `pull` over every column of `B`, one output of a case at a time.
+    """Sums `pull` over the columns of B.
 
-    Cases of one example (the tokens of a sequence) share the network's inner values, so
-    their columns are pulled back one by one; different examples go together.
+    Cases of one example (the tokens of a sequence) share hidden values, at which their
+    cotangents would add up and mix. So each position and output has a pull-back of its
+    own. Different examples share nothing, so one pull-back does all of them.
 
     Args:
       losses: the registered losses.
       states: for each loss, where the examples are in its output.
       pull: pulls cotangents back.
-      independent_cases: whether to take cases for examples where that is not known.
+      independent_cases: whether cases count as examples where these are not known.
 
     Returns:
       The sum.

@@ -1,8 +1,8 @@
-"""Exact diagonals of parameters without a layer, by forward mode.
+"""Exact Fisher diagonals of parameters without a layer, by forward mode.
 
-Such a parameter enters the network through a function that no block follows, as α does
-in `α² / (α + r)`. Its diagonal of the Fisher is `Σ_n ‖B_nᵀ J_n e_i‖²` over the cases n,
-for which each entry i is pushed forward once.
+Such a parameter enters the network through a function that no block describes, like α
+in `α² / (α + r)`. Entry i of its Fisher diagonal is `Σ_n ‖B_nᵀ J_n e_i‖²` over the
+cases n. That takes one push-forward of `e_i` for each entry.
 """
 
 import itertools
@@ -22,8 +22,9 @@ from kfac_jax.plan.group import Factors
 from kfac_jax.plan.layer import Layer
 
 MOST_ENTRIES = 32
-"""Of all these parameters together, the smallest first. One push costs up to a forward
-pass, and most parameters of this kind are a few numbers; others get random signs."""
+"""The most entries of all such parameters together; the smallest parameters come first.
+One push costs up to a forward pass, and most parameters of this kind are a few numbers.
+The diagonals of all others are estimated with random signs."""
 
 
 def exact_diagonals(
@@ -32,16 +33,16 @@ def exact_diagonals(
     leaves: Sequence[Array],
     data: Sequence[Any],
 ) -> Factors:
-    """The diagonals of some layers, where the program has a forward mode.
+    """The diagonals of some layers, if the program has a forward mode.
 
     Args:
-      layers: which layers, of those without taps.
-      program: what leads to the registered losses.
+      layers: layers without taps.
+      program: the program up to the registered losses.
       leaves: the parameters.
-      data: its further inputs.
+      data: the program's further inputs.
 
     Returns:
-      For those that are not too large the statistics, by layer name.
+      The statistics of the layers that are small enough, by layer name.
     """
     small = _small(layers)
     if not small or not has_forward_mode(program.graph):
@@ -49,8 +50,8 @@ def exact_diagonals(
     places = [leaf for layer in small for leaf in layer.leaves]
 
     def outputs(own: list[Array]) -> tuple[list[Array], list[RegisteredLoss]]:
-        given = dict(zip(places, own, strict=True))
-        inputs = [given.get(i, leaf) for i, leaf in enumerate(leaves)]
+        replaced = dict(zip(places, own, strict=True))
+        inputs = [replaced.get(i, leaf) for i, leaf in enumerate(leaves)]
         losses = run(program, [*inputs, *data], None)[1]
         return [loss.z for loss in losses], losses
 
@@ -79,7 +80,7 @@ def exact_diagonals(
 
 
 def _small(layers: Sequence[Layer]) -> list[Layer]:
-    """The smallest layers, no more than have `MOST_ENTRIES` together."""
+    """The smallest layers, as many as have at most `MOST_ENTRIES` together."""
     sizes = [sum(map(math.prod, layer.shapes)) for layer in layers]
     order = sorted(range(len(layers)), key=lambda i: sizes[i])
     totals = itertools.accumulate(sizes[i] for i in order)
@@ -90,7 +91,7 @@ def _small(layers: Sequence[Layer]) -> list[Layer]:
 def _by_entries(
     function: Callable[[list[Array]], Array], arrays: Sequence[Array]
 ) -> list[Array]:
-    """The function of each unit vector, shaped like the arrays."""
+    """A function's values at all unit vectors, shaped like the arrays."""
     zeros = [jnp.zeros_like(x) for x in arrays]
     results: list[Array] = []
     for place, zero in enumerate(zeros):

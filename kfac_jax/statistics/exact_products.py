@@ -1,4 +1,4 @@
-"""Products with the exact curvature, of which no matrix is formed."""
+"""Products with the exact curvature, whose matrix is never formed."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -22,11 +22,11 @@ Params = Any
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ExactProducts:
-    """Where the curvature is taken.
+    """The exact curvature at one point: parameters and a batch.
 
     Attributes:
       loss_fn: the loss function.
-      has_aux: whether it returns more than the loss.
+      has_aux: whether it returns `(loss, aux)`.
       tree: describes the parameters.
       params: the parameters.
       leaves: their leaves.
@@ -98,7 +98,8 @@ class ExactProducts:
 
         def product(vectors: Sequence[Any]) -> Array:
             if isinstance(vectors[0], list):
-                # XLA computes what the pushes share once, and stacks nothing
+                # Unrolled, XLA computes the primal values that the pushes share once.
+                # `vmap` would have to stack the vectors first, a copy of each.
                 pushed = jnp.stack([push(v) for v in vectors])
             else:
                 pushed = jax.vmap(push)(list(vectors))

@@ -16,7 +16,7 @@ from kfac_jax.plan.modes import is_exact
 from kfac_jax.statistics import estimation
 
 Pull = Callable[[list[Array]], tuple[list[Array], Factors]]
-"""From cotangents of the outputs to those of the parameters, and layers' statistics."""
+"""Maps cotangents of the outputs to cotangents of the parameters, and statistics."""
 
 
 def gather(
@@ -44,12 +44,12 @@ def gather(
       states: for each loss, where the examples are in its output.
       pull: pulls cotangents back.
       rng: a key; without one the random numbers are always the same.
-      independent_cases: whether exact modes take cases for examples where it is not
-        known which are.
-      diagonals: those of parameters without a layer that exact modes know.
+      independent_cases: whether cases count as examples, in exact modes, where the
+        examples are not known.
+      diagonals: exact diagonals of parameters without a layer, if there are any.
 
     Returns:
-      The sums, and how many batches they count for.
+      The sums, and the number of samples that they are over.
     """
     key = jax.random.key(0) if rng is None else rng
     if is_exact(mode):
@@ -91,7 +91,7 @@ def _exact(
     independent_cases: bool,
     diagonals: Factors,
 ) -> Factors:
-    """Sums over all outputs; what depends on inputs only is gathered once."""
+    """Sums over all outputs; statistics of inputs only are gathered once."""
     drawn = [x for x in _squared(groups) if x.name not in diagonals]
     only = estimation.only_column(losses, states, independent_cases)
     if only is not None and not drawn:

@@ -1,4 +1,4 @@
-"""One forward pass of a plan's loss, and what is pulled back from it."""
+"""One forward pass of a plan's loss, and the pull-backs through it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,17 +22,17 @@ from kfac_jax.statistics.gathering import gather
 
 
 class Linearized(NamedTuple):
-    """What a forward pass leaves to be asked for."""
+    """A forward pass, and functions that pull back through it on demand."""
 
     value: Any
-    """What the loss function returned."""
+    """The loss function's result."""
 
     gradient: Callable[[], tuple[list[Array], Products]] | None
-    """Leaves of the gradient, and those that stay products; None where a custom
-    derivative rule of the user's decides about the gradient."""
+    """Returns the leaves of the gradient, and the sides of gradients kept as products.
+    None if a user's custom derivative rule decides about the gradient."""
 
     statistics: Callable[[Array | None], Statistics]
-    """The curvature statistics, from a key where the mode samples."""
+    """Returns the curvature statistics, from a random key if the mode samples."""
 
 
 def linearize(
@@ -44,19 +44,20 @@ def linearize(
     *,
     own_gradient: bool = False,
 ) -> Linearized:
-    """One forward pass; pulls back the loss, or output cotangents, on demand.
+    """Runs one forward pass; its result pulls back the loss or output cotangents.
 
-    Inside of `shard_map` statistics stay on their device, and are summed at once at the
-    end, where JAX would sum each by itself.
+    Inside of `shard_map` the probes are marked as varying over devices, so statistics
+    stay on their device and are summed together at the end. JAX would sum each layer's
+    in a collective of its own.
 
     Args:
       plan: the plan.
       params: the parameters.
       args: the loss function's further arguments.
       leaves: the parameters' leaves, in the plan's order.
-      factors: what blocks carry is taken from them.
-      own_gradient: whether the loss function has a gradient of its own. Then what does
-        not lead to the registered outputs is computed but not differentiated.
+      factors: the factors, from which carried ones (bases) are taken; None without.
+      own_gradient: whether the loss function computes its own gradient. Then only the
+        equations that lead to the registered outputs are differentiated.
 
     Returns:
       The value, and functions for the rest.
@@ -95,7 +96,7 @@ def linearize(
             grads, sums = pull((jnp.ones_like(loss), zeros))
         products = {n: x for g in plan.groups for n, x in g.products(sums).items()}
         if any(map(_compat.varying, jax.tree.leaves(products))):
-            products = {}  # of one device, where gradients are of all
+            products = {}  # one device's rows, while gradients are sums over devices
         return grads, products
 
     def pull_back(cotangents: list[Array]) -> Any:
@@ -125,7 +126,7 @@ def linearize(
 
 
 def _collected(groups: Sequence[Group], sums: Factors, carried: Factors) -> Factors:
-    """Statistics from what all taps brought."""
+    """The statistics of all groups, from what the taps returned."""
     result: Factors = {}
     for group in groups:
         result |= group.collect(sums, carried)
@@ -133,7 +134,7 @@ def _collected(groups: Sequence[Group], sums: Factors, carried: Factors) -> Fact
 
 
 def _carried(groups: Sequence[Group], factors: Factors | None) -> Factors:
-    """What the groups carry, of those factors."""
+    """The factors that the groups carry."""
     if factors is None:
         return {}
     return {
@@ -153,7 +154,7 @@ def _statistics(
     carried: Factors,
     rng: Array | None,
 ) -> Statistics:
-    """Sums over the cases of all devices, and what they were gathered in."""
+    """Gathers sums over the cases of all devices, and adds the carried bases."""
     groups = plan.groups
 
     def gathered(
@@ -175,7 +176,9 @@ def _statistics(
             _compat.vary_like(f(losses), *outputs) for f in (_averaged, _counted)
         )
         weight, cases = collectives.summed([own, counted], [None, None])
-        # of gradients that JAX has summed over the devices
+        # Squares of parameter gradients. Inside of `shard_map` JAX has summed such a
+        # gradient over D devices (unless parameters vary). Its square has D times the
+        # expectation of one device's, so it is multiplied by all cases over D.
         squared = {x.name for x in layers_of(groups) if x.is_squared} - known.keys()
         sums = _by_cases(groups, sums, {n: own for n in sums if n not in squared})
         sums = _over_devices(groups, sums, squared)
@@ -184,6 +187,8 @@ def _statistics(
         return sums, count * weight, count * cases
 
     sums, weight, cases = axis_types.auto(gathered)(losses, rng, diagonals)
+    # A basis is returned with the statistics that are in it. Its "sum" is weighted like
+    # theirs, so that it survives the division by the weight and the sum over batches.
     counted = {
         name: {key: x * weight.astype(x.dtype) for key, x in part.items()}
         for name, part in carried.items()
@@ -200,21 +205,23 @@ def _statistics(
 
 
 def _averaged(losses: Sequence[RegisteredLoss]) -> Array:
-    """`[]`: how many cases the losses are means of.
+    """`[]`: the number of cases that the losses are means of.
 
-    A loss that is `w / n` times a sum over n cases is, with a factor that is the same
-    for all batches, the mean over `n / w` of them: all, or those that a mask leaves.
+    A loss of `w / n` times a sum over n cases is a mean over `n / w` cases, up to a
+    factor that is the same for all batches. These are all cases if w = 1, and those
+    that a mask leaves if w makes the loss their mean.
     """
     total = jnp.zeros((), jnp.float32)
     for x in losses:
         weight = x.weight.astype(jnp.float32)
-        known = weight > 0
-        total += jnp.where(known, len(x.z) / jnp.where(known, weight, 1.0), 0.0)
+        counts = weight > 0
+        # no division by zero in the branch that is not taken, for jax_debug_nans
+        total += jnp.where(counts, len(x.z) / jnp.where(counts, weight, 1.0), 0.0)
     return total
 
 
 def _counted(losses: Sequence[RegisteredLoss]) -> Array:
-    """`[]`: how many cases no mask hides."""
+    """`[]`: the number of cases that no mask hides."""
     total = jnp.zeros((), jnp.float32)
     for x in losses:
         all_count = x.mask is None
@@ -225,9 +232,10 @@ def _counted(losses: Sequence[RegisteredLoss]) -> Array:
 def _by_cases(
     groups: Sequence[Group], sums: Factors, cases: Mapping[str, Array]
 ) -> Factors:
-    """Makes second moments of the mean loss's gradients sums over cases, which add up.
+    """Multiplies second moments by numbers of cases, so that they add up over batches.
 
-    What depends on inputs only is a sum over cases already.
+    The gradients are those of the mean loss. Statistics that depend on inputs only are
+    sums over cases already.
     """
     inputs = {name: x for group in groups for name, x in group.row_statistics.items()}
     return {
@@ -242,12 +250,12 @@ def _by_cases(
 
 
 def _over_devices(groups: Sequence[Group], sums: Factors, squared: set[str]) -> Factors:
-    """Sums what `shard_map` has on each device, without what blocks carry.
+    """Sums statistics over the devices of a `shard_map`, except for carried bases.
 
     Args:
       groups: the plan's groups.
-      sums: those of one device.
-      squared: layers whose statistics are squares of what JAX has summed.
+      sums: one device's sums.
+      squared: layers whose statistics are squares of gradients that JAX has summed.
 
     Returns:
       The sums over all devices.
