@@ -29,6 +29,6 @@ autodoc_default_options = {
 }
 autodoc_typehints_format = "short"
 napoleon_numpy_docstring = False
-# Attributes are a list in the docstring of their class. As entries of their own they would
-# be twice in the index where a base class documents one, too.
+# Attributes are a list in the docstring of their class. As entries of their own they
+# would be twice in the index where a base class documents one, too.
 napoleon_use_ivar = True
