@@ -133,19 +133,19 @@ def check_state(curvature: Curvature, state: KFACState, devices: Devices) -> Non
 
 
 def state_arrays(
-    curvature: Curvature, kept_shape: Callable[[Shape], Shape] = lambda shape: shape
+    curvature: Curvature, row_shape: Callable[[Shape], Shape] = lambda shape: shape
 ) -> dict[str, dict[str, dict[str, jax.ShapeDtypeStruct]]]:
     """The factors and inverses of a state, without values.
 
     Args:
       curvature: the plan.
-      kept_shape: the shape of what is kept of an array.
+      row_shape: the shape of the rows of an array that a device keeps.
 
     Returns:
       Arrays by field, layer and name.
     """
     return jax.tree.map(
-        lambda x: x.update(shape=kept_shape(x.shape)),
+        lambda x: x.update(shape=row_shape(x.shape)),
         {
             "factors": abstract_factors(curvature.groups),
             "inverses": abstract_inverses(curvature.groups),
