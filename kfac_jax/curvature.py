@@ -547,8 +547,8 @@ def make_curvature(
       on_rest: what to do if the returned loss has terms that are not registered, as a
         bound's KL divergence or an auxiliary loss. They have no curvature; the gradient
         is always that of the returned loss. "warn" tells the difference, "error"
-        raises, "ignore" compares nothing. A factor
-        between both, as of a sum in place of a mean, is an error unless ignored.
+        raises, "ignore" compares nothing. A factor between both, as of a sum in place
+        of a mean, is an error unless ignored.
       num_samples: how many samples per batch the sampled modes average over.
       statistics_fraction: τ1, the fraction of the batch used for statistics, in (0, 1].
       l2: η, the weight of the quadratic penalty that the loss includes, at least 0.

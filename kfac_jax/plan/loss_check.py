@@ -98,8 +98,8 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) 
         )
     advice = (
         f"{told}. If cases are masked, pass `mask=` to the registered loss; declare a "
-        "penalty with `l2`, another factor with `weight`. If the loss has a term that is not registered, only its "
-        'gradient counts: say so by on_rest="ignore".'
+        "penalty with `l2`, another factor with `weight`. If the loss has a term that "
+        'is not registered, only its gradient counts: say so by on_rest="ignore".'
     )
     if on_rest == "error":
         raise ValueError(advice)
