@@ -58,7 +58,8 @@ def biases(
             view = next(view for view in views if view is not None)
             target = alone(node.inputs[views.index(None)])
             bias = target and _bias(target, view)
-            if target is not None and bias is not None:
+            # (of a sum of biases the first joins the weight)
+            if target is not None and bias is not None and target.site not in found:
                 found[target.site] = bias
         if node not in layers and len(node.inputs) == 1:
             target = alone(node.inputs[0])

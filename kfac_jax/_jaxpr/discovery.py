@@ -122,8 +122,9 @@ class _Finder:
         self.on_devices = _on_devices(graph)
         # Only results of equations can be tapped, not inputs of graphs.
         self.made = makers(graph).keys()
-        # a tuple, as a concatenation is a view of several parameters
+        # a tuple, as a concatenation or a sum is a view of several parameters
         self.views: dict[int, tuple[View, ...]] = {}
+        self.behind_layers: set[int] = set()  # values computed from outputs of layers
         self.layers: dict[Node, list[Consumed]] = {}
         self.uses: list[Use] = []
 
@@ -147,6 +148,8 @@ class _Finder:
     def _visit(self, graph: Graph, steps: int) -> None:
         """Visits a graph that is run `steps` times in the program."""
         for node in graph.nodes:
+            if any(is_value(x) and x in self.behind_layers for x in node.inputs):
+                self.behind_layers.update(node.outputs)
             if node.bodies:
                 self._enter(node, steps)
             elif any(out in self.reached for out in node.outputs):
@@ -158,7 +161,7 @@ class _Finder:
             members = members[:1]  # a convolution's: it was found where `y` was made
         if not any(members):
             return
-        joined = _joined(node, members)
+        joined = _joined(node, members) or self._summed(node, members)
         if joined is not None:
             self.views[node.outputs[0]] = joined
             return
@@ -177,6 +180,35 @@ class _Finder:
             return
         for views in choices:
             self._consume(node, views, steps)
+
+    def _summed(
+        self, node: Node, members: Sequence[tuple[View, ...]]
+    ) -> tuple[View, ...] | None:
+        """The views of a sum of parameters and of what does not depend on the batch.
+
+        `w0 + delta`, and a straight-through `w + stop_gradient(q - w)`: the derivative
+        by each parameter is that by the sum. What comes out of a layer is no such term,
+        though its input may be constant: a parameter added to it is a bias.
+
+        Args:
+          node: the equation.
+          members: the views that its operands consist of.
+
+        Returns:
+          All views; None if the equation is another sum, or none.
+        """
+        if node.name not in ("add", "sub", "add_any"):
+            return None
+        result: list[View] = []
+        for i, (atom, some) in enumerate(zip(node.inputs, members, strict=True)):
+            data = is_value(atom) and (
+                self.states.get(atom) is not None or atom in self.behind_layers
+            )
+            if (some and node.shape(i) != node.out_shape()) or (data and not some):
+                return None
+            sign = -1.0 if node.name == "sub" and i == 1 else 1.0
+            result += some if sign == 1.0 else [view.scaled(sign) for view in some]
+        return tuple(result)
 
     def _consume(self, node: Node, views: Sequence[View | None], steps: int) -> None:
         rule = kinds.RULES.get(node.name)
@@ -206,6 +238,7 @@ class _Finder:
         site = dataclasses.replace(site, count=count, on_device=on_device)
         linear = dataclasses.replace(linear, site=site)
         self.layers.setdefault(node, []).append(Consumed(linear, views))
+        self.behind_layers.update(node.outputs)
         self.uses.append(site)
         if linear.shift is not None:
             self.uses.append(dataclasses.replace(linear.shift, count=count))
@@ -242,8 +275,23 @@ class _Finder:
             steps *= _compat.scan_layout(node.params).length
         for body in node.bodies:
             self.views.update(zip(body.inputs, members[offset:], strict=True))
+            self._note_layers(node, body, node.inputs[offset:])
             self._visit(body, steps)
+            for out, inner in zip(node.outputs, body.outputs, strict=True):
+                if is_value(inner) and inner in self.behind_layers:
+                    self.behind_layers.add(out)
         self._leave(node)
+
+    def _note_layers(self, node: Node, body: Graph, operands: Sequence[Atom]) -> None:
+        """Notes which operands of a body are computed from outputs of layers."""
+        behind = [is_value(x) and x in self.behind_layers for x in operands]
+        if node.name == "scan":  # a carry may be, from its second step on
+            layout = _compat.scan_layout(node.params)
+            first = layout.num_consts
+            behind[first : first + layout.num_carry] = [True] * layout.num_carry
+        self.behind_layers.update(
+            value for value, yes in zip(body.inputs, behind, strict=True) if yes
+        )
 
     def _leave(self, node: Node) -> None:
         """Follows views that all bodies return alike; refuses the others."""
