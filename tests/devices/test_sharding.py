@@ -301,7 +301,7 @@ def test_statistics_that_jax_has_summed_count_for_all_devices(family, mode):
         out_specs=P(),
     )
     weight, found = jax.jit(shared)(p.params, *p.args)
-    assert weight == 8
+    assert weight == CASES
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14),
         found,
