@@ -85,9 +85,8 @@ def check_sharing(
         raise ValueError(
             "weight_sharing is for default blocks, and none is left that uses it: "
             "expected a layer without a block of its own, got "
-            f"weight_sharing={weight_sharing!r} and from blocks {own}. Give the "
-            f"setting to a block, Kronecker(weight_sharing={weight_sharing!r}), or "
-            "leave it out."
+            f"weight_sharing={weight_sharing!r} and from blocks {own}. Give it to "
+            f"a block, Kronecker(weight_sharing={weight_sharing!r}), or leave it out."
         )
 
 

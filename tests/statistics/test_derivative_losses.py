@@ -379,10 +379,16 @@ def test_layers_used_once_are_exact_under_blocks_that_sum_within_an_example():
         close(oracles.block(found, PARAMS, name), oracles.block(exact, PARAMS, name))
 
 
-@pytest.mark.parametrize("block", [blocks.Full(), blocks.Diagonal()], ids=repr)
-def test_examples_gradients_are_summed_over_the_uses_of_a_derivative(block):
-    plan = make(poisson(laplacian_by_vmap), blocks={"dense": block})
-    assert {layer.kind for layer in plan.layers} == {"dense"}
+@pytest.mark.parametrize(
+    "block",
+    [blocks.Full(), blocks.Diagonal(), blocks.TNT(), blocks.Eigen()],
+    ids=lambda block: type(block).__name__,
+)
+def test_directions_that_all_points_share_have_no_examples_gradients(block):
+    with pytest.warns(UserWarning, match="sums within an example, and"):
+        plan = make(poisson(laplacian_by_vmap), blocks={"dense": block})
+    weights = [layer for layer in plan.layers if layer.name.endswith("w")]
+    assert [layer.kind for layer in weights] == ["unmatched"] * 3
 
 
 def test_rows_of_several_uses_cannot_be_reduced():
