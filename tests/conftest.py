@@ -39,16 +39,11 @@ import tests.helpers.typechecking  # noqa: E402, F401  # found by its name below
 
 # Shapes in signatures, which cost nothing elsewhere. Not those of `linalg._checked`,
 # which is there to be called with anything.
-jaxtyping.install_import_hook(
-    [
-        "kfac_jax.blocks",
-        *(
-            f"kfac_jax.linalg._{name}"
-            for name in ("coherence", "gram", "psd", "shared")
-        ),
-    ],
-    "tests.helpers.typechecking.functions",
-)
+if os.environ.get("KFAC_JAX_CHECK_SHAPES") != "0":
+    inner = [f"kfac_jax.linalg._{name}" for name in "coherence gram psd shared".split()]
+    jaxtyping.install_import_hook(
+        ["kfac_jax.blocks", *inner], "tests.helpers.typechecking.functions"
+    )
 
 
 @pytest.fixture

@@ -561,12 +561,12 @@ def test_a_scan_that_shares_the_layer_is_the_unrolled_loop(name, steps):
         check_factors(case, factors[layer.name], a, g)
 
 
-@pytest.mark.parametrize("block", ["Full", "Diagonal", "Eigen", "TNT"])
+@pytest.mark.parametrize("block", ["Full", "Eigen"])
 @pytest.mark.parametrize("name", EACH)
 def test_blocks_that_sum_within_an_example_take_a_shared_layer(name, block):
-    """Full and Diagonal are exact, the others in their trace."""
+    """Full is exact, Eigen in its trace."""
     case = CASES[name]
-    for over, steps in ((scan, 1), (scan, 2), (loop, 2)):
+    for over, steps in ((scan, 2), (loop, 2)):
         params, x = case.params(steps), data(case, steps)
         plan = plan_of(case.loss_fn(over=over), params, x, BLOCKS[block])
         (layer,) = layers_of(plan)
@@ -584,7 +584,7 @@ def test_blocks_that_sum_within_an_example_take_a_shared_layer(name, block):
         )
         np.testing.assert_allclose(np.trace(mine), np.trace(full), rtol=1e-10)
         assert np.linalg.eigvalsh(mine).min() > -1e-10 * np.trace(mine)
-        if block in ("Full", "Diagonal"):
+        if block == "Full":
             places = case.places(entries(params)["layer"])
             wanted = expected(case, block, exact, places, a, g)
             close(mine, oracles.block(np.asarray(wanted), params, *names))
