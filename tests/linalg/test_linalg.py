@@ -269,3 +269,9 @@ def test_lapack_gets_one_matrix_at_a_time_where_cpu_devices_share_it(
     batches = {math.prod(map(int, shape.split(",")[:-2])) for shape in calls}
     assert batches
     assert (batches == {1}) == several
+
+
+def test_conditionals_need_shapes_that_fit():
+    first, last = jnp.eye(3), jnp.eye(2)
+    with pytest.raises(ValueError, match=r"must have X of shape \(3, 2\) between"):
+        linalg.conditionals([(first, jnp.ones((2, 3)), last)])
