@@ -84,6 +84,24 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) 
         return
     if on_rest == "ignore":
         return
+    _tell(returned, registered, traced, l2, on_rest)
+
+
+def _tell(
+    returned: float, registered: float, traced: Traced, l2: float, on_rest: str
+) -> None:
+    """Tells both losses and their ratio.
+
+    Args:
+      returned: the returned loss.
+      registered: the registered one.
+      traced: the traced loss function.
+      l2: the weight of the declared penalty.
+      on_rest: "warn" or "error".
+
+    Raises:
+      ValueError: if they differ by a factor, or by a rest that is to be an error.
+    """
     ratio = returned / registered if registered else float("inf")
     told = (
         f"The loss function returned {returned:.6g}, but the registered loss is "
@@ -103,7 +121,7 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) 
     )
     if on_rest == "error":
         raise ValueError(advice)
-    warnings.warn(advice, stacklevel=3)
+    warnings.warn(advice, stacklevel=4)
 
 
 def _is_factor(ratio: float, traced: Traced) -> bool:

@@ -14,7 +14,7 @@ from kfac_jax.devices import collectives
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.plan.group import Factors, Group, Products, layers_of
 from kfac_jax.plan.modes import is_exact
-from kfac_jax.plan.plan import Plan
+from kfac_jax.plan.plan import Derived, Plan
 from kfac_jax.plan.programs import split_program
 from kfac_jax.statistics.averages import Statistics
 from kfac_jax.statistics.exact_diagonals import exact_diagonals
@@ -71,11 +71,7 @@ def linearize(
         program, rest = split_program(program)
     carried = _carried(plan.groups, factors)
     data = jax.tree.leaves(args)
-    probes: Factors = {}
-    for group in plan.groups:
-        for name, zeros in group.probes(derived.sites, data).items():
-            probes[name] = zeros | carried.get(name, {})
-    probes = jax.tree.map(lambda x: _compat.vary_like(x, *data), probes)
+    probes = _probes(derived, plan.groups, data, carried)
 
     def forward(leaves: Sequence[Array], probes: Any) -> Any:
         outputs, losses = run(program, [*leaves, *data], probes)
@@ -109,20 +105,26 @@ def linearize(
         grads, sums = axis_types.explicit(pull_back, zs)(cotangents)
         return grads, _collected(plan.groups, sums, carried)
 
-    def diagonals() -> Factors:
-        if not is_exact(plan.estimation_mode):
-            return {}
-        squared = [layer for layer in plan.layers if layer.is_squared]
-        return exact_diagonals(squared, program, leaves, data)
-
     def statistics(rng: Array | None) -> Statistics:
         examples = traced.found.loss_examples
-        return _statistics(
-            plan, losses, examples, pull_outputs, diagonals(), carried, rng
-        )
+        squared = [layer for layer in plan.layers if layer.is_squared]
+        wanted = squared if is_exact(plan.estimation_mode) else []
+        known = exact_diagonals(wanted, program, leaves, data)
+        return _statistics(plan, losses, examples, pull_outputs, known, carried, rng)
 
     value = (total, traced.unflatten_aux(aux)) if plan.has_aux else total
     return Linearized(value, None if replaces_rules(program) else gradient, statistics)
+
+
+def _probes(
+    derived: Derived, groups: Sequence[Group], data: Sequence[Any], carried: Factors
+) -> Factors:
+    """The arguments of the taps: zeros, and what is carried to them."""
+    probes: Factors = {}
+    for group in groups:
+        for name, zeros in group.probes(derived.sites, data).items():
+            probes[name] = zeros | carried.get(name, {})
+    return jax.tree.map(lambda x: _compat.vary_like(x, *data), probes)
 
 
 def _collected(groups: Sequence[Group], sums: Factors, carried: Factors) -> Factors:
