@@ -108,7 +108,7 @@ VIEWS: dict[str, ViewKind] = {
         lambda w, s: w / jnp.sqrt(jnp.square(w).sum() + 0.1),
         covered=False,
     ),
-    "sum": ViewKind(lambda s: (s, s), lambda v, w, s: v + w, covered=False),
+    "sum": ViewKind(lambda s: (s, s), lambda v, w, s: v + w, covered=None),
     "product": ViewKind(
         lambda s: ((s[0], 2), (2, *s[1:])),
         lambda v, w, s: jnp.tensordot(v, w, 1),
