@@ -82,19 +82,24 @@ class Flat(Interpreter):
         self.shapes.append(y)
         if self.zeros is not None:
             y = y + self.zeros[number].astype(y.dtype)
-        entries = self._entries(params, weight, shape)
-        entries, x, rows = LAYOUTS[kind](entries, x, y.shape, op)
-        if x is None:
-            x = jnp.ones((len(entries), *np.shape(rows(y[None]))[2:3], 1))
-        self.uses += _by_parameter(entries, x, VIEWS[weight.view].scale, rows, number)
+        scale = VIEWS[weight.view].scale
+        for term in self._entries(params, weight, shape):
+            entries, inputs, rows = LAYOUTS[kind](term, x, y.shape, op)
+            if inputs is None:
+                inputs = jnp.ones((len(entries), *np.shape(rows(y[None]))[2:3], 1))
+            self.uses += _by_parameter(entries, inputs, scale, rows, number)
         return y
 
-    def _entries(self, params: Params, weight: p.Weight, shape: Any) -> np.ndarray:
+    def _entries(
+        self, params: Params, weight: p.Weight, shape: Any
+    ) -> list[np.ndarray]:
+        """For each term the numbers of its entries."""
         arrays = [params["@" + p.name(index)] for index in weight.params]
         index = VIEWS[weight.view].index
         assert index is not None
         found = index(*arrays, tuple(shape))
-        return np.broadcast_to(found, tuple(shape))
+        terms = found if isinstance(found, tuple) else (found,)
+        return [np.broadcast_to(term, tuple(shape)) for term in terms]
 
     # -------------------------------------------------------------------------- nests
 

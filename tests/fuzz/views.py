@@ -21,7 +21,8 @@ class ViewKind:
     Attributes:
       stored: from the weight's shape to those of the parameters.
       make: from the parameters and the weight's shape to the weight.
-      index: the same of their entries' numbers; None where entries are not moved only.
+      index: the same of their entries' numbers, for each term of a sum; None where
+        entries are not moved only.
       scale: the factor between entries and the weight's.
       covered: whether a layer has to be found (True), cannot be (False) or may (None).
       least_rank: of the weight.
@@ -108,7 +109,12 @@ VIEWS: dict[str, ViewKind] = {
         lambda w, s: w / jnp.sqrt(jnp.square(w).sum() + 0.1),
         covered=False,
     ),
-    "sum": ViewKind(lambda s: (s, s), lambda v, w, s: v + w, covered=None),
+    "sum": ViewKind(
+        lambda s: (s, s),
+        lambda v, w, s: v + w,
+        index=lambda v, w, s: (v, w),
+        covered=None,
+    ),
     "product": ViewKind(
         lambda s: ((s[0], 2), (2, *s[1:])),
         lambda v, w, s: jnp.tensordot(v, w, 1),

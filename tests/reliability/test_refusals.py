@@ -76,14 +76,14 @@ REASONS = {  # the parameters' shapes, and their use
         [(3, 2), (2, 2)],
         lambda p, x: x @ (p["a"] @ p["b"]),
     ),
-    "combined with another parameter by `add`": (
+    "combined with another parameter by `mul`": (
         [(3, 2), (3, 2)],
-        lambda p, x: x @ (p["a"] + p["b"]),
+        lambda p, x: x @ (p["a"] * p["b"]),
     ),
-    "joined and then combined by `add`": (
+    "joined and then combined by `mul`": (
         [(1, 2), (2, 2)],
         lambda p, x: (
-            x @ (jnp.concatenate([p["a"], p["b"]]) + jnp.concatenate([p["b"], p["a"]]))
+            x @ (jnp.concatenate([p["a"], p["b"]]) * jnp.concatenate([p["b"], p["a"]]))
         ),
     ),
     "repeated or only partly used by `dot_general`": (
