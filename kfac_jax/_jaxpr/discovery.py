@@ -237,10 +237,12 @@ class _Finder:
         on_device = site.output in self.on_devices
         site = dataclasses.replace(site, count=count, on_device=on_device)
         linear = dataclasses.replace(linear, site=site)
+        # a tag's bias is added once, however many terms its weight has
+        first = node not in self.layers
         self.layers.setdefault(node, []).append(Consumed(linear, views))
         self.behind_layers.update(node.outputs)
         self.uses.append(site)
-        if linear.shift is not None:
+        if linear.shift is not None and first:
             self.uses.append(dataclasses.replace(linear.shift, count=count))
 
     def _refuse(self, node: Node, views: Sequence[View | None], reason: str) -> None:
