@@ -5,7 +5,6 @@ Supported forms: `Jaxpr` and `ClosedJaxpr` as two classes (until 0.10) or as one
 """
 
 import functools
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -192,8 +191,8 @@ def all_gather(x: Array, axis: str | tuple[str, ...]) -> Array:
     return lax.all_gather(x, axis, to="invarying")
 
 
-def summed_devices(outputs: Sequence[Array], sums: Any) -> int:
-    """The number of devices that cotangents have been summed over in `shard_map`.
+def check_summed_alike(outputs: Sequence[Array], sums: Any) -> None:
+    """Checks, in `shard_map`, that cotangents are summed over the same devices.
 
     JAX sums a cotangent over every axis that the outputs vary over, but the parameters
     (or probes) do not.
@@ -201,9 +200,6 @@ def summed_devices(outputs: Sequence[Array], sums: Any) -> int:
     Args:
       outputs: the outputs from which cotangents were pulled back.
       sums: a tree of the pulled-back cotangents.
-
-    Returns:
-      The product of the sizes of those axes.
 
     Raises:
       ValueError: if the axes are not the same for all cotangents.
@@ -217,8 +213,6 @@ def summed_devices(outputs: Sequence[Array], sums: Any) -> int:
             f"not: expected gradients that are summed over the same axes, got {axes}. "
             "Mark all parameters as varying (jax.lax.pcast) or none."
         )
-    lax: Any = jax.lax
-    return math.prod(lax.axis_size(axis) for axis in next(iter(found), ()))
 
 
 def varies(x: Array, axes: Sequence[str]) -> bool:

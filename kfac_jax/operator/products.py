@@ -22,7 +22,7 @@ from kfac_jax.operator.single import Single
 from kfac_jax.operator.summed import Summed
 from kfac_jax.plan.group import Arrays, Factors, Group, Products, Uses, Vectors
 from kfac_jax.plan.layer import Layer
-from kfac_jax.plan.summing import sums_gradients
+from kfac_jax.plan.summing import gradient_entries, sums_gradients
 
 _SIDES = ("product_inputs", "product_outputs")
 """Names of the arrays X, `[rows, i]`, and dY, `[rows, o]`, that taps return besides
@@ -141,22 +141,32 @@ def by_themselves(
     types = types_outside_loops(uses.graph)
     groups: list[Group] = []
     products: list[str] = []
+    summed: list[str] = []
     others: list[str] = []
     for layer in layers:
         asked = layer.block is not None and layer.block.gradient_products
         reason = _refusal(layer, uses, types, layer.name in linked) if asked else ""
         if layer.name in linked or not asked or reason:
             if layer.name not in linked:
-                several = sums_gradients(layer.block, uses.sites.get(layer.name, ()))
+                sites = uses.sites[layer.name]
+                several = sums_gradients(layer.block, sites)
                 groups.append(Summed(layer) if several else Single(layer))
+                summed += [_held(layer, sites)] if several else []
             others += [f"  {layer.name}: {reason}"] if reason else []
             continue
         rows = uses.sites[layer.name][0].count
         groups.append(KeptProduct(layer, rows))
         products.append(f"  {layer.name}: {rows} cases")
     notes = ["Gradients preconditioned as products:", *products] if products else []
+    notes += ["Examples' gradients, summed over uses:", *summed] if summed else []
     notes += ["Gradients not kept as products:", *others] if others else []
     return groups, notes
+
+
+def _held(layer: Layer, sites: Sequence[Site]) -> str:
+    """What the gradients of all examples take, for the report."""
+    size = gradient_entries(layer, sites) * jnp.dtype(layer.dtype).itemsize
+    return f"  {layer.name}: {size / 2**20:.3g} MiB in a step with statistics"
 
 
 def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:

@@ -6,8 +6,7 @@ squared. So each tap brings out examples' gradients; reverse mode sums them.
 """
 
 import dataclasses
-import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -39,8 +38,6 @@ class Summed(Single):
         self, sites: Mapping[str, Sequence[Site]], data: Sequence[Any]
     ) -> Factors:
         """Zeros like the examples' gradients."""
-        if not self.layer.is_tapped:
-            return {}
         shape = self.layer.shape
         size = (*shape.lead, cases(sites[self.name]), shape.inputs, shape.outputs)
         return {self.name: {_GRADIENTS: jnp.zeros(size, self.layer.dtype)}}
@@ -57,9 +54,7 @@ class Summed(Single):
 
     def collect(self, sums: Factors, carried: Factors) -> Factors:
         """The block's statistics of the sums."""
-        if self.name not in sums:
-            return {}
-        function = functools.partial(self._of_slice)
+        function: Callable[..., Arrays] = self._of_slice
         for _ in self.layer.shape.stacked:
             function = jax.vmap(function)
         own = carried.get(self.name, {})
@@ -69,7 +64,7 @@ class Summed(Single):
         return self.block.of_gradients(gradients, self.layer.shape, **carried)
 
     def counts(self, statistics: Factors, weight: Array) -> Factors:
-        """The number of batches for all."""
+        """The number of cases for all: each sum is of squared gradients."""
         own = self.layer.factor_shapes.keys() & statistics[self.name].keys()
         weight = weight.astype(self.layer.dtype)
         return {self.name: dict.fromkeys(sorted(own), weight)}

@@ -28,6 +28,11 @@ def cases(sites: Sequence[Site]) -> int:
     return size
 
 
+def gradient_entries(layer: Layer, sites: Sequence[Site]) -> int:
+    """How many numbers the gradients of all examples are."""
+    return cases(sites) * math.prod(layer.shape.matrix)
+
+
 def no_sums(layer: Layer, sites: Sequence[Site], block: Block) -> str:
     """Why examples' gradients cannot be summed over uses; empty if they can.
 
@@ -48,7 +53,7 @@ def no_sums(layer: Layer, sites: Sequence[Site], block: Block) -> str:
         return "some of its inputs are shared by all cases"
     if any(site.on_device for site in sites):
         return "it is used several times inside of a shard_map"
-    entries = cases(sites) * math.prod(layer.shape.matrix)
+    entries = gradient_entries(layer, sites)
     if entries > LARGEST:
         return (
             f"the gradients of {cases(sites)} examples are {entries:,} numbers, more "

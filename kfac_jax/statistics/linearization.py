@@ -1,6 +1,6 @@
 """One forward pass of a plan's loss, and the pull-backs through it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -162,30 +162,31 @@ def _statistics(
     def gathered(
         losses: Sequence[RegisteredLoss], rng: Array | None, known: Factors
     ) -> Any:
+        outputs = [one.z for one in losses]
+        own, counted = (
+            _compat.vary_like(f(losses), *outputs) for f in (_averaged, _counted)
+        )
+
+        def pull(cotangents: list[Array]) -> Any:
+            """Pulls back the gradients of a sum over cases, whose squares add up."""
+            root = jnp.sqrt(own.astype(float))
+            return pull_outputs([u * root.astype(u.dtype) for u in cotangents])
+
         sums, count = gather(
             groups,
             plan.estimation_mode,
             plan.num_samples,
             losses,
             examples,
-            pull_outputs,
+            pull,
             rng,
             plan.independent_cases,
-            known,
+            jax.tree.map(lambda x: x * own.astype(x.dtype), known),
         )
-        outputs = [one.z for one in losses]
-        own, counted = (
-            _compat.vary_like(f(losses), *outputs) for f in (_averaged, _counted)
-        )
-        weight, cases = collectives.summed([own, counted], [None, None])
-        # Squares of parameter gradients. Inside of `shard_map` JAX has summed such a
-        # gradient over D devices (unless parameters vary). Its square has D times the
-        # expectation of one device's, so it is multiplied by all cases over D.
-        squared = {x.name for x in layers_of(groups) if x.is_squared} - known.keys()
-        sums = _by_cases(groups, sums, {n: own for n in sums if n not in squared})
-        sums = _over_devices(groups, sums, squared)
-        each = weight / _compat.summed_devices(outputs, sums)
-        sums = _by_cases(groups, sums, dict.fromkeys(squared, each))
+        sums = _over_devices(groups, sums, known)
+        _compat.check_summed_alike(outputs, sums)
+        like = next(iter(jax.tree.leaves(sums)), None)
+        weight, cases = collectives.summed([own, counted], [like, like])
         return sums, count * weight, count * cases
 
     sums, weight, cases = axis_types.auto(gathered)(losses, rng, diagonals)
@@ -231,37 +232,21 @@ def _counted(losses: Sequence[RegisteredLoss]) -> Array:
     return total
 
 
-def _by_cases(
-    groups: Sequence[Group], sums: Factors, cases: Mapping[str, Array]
-) -> Factors:
-    """Multiplies second moments by numbers of cases, so that they add up over batches.
-
-    The gradients are those of the mean loss. Statistics that depend on inputs only are
-    sums over cases already.
-    """
-    inputs = {name: x for group in groups for name, x in group.row_statistics.items()}
-    return {
-        layer: {
-            name: x * cases[layer].astype(x.dtype)
-            if layer in cases and name not in inputs[layer]
-            else x
-            for name, x in part.items()
-        }
-        for layer, part in sums.items()
-    }
-
-
-def _over_devices(groups: Sequence[Group], sums: Factors, squared: set[str]) -> Factors:
+def _over_devices(groups: Sequence[Group], sums: Factors, known: Factors) -> Factors:
     """Sums statistics over the devices of a `shard_map`, except for carried bases.
+
+    Squares of a parameter's own gradient are of one that JAX has summed already, whose
+    square has the expectation of the devices' sum.
 
     Args:
       groups: the plan's groups.
       sums: one device's sums.
-      squared: layers whose statistics are squares of gradients that JAX has summed.
+      known: squares that are known exactly, from no such gradient.
 
     Returns:
       The sums over all devices.
     """
+    squared = {x.name for x in layers_of(groups) if x.is_squared} - known.keys()
     carried = {name: x for group in groups for name, x in group.carried.items()}
     own = {
         (layer, name): x

@@ -167,6 +167,10 @@ def places(plan, layer):
 def test_the_block_is_that_of_examples_gradients(name, block):
     """Full is exact, Diagonal has its diagonal, the others its trace."""
     plan, found = operator(name, block)
+    title = "Examples' gradients, summed over uses:"
+    assert {*models.notes(plan, title)} == {
+        layer.name for layer in plan.layers if layer.uses > 1 or layer.kind == "dense"
+    }
     assert {layer.kind for layer in plan.layers} == FAMILIES[name][3]
     matrix, fisher = np.asarray(found.to_dense()), exact(name)
     for layer in plan.layers:

@@ -70,8 +70,10 @@ def test_a_masked_mean_is_the_mean_of_the_cases_that_count(name, weight):
     def alone(params, x, y):
         return weight * loss(outputs(params, x), y, weight=weight).sum() / len(x)
 
-    for mask in (COUNTS, MASK):
-        loss(outputs(PARAMS, X), targets, mask=mask)  # bools, too
+    z = outputs(PARAMS, X)
+    bools, numbers = (loss(z, targets, mask=mask) for mask in (COUNTS, MASK))
+    np.testing.assert_array_equal(bools, numbers)
+    np.testing.assert_allclose(bools[COUNTS], loss(z, targets)[COUNTS], rtol=1e-12)
     grads, fisher, *_ = _curvature(masked, X, targets, MASK)
     few, expected, *_ = _curvature(alone, X[COUNTS], targets[COUNTS])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-12), grads, few)

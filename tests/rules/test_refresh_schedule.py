@@ -15,20 +15,12 @@ from hypothesis import strategies as st
 import kfac_jax
 from kfac_jax.optimization.refresh import shares
 from kfac_jax.plan.group import layers_of, names_of
+from tests.devices import device_problem
 from tests.helpers import models
 
-RULES = {
-    "fixed": {
-        "learning_rate": 0.1,
-        "momentum": 0.9,
-        "damping": 0.01,
-        "norm_constraint": None,
-    },
-    "adaptive": {
-        "learning_rate": kfac_jax.QuadraticModel(fraction=1.0),
-        "momentum": None,
-        "damping": kfac_jax.LevenbergMarquardt(1.0, every=2),
-    },
+RULES = {  # without a damping of its own for γ, whose refreshes have other periods
+    name: {key: x for key, x in rule.items() if key != "factored_damping"}
+    for name, rule in device_problem.RULES.items()
 }
 
 
