@@ -121,24 +121,33 @@ class Block(abc.ABC):
 
     @abc.abstractmethod
     def statistics(self, x: Inputs, dy: Outputs, shape: BlockShape) -> Arrays:
-        """Sums over the batch.
-
-        `Σ_b dy dyᵀ` is already a mean over cases: the cotangents come scaled by √(1/N).
-        """
-
-    def of_gradients(self, gradients: Gradients, shape: BlockShape) -> Arrays:
-        """The same sums, from each example's gradient.
-
-        A weight that is used several times for an example has a gradient that is the
-        sum over its uses. Only of blocks with `takes_gradients`. What is `carried`
-        comes as keywords, as in `statistics`.
+        """Sums over the cases of a batch.
 
         Args:
-          gradients: with the factor √(1/N).
+          x: inputs, zero in rows that do not count.
+          dy: gradients of each case's own loss by the outputs, sampled or exact (up to
+            a factor that is the same for all batches, see `Statistics.weight`).
           shape: the layer's shape.
 
         Returns:
-          Arrays like `statistics_shapes`, each over batches.
+          Arrays of `statistics_shapes`, without what is `carried`.
+        """
+
+    def of_gradients(self, gradients: Gradients, shape: BlockShape) -> Arrays:
+        """The same sums from examples' gradients, if the block `takes_gradients`.
+
+        The gradient of a weight that is used several times for an example is the sum
+        over its uses. What is `carried` comes as keywords, as in `statistics`.
+
+        Args:
+          gradients: those of the examples' own losses, as `x` and `dy` give them.
+          shape: the layer's shape.
+
+        Returns:
+          Arrays of `statistics_shapes`, all of which count by cases.
+
+        Raises:
+          NotImplementedError: without `takes_gradients`.
         """
         raise NotImplementedError(f"{type(self).__name__} has no of_gradients")
 
