@@ -344,7 +344,8 @@ def degenerate(what):
 def test_degenerate_factors_train(name, what, damping):
     """Finite throughout; and where rounding is damped at all, the loss falls.
 
-    With λ = 0 in float32 what is inverted is rounding, and no loss is promised.
+    With λ = 0 in float32 what is inverted is rounding, and no loss is promised. Fixed
+    rates wander where features differ by 1e5, so the last loss alone says nothing.
     """
     start, step = damped_stepper(name)
     params, inputs = degenerate(what)
@@ -361,4 +362,4 @@ def test_degenerate_factors_train(name, what, damping):
         f"{name}; {what}; λ={damping}; {losses[0]:.4f} to {losses[-1]:.4f}; {skipped}"
     )
     if damping >= 1e-2:
-        assert losses[-1] < losses[0]
+        assert np.median(losses[STEPS // 2 :]) < losses[0]
