@@ -1,5 +1,6 @@
 """One forward pass of a plan's loss, and the pull-backs through it."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -166,19 +167,15 @@ def _statistics(
         own, counted = (
             _compat.vary_like(f(losses), *outputs) for f in (_averaged, _counted)
         )
-
-        def pull(cotangents: list[Array]) -> Any:
-            """Pulls back the gradients of a sum over cases, whose squares add up."""
-            root = jnp.sqrt(own.astype(float))
-            return pull_outputs([u * root.astype(u.dtype) for u in cotangents])
-
+        # gradients of a sum over cases, whose squares add up
+        summed = [dataclasses.replace(x, weight=x.weight * own) for x in losses]
         sums, count = gather(
             groups,
             plan.estimation_mode,
             plan.num_samples,
-            losses,
+            summed,
             examples,
-            pull,
+            pull_outputs,
             rng,
             plan.independent_cases,
             jax.tree.map(lambda x: x * own.astype(x.dtype), known),
