@@ -11,6 +11,7 @@ from jax import Array
 from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax._jaxpr.differentiation import reverse_mode
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
+from kfac_jax._utils.dtypes import wide
 from kfac_jax.devices import collectives
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.plan.group import Factors, Group, Products, layers_of
@@ -168,7 +169,11 @@ def _statistics(
             _compat.vary_like(f(losses), *outputs) for f in (_averaged, _counted)
         )
         # gradients of a sum over cases, whose squares add up
-        summed = [dataclasses.replace(x, weight=x.weight * own) for x in losses]
+        weights = [wide(x.weight) for x in losses]
+        summed = [
+            dataclasses.replace(x, weight=weight * own.astype(weight.dtype))
+            for x, weight in zip(losses, weights, strict=True)
+        ]
         sums, count = gather(
             groups,
             plan.estimation_mode,
