@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from kfac_jax._jaxpr import _compat, kinds, view_rules
 from kfac_jax._jaxpr.biases import Consumed, biases
+from kfac_jax._jaxpr.computed import is_computed, resolved
 from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
 from kfac_jax._jaxpr.folding import Folded, makers
@@ -29,7 +30,7 @@ from kfac_jax._jaxpr.graph import (
     read_inputs,
 )
 from kfac_jax._jaxpr.kinds.one_hot import as_embedding, one_hot_values
-from kfac_jax._jaxpr.kinds.outcome import Generic, Linear, Refused
+from kfac_jax._jaxpr.kinds.outcome import Generic, Linear, Outcome, Refused
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
 from kfac_jax._jaxpr.slicing import differentiated, needed
 from kfac_jax._jaxpr.states import Examples, State
@@ -71,21 +72,22 @@ def discover(
     wanted = {n.inputs[0] for n in losses if is_value(n.inputs[0])}
     leaves = graph.inputs[: len(leaf_shapes)]
     states = track(graph, [*([None] * len(leaves)), *arguments])
-    finder = _Finder(graph, wanted, states)
-    uses = finder.find(leaves, leaf_shapes)
-    # Functions with custom rules count as their bodies here: an operand that the body
-    # does not read is for the rule alone, so it is no use that discovery missed.
-    uses += _unaccounted_for(leaves, differentiated(graph, wanted, rules=False), uses)
     loss_examples = tuple(_examples(node, states) for node in losses)
     origins = makers(graph)
     # Only a network that depends on the batch can have a layer that does not: if no
     # output does (a fixed set of points is the batch), constants are the data.
-    if any(
+    has_batch = any(
         states.get(node.inputs[0]) is not None
         or _is_repeated(state, origins.get(node.inputs[0]))
         for node, state in zip(losses, loss_examples, strict=True)
         if is_value(node.inputs[0])
-    ):
+    )
+    finder = _Finder(graph, wanted, states, has_batch)
+    uses = finder.find(leaves, leaf_shapes)
+    # Functions with custom rules count as their bodies here: an operand that the body
+    # does not read is for the rule alone, so it is no use that discovery missed.
+    uses += _unaccounted_for(leaves, differentiated(graph, wanted, rules=False), uses)
+    if has_batch:
         uses = with_cases(uses, graph, states)
     return Found(graph, tuple(uses), len(losses), loss_examples)
 
@@ -110,10 +112,16 @@ class _Finder:
     """One walk over the program: the results of earlier passes, and its own."""
 
     def __init__(
-        self, graph: Graph, wanted: set[int], states: Mapping[int, State]
+        self,
+        graph: Graph,
+        wanted: set[int],
+        states: Mapping[int, State],
+        has_batch: bool,
     ) -> None:
         self.graph = graph
         self.states = states
+        self.at_top = frozenset(graph.nodes) if has_batch else frozenset[Node]()
+        self.made_at_top = {out for node in self.at_top for out in node.outputs}
         self.live = needed(graph, wanted)
         # values that gradients reach: behind a stop_gradient a parameter is data
         self.reached = differentiated(graph, wanted)
@@ -127,19 +135,23 @@ class _Finder:
         self.behind_layers: set[int] = set()  # values computed from outputs of layers
         self.layers: dict[Node, list[Consumed]] = {}
         self.uses: list[Use] = []
+        self.leaves: Sequence[int] = ()
+        self.computed: list[int] = []  # weights that are computed from parameters
 
     def find(self, leaves: Sequence[int], shapes: Sequence[Sequence[int]]) -> list[Use]:
         """Returns the uses of the parameters that the values `leaves` are."""
+        self.leaves = leaves
         for i, (value, shape) in enumerate(zip(leaves, shapes, strict=True)):
             self.views[value] = (source_view(i, shape),)
         self._visit(self.graph, 1)
         added = biases(self.graph, self.layers, self.folded)
-        return [
+        uses = [
             dataclasses.replace(use, bias=added[use])
             if isinstance(use, Site) and use in added
             else use
             for use in self.uses
         ]
+        return resolved(uses, self.graph, leaves, self.computed)
 
     def members(self, atom: Atom) -> tuple[View, ...]:
         """The views that a value consists of; none for data."""
@@ -150,10 +162,36 @@ class _Finder:
         for node in graph.nodes:
             if any(is_value(x) and x in self.behind_layers for x in node.inputs):
                 self.behind_layers.update(node.outputs)
+            reached = any(out in self.reached for out in node.outputs)
             if node.bodies:
-                self._enter(node, steps)
-            elif any(out in self.reached for out in node.outputs):
+                members = any(self.members(atom) for atom in node.inputs)
+                if not (reached and members and self._compute(node)):
+                    self._enter(node, steps)
+            elif reached:
                 self._step(node, steps)
+
+    def _compute(self, node: Node) -> bool:
+        """Makes an equation's results computed weights, if they may be."""
+        if node not in self.at_top or not is_computed(node, self.states):
+            return False
+        for i, out in enumerate(node.outputs):
+            self._as_computed(out, node.out_shape(i))
+        return True
+
+    def _as_computed(self, value: int, shape: Sequence[int]) -> None:
+        index = len(self.leaves) + len(self.computed)
+        self.computed.append(value)
+        self.views[value] = (source_view(index, shape),)
+
+    def _compute_operands(self, node: Node) -> bool:
+        """Makes operands that are views computed weights; whether there are any."""
+        found = False
+        for i, atom in enumerate(node.inputs):
+            new = is_value(atom) and atom in self.made_at_top
+            if new and self.members(atom) and atom not in self.computed:
+                self._as_computed(atom, node.shape(i))
+                found = True
+        return found
 
     def _step(self, node: Node, steps: int) -> None:
         members = [self.members(atom) for atom in node.inputs]
@@ -167,6 +205,10 @@ class _Finder:
             return
         choices = _one_at_a_time(members)
         if choices is None:
+            if self._compute(node):
+                return
+            if self._compute_operands(node):
+                return self._step(node, steps)
             views = [view for some in members for view in some]
             self._refuse(node, views, f"joined and then combined by `{node.name}`")
             return
@@ -178,8 +220,18 @@ class _Finder:
         if found and len(found) == len(choices):
             self.views[node.outputs[0]] = found
             return
-        for views in choices:
-            self._consume(node, views, steps)
+        outcomes = [self._outcome(node, views) for views in choices]
+        if any(
+            _may_compute(node, *pair) for pair in zip(outcomes, choices, strict=True)
+        ):
+            if self._compute(node):
+                return
+        # a slice or a repetition that is no layer's may be a map that leads to one
+        refused = any(isinstance(outcome, Refused) for outcome in outcomes)
+        if refused and self._compute_operands(node):
+            return self._step(node, steps)
+        for views, outcome in zip(choices, outcomes, strict=True):
+            self._consume(node, views, outcome, steps)
 
     def _summed(
         self, node: Node, members: Sequence[tuple[View, ...]]
@@ -210,12 +262,15 @@ class _Finder:
             result += some if sign == 1.0 else [view.scaled(sign) for view in some]
         return tuple(result)
 
-    def _consume(self, node: Node, views: Sequence[View | None], steps: int) -> None:
+    def _outcome(self, node: Node, views: Sequence[View | None]) -> Outcome:
         rule = kinds.RULES.get(node.name)
         if rule is None:
-            reason = f"consumed by `{node.name}`, which is not a layer"
-            return self._refuse(node, views, reason)
-        outcome = rule(node, views, self.states.get(node.outputs[0]))
+            return Refused(f"consumed by `{node.name}`, which is not a layer")
+        return rule(node, views, self.states.get(node.outputs[0]))
+
+    def _consume(
+        self, node: Node, views: Sequence[View | None], outcome: Outcome, steps: int
+    ) -> None:
         match outcome:
             case Generic():
                 self.uses.append(OtherUse(outcome.leaf, "generic", "", node.source))
@@ -330,6 +385,34 @@ class _Finder:
                 self._refuse(node, [view], "enters the carry of a scan")
             return None
         return view.unstacked(node.outputs[0])
+
+
+def _may_compute(node: Node, outcome: Outcome, views: Sequence[View | None]) -> bool:
+    """Whether an equation on constants rather computes a weight than is a layer.
+
+    A product with constants is, unless it repeats the parameter (for each case, say).
+    So are rows that are picked from a table.
+
+    Args:
+      node: the equation, whose results do not depend on the batch.
+      outcome: what a rule made of it.
+      views: the views of its operands.
+
+    Returns:
+      Whether it does.
+    """
+    if not isinstance(outcome, Linear):
+        return isinstance(outcome, Refused)
+    if outcome.site.kind == "embedding":
+        return node.name == "gather"
+    repeated = any(
+        piece.new and piece.size > 1
+        for view in views
+        if view is not None
+        for axis in view.axes
+        for piece in axis
+    )
+    return outcome.site.kind == "scale" and not repeated
 
 
 def _on_devices(graph: Graph) -> set[int]:

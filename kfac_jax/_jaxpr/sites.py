@@ -147,6 +147,12 @@ class Parameter(NamedTuple):
     layout: Layout
 
 
+class Computed(NamedTuple):
+    """A weight that the program computes from parameters."""
+
+    value: int  # its id
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Site:
     """One use of a linear layer, `y[e, r, o] = Σ_i x[e, r, i] w[e, i, o] + b[e, o]`.
@@ -169,6 +175,8 @@ class Site:
         stands for; 0 for other inputs.
       swapped: whether the layer uses the weight transposed, in the layout `transposed`.
       on_device: whether each device of a `shard_map` has its own examples there.
+      computed: the weight that the layouts are of, if the parameter reaches the data by
+        a map; None if it is the parameter itself.
     """
 
     reader: Reader
@@ -186,6 +194,7 @@ class Site:
     cases: int = 0
     swapped: bool = False
     on_device: bool = False
+    computed: Computed | None = None
 
     @property
     def kind(self) -> str:

@@ -18,11 +18,12 @@ from jaxtyping import Bool, Float
 from kfac_jax._jaxpr.flow import types_outside_loops
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._utils.dtypes import wide_dtype
+from kfac_jax.operator.remote import Remote
 from kfac_jax.operator.single import Single
 from kfac_jax.operator.summed import Summed
 from kfac_jax.plan.group import Arrays, Factors, Group, Products, Uses, Vectors
 from kfac_jax.plan.layer import Layer
-from kfac_jax.plan.summing import gradient_entries, sums_gradients
+from kfac_jax.plan.summing import gradient_entries, is_remote, sums_gradients
 
 _SIDES = ("product_inputs", "product_outputs")
 """Names of the arrays X, `[rows, i]`, and dY, `[rows, o]`, that taps return besides
@@ -150,7 +151,8 @@ def by_themselves(
             if layer.name not in linked:
                 sites = uses.sites[layer.name]
                 several = sums_gradients(layer.block, sites)
-                groups.append(Summed(layer) if several else Single(layer))
+                kind = Remote if is_remote(sites) else Summed
+                groups.append(kind(layer) if several else Single(layer))
                 summed += [_held(layer, sites)] if several else []
             others += [f"  {layer.name}: {reason}"] if reason else []
             continue
@@ -181,6 +183,8 @@ def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:
     """
     if set(layer.factor_shapes) != {"input", "output"}:
         return "a side of its block is diagonal"
+    if is_remote(sites):
+        return "it reaches the data by a map"
     if layer.shape.lead:
         return "it stands for several independent layers"
     if len(sites) != 1 or sites[0].repeated:

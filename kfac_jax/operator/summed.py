@@ -21,7 +21,7 @@ from kfac_jax.plan.group import Factors
 from kfac_jax.plan.layer import Layer
 from kfac_jax.plan.summing import cases
 
-_GRADIENTS = "gradients"
+GRADIENTS = "gradients"
 """What the taps bring out: `[*e, b, i, o]`."""
 
 
@@ -40,7 +40,7 @@ class Summed(Single):
         """Zeros like the examples' gradients."""
         shape = self.layer.shape
         size = (*shape.lead, cases(sites[self.name]), shape.inputs, shape.outputs)
-        return {self.name: {_GRADIENTS: jnp.zeros(size, self.layer.dtype)}}
+        return {self.name: {GRADIENTS: jnp.zeros(size, self.layer.dtype)}}
 
     def gather(
         self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
@@ -50,7 +50,7 @@ class Summed(Single):
         gradients = per_example(*rows)
         if site.swapped:
             gradients = jnp.swapaxes(gradients, -1, -2)
-        return {_GRADIENTS: gradients}
+        return {GRADIENTS: gradients}
 
     def collect(self, sums: Factors, carried: Factors) -> Factors:
         """The block's statistics of the sums."""
@@ -58,7 +58,7 @@ class Summed(Single):
         for _ in self.layer.shape.stacked:
             function = jax.vmap(function)
         own = carried.get(self.name, {})
-        return {self.name: function(sums[self.name][_GRADIENTS], own)}
+        return {self.name: function(sums[self.name][GRADIENTS], own)}
 
     def _of_slice(self, gradients: Array, carried: Arrays) -> Arrays:
         return self.block.of_gradients(gradients, self.layer.shape, **carried)

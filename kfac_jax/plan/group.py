@@ -149,6 +149,26 @@ class Group(abc.ABC):
           Arrays for the layers that are tapped.
         """
 
+    def spread(
+        self,
+        probes: Factors,
+        sites: Mapping[str, Sequence[Site]],
+        graph: Graph,
+        inputs: Sequence[ArrayTree],
+    ) -> Factors:
+        """The arguments of the taps, from those that AD returns statistics for.
+
+        Args:
+          probes: what `probes` returns, with what is carried.
+          sites: the uses of each layer.
+          graph: the program.
+          inputs: the program's inputs.
+
+        Returns:
+          Arrays by layer; a function of `probes` that JAX differentiates.
+        """
+        return probes
+
     @abc.abstractmethod
     def gather(
         self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays

@@ -11,9 +11,15 @@ from kfac_jax._jaxpr.states import Examples, Lost
 from kfac_jax._jaxpr.view import Layout
 from kfac_jax._utils.arguments import shown
 from kfac_jax._utils.dtypes import wide_dtype
-from kfac_jax.blocks import Block, BlockShape, Diagonal, Identity, Kronecker
+from kfac_jax.blocks import TNT, Block, BlockShape, Diagonal, Identity, Kronecker
 from kfac_jax.plan.layer import KINDS, Layer
-from kfac_jax.plan.summing import is_shared, no_sums, sums_gradients
+from kfac_jax.plan.summing import (
+    is_remote,
+    is_shared,
+    no_sums,
+    sums_gradients,
+    used,
+)
 
 BlocksSpec = Block | Mapping[str, Block | None] | Callable[[Layer], Block | None] | None
 
@@ -68,7 +74,7 @@ def make_layers(
             taken.update(made[0].leaves)
     for leaf in leaves:
         if leaf.index not in taken:
-            made = _shift_layer(leaf, uses)
+            made = _shift_layer(leaf, uses) or _remote_layer(leaf, uses)
             layers[leaf.index] = made or (_other_layer(leaf, uses), [])
     ordered = [
         (_with_default_block(layer, sites, weight_sharing), sites)
@@ -99,7 +105,7 @@ def _linear_layer(
 ) -> tuple[Layer, list[Site]] | None:
     own = _weight_uses(leaf, uses)
     sites = [use for use in own if isinstance(use, Site)]
-    if not sites or len(sites) != len(own):
+    if not sites or len(sites) != len(own) or any(site.computed for site in sites):
         return None
     oriented = _oriented(sites)
     if oriented is None:
@@ -177,13 +183,38 @@ def _joins(
 def _shift_layer(leaf: _Leaf, uses: Sequence[Use]) -> tuple[Layer, list[Site]] | None:
     own = _weight_uses(leaf, uses)
     sites = [u for u in own if isinstance(u, Site) and u.kind == "shift" and u.bias]
-    if not sites or len(sites) != len(own) or len({s.bias for s in sites}) != 1:
+    same = len({(site.bias, site.computed) for site in sites}) == 1
+    if not same or len(sites) != len(own) or sites[0].computed:
         return None
     assert sites[0].bias is not None
     layout = sites[0].bias.layout
     *lead, outputs = layout.shape
     shape = (tuple(lead), 1, outputs)
     return _layer("shift", [(leaf, layout, "bias")], sites, shape), sites
+
+
+def _remote_layer(leaf: _Leaf, uses: Sequence[Use]) -> tuple[Layer, list[Site]] | None:
+    """A parameter that reaches the data by maps, or as different linear maps.
+
+    If what is computed has the parameter's shape (`w * mask`), the layer has the
+    computed weight's matrix. If not, the last two axes are that of a matrix, and those
+    before are axes of independent ones.
+    """
+    own = _weight_uses(leaf, uses)
+    sites = [use for use in own if isinstance(use, Site)]
+    if not sites or len(sites) != len(own):
+        return None
+    layouts = {used(site).layout for site in sites}
+    kinds = {site.kind for site in sites}
+    (layout,) = layouts if len(layouts) == 1 else (None,)
+    if layout is None or layout.source_shape != leaf.shape or len(layout.shape) < 2:
+        matrix = leaf.shape if len(leaf.shape) > 1 else (1, math.prod(leaf.shape))
+        layout = Layout(leaf.shape, matrix, tuple(range(len(matrix))), matrix)
+    kind = kinds.pop() if len(kinds) == 1 else "mixed"
+    *lead, inputs, outputs = layout.shape
+    made = _layer(kind, [(leaf, layout, "weight")], sites, ((), inputs, outputs))
+    shape = BlockShape(tuple(lead), (), inputs, outputs)
+    return dataclasses.replace(made, shape=shape), sites
 
 
 def _layer(
@@ -242,7 +273,9 @@ def _with_default_block(
     if not layer.tagged:
         return layer
     matrix = layer.kind in ("dense", "conv", "embedding", "tied")
-    if matrix or is_shared(sites) or _is_lost(sites):
+    if is_remote(sites):
+        block = TNT() if min(layer.shape.matrix[-2:]) > 1 else Diagonal()
+    elif matrix or is_shared(sites) or _is_lost(sites):
         block = Kronecker(weight_sharing=weight_sharing)
     else:
         block = Diagonal()
@@ -320,6 +353,9 @@ def _choose(
     result: list[tuple[Layer, list[Site]]] = []
     for layer, sites in made:
         block = rule(layer)
+        if isinstance(block, Kronecker) and is_remote(sites):
+            # its sides are of inputs and output gradients, these of gradients
+            block = TNT(max_factor_dim=block.max_factor_dim, pi=block.pi)
         if block is not None and not isinstance(block, Block):
             raise TypeError(
                 "blocks must give a Block (kfac_jax.blocks) or None for each layer; "
@@ -359,9 +395,10 @@ def _misfit(layer: Layer, sites: Sequence[Site], block: Block | None) -> str:
         return f"{block!r} is not for a weight that is used transposed too"
     if any(site.cases for site in sites) and not block.row_statistics:
         return f"{block!r} is not for inputs that all cases share"
-    if not block.needs_examples:
+    if not block.needs_examples and not is_remote(sites):
         return ""
-    why = no_sums(layer, sites, block) if is_shared(sites) else ""
+    summed = is_shared(sites) or is_remote(sites)
+    why = no_sums(layer, sites, block) if summed else ""
     if _is_lost(sites):
         why = "which rows belong to one example could not be followed" + _since(sites)
     return f"{block!r} sums within an example, and {why}" if why else ""

@@ -19,13 +19,23 @@ KINDS = {
     "scale": "an elementwise scale",
     "scale_and_shift": "an elementwise scale with the shift that follows it",
     "shift": "a parameter added to data that is not some layer's bias",
+    "mixed": "a parameter that is used as layers of different kinds or shapes",
     "generic": "tagged with register_generic",
     "unmatched": "used in a way that no layer covers",
     "unused": "no gradient of a registered loss reaches it",
 }
 """The kinds of layers, as `blocks={kind: ...}` knows them."""
 
-TAGGED = ("dense", "conv", "embedding", "tied", "scale", "scale_and_shift", "shift")
+TAGGED = (
+    "dense",
+    "conv",
+    "embedding",
+    "tied",
+    "scale",
+    "scale_and_shift",
+    "shift",
+    "mixed",
+)
 """The kinds whose statistics are gathered from inputs and output gradients."""
 
 

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.sites import Parameter, Site
 from kfac_jax._jaxpr.states import Examples
 from kfac_jax.blocks import Block
 from kfac_jax.plan.layer import Layer
@@ -17,9 +17,27 @@ def is_shared(sites: Sequence[Site]) -> bool:
     return len(sites) > 1 or any(site.repeated for site in sites)
 
 
+def is_remote(sites: Sequence[Site]) -> bool:
+    """Whether a parameter reaches the data by a map, or as different linear maps.
+
+    Then only the gradients of examples by the parameter itself add up over its uses.
+    """
+    own = [site for site in sites if not site.swapped]
+    different = len({(site.kind, used(site).layout) for site in own}) > 1
+    return different or any(site.computed is not None for site in sites)
+
+
+def used(site: Site) -> Parameter:
+    """The weight that a site uses or, at a shift, the bias."""
+    parameter = site.weight or site.bias
+    assert parameter is not None
+    return parameter
+
+
 def sums_gradients(block: Block | None, sites: Sequence[Site]) -> bool:
     """Whether examples' gradients are summed over a layer's uses for its block."""
-    return block is not None and block.takes_gradients and is_shared(sites)
+    takes = block is not None and block.takes_gradients
+    return takes and (is_shared(sites) or is_remote(sites))
 
 
 def cases(sites: Sequence[Site]) -> int:
@@ -30,7 +48,8 @@ def cases(sites: Sequence[Site]) -> int:
 
 def gradient_entries(layer: Layer, sites: Sequence[Site]) -> int:
     """How many numbers the gradients of all examples are."""
-    return cases(sites) * math.prod(layer.shape.matrix)
+    weights = {x.computed: math.prod(used(x).layout.shape) for x in sites if x.computed}
+    return cases(sites) * (math.prod(layer.shape.matrix) + sum(weights.values()))
 
 
 def no_sums(layer: Layer, sites: Sequence[Site], block: Block) -> str:
@@ -44,8 +63,12 @@ def no_sums(layer: Layer, sites: Sequence[Site], block: Block) -> str:
     Returns:
       The reason.
     """
+    if not block.takes_gradients and is_remote(sites):
+        return "the parameter reaches its uses by maps"
     if not block.takes_gradients:
         return "this layer is used several times for each example"
+    if not all(isinstance(x.examples, Examples) for x in sites):
+        return "which rows belong to one example could not be followed"
     sizes = {x.examples.size for x in sites if isinstance(x.examples, Examples)}
     if len(sizes) != 1:
         return "its uses are of different numbers of examples"
@@ -53,6 +76,8 @@ def no_sums(layer: Layer, sites: Sequence[Site], block: Block) -> str:
         return "some of its inputs are shared by all cases"
     if any(site.on_device for site in sites):
         return "it is used several times inside of a shard_map"
+    if is_remote(sites) and any(site.scans for site in sites):
+        return "a scan runs over what is computed from it"
     entries = gradient_entries(layer, sites)
     if entries > LARGEST:
         return (

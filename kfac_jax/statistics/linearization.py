@@ -76,7 +76,8 @@ def linearize(
     probes = _probes(derived, plan.groups, data, carried)
 
     def forward(leaves: Sequence[Array], probes: Any) -> Any:
-        outputs, losses = run(program, [*leaves, *data], probes)
+        spread = _spread(derived, plan.groups, [*leaves, *data], probes)
+        outputs, losses = run(program, [*leaves, *data], spread)
         zero = jnp.zeros((), losses[0].z.dtype)
         loss, *aux = outputs if rest is None else [zero, *outputs]
         return (loss, [one.z for one in losses]), (aux, losses)
@@ -127,6 +128,20 @@ def _probes(
         for name, zeros in group.probes(derived.sites, data).items():
             probes[name] = zeros | carried.get(name, {})
     return jax.tree.map(lambda x: _compat.vary_like(x, *data), probes)
+
+
+def _spread(
+    derived: Derived, groups: Sequence[Group], inputs: Sequence[Any], probes: Factors
+) -> Factors:
+    """What the taps take, of each group."""
+    # these are functions of the probes alone
+    fixed = jax.lax.stop_gradient(list(inputs))
+    graph = derived.traced.found.graph
+    result: Factors = {}
+    for group in groups:
+        own = {name: probes[name] for name in group.names if name in probes}
+        result |= group.spread(own, derived.sites, graph, fixed)
+    return result
 
 
 def _collected(groups: Sequence[Group], sums: Factors, carried: Factors) -> Factors:

@@ -1,0 +1,280 @@
+"""Parameters that reach the data by a map, and those that are used in many ways.
+
+The oracle is the exact Fisher, by products that know nothing of layers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kfac_jax
+from kfac_jax import blocks
+from kfac_jax.losses import squared_error
+from kfac_jax.operator.remote import Remote
+from tests.helpers import models
+
+pytestmark = pytest.mark.usefixtures("any_rank")
+
+N, D, H = 5, 3, 4
+X = models.array(0, N, D)
+MASK = np.asarray([[1, 0, 1, 1], [0, 1, 1, 0], [1, 1, 0, 1]], float)
+FIXED = models.array(1, D, H)
+INDEX = np.asarray([[0, 1, 2, 1], [2, 2, 0, 1], [1, 0, 0, 2]])
+
+
+@pytest.fixture(scope="module")
+def any_rank():
+    """As users write them: `g * w` of different ranks."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def array(seed, *shape):
+    return {"w": models.array(seed, *shape)}
+
+
+def cut(p, x):
+    q, k, v = jnp.split(p["w"], 3, axis=1)
+    return jnp.tanh(x @ q) * jnp.sin(x @ k) + x @ v
+
+
+def sliced(p, x):
+    return jnp.tanh(x @ p["w"][:, :2]) @ p["w"][:2, 1:]
+
+
+def unrolled(p, x):
+    for i in range(3):
+        x = jnp.tanh(x @ p["w"][i])
+    return x
+
+
+def iterated(p, x):
+    for w in p["w"]:
+        x = jnp.tanh(x @ w)
+    return x
+
+
+def masked(p, x):
+    return jnp.tanh(x @ (p["w"] * MASK))
+
+
+def masked_by_select(p, x):
+    return jnp.tanh(x @ jnp.where(MASK > 0, p["w"], 0.0))
+
+
+def triangular(p, x):
+    return jnp.tanh(x @ jnp.tril(p["w"]))
+
+
+def delta(p, x):
+    return jnp.tanh(x @ (FIXED + 0.5 * p["w"]))
+
+
+def low_rank(p, x):
+    return jnp.tanh(x @ (FIXED + p["a"] @ p["b"]))
+
+
+def low_rank_alone(p, x):
+    return jnp.tanh(x @ (p["w"] @ p["a"] @ p["b"]))
+
+
+def weight_norm(p, x):
+    w = p["g"] * p["w"] / jnp.linalg.norm(p["w"], axis=0)
+    return jnp.tanh(x @ w + p["c"])
+
+
+def spectral_norm(p, x):
+    u = jnp.ones(D) / D**0.5
+    sigma = u @ p["w"] @ np.ones(H)
+    return jnp.tanh(x @ (p["w"] / sigma))
+
+
+def positive(p, x):
+    return jnp.tanh(x * jax.nn.softplus(p["s"])) * jnp.exp(p["t"]) - p["u"] ** 2
+
+
+def scalar(p, x):
+    a = jax.nn.softplus(p["a"])
+    return jnp.tanh(a**2 / (a + x**2)) * p["a"]
+
+
+def both_ways(p, x):
+    return jnp.tanh(x @ p["w"]) + p["w"][:1] * jnp.cos(x[:, :1])
+
+
+def padded(p, x):
+    return jnp.tanh(x @ jnp.pad(p["w"], ((0, 1), (1, 0))))
+
+
+def tiled(p, x):
+    return jnp.tanh(x @ jnp.tile(p["w"], (1, 2)))
+
+
+def stacked_pair(p, x):
+    w = jnp.stack([p["a"], p["w"]], axis=0)
+    return jnp.tanh(jnp.einsum("ni,kio->no", x, w))
+
+
+def bias_table(p, x):
+    """A table of relative positions, added to each example."""
+    return jnp.tanh(x[:, :, None] + p["t"][INDEX])
+
+
+def generated(p, x):
+    """A hypernetwork."""
+    w = jnp.tanh(p["e"] @ p["h"]).reshape(D, H)
+    return jnp.tanh(x @ w)
+
+
+def kernel(p, x):
+    image = x[:, :, None] * np.ones((1, 1, 2))
+    w = p["w"] - p["w"].mean(0)
+    return jax.lax.conv_general_dilated(
+        jnp.tanh(image), w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+    )
+
+
+def in_scan(p, x):
+    w = p["w"] * MASK[:, :3]
+
+    def step(h, _):
+        return jnp.tanh(h @ w), None
+
+    return jax.lax.scan(step, x, length=3)[0]
+
+
+def in_branches(p, x):
+    w = jnp.exp(p["w"])
+    return jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: jnp.sin(x @ w))
+
+
+def in_checkpoint(p, x):
+    w = jnp.exp(p["w"])
+    return jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(w, x)
+
+
+PAIR = {"a": models.array(2, D, 2), "b": models.array(3, 2, H)}
+FAMILIES = {  # the program, its parameters
+    "cut": (cut, array(4, D, 6)),
+    "sliced": (sliced, array(4, D, D)),
+    "unrolled": (unrolled, array(5, 3, D, D)),
+    "iterated": (iterated, array(5, 3, D, D)),
+    "masked": (masked, array(6, D, H)),
+    "masked by select": (masked_by_select, array(6, D, H)),
+    "triangular": (triangular, array(6, D, D)),
+    "delta": (delta, array(7, D, H)),
+    "low rank": (low_rank, PAIR),
+    "low rank alone": (low_rank_alone, {"w": models.array(8, D, D), **PAIR}),
+    "weight norm": (
+        weight_norm,
+        {"g": models.array(8, H), **array(9, D, H), "c": models.array(7, H)},
+    ),
+    "spectral norm": (spectral_norm, array(9, D, H)),
+    "positive": (positive, {n: models.array(ord(n), D) for n in "stu"}),
+    "scalar": (scalar, {"a": np.asarray(0.7)}),
+    "both ways": (both_ways, array(1, D, H)),
+    "padded": (padded, array(2, D - 1, H)),
+    "tiled": (tiled, array(2, D, 2)),
+    "stacked pair": (stacked_pair, {"a": models.array(1, D, H), **array(2, D, H)}),
+    "bias table": (bias_table, {"t": models.array(2, D)}),
+    "generated": (generated, {"e": models.array(2, 2), "h": models.array(3, 2, D * H)}),
+    "kernel": (kernel, array(3, 3, 2, 2)),
+    "in scan": (in_scan, array(3, D, D)),
+    "in branches": (in_branches, array(3, D, H)),
+    "in checkpoint": (in_checkpoint, array(3, D, H)),
+}
+BLOCKS = [
+    blocks.Full(),
+    blocks.Diagonal(),
+    blocks.TNT(),
+    blocks.Eigen(),
+    blocks.Kronecker(),
+]
+
+
+def loss_of(apply):
+    def loss_fn(p, x):
+        y = apply(p, x)
+        return squared_error(y.reshape(len(y), -1)).sum(-1).mean()
+
+    return loss_fn
+
+
+def plan_of(name, block, mode="fisher_exact", **options):
+    apply, params = FAMILIES[name]
+    return kfac_jax.make_curvature(
+        loss_of(apply),
+        params,
+        X,
+        blocks=block,
+        estimation_mode=mode,
+        on_unmatched="error",
+        **options,
+    )
+
+
+@functools.cache
+def exact(name):
+    """The exact Gauss-Newton matrix of all parameters, by Jacobians."""
+    apply, params = FAMILIES[name]
+    flat, restore = jax.flatten_util.ravel_pytree(jax.tree.map(jnp.asarray, params))
+    jacobian = jax.jacobian(lambda v: apply(restore(v), X).reshape(N, -1))(flat)
+    return np.einsum("nop,noq->pq", jacobian, jacobian) * 2 / N
+
+
+def places(plan, layer):
+    _, restore = jax.flatten_util.ravel_pytree(
+        [np.zeros(shape) for shape in plan.tree.shapes]
+    )
+    index = restore(np.arange(sum(map(np.prod, plan.tree.shapes)), dtype=float))
+    return np.concatenate([index[leaf].ravel() for leaf in layer.leaves]).astype(int)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=repr)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_block_is_that_of_examples_gradients(name, block):
+    """Full is exact, Diagonal has its diagonal, the others its trace."""
+    plan = plan_of(name, block)
+    factors = jax.jit(functools.partial(models.statistics_to_factors, plan))(
+        FAMILIES[name][1], X
+    )
+    matrix = np.asarray(plan.approximation(factors).to_dense())
+    fisher = exact(name)
+    for layer in plan.layers:
+        own = places(plan, layer)
+        mine, wanted = (x[np.ix_(own, own)] for x in (matrix, fisher))
+        summed = not isinstance(layer.block, blocks.Kronecker)
+        if summed:
+            np.testing.assert_allclose(np.trace(mine), np.trace(wanted), rtol=1e-10)
+        assert np.linalg.eigvalsh(mine).min() > -1e-10 * np.trace(mine)
+        if isinstance(block, blocks.Diagonal):
+            wanted = np.diag(np.diag(wanted))
+        elif not isinstance(block, blocks.Full) or layer.shape.stacked:
+            continue
+        np.testing.assert_allclose(mine, wanted, atol=1e-10 * np.trace(wanted))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_step_with_defaults(name):
+    """Statistics do not change gradients, and updates are finite."""
+    apply, params = FAMILIES[name]
+    plan = plan_of(name, None, mode="fisher_gradients")
+    tx = kfac_jax.kfac(plan)
+
+    @jax.jit
+    def step(params, state):
+        value, grads, statistics = plan.value_grad_and_statistics(
+            params, X, rng=jax.random.key(0)
+        )
+        updates, state = tx.update(
+            grads, state, params, statistics=statistics, value=value, args=(X,)
+        )
+        return grads, updates, state
+
+    grads, updates, state = step(params, tx.init(params))
+    models.assert_trees_close(grads, jax.grad(loss_of(apply))(params, X))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(updates))
+    assert int(state.info.skipped_updates) == 0
