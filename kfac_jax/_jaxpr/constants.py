@@ -72,7 +72,7 @@ def with_cases(
     for use in uses:
         if isinstance(use, OtherUse) or use.examples is not None:
             result.append(use)
-        elif examples(use.output) is not None:
+        elif isinstance(use.output, tuple) or examples(use.output) is not None:
             result.append(use)
         else:
             met = cases(use.output)

@@ -283,13 +283,15 @@ class _Finder:
         self, node: Node, views: Sequence[View | None], linear: Linear, steps: int
     ) -> None:
         """Records a layer that is used in each of `steps` steps."""
-        if linear.site.output not in self.made:
+        at = linear.site.output
+        at = at[0] if isinstance(at, tuple) else at
+        if at not in self.made:
             reason = f"enters the control flow around `{node.name}` already repeated"
             self._refuse(node, views, reason)
             return
         count = steps * math.prod(linear.shape[axis] for axis in linear.axes.rows)
         site = as_embedding(linear.site, self.one_hot)
-        on_device = site.output in self.on_devices
+        on_device = at in self.on_devices
         site = dataclasses.replace(site, count=count, on_device=on_device)
         linear = dataclasses.replace(linear, site=site)
         # a tag's bias is added once, however many terms its weight has
@@ -403,6 +405,8 @@ def _may_compute(node: Node, outcome: Outcome, views: Sequence[View | None]) -> 
     """
     if not isinstance(outcome, Linear):
         return isinstance(outcome, Refused)
+    if isinstance(outcome.site.output, tuple):
+        return True
     if outcome.site.kind == "embedding":
         return node.name == "gather"
     repeated = any(

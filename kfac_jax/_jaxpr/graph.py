@@ -15,6 +15,10 @@ from kfac_jax._jaxpr import _compat
 Atom = Any
 """A value's id (int), or a `Literal`."""
 
+Place = int | tuple[int, int]
+"""A value's id, or one operand of an equation: the id of the equation's first result,
+and the operand's index. An operand counts as broadcast to that result."""
+
 _BODY_PARAMS: dict[str, tuple[str, ...]] = {
     "scan": ("jaxpr",),
     "cond": ("branches",),

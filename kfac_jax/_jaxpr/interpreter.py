@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._jaxpr import _compat, axis_types
-from kfac_jax._jaxpr.graph import Atom, Graph, Node, is_value
+from kfac_jax._jaxpr.graph import Atom, Graph, Node, Place, is_value
 from kfac_jax.distributions import RegisteredLoss
 
 Probe = dict[str, Array]
@@ -49,13 +49,13 @@ class Program:
 
     Attributes:
       graph: the program.
-      taps: by the id of the tapped value; several where parameters are joined.
+      taps: by the tapped place; several where parameters are joined.
       scanned: for each scan (by the id of its first result) the names of the layers
         whose parameters, and so whose probes, it runs over.
     """
 
     graph: Graph
-    taps: Mapping[int, Sequence[Tap]]
+    taps: Mapping[Place, Sequence[Tap]]
     scanned: Mapping[int, frozenset[str]]
 
 
@@ -89,8 +89,23 @@ def _run(
     def read(atom: Atom) -> Any:
         return env[atom] if is_value(atom) else atom.val
 
+    def tapped(result: Any, place: Place, node: Node) -> Any:
+        for tap in program.taps.get(place, ()):
+            if probes is None or tap.layer not in probes:
+                continue
+            x = None if tap.x is None else read(tap.x)
+            with _under(node):
+                if isinstance(place, tuple):
+                    result = jnp.broadcast_to(result, node.out_shape())
+                result = _apply_tap(tap, result, x, probes[tap.layer])
+        return result
+
     for node in graph.nodes:
         operands = [read(atom) for atom in node.inputs]
+        if not node.bodies:
+            operands = [
+                tapped(x, (node.outputs[0], i), node) for i, x in enumerate(operands)
+            ]
         if node.name == "kfac_loss":
             losses.append(_registered(node, operands))
             outputs = [operands[0]]
@@ -111,13 +126,7 @@ def _run(
             # as the user wrote it, custom derivative rules included
             outputs = _compat.evaluate(node.equation, operands)
         for value, result in zip(node.outputs, outputs, strict=True):
-            for tap in program.taps.get(value, ()):
-                if probes is None or tap.layer not in probes:
-                    continue
-                x = None if tap.x is None else read(tap.x)
-                with _under(node):
-                    result = _apply_tap(tap, result, x, probes[tap.layer])
-            env[value] = result
+            env[value] = tapped(result, value, node)
     return [read(atom) for atom in graph.outputs], losses
 
 
@@ -180,7 +189,9 @@ def _must_enter(
     """Whether nested graphs hold taps or losses; if not, the equation runs as it is."""
     if not node.bodies:
         return False
-    taps = program.taps if probes is not None else {}
+    taps = set[int]()
+    if probes is not None:
+        taps = {p[0] if isinstance(p, tuple) else p for p in program.taps}
     return any(
         inner.name == "kfac_loss" or any(out in taps for out in inner.outputs)
         for body in node.bodies

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._jaxpr.graph import Atom
+from kfac_jax._jaxpr.graph import Atom, Place
 from kfac_jax._jaxpr.states import LOST, Examples, State
 from kfac_jax._jaxpr.view import Layout
 
@@ -159,7 +159,7 @@ class Site:
 
     Attributes:
       reader: how rows are read from input and output.
-      output: the id of `y`, where statistics are gathered.
+      output: the place of `y`, where statistics are gathered.
       x: the id (or literal) of the input; None for a shift, whose input is 1.
       weight: the weight, or None for a shift.
       bias: the bias added to `y`, or None.
@@ -180,7 +180,7 @@ class Site:
     """
 
     reader: Reader
-    output: int
+    output: Place
     x: Atom | None
     weight: Parameter | None
     bias: Parameter | None

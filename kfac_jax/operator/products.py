@@ -211,7 +211,7 @@ def _refusal(layer: Layer, uses: Uses, types: Mapping[int, Any], linked: bool) -
     if reason := not_one_product(layer, sites):
         return reason
     (site,) = sites
-    if site.output not in types:
+    if isinstance(site.output, tuple) or site.output not in types:
         return "it is inside a loop or conditional"
     dtype = jnp.dtype(types[site.output])
     if wide_dtype(dtype) != dtype:

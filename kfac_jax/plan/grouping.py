@@ -269,13 +269,14 @@ def _distinct(
 def _with_default_block(
     layer: Layer, sites: Sequence[Site], weight_sharing: str
 ) -> Layer:
-    """Elementwise layers get their exact diagonal where one use can be summed."""
+    """Elementwise layers get their exact diagonal where uses can be summed."""
     if not layer.tagged:
         return layer
     matrix = layer.kind in ("dense", "conv", "embedding", "tied")
+    summed = is_shared(sites) and no_sums(layer, sites, Diagonal())
     if is_remote(sites):
         block = TNT() if min(layer.shape.matrix[-2:]) > 1 else Diagonal()
-    elif matrix or is_shared(sites) or _is_lost(sites):
+    elif matrix or summed or _is_lost(sites):
         block = Kronecker(weight_sharing=weight_sharing)
     else:
         block = Diagonal()

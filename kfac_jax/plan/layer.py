@@ -18,7 +18,8 @@ KINDS = {
     "tied": "a weight that is used transposed too, as a table that is also the output",
     "scale": "an elementwise scale",
     "scale_and_shift": "an elementwise scale with the shift that follows it",
-    "shift": "a parameter added to data that is not some layer's bias",
+    "shift": "a parameter added to data that is not some layer's bias, or that meets "
+    "data entry by entry otherwise",
     "mixed": "a parameter that is used as layers of different kinds or shapes",
     "generic": "tagged with register_generic",
     "unmatched": "used in a way that no layer covers",

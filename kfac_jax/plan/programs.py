@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from jax import Array
 
 from kfac_jax._jaxpr import slicing
-from kfac_jax._jaxpr.graph import Graph
+from kfac_jax._jaxpr.graph import Graph, Place
 from kfac_jax._jaxpr.interpreter import Gather, Probe, Program, Tap, replaces_rules
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax.plan.group import Group
@@ -51,7 +51,7 @@ def tapped_program(
     Returns:
       The program, which takes probes by layer name.
     """
-    taps: dict[int, list[Tap]] = {}
+    taps: dict[Place, list[Tap]] = {}
     scanned: dict[int, frozenset[str]] = {}
     for group in groups:
         for layer in group.layers:

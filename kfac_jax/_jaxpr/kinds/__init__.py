@@ -16,5 +16,9 @@ RULES: dict[str, Rule] = {
     "sub": elementwise.shift,
     "kfac_layer": tagged.tagged,
     "kfac_generic": tagged.generic,
+    **dict.fromkeys(
+        ("div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp"),
+        elementwise.entry,
+    ),
 }
 """One rule for each primitive that can combine a parameter with data."""

@@ -109,6 +109,33 @@ def shift(node: Node, views: Sequence[View | None], state: State) -> Outcome:
     return plain_linear(node, site)
 
 
+def entry(node: Node, views: Sequence[View | None], state: State) -> Outcome:
+    """A parameter that meets data entry by entry, though not as a factor or a term.
+
+    In `a / (a + x)` the derivative by the numerator is that by a shift added to it.
+    Statistics are gathered at the operand, repeated like the output.
+    """
+    parameters = [(i, view) for i, view in enumerate(views) if view is not None]
+    if len(parameters) > 1:
+        return Refused(f"combined with another parameter by `{node.name}`")
+    ((at, view),) = parameters
+    shape = node.out_shape()
+    if not view.axes:
+        view = view.broadcast(shape, ())
+    features = feature_axes(view, shape)
+    layout = None
+    if features is not None:
+        layout = view.layout([[view.axes[a] for a in features]])
+    if features is None or layout is None:
+        return Refused(f"repeated or only partly used by `{node.name}`")
+    reader = Shift(Axes((), _others(node, features), features))
+    bias = Parameter(view.source, layout)
+    place = (node.outputs[0], at)
+    return plain_linear(
+        node, site_of(node, view, reader, state, output=place, bias=bias)
+    )
+
+
 def concatenated(node: Node, views: Sequence[View | None], state: State) -> Outcome:
     """A learned token: a parameter repeated for each example and joined to data.
 
