@@ -7,30 +7,108 @@ weight, pulled back through the map between them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from kfac_jax._jaxpr.graph import Graph, Node, is_value
+import jax.numpy as jnp
+
+from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr.graph import BODY_OFFSETS, Atom, Graph, Node, is_value
 from kfac_jax._jaxpr.interpreter import Program, run
 from kfac_jax._jaxpr.sites import Computed, OtherUse, Parameter, Use
-from kfac_jax._jaxpr.slicing import differentiated, needed
+from kfac_jax._jaxpr.slicing import differentiated
 from kfac_jax._jaxpr.states import State
 
 
-def is_computed(node: Node, states: Mapping[int, State]) -> bool:
-    """Whether an equation's results depend on parameters and constants only.
+class Free:
+    """The values that depend on no case and on no step of a loop.
 
-    Args:
-      node: an equation of the program itself, not of a nested graph.
-      states: for each value the axis that holds the examples; without one it does not
-        depend on the batch.
-
-    Returns:
-      Whether they do, and may be differentiated.
+    They can be computed anew outside of the loops and branches that they are in. What a
+    nested graph gets from around it does not differ there; only a scan's carry and its
+    slices do, and what a device of a `shard_map` has. Equations are noted in order.
     """
-    values = [*(x for x in node.inputs if is_value(x)), *node.outputs]
-    tag = node.name.startswith("kfac_") or node.name == "while"
-    return not tag and all(states.get(value) is None for value in values)
+
+    def __init__(self, graph: Graph, states: Mapping[int, State]) -> None:
+        """Notes the inputs and constants of the program.
+
+        Args:
+          graph: the program.
+          states: for each value the axis that holds the examples; without one it does
+            not depend on the batch.
+        """
+        self._states = states
+        self._values = {*graph.inputs, *graph.constants}
+
+    def note(self, node: Node) -> None:
+        """Notes the results of an equation."""
+        if node.name != "while" and all(map(self.has, node.inputs)):
+            self._values.update(
+                out for out in node.outputs if self._states.get(out) is None
+            )
+
+    def enter(self, node: Node) -> None:
+        """Notes what the bodies of an equation get."""
+        for body in node.bodies:
+            self._values.update(body.constants)
+            self._values.update(x for x, atom in _given(node, body) if self.has(atom))
+
+    def has(self, atom: Atom) -> bool:
+        """Whether a value is known to be free, as literals are."""
+        return not is_value(atom) or atom in self._values
+
+    def computes(self, node: Node) -> bool:
+        """Whether the results of an equation are free, real and no tag's."""
+        types = [x.aval.dtype for x in node.equation.outvars]
+        real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in types)
+        tag = node.name.startswith("kfac_")
+        return real and not tag and all(map(self.has, node.outputs))
+
+
+def _given(node: Node, body: Graph) -> Iterator[tuple[int, Atom]]:
+    """The inputs of a body that are operands of its equation in every step."""
+    offset = BODY_OFFSETS.get(node.name)
+    if offset is None or node.name == "shard_map":
+        return
+    operands = node.inputs[offset:]
+    inputs = body.inputs
+    if node.name == "scan":
+        count = _compat.scan_layout(node.params).num_consts
+        inputs, operands = inputs[:count], operands[:count]
+    yield from zip(inputs, operands, strict=True)
+
+
+def lifted(graph: Graph, value: int) -> Graph:
+    """The equations that a free value depends on, as one graph that returns it."""
+    makers = {out: node for node in graph.walk() for out in node.outputs}
+    outer: dict[int, Atom] = {}
+    constants = dict(graph.constants)
+    for node in graph.walk():
+        for body in node.bodies:
+            constants.update(body.constants)
+            outer.update(_given(node, body))
+
+    def origin(atom: Atom) -> Atom:
+        while is_value(atom) and atom in outer:
+            atom = outer[atom]
+        return atom
+
+    nodes: dict[Node, Node | None] = {}
+    waiting = [origin(value)]
+    while waiting:
+        made = makers.get(waiting[-1]) if is_value(waiting[-1]) else None
+        if made is None or nodes.get(made) is not None:
+            waiting.pop()
+            continue
+        inputs = tuple(map(origin, made.inputs))
+        if made not in nodes:
+            nodes[made] = None  # its operands come first
+            waiting += inputs
+        else:
+            del nodes[made]  # to be last
+            nodes[made] = dataclasses.replace(made, inputs=inputs)
+            waiting.pop()
+    made_in_order = tuple(node for node in nodes.values() if node is not None)
+    return Graph(graph.inputs, constants, made_in_order, (origin(value),))
 
 
 def resolved(
@@ -52,10 +130,10 @@ def resolved(
     behind: dict[int, tuple[int, ...]] = {}
     inside: set[int] = set()
     for index in {use.leaf for use in uses if use.leaf >= len(leaves)}:
-        value = values[index - len(leaves)]
-        reached = differentiated(graph, {value})
+        part = lifted(graph, values[index - len(leaves)])
+        reached = differentiated(part, {*filter(is_value, part.outputs)})
         behind[index] = tuple(i for i, x in enumerate(leaves) if x in reached)
-        inside |= needed(graph, {value}, all_operands=True)
+        inside.update(out for node in part.walk() for out in node.outputs)
     result: list[Use] = []
     for use in uses:
         if use.leaf in behind:
@@ -106,8 +184,7 @@ def map_of(
     Returns:
       A function of an array like the parameter.
     """
-    wanted = _slice(graph, value)
-    program = Program(wanted, {}, {})
+    program = Program(lifted(graph, value), {}, {})
 
     def computed(change: Any) -> Any:
         values = list(inputs)
@@ -115,14 +192,3 @@ def map_of(
         return run(program, values, None)[0][0]
 
     return computed
-
-
-def _slice(graph: Graph, value: int) -> Graph:
-    """The equations that a value depends on."""
-    found = needed(graph, {value}, lambda node: node.inputs, all_operands=True)
-    nodes = tuple(n for n in graph.nodes if _makes(n, found))
-    return dataclasses.replace(graph, nodes=nodes, outputs=(value,))
-
-
-def _makes(node: Node, found: Iterable[int]) -> bool:
-    return any(out in found for out in node.outputs)

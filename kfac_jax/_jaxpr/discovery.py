@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from kfac_jax._jaxpr import _compat, kinds, view_rules
 from kfac_jax._jaxpr.biases import Consumed, biases
-from kfac_jax._jaxpr.computed import is_computed, resolved
+from kfac_jax._jaxpr.computed import Free, resolved
 from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
 from kfac_jax._jaxpr.folding import Folded, makers
@@ -120,8 +120,8 @@ class _Finder:
     ) -> None:
         self.graph = graph
         self.states = states
-        self.at_top = frozenset(graph.nodes) if has_batch else frozenset[Node]()
-        self.made_at_top = {out for node in self.at_top for out in node.outputs}
+        # without data, nothing is computed before it meets data
+        self.free = Free(graph, states) if has_batch else None
         self.live = needed(graph, wanted)
         # values that gradients reach: behind a stop_gradient a parameter is data
         self.reached = differentiated(graph, wanted)
@@ -160,6 +160,8 @@ class _Finder:
     def _visit(self, graph: Graph, steps: int) -> None:
         """Visits a graph that is run `steps` times in the program."""
         for node in graph.nodes:
+            if self.free is not None:
+                self.free.note(node)
             if any(is_value(x) and x in self.behind_layers for x in node.inputs):
                 self.behind_layers.update(node.outputs)
             reached = any(out in self.reached for out in node.outputs)
@@ -172,7 +174,7 @@ class _Finder:
 
     def _compute(self, node: Node) -> bool:
         """Makes an equation's results computed weights, if they may be."""
-        if node not in self.at_top or not is_computed(node, self.states):
+        if self.free is None or not self.free.computes(node):
             return False
         for i, out in enumerate(node.outputs):
             self._as_computed(out, node.out_shape(i))
@@ -187,8 +189,10 @@ class _Finder:
         """Makes operands that are views computed weights; whether there are any."""
         found = False
         for i, atom in enumerate(node.inputs):
-            new = is_value(atom) and atom in self.made_at_top
-            if new and self.members(atom) and atom not in self.computed:
+            old = not is_value(atom) or atom in self.computed or atom in self.leaves
+            if self.free is None or old or not self.members(atom):
+                continue
+            if self.free.has(atom):
                 self._as_computed(atom, node.shape(i))
                 found = True
         return found
@@ -203,7 +207,7 @@ class _Finder:
         if joined is not None:
             self.views[node.outputs[0]] = joined
             return
-        choices = _one_at_a_time(members)
+        choices = _one_at_a_time(members, node.name in kinds.ENTRIES)
         if choices is None:
             if self._compute(node):
                 return
@@ -330,6 +334,8 @@ class _Finder:
             members = [
                 tuple(view for view in some if view is not None) for some in entered
             ]
+        if self.free is not None:
+            self.free.enter(node)
         if node.name == "scan":
             steps *= _compat.scan_layout(node.params).length
         for body in node.bodies:
@@ -471,17 +477,24 @@ def _joined(node: Node, members: Sequence[tuple[View, ...]]) -> tuple[View, ...]
 
 
 def _one_at_a_time(
-    members: Sequence[tuple[View, ...]],
+    members: Sequence[tuple[View, ...]], by_operand: bool
 ) -> list[list[View | None]] | None:
     """Splits an equation on joined parameters in one case for each of them.
 
     Args:
       members: for each operand, the views that it consists of.
+      by_operand: whether other operands count as data where one is a parameter.
 
     Returns:
       For each joined parameter the views of the operands, as if it were alone; None if
       two operands are joined.
     """
+    if by_operand:
+        return [
+            [view if i == at else None for i in range(len(members))]
+            for at, some in enumerate(members)
+            for view in some
+        ]
     several = [i for i, some in enumerate(members) if len(some) > 1]
     if len(several) > 1:
         return None

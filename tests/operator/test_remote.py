@@ -161,6 +161,25 @@ def in_checkpoint(p, x):
     return jax.checkpoint(lambda w, x: jnp.tanh(x @ w))(w, x)
 
 
+def map_in_scan(p, x):
+    def step(h, _):
+        return jnp.tanh(h @ jnp.exp(p["w"] - p["w"].max(0))), None
+
+    return jax.lax.scan(step, x, length=2)[0]
+
+
+def map_in_branches(p, x):
+    return jax.lax.cond(
+        x.sum() > 0, lambda: x @ p["w"] ** 2, lambda: jnp.sin(x @ jnp.tril(p["w"]))
+    )
+
+
+@jax.checkpoint
+def low_rank_in_checkpoint(p, x):
+    h = jnp.tanh(x @ (FIXED + p["a"] @ p["b"]))
+    return jax.checkpoint(lambda x: jnp.tanh(x * jax.nn.softplus(p["b"][0])))(h)
+
+
 PAIR = {"a": models.array(2, D, 2), "b": models.array(3, 2, H)}
 FAMILIES = {  # the program, its parameters
     "cut": (cut, array(4, D, 6)),
@@ -194,6 +213,9 @@ FAMILIES = {  # the program, its parameters
     "in scan": (in_scan, array(3, D, D)),
     "in branches": (in_branches, array(3, D, H)),
     "in checkpoint": (in_checkpoint, array(3, D, H)),
+    "map in scan": (map_in_scan, array(3, D, D)),
+    "map in branches": (map_in_branches, array(3, D, H)),
+    "low rank in checkpoint": (low_rank_in_checkpoint, PAIR),
 }
 BLOCKS = [
     blocks.Full(),

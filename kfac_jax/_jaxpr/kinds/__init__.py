@@ -6,6 +6,9 @@ from kfac_jax._jaxpr.kinds.dense import dot_general
 from kfac_jax._jaxpr.kinds.embedding import embedding
 from kfac_jax._jaxpr.kinds.outcome import Rule
 
+ENTRIES = ("div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp")
+"""Primitives each of whose operands may be a parameter by itself."""
+
 RULES: dict[str, Rule] = {
     "dot_general": dot_general,
     "conv_general_dilated": convolution,
@@ -16,9 +19,6 @@ RULES: dict[str, Rule] = {
     "sub": elementwise.shift,
     "kfac_layer": tagged.tagged,
     "kfac_generic": tagged.generic,
-    **dict.fromkeys(
-        ("div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp"),
-        elementwise.entry,
-    ),
+    **dict.fromkeys(ENTRIES, elementwise.entry),
 }
 """One rule for each primitive that can combine a parameter with data."""

@@ -115,10 +115,7 @@ def entry(node: Node, views: Sequence[View | None], state: State) -> Outcome:
     In `a / (a + x)` the derivative by the numerator is that by a shift added to it.
     Statistics are gathered at the operand, repeated like the output.
     """
-    parameters = [(i, view) for i, view in enumerate(views) if view is not None]
-    if len(parameters) > 1:
-        return Refused(f"combined with another parameter by `{node.name}`")
-    ((at, view),) = parameters
+    ((at, view),) = [(i, view) for i, view in enumerate(views) if view is not None]
     shape = node.out_shape()
     if not view.axes:
         view = view.broadcast(shape, ())
