@@ -60,8 +60,8 @@ class Free:
         """Whether the results of an equation are free, real and no tag's."""
         types = [x.aval.dtype for x in node.equation.outvars]
         real = all(jnp.issubdtype(dtype, jnp.floating) for dtype in types)
-        tag = node.name.startswith("kfac_")
-        return real and not tag and all(map(self.has, node.outputs))
+        special = node.name.startswith("kfac_") or node.name == "stop_gradient"
+        return real and not special and all(map(self.has, node.outputs))
 
 
 def _given(node: Node, body: Graph) -> Iterator[tuple[int, Atom]]:

@@ -133,7 +133,9 @@ def test_a_weight_beside_a_product_of_parameters_keeps_its_factors():
     apply, params = low_rank, {"w": W, "a": models.array(8, IN, 1), "b": W[:1]}
     plan = kfac_jax.make_curvature(loss_of(apply), params, X, on_unmatched="ignore")
     kinds = {layer.name: layer.kind for layer in plan.layers}
-    assert kinds == {"a": "unmatched", "b": "unmatched", "w": "dense"}
+    assert kinds == {"a": "dense", "b": "dense", "w": "dense"}
+    names = {layer.name: type(layer.block).__name__ for layer in plan.layers}
+    assert names == {"a": "Diagonal", "b": "Diagonal", "w": "Kronecker"}
 
 
 def test_a_parameter_added_to_a_layers_constant_output_is_its_bias():

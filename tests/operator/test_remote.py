@@ -128,6 +128,12 @@ def bias_table(p, x):
     return jnp.tanh(x[:, :, None] + p["t"][INDEX])
 
 
+def other_rows(p, x):
+    rows = p["t"][2 - np.arange(3)] + p["t"][::2] + p["t"][:1]
+    part = p["t"].reshape(25)[:15].reshape(3, 5)
+    return jnp.tanh(x[:, :, None] + rows + part[:, ::-1])
+
+
 def generated(p, x):
     """A hypernetwork."""
     w = jnp.tanh(p["e"] @ p["h"]).reshape(D, H)
@@ -208,6 +214,7 @@ FAMILIES = {  # the program, its parameters
     "tiled": (tiled, array(2, D, 2)),
     "stacked pair": (stacked_pair, {"a": models.array(1, D, H), **array(2, D, H)}),
     "bias table": (bias_table, {"t": models.array(2, D)}),
+    "other rows": (other_rows, {"t": models.array(2, 5, 5)}),
     "generated": (generated, {"e": models.array(2, 2), "h": models.array(3, 2, D * H)}),
     "kernel": (kernel, array(3, 3, 2, 2)),
     "in scan": (in_scan, array(3, D, D)),
