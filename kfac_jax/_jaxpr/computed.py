@@ -7,7 +7,7 @@ weight, pulled back through the map between them.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -28,22 +28,31 @@ class Free:
     slices do, and what a device of a `shard_map` has. Equations are noted in order.
     """
 
-    def __init__(self, graph: Graph, states: Mapping[int, State]) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        states: Mapping[int, State],
+        others: Collection[int] = frozenset(),
+    ) -> None:
         """Notes the inputs and constants of the program.
 
         Args:
           graph: the program.
           states: for each value the axis that holds the examples; without one it does
             not depend on the batch.
+          others: values that are not free, nor what is computed from them.
         """
         self._states = states
+        self._others = others
         self._values = {*graph.inputs, *graph.constants}
 
     def note(self, node: Node) -> None:
         """Notes the results of an equation."""
         if node.name != "while" and all(map(self.has, node.inputs)):
             self._values.update(
-                out for out in node.outputs if self._states.get(out) is None
+                out
+                for out in node.outputs
+                if self._states.get(out) is None and out not in self._others
             )
 
     def enter(self, node: Node) -> None:

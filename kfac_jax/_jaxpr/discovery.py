@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from kfac_jax._jaxpr import _compat, kinds, view_rules
 from kfac_jax._jaxpr.biases import Consumed, biases
-from kfac_jax._jaxpr.computed import Free, resolved
+from kfac_jax._jaxpr.computed import Free, lifted, resolved
 from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
 from kfac_jax._jaxpr.folding import Folded, makers
@@ -82,8 +82,13 @@ def discover(
         for node, state in zip(losses, loss_examples, strict=True)
         if is_value(node.inputs[0])
     )
-    finder = _Finder(graph, wanted, states, has_batch)
+    free = Free(graph, states) if has_batch else None
+    finder = _Finder(graph, wanted, states, free)
     uses = finder.find(leaves, leaf_shapes)
+    if free is not None and finder.by_case:
+        # noise for each case is no weight: what is computed from it is data
+        free = Free(graph, states, finder.by_case)
+        uses = _Finder(graph, wanted, states, free).find(leaves, leaf_shapes)
     # Functions with custom rules count as their bodies here: an operand that the body
     # does not read is for the rule alone, so it is no use that discovery missed.
     uses += _unaccounted_for(leaves, differentiated(graph, wanted, rules=False), uses)
@@ -116,12 +121,12 @@ class _Finder:
         graph: Graph,
         wanted: set[int],
         states: Mapping[int, State],
-        has_batch: bool,
+        free: Free | None,
     ) -> None:
         self.graph = graph
         self.states = states
         # without data, nothing is computed before it meets data
-        self.free = Free(graph, states) if has_batch else None
+        self.free = free
         self.live = needed(graph, wanted)
         # values that gradients reach: behind a stop_gradient a parameter is data
         self.reached = differentiated(graph, wanted)
@@ -137,6 +142,7 @@ class _Finder:
         self.uses: list[Use] = []
         self.leaves: Sequence[int] = ()
         self.computed: list[int] = []  # weights that are computed from parameters
+        self.by_case: set[int] = set()  # those that differ from case to case
 
     def find(self, leaves: Sequence[int], shapes: Sequence[Sequence[int]]) -> list[Use]:
         """Returns the uses of the parameters that the values `leaves` are."""
@@ -225,11 +231,8 @@ class _Finder:
             self.views[node.outputs[0]] = found
             return
         outcomes = [self._outcome(node, views) for views in choices]
-        if any(
-            _may_compute(node, *pair) for pair in zip(outcomes, choices, strict=True)
-        ):
-            if self._compute(node):
-                return
+        if any(_may_compute(node, x) for x in outcomes) and self._compute(node):
+            return
         # a slice or a repetition that is no layer's may be a map that leads to one
         refused = any(isinstance(outcome, Refused) for outcome in outcomes)
         if refused and self._compute_operands(node):
@@ -300,6 +303,11 @@ class _Finder:
         linear = dataclasses.replace(linear, site=site)
         # a tag's bias is added once, however many terms its weight has
         first = node not in self.layers
+        state = self.states.get(node.outputs[0])
+        if site.leaf >= len(self.leaves) and _varies(site, state):
+            part = lifted(self.graph, self.computed[site.leaf - len(self.leaves)])
+            made = {out for inner in part.walk() for out in inner.outputs}
+            self.by_case.update(made.intersection(self.computed))
         self.layers.setdefault(node, []).append(Consumed(linear, views))
         self.behind_layers.update(node.outputs)
         self.uses.append(site)
@@ -395,34 +403,29 @@ class _Finder:
         return view.unstacked(node.outputs[0])
 
 
-def _may_compute(node: Node, outcome: Outcome, views: Sequence[View | None]) -> bool:
+def _varies(site: Site, state: State) -> bool:
+    """Whether a weight has the axis of examples."""
+    return isinstance(state, Examples) and not isinstance(site.examples, Examples)
+
+
+def _may_compute(node: Node, outcome: Outcome) -> bool:
     """Whether an equation on constants rather computes a weight than is a layer.
 
-    A product with constants is, unless it repeats the parameter (for each case, say).
-    So are rows that are picked from a table.
+    Products entry by entry do, and rows that are picked from a table.
 
     Args:
       node: the equation, whose results do not depend on the batch.
       outcome: what a rule made of it.
-      views: the views of its operands.
 
     Returns:
       Whether it does.
     """
     if not isinstance(outcome, Linear):
         return isinstance(outcome, Refused)
-    if isinstance(outcome.site.output, tuple):
-        return True
-    if outcome.site.kind == "embedding":
-        return node.name == "gather"
-    repeated = any(
-        piece.new and piece.size > 1
-        for view in views
-        if view is not None
-        for axis in view.axes
-        for piece in axis
+    site = outcome.site
+    return (
+        isinstance(site.output, tuple) or site.kind == "scale" or node.name == "gather"
     )
-    return outcome.site.kind == "scale" and not repeated
 
 
 def _on_devices(graph: Graph) -> set[int]:

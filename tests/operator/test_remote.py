@@ -106,6 +106,11 @@ def entries(p, x):
     return jnp.clip(jnp.arctan2(p["d"], y), -p["s"], p["s"]) * p["a"] / p["b"]
 
 
+def given_directions(p, x):
+    """A weight norm with fixed directions."""
+    return jnp.tanh(x @ (p["g"] * FIXED))
+
+
 def both_ways(p, x):
     return jnp.tanh(x @ p["w"]) + p["w"][:1] * jnp.cos(x[:, :1])
 
@@ -209,6 +214,7 @@ FAMILIES = {  # the program, its parameters
         entries,
         {n: models.array(ord(n), D) for n in "abcd"} | {"s": np.asarray(1.2)},
     ),
+    "given directions": (given_directions, {"g": models.array(2, H)}),
     "both ways": (both_ways, array(1, D, H)),
     "padded": (padded, array(2, D - 1, H)),
     "tiled": (tiled, array(2, D, 2)),
@@ -271,8 +277,19 @@ def places(plan, layer):
     return np.concatenate([index[leaf].ravel() for leaf in layer.leaves]).astype(int)
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=repr)
-@pytest.mark.parametrize("name", FAMILIES)
+FAST = ("cut", "masked", "weight norm", "entries", "map in scan")
+
+
+@pytest.mark.parametrize(
+    ("name", "block"),
+    [
+        pytest.param(
+            name, block, marks=[] if i < 1 or name in FAST else [pytest.mark.slow]
+        )
+        for name in FAMILIES
+        for i, block in enumerate(BLOCKS)
+    ],
+)
 def test_the_block_is_that_of_examples_gradients(name, block):
     """Full is exact, Diagonal has its diagonal, the others its trace."""
     plan = plan_of(name, block)
@@ -295,7 +312,20 @@ def test_the_block_is_that_of_examples_gradients(name, block):
         np.testing.assert_allclose(mine, wanted, atol=1e-10 * np.trace(wanted))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+def test_noise_of_each_case_computes_no_weight():
+    """Its product with a parameter is a layer with the noise as input."""
+
+    def loss_fn(p, x, key):
+        noise = jax.random.normal(key, x.shape)
+        return squared_error(jnp.tanh(x + jnp.exp(p["s"] * noise))).sum(-1).mean()
+
+    params, key = {"s": models.array(0, D)}, jax.random.key(0)
+    plan = kfac_jax.make_curvature(loss_fn, params, X, key)
+    (layer,) = plan.layers
+    assert (layer.kind, layer.uses) == ("scale", 1)
+
+
+@pytest.mark.parametrize("name", FAST)
 def test_a_step_with_defaults(name):
     """Statistics do not change gradients, and updates are finite."""
     apply, params = FAMILIES[name]
