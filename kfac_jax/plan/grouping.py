@@ -213,7 +213,7 @@ def _remote_layer(leaf: _Leaf, uses: Sequence[Use]) -> tuple[Layer, list[Site]] 
     kind = kinds.pop() if len(kinds) == 1 else "mixed"
     *lead, inputs, outputs = layout.shape
     made = _layer(kind, [(leaf, layout, "weight")], sites, ((), inputs, outputs))
-    shape = BlockShape(tuple(lead), (), inputs, outputs)
+    shape = BlockShape((), tuple(lead), inputs, outputs)
     return dataclasses.replace(made, shape=shape), sites
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import kfac_jax
-from kfac_jax.blocks import Diagonal, Full, Identity, Kronecker
+from kfac_jax.blocks import TNT, Diagonal, Full, Identity, Kronecker
 from tests.fuzz import expectations
 from tests.fuzz import programs as p
 from tests.fuzz.cases import TOLERANCE, Case, Numbers, compute, make
@@ -135,6 +135,9 @@ def check_blocks(case: Case, numbers: Numbers) -> dict[str, int]:
             elif isinstance(layer.block, Diagonal):
                 expected = np.diag(np.diag(exact))
                 close(found, expected, case.tolerance, what, scale)
+            elif isinstance(layer.block, TNT):
+                trace, expected = np.trace(found), np.trace(exact)
+                close(trace, expected, case.tolerance, what, scale)
             else:
                 assert isinstance(layer.block, Kronecker)
                 if _has_rounding(case, numbers, layer):

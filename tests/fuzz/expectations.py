@@ -1,7 +1,7 @@
 """What theory and the documentation say of a program, from its description alone."""
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from tests.fuzz import programs as p
@@ -98,11 +98,6 @@ def check_coverage(program: p.Program, plan: Any) -> None:
     kinds = {
         int(path[1:]): layer.kind for layer in plan.layers for path in layer.params
     }
-    for op in _lasting(program.body):
-        for weight in p.weights(op):
-            if VIEWS[weight.view].covered is False:
-                wrong = {kinds[i] for i in weight.params} - {"unmatched", "unused"}
-                assert not wrong, f"functions of parameters alone are called {wrong}"
     # functions under these get all parameters, those too that they do not use, but for
     # which their rules may give gradients
     hidden = any(
@@ -139,16 +134,6 @@ def check_coverage(program: p.Program, plan: Any) -> None:
             assert kind in names, f"{p.name(index)} is called {kind}"
 
 
-def _lasting(body: Sequence[p.Op], replaced: bool = False) -> Iterator[p.Op]:
-    """The operations whose results no rows of a table can replace later."""
-    for op in reversed(body):
-        if not replaced:
-            yield op
-        for inner in p.bodies(op):
-            yield from _lasting(inner, replaced)
-        replaced |= any(isinstance(x, p.Embed) and not x.add for x, _ in p.walk((op,)))
-
-
 def _must_be_covered(own: Sequence[tuple[p.Op, p.Weight, list[p.Op]]]) -> bool:
     """All uses are the same plain product, and none is in a place with limits.
 
@@ -164,4 +149,4 @@ def _must_be_covered(own: Sequence[tuple[p.Op, p.Weight, list[p.Op]]]) -> bool:
         for _, _, inside in own
         for x in inside
     )
-    return len(same) == 1 and VIEWS[weight.view].covered is True and not sliced
+    return len(same) == 1 and VIEWS[weight.view].covered and not sliced

@@ -24,7 +24,7 @@ class ViewKind:
       index: the same of their entries' numbers, for each term of a sum; None where
         entries are not moved only.
       scale: the factor between entries and the weight's.
-      covered: whether a layer has to be found (True), cannot be (False) or may (None).
+      covered: whether a layer with the parameter's own sides has to be found.
       least_rank: of the weight.
     """
 
@@ -32,7 +32,7 @@ class ViewKind:
     make: Callable[..., Any]
     index: Callable[..., Any] | None = None
     scale: float = 1.0
-    covered: bool | None = True
+    covered: bool = True
     least_rank: int = 0
 
 
@@ -82,7 +82,7 @@ VIEWS: dict[str, ViewKind] = {
         lambda s: _halves(s, 0),
         lambda v, w, s: _concatenate(v, w, axis=0),
         lambda v, w, s: _concatenate(v, w, axis=0),
-        covered=None,
+        covered=False,
         least_rank=2,
     ),
     "scaled": _scaled(lambda w, s: w * 0.5, 0.5),
@@ -92,18 +92,23 @@ VIEWS: dict[str, ViewKind] = {
     "cut out": _moved(
         lambda s: (*s[:-1], s[-1] + 1),
         lambda w, s: w[..., :-1],
-        covered=None,
+        covered=False,
         least_rank=1,
     ),
     "cut in": _moved(
-        lambda s: (s[0] + 1, *s[1:]), lambda w, s: w[1:], covered=None, least_rank=1
+        lambda s: (s[0] + 1, *s[1:]), lambda w, s: w[1:], covered=False, least_rank=1
     ),
-    "second": _moved(lambda s: (2, *s), lambda w, s: w[1], covered=None),
-    "generic": _scaled(lambda w, s: kfac_jax.register_generic(w), 1.0, covered=None),
+    "second": _moved(lambda s: (2, *s), lambda w, s: w[1], covered=False),
+    "generic": _scaled(lambda w, s: kfac_jax.register_generic(w), 1.0, covered=False),
     "stopped": ViewKind(
-        lambda s: (s,), lambda w, s: jax.lax.stop_gradient(w), covered=None
+        lambda s: (s,), lambda w, s: jax.lax.stop_gradient(w), covered=False
     ),
     "exp": ViewKind(lambda s: (s,), lambda w, s: 0.5 * jnp.exp(0.3 * w), covered=False),
+    "masked": ViewKind(
+        lambda s: (s,),
+        lambda w, s: w * (np.arange(w.size).reshape(s) % 3 > 0).astype(w.dtype),
+        covered=False,
+    ),
     "normed": ViewKind(
         lambda s: (s,),
         lambda w, s: w / jnp.sqrt(jnp.square(w).sum() + 0.1),
@@ -113,7 +118,7 @@ VIEWS: dict[str, ViewKind] = {
         lambda s: (s, s),
         lambda v, w, s: v + w,
         index=lambda v, w, s: (v, w),
-        covered=None,
+        covered=False,
     ),
     "product": ViewKind(
         lambda s: ((s[0], 2), (2, *s[1:])),
@@ -123,6 +128,3 @@ VIEWS: dict[str, ViewKind] = {
     ),
 }
 """Each by its name."""
-
-LIMITS = tuple(name for name, view in VIEWS.items() if view.covered is False)
-"""Functions of parameters alone, which must be reported."""
