@@ -625,6 +625,7 @@ def make_curvature(
     check_loss(derived.traced, params, args, l2, on_rest)
     return Curvature(
         **options,
+        kept_rules=derived.kept_rules,
         layers=derived.layers,
         groups=derived.grouped.groups,
         notes=derived.grouped.notes,

@@ -82,7 +82,10 @@ def _run(
     inputs: Sequence[Any],
     probes: Mapping[str, Probe] | None,
 ) -> tuple[list[Any], list[RegisteredLoss]]:
-    env: dict[int, Any] = dict(graph.constants)
+    # as JAX's arrays, which a user's derivative rule may index with a traced integer
+    env: dict[int, Any] = {
+        value: jnp.asarray(x) for value, x in graph.constants.items()
+    }
     env.update(zip(graph.inputs, inputs, strict=True))
     losses: list[RegisteredLoss] = []
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from kfac_jax._jaxpr import custom_rules
 from kfac_jax._jaxpr.constants import mixed
 from kfac_jax._jaxpr.interpreter import Program
 from kfac_jax._jaxpr.sites import Site
@@ -37,6 +38,7 @@ class Options:
     batch_argnums: batch.Argnums = dataclasses.field(default=None, repr=False)
     independent_cases: bool = dataclasses.field(default=False, repr=False)
     factor_dtype: str | None = None
+    kept_rules: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
 
     def derive(self, params: Params, args: Any, *, quiet: bool) -> "Derived":
         """Traces the loss function and finds layers and groups.
@@ -58,7 +60,11 @@ class Options:
         traced = trace(
             self.loss_fn, self.has_aux, self.tree, params, args, self.batch_argnums
         )
-        uses = traced.found.uses
+        graph, uses = traced.found.graph, traced.found.uses
+        rules = self.kept_rules
+        if rules is None:
+            rules = custom_rules.kept(graph, uses, len(self.tree.paths))
+        uses = custom_rules.without(graph, uses, rules)
         if not needs_rng(self.estimation_mode):
             mode = self.estimation_mode
             where = f"; only sampled modes can tell them apart, not {mode!r}"
@@ -82,12 +88,12 @@ class Options:
             Uses(
                 layers,
                 sites,
-                traced.found.graph,
+                graph,
                 self.l2,
                 goes_around_rules(traced, sites),
             )
         )
-        return Derived(traced, layers, sites, grouped)
+        return Derived(traced, layers, sites, grouped, rules)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -99,12 +105,14 @@ class Derived:
       layers: its layers.
       sites: for each layer name, its uses.
       grouped: its groups.
+      kept_rules: the functions with uses inside whose derivative rule is kept.
     """
 
     traced: Traced
     layers: tuple[Layer, ...]
     sites: Mapping[str, Sequence[Site]]
     grouped: Grouped
+    kept_rules: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,156 @@
+"""Which custom derivative rules may be replaced by the derivative of their function.
+
+A tap inside of a `custom_jvp` or `custom_vjp` function is met only if its body is
+differentiated in place of the rule. That gives the same only where both agree: not for
+a straight-through estimate, nor for implicit differentiation.
+"""
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr.graph import BODY_OFFSETS, Graph, Node, has_own_rule, is_value
+from kfac_jax._jaxpr.interpreter import Program, run
+from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+
+REASON = "is in a function whose custom derivative rule is not its body's derivative"
+
+
+def kept(graph: Graph, uses: Sequence[Use], parameters: int) -> tuple[int, ...]:
+    """The functions with uses inside whose rule must not be replaced.
+
+    Each is differentiated both ways at random operands.
+
+    Args:
+      graph: the program.
+      uses: what discovery found.
+      parameters: the number of parameters, which are the program's first inputs.
+
+    Returns:
+      Their places among all functions with a rule, in order.
+    """
+    outputs = {_value(use) for use in uses if isinstance(use, Site)}
+    dependent = _dependent(graph, {*graph.inputs[:parameters]})
+    return tuple(
+        i
+        for i, node in enumerate(_functions(graph))
+        if not outputs.isdisjoint(_made(node))
+        and not any(x.name == "kfac_loss" for b in node.bodies for x in b.walk())
+        and not _agrees(node, dependent)
+    )
+
+
+def without(graph: Graph, uses: Sequence[Use], rules: Collection[int]) -> list[Use]:
+    """Refuses the uses inside of functions whose rule is kept.
+
+    Args:
+      graph: the program.
+      uses: what discovery found.
+      rules: what `kept` returned, for this program or one like it.
+
+    Returns:
+      The uses.
+    """
+    inside = {
+        value
+        for i, node in enumerate(_functions(graph))
+        if i in rules
+        for value in _made(node)
+    }
+    return [
+        OtherUse(use.leaf, "unmatched", REASON, use.source)
+        if isinstance(use, Site) and _value(use) in inside
+        else use
+        for use in uses
+    ]
+
+
+def _functions(graph: Graph) -> list[Node]:
+    return [node for node in graph.walk() if has_own_rule(node)]
+
+
+def _made(node: Node) -> set[int]:
+    return {x for body in node.bodies for inner in body.walk() for x in inner.outputs}
+
+
+def _value(site: Site) -> int:
+    place = site.output
+    return place[0] if isinstance(place, tuple) else place
+
+
+def _dependent(graph: Graph, values: set[int]) -> set[int]:
+    """The values that depend on some inputs; a loop's carry may do so at any step."""
+    for node in graph.nodes:
+        if not any(is_value(atom) and atom in values for atom in node.inputs):
+            continue
+        values.update(node.outputs)
+        offset = BODY_OFFSETS.get(node.name)
+        for body in node.bodies:
+            given = node.inputs[offset:] if offset is not None else ()
+            loop = node.name in ("scan", "while") or len(given) != len(body.inputs)
+            own = body.inputs if loop else ()
+            pairs = zip(body.inputs, given, strict=False)
+            values.update(own)
+            values.update(x for x, atom in pairs if is_value(atom) and atom in values)
+            _dependent(body, values)
+    return values
+
+
+def _agrees(node: Node, dependent: Collection[int]) -> bool:
+    """Whether a function's rule gives the derivative of its body.
+
+    Not where either has none, or cannot be evaluated outside of the program.
+
+    Args:
+      node: the function.
+      dependent: the values that depend on parameters, by which it is differentiated.
+
+    Returns:
+      Whether it does.
+    """
+    operands = [_random(x.aval, i) for i, x in enumerate(node.equation.invars)]
+    real = [
+        i
+        for i, (atom, x) in enumerate(zip(node.inputs, operands, strict=True))
+        if is_value(atom)
+        and atom in dependent
+        and jnp.issubdtype(x.dtype, jnp.floating)
+    ]
+    program = Program(node.bodies[0], {}, {})
+
+    def derivatives(function: Any) -> list[Array]:
+        def outputs(values: list[Array]) -> list[Array]:
+            full = list(operands)
+            for i, value in zip(real, values, strict=True):
+                full[i] = value
+            found = function(full)
+            return [y for y in found if jnp.issubdtype(y.dtype, jnp.floating)]
+
+        ys, pull = jax.vjp(outputs, [operands[i] for i in real])
+        (found,) = pull([_random(y, -i - 1) for i, y in enumerate(ys)])
+        return found
+
+    try:
+        with jax.ensure_compile_time_eval():
+            by_rule = derivatives(lambda x: _compat.evaluate(node.equation, x))
+            by_body = derivatives(lambda x: run(program, x, None)[0])
+            return all(map(_close, by_rule, by_body))
+    except Exception:  # whatever a rule may raise
+        return False
+
+
+def _random(like: Any, seed: int) -> Array:
+    if not jnp.issubdtype(like.dtype, jnp.floating):
+        return jnp.zeros(like.shape, like.dtype)
+    return jax.random.normal(jax.random.key(seed % 2**31), like.shape, like.dtype)
+
+
+def _close(a: Array, b: Array) -> bool:
+    tolerance = 10 * float(jnp.finfo(a.dtype).eps) ** 0.5
+    scale = jnp.nanmax(jnp.abs(b), initial=0.0)
+    error = jnp.nanmax(jnp.abs(a - b), initial=0.0)
+    return bool(error <= tolerance * scale)
