@@ -139,6 +139,10 @@ def _agrees(node: Node, dependent: Collection[int]) -> bool:
             by_rule = derivatives(lambda x: _compat.evaluate(node.equation, x))
             by_body = derivatives(lambda x: run(program, x, None)[0])
             return all(map(_close, by_rule, by_body))
+    except jax.errors.UnexpectedTracerError:
+        # A rule that closes over traced arrays can only be evaluated where it was
+        # traced. No later run of the program could keep it.
+        return True
     except Exception:  # whatever a rule may raise
         return False
 

@@ -88,10 +88,17 @@ def discover(
     if free is not None and finder.by_case:
         # noise for each case is no weight: what is computed from it is data
         free = Free(graph, states, finder.by_case)
-        uses = _Finder(graph, wanted, states, free).find(leaves, leaf_shapes)
+        finder = _Finder(graph, wanted, states, free)
+        uses = finder.find(leaves, leaf_shapes)
     # Functions with custom rules count as their bodies here: an operand that the body
-    # does not read is for the rule alone, so it is no use that discovery missed.
-    uses += _unaccounted_for(leaves, differentiated(graph, wanted, rules=False), uses)
+    # does not read is for the rule alone, so it is no use that discovery missed. What
+    # is computed from a parameter may be such an operand, too.
+    reached = differentiated(graph, wanted, rules=False)
+    by_rule = differentiated(graph, wanted)
+    for value in finder.computed:
+        if value in by_rule:
+            reached |= differentiated(lifted(graph, value), {value})
+    uses += _unaccounted_for(leaves, reached, uses)
     if has_batch:
         uses = with_cases(uses, graph, states)
     return Found(graph, tuple(uses), len(losses), loss_examples)

@@ -319,10 +319,7 @@ def _other_layer(leaf: _Leaf, uses: Sequence[Use]) -> Layer:
         return _bare_layer(leaf, "unused", 0, KINDS["unused"], "")
     if bad is not None:
         return _bare_layer(leaf, "unmatched", len(own), bad.reason, bad.source)
-    if others:
-        return _bare_layer(leaf, "generic", len(own), "", others[0].source)
-    reason = "its uses are different linear maps, which share no block"
-    return _bare_layer(leaf, "unmatched", len(own), reason, own[0].source)
+    return _bare_layer(leaf, "generic", len(own), "", others[0].source)
 
 
 def _bare_layer(leaf: _Leaf, kind: str, uses: int, reason: str, source: str) -> Layer:

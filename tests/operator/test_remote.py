@@ -128,6 +128,18 @@ def stacked_pair(p, x):
     return jnp.tanh(jnp.einsum("ni,kio->no", x, w))
 
 
+def joined(p, x):
+    """Uses of two parameters that are joined to one array."""
+    both = jnp.concatenate([p["a"], p["w"]], axis=1)
+    picked = both[jnp.argmax(x, axis=1)][:, :3]
+    return (
+        x @ (both * both)[:, :3]
+        + x @ both[:, 1:]
+        + x[:, :2] @ both.reshape(4, 3)[:2]
+        + jnp.sin(picked)
+    )
+
+
 def bias_table(p, x):
     """A table of relative positions, added to each example."""
     return jnp.tanh(x[:, :, None] + p["t"][INDEX])
@@ -219,6 +231,7 @@ FAMILIES = {  # the program, its parameters
     "padded": (padded, array(2, D - 1, H)),
     "tiled": (tiled, array(2, D, 2)),
     "stacked pair": (stacked_pair, {"a": models.array(1, D, H), **array(2, D, H)}),
+    "joined": (joined, {"a": models.array(1, D, 1), **array(2, D, 3)}),
     "bias table": (bias_table, {"t": models.array(2, D)}),
     "other rows": (other_rows, {"t": models.array(2, 5, 5)}),
     "generated": (generated, {"e": models.array(2, 2), "h": models.array(3, 2, D * H)}),

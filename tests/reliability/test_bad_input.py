@@ -266,7 +266,11 @@ def test_a_block_class_in_place_of_a_block():
 
 def test_unmatched_parameters_with_error():
     def unmatched(params, x, y):
-        return losses.squared_error(x @ jnp.sin(params["w"]), y).sum(-1).mean()
+        def step(z, row):
+            return z + x[:, :1] * jnp.sin(row)[None], None
+
+        z = jax.lax.scan(step, jnp.zeros_like(y), params["w"])[0]
+        return losses.squared_error(z, y).sum(-1).mean()
 
     with pytest.raises(ValueError, match=r"No layer covers 1 param.*\n.*w: .*\n.*at "):
         make(unmatched, {"w": jnp.ones((3, 2))}, on_unmatched="error")

@@ -71,36 +71,62 @@ def tagged_with_a_function_of_a_weight(p, x):
     return kfac_jax.register_dense(x @ w, x, w, p["a"])
 
 
+def used_in_two_ways(p, x):
+    total = jnp.ones(3) @ p["a"]
+    return x @ (p["a"] / jnp.linalg.norm(total)) + total[None]
+
+
+def in_a_loop(apply):
+    """A scan over the parameters, whose maps cannot be lifted out of it."""
+
+    def applied(params, x):
+        stacked = jax.tree.map(lambda a: a[None], params)
+        step = lambda _, p: (None, apply(p, x))  # noqa: E731
+        return jax.lax.scan(step, None, stacked)[1][0]
+
+    return applied
+
+
 REASONS = {  # the parameters' shapes, and their use
     "multiplied with another parameter": (
         [(3, 2), (2, 2)],
-        lambda p, x: x @ (p["a"] @ p["b"]),
+        in_a_loop(lambda p, x: x @ (p["a"] @ p["b"])),
     ),
     "combined with another parameter by `mul`": (
         [(3, 2), (3, 2)],
-        lambda p, x: x @ (p["a"] * p["b"]),
+        in_a_loop(lambda p, x: x @ (p["a"] * p["b"])),
     ),
     "joined and then combined by `mul`": (
         [(1, 2), (2, 2)],
-        lambda p, x: (
-            x @ (jnp.concatenate([p["a"], p["b"]]) * jnp.concatenate([p["b"], p["a"]]))
+        in_a_loop(
+            lambda p, x: (
+                x
+                @ (
+                    jnp.concatenate([p["a"], p["b"]])
+                    * jnp.concatenate([p["b"], p["a"]])
+                )
+            )
         ),
     ),
     "repeated or only partly used by `dot_general`": (
         [(2,)],
-        lambda p, x: x @ jnp.broadcast_to(p["a"], (3, 2)),
+        in_a_loop(lambda p, x: x @ jnp.broadcast_to(p["a"], (3, 2))),
     ),
     "repeated or only partly used by `mul`": (
         [(5,)],
-        lambda p, x: x * jnp.broadcast_to(p["a"][:3], x.shape),
+        in_a_loop(lambda p, x: x * jnp.broadcast_to(p["a"][:3], x.shape)),
     ),
     "repeated or only partly used by `concatenate`": (
         [(5,)],
-        lambda p, x: jnp.concatenate([x, jnp.broadcast_to(p["a"][:3], x.shape)], 1),
+        in_a_loop(
+            lambda p, x: jnp.concatenate([x, jnp.broadcast_to(p["a"][:3], x.shape)], 1)
+        ),
     ),
     "repeated or only partly used by `gather`": (
         [(3,)],
-        lambda p, x: jnp.broadcast_to(p["a"], (2, 3))[(x[:, 0] > 0).astype(int)],
+        in_a_loop(
+            lambda p, x: jnp.broadcast_to(p["a"], (2, 3))[(x[:, 0] > 0).astype(int)]
+        ),
     ),
     "broadcast against data by `mul` in an unusual way": (
         [(3,)],
@@ -108,7 +134,7 @@ REASONS = {  # the parameters' shapes, and their use
     ),
     "concatenated with another parameter": (
         [(4, 3), (4, 3)],
-        lambda p, x: x + jnp.concatenate([p["a"][:2], p["b"][:2]]),
+        in_a_loop(lambda p, x: x + jnp.concatenate([p["a"][:2], p["b"][:2]])),
     ),
     "concatenated with data without one copy for each example": (
         [(4, 1)],
@@ -116,7 +142,7 @@ REASONS = {  # the parameters' shapes, and their use
     ),
     "but an operand is not a view of a parameter": (
         [(2,), (3, 2)],
-        tagged_with_a_function_of_a_weight,
+        in_a_loop(tagged_with_a_function_of_a_weight),
     ),
     "tagged as conv2d, but the layer's input is a parameter": (
         [(4, 3, 1, 1), (2, 2, 3, 1)],
@@ -130,7 +156,7 @@ REASONS = {  # the parameters' shapes, and their use
     ),
     "tagged as dense, but a parameter is repeated or partly used": (
         [(3,)],
-        tagged_with_a_repeated_weight,
+        in_a_loop(tagged_with_a_repeated_weight),
     ),
     "tagged as scale_and_shift under a vmap over its parameters": (
         [(3,)],
@@ -138,25 +164,34 @@ REASONS = {  # the parameters' shapes, and their use
     ),
     "tagged as scale_and_shift, but a parameter is partly used": (
         [(5,)],
-        tagged_with_a_part,
+        in_a_loop(tagged_with_a_part),
     ),
     "tagged as scale_and_shift with shapes that do not match": (
         [(3,), ()],
-        tagged_with_two_shapes,
+        in_a_loop(tagged_with_two_shapes),
     ),
     "convolved in groups that do not match its axes": (
         [(3, 2, 2, 2, 2)],
-        lambda p, x: conv(
-            x, p["a"].reshape(6, 2, 2, 2), padding="SAME", feature_group_count=2
+        in_a_loop(
+            lambda p, x: conv(
+                x, p["a"].reshape(6, 2, 2, 2), padding="SAME", feature_group_count=2
+            )
         ),
     ),
+    "repeated or only partly used by `conv_general_dilated`": (
+        [(2, 2)],
+        in_a_loop(
+            lambda p, x: conv(x, jnp.broadcast_to(p["a"], (3, 4, 2, 2)), padding="SAME")
+        ),
+    ),
+    "its product with a constant is used in two ways": ([(3, 2)], used_in_two_ways),
     "convolved with data as the kernel": (
         [(4, 4, 2, 2)],
         lambda p, x: conv(p["a"], x, padding="SAME"),
     ),
     "consumed by `sort`, which is not a layer": (
         [(3,)],
-        lambda p, x: x + jnp.sort(p["a"])[None],
+        in_a_loop(lambda p, x: x + jnp.sort(p["a"])[None]),
     ),
     "enters `while`, which has no reverse mode: use scan, or fori_loop with fixed": (
         [(3,)],
@@ -172,7 +207,7 @@ REASONS = {  # the parameters' shapes, and their use
 def test_reasons(reason):
     shapes, apply = REASONS[reason]
     params = params_of(*shapes)
-    x = IMAGES if "convolved" in reason else X
+    x = IMAGES if "convol" in reason or "`conv_" in reason else X
     plan = kfac_jax.make_curvature(loss_of(apply), params, x, on_unmatched="ignore")
     assert any(reason in layer.reason for layer in plan.layers), plan
 
@@ -255,7 +290,7 @@ def disagreeing():
 
 
 def unmatched(**options):
-    apply = lambda p, x: x @ jnp.exp(p["a"])  # noqa: E731
+    apply = in_a_loop(lambda p, x: x @ jnp.exp(p["a"]))
     kfac_jax.make_curvature(loss_of(apply), params_of((3, 2)), X, **options)
 
 

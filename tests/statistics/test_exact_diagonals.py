@@ -1,4 +1,4 @@
-"""Parameters without a layer: their diagonal is exact in exact modes."""
+"""Parameters that are tagged generic: their diagonal is exact in exact modes."""
 
 import dataclasses
 import functools
@@ -60,6 +60,7 @@ def _problem(kind):
     params = models.dense_params(0, 3, 4) | {"alpha": jnp.linspace(0.9, 1.3, size)}
 
     def outputs(params, x):
+        params = params | {"alpha": kfac_jax.register_generic(params["alpha"])}
         return outer(params, models.dense(params["layer0"], x), x)
 
     def loss_fn(params, x, labels, mask=None):
@@ -77,10 +78,9 @@ def _case(z, label):
 
 
 def _plan(loss_fn, params, *args, **options):
-    with pytest.warns(UserWarning, match="no layer covers"):
-        return kfac_jax.make_curvature(
-            loss_fn, params, *args, estimation_mode="fisher_exact", **options
-        )
+    return kfac_jax.make_curvature(
+        loss_fn, params, *args, estimation_mode="fisher_exact", **options
+    )
 
 
 def _diagonal(curvature, params, *args, rng=None):
@@ -107,7 +107,8 @@ def test_of_another_precision_than_the_loss(kind, narrow):
         params["alpha"] = params["alpha"].astype("float32")
 
     def outputs(params, x):
-        wide = params | {"alpha": params["alpha"].astype("float64")}
+        alpha = kfac_jax.register_generic(params["alpha"])
+        wide = params | {"alpha": alpha.astype("float64")}
         return outer(wide, models.dense(params["layer0"], x), x)
 
     def loss_fn(params, x, labels):
@@ -136,12 +137,12 @@ def test_masked_cases_do_not_count():
 
 
 def _wide(size):
-    """A parameter of that many entries which no layer covers."""
+    """A parameter of that many entries which is tagged."""
     params = models.dense_params(0, 3, 4) | {"alpha": jnp.ones(size)}
 
     def loss_fn(params, x, labels):
         z = models.dense(params["layer0"], x)
-        z = z * jnp.mean(jnp.exp(params["alpha"])) ** 2
+        z = z * jnp.mean(jnp.exp(kfac_jax.register_generic(params["alpha"]))) ** 2
         return softmax_cross_entropy_with_integer_labels(z, labels).mean()
 
     return params, loss_fn
@@ -166,7 +167,8 @@ def test_the_limit_is_of_all_of_them_together():
     def loss_fn(params, x, labels):
         z = models.dense(params["layer0"], x)
         for i, name in enumerate(names, 1):
-            z = jnp.sin(z * jnp.mean(jnp.exp(params[name])) ** i)
+            p = kfac_jax.register_generic(params[name])
+            z = jnp.sin(z * jnp.mean(jnp.exp(p)) ** i)
         return softmax_cross_entropy_with_integer_labels(z, labels).mean()
 
     curvature = _plan(loss_fn, params, X, LABELS)
@@ -204,7 +206,8 @@ def test_without_a_forward_mode_it_is_estimated():
     params, _ = _wide(1)
 
     def loss_fn(params, x, labels):
-        z = models.dense(params["layer0"], x) * smooth(params["alpha"])[None] ** 2
+        alpha = kfac_jax.register_generic(params["alpha"])
+        z = models.dense(params["layer0"], x) * smooth(alpha)[None] ** 2
         return softmax_cross_entropy_with_integer_labels(z, labels).mean()
 
     curvature = _plan(loss_fn, params, X, LABELS)
@@ -241,7 +244,7 @@ def test_one_pull_back_says_all_where_an_example_has_one_output():
 
     def loss_fn(params, x):
         z = models.mlp({k: v for k, v in params.items() if k != "alpha"}, x)
-        z = jnp.sin(z * jnp.exp(params["alpha"])[None])
+        z = jnp.sin(z * jnp.exp(kfac_jax.register_generic(params["alpha"]))[None])
         return kfac_jax.losses.squared_error(z).sum(-1).mean()
 
     curvature = _plan(loss_fn, params, X)
@@ -269,8 +272,7 @@ def test_the_optimizers_first_update_does_not_depend_on_the_key():
         estimation_mode="fisher_exact",
         num_burnin_steps=0,
     )
-    with pytest.warns(UserWarning, match="no layer covers"):
-        state = optimizer.init(params, jax.random.key(0), (X, LABELS))
+    state = optimizer.init(params, jax.random.key(0), (X, LABELS))
     rates = {"learning_rate": 0.1, "momentum": 0.0, "damping": 1e-3}
     pair = [
         optimizer.step(params, state, key, batch=(X, LABELS), **rates)[0]

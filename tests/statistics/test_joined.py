@@ -132,26 +132,6 @@ def test_a_parameter_joined_with_itself_is_used_twice():
         close(ours[key], factor)
 
 
-def both(p):
-    return jnp.concatenate([p["v"], p["w"]], axis=1)
-
-
-REFUSED = {
-    "repeated or only partly used by `gather`": lambda p, x: both(p)[
-        jnp.argmax(x, axis=1)
-    ],
-    "joined and then combined by `mul`": lambda p, x: x @ (both(p) * both(p)),
-    "consumed by `reshape`": lambda p, x: x @ both(p).reshape(10, 2)[:4],
-    "consumed by `slice`": lambda p, x: x @ both(p)[:, 1:],
-}
-
-
-@pytest.mark.parametrize("reason", REFUSED)
-def test_other_uses_of_joined_parameters_are_refused(reason):
-    with pytest.warns(UserWarning, match=reason):
-        planned(REFUSED[reason], OUT)
-
-
 def test_a_slice_of_outputs_does_not_share_its_bias_with_the_weight():
     params = {"w": OUT["v"], "b": jnp.ones(2)}
     plan = planned(lambda p, x: (x @ p["w"])[:, :2] + p["b"][None], params)

@@ -1,0 +1,140 @@
+"""Custom derivative rules: replaced where they are the body's derivative, else kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kfac_jax
+from kfac_jax.losses import squared_error
+from tests.helpers import models, oracles
+
+X = models.array(0, 6, 3)
+PARAMS = {"v": models.array(1, 3, 4), "w": models.array(2, 4, 2)}
+
+
+@jax.custom_vjp
+def quantised(x, w):
+    """Of which the body's derivative by `x` is zero."""
+    return jnp.round(x * 16) / 16 @ w
+
+
+def _forward(x, w):
+    rounded = jnp.round(x * 16) / 16
+    return rounded @ w, (rounded, w)
+
+
+quantised.defvjp(_forward, lambda saved, g: (g @ saved[1].T, saved[0].T @ g))
+
+
+@jax.custom_vjp
+def honest(x, w):
+    return x @ w
+
+
+honest.defvjp(
+    lambda x, w: (x @ w, (x, w)), lambda saved, g: (g @ saved[1].T, saved[0].T @ g)
+)
+
+
+@jax.custom_vjp
+def fixed_point(x, w):
+    """With a layer beside a loop that has no reverse mode."""
+    injected = jnp.tanh(x) @ w
+
+    def step(carry):
+        return jnp.tanh(0.3 * carry[0] + injected), carry[1] + 1
+
+    return jax.lax.while_loop(lambda c: c[1] < 60, step, (injected, 0))[0]
+
+
+def _implicit(saved, g):
+    x, w, z = saved
+
+    def cell(z, x, w):
+        return jnp.tanh(0.3 * z + jnp.tanh(x) @ w)
+
+    _, by_z = jax.vjp(lambda z: cell(z, x, w), z)
+    u = jax.lax.fori_loop(0, 60, lambda _, u: g + by_z(u)[0], g)
+    return jax.vjp(lambda x, w: cell(z, x, w), x, w)[1](u)
+
+
+fixed_point.defvjp(lambda x, w: (z := fixed_point(x, w), (x, w, z)), _implicit)
+
+
+def loss_of(layer):
+    def loss_fn(p, x):
+        return squared_error(layer(jnp.tanh(x @ p["v"]), p["w"])).sum(-1).mean()
+
+    return loss_fn
+
+
+def factors_of(plan, params, *args):
+    return models.statistics_to_factors(plan, params, *args)
+
+
+@pytest.mark.parametrize("layer", [quantised, fixed_point])
+def test_a_rule_of_its_own_is_kept(layer):
+    """What lies before it has the curvature that its rule gives."""
+    loss_fn = loss_of(layer)
+    with pytest.warns(UserWarning, match=r"(?s)w: is in a function whose custom deriv"):
+        plan = kfac_jax.make_curvature(
+            loss_fn,
+            PARAMS,
+            X,
+            estimation_mode="fisher_exact",
+            blocks={"v": kfac_jax.blocks.Full()},
+        )
+    assert {x.name: x.kind for x in plan.layers} == {"v": "dense", "w": "unmatched"}
+    step = jax.jit(plan.value_grad_and_statistics)
+    _, grads, _ = step(PARAMS, X)
+    models.assert_trees_close(grads, jax.grad(loss_fn)(PARAMS, X))
+    found = plan.approximation(factors_of(plan, PARAMS, X)).to_dense()
+
+    def jacobian(x):
+        return jax.jacrev(lambda v: layer(jnp.tanh(x[None] @ v), PARAMS["w"])[0])(
+            PARAMS["v"]
+        ).reshape(2, -1)
+
+    j = jax.vmap(jacobian)(X)
+    expected = 2 * np.einsum("nap,naq->pq", j, j) / len(X)
+    own = oracles.block(np.asarray(found), PARAMS, "v")
+    np.testing.assert_allclose(own, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_rule_that_is_the_bodys_derivative_is_replaced():
+    plan = kfac_jax.make_curvature(loss_of(honest), PARAMS, X, on_unmatched="error")
+    assert [layer.kind for layer in plan.layers] == ["dense", "dense"]
+
+
+def test_the_choice_is_the_plans_for_other_batches():
+    """Operands that do not depend on parameters have no derivative to compare."""
+    with pytest.warns(UserWarning, match="custom derivative rule"):
+        plan = kfac_jax.make_curvature(loss_of(quantised), PARAMS, X)
+    assert plan.kept_rules == (0,)
+    key = jax.random.key(0)
+    _, _, statistics = plan.value_grad_and_statistics(PARAMS, X[:2], rng=key)
+    assert np.any(statistics.layers["v"]["output"])
+
+
+def test_a_rule_may_index_a_constant():
+    """Constants of a program are NumPy's, which a traced integer cannot index."""
+
+    @jax.custom_vjp
+    def own(x, table):
+        return x * table.sum()
+
+    def backward(saved, g):
+        add = lambda i, total: total + g * saved[i]  # noqa: E731
+        return jax.lax.fori_loop(0, 2, add, 0 * g), jnp.zeros_like(saved)
+
+    own.defvjp(lambda x, table: (x * table.sum(), table), backward)
+
+    def loss_fn(p, x):
+        h = own(jnp.tanh(x @ p["v"]), jnp.asarray([1.0, 2.0]))
+        return squared_error(h @ p["w"]).sum(-1).mean()
+
+    plan = kfac_jax.make_curvature(loss_fn, PARAMS, X, on_unmatched="error")
+    key = jax.random.key(0)
+    _, grads, _ = jax.jit(plan.value_grad_and_statistics)(PARAMS, X, rng=key)
+    models.assert_trees_close(grads, jax.grad(loss_fn)(PARAMS, X))
