@@ -24,6 +24,10 @@ from kfac_jax.plan.summing import (
 BlocksSpec = Block | Mapping[str, Block | None] | Callable[[Layer], Block | None] | None
 
 
+LONGEST_SHIFT = 512
+"""The longest full side of an elementwise layer with the default block."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Leaf:
     index: int
@@ -276,8 +280,12 @@ def _with_default_block(
     summed = is_shared(sites) and no_sums(layer, sites, Diagonal())
     if is_remote(sites):
         block = TNT() if min(layer.shape.matrix[-2:]) > 1 else Diagonal()
-    elif matrix or summed or _is_lost(sites):
+    elif matrix:
         block = Kronecker(weight_sharing=weight_sharing)
+    elif summed or _is_lost(sites):
+        # a table of positions has no factor of all its entries
+        longest = LONGEST_SHIFT
+        block = Kronecker(weight_sharing=weight_sharing, max_factor_dim=longest)
     else:
         block = Diagonal()
     return dataclasses.replace(layer, block=block)

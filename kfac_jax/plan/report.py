@@ -10,6 +10,9 @@ import jax
 from kfac_jax.plan.group import Group, abstract_factors, abstract_inverses, layers_of
 from kfac_jax.plan.layer import Layer
 
+PROPORTION = 64
+"""Beyond how many times a layer's parameters its factors are told in the report."""
+
 _COLUMNS = ("parameter", "shape", "kind", "uses", "block", "factors", "bytes")
 
 
@@ -149,11 +152,27 @@ def table(
     lines.append(_kinds(total))
     lines.append(_costs(total))
     lines.extend(notes)
+    lines.extend(_out_of_proportion(layers, factors))
     uncovered = [layer for layer in layers if layer.reason]
     if uncovered:
         lines.append("Not covered by a layer:")
         lines.extend(explain(layer) for layer in uncovered)
     return "\n".join(lines)
+
+
+def _out_of_proportion(
+    layers: Sequence[Layer], factors: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
+) -> list[str]:
+    """Lines about layers whose factors have far more entries than they themselves."""
+    times = {
+        x.name: sum(f.size for f in factors[x.name].values()) / max(_size(x), 1)
+        for x in layers
+    }
+    large = {name: ratio for name, ratio in times.items() if ratio > PROPORTION}
+    if not large:
+        return []
+    title = f"Factors of over {PROPORTION} × the parameters (see max_factor_dim):"
+    return [title, *(f"  {name}: {ratio:.0f} ×" for name, ratio in large.items())]
 
 
 def _kinds(total: Totals) -> str:

@@ -150,3 +150,30 @@ def test_a_parameter_that_is_the_whole_tree_has_a_name():
         plan = kfac_jax.make_curvature(loss_fn, jnp.ones(3), X)
     assert "\n  : " not in str(caught[0].message)
     assert "\n  : " not in plan.report()
+
+
+def test_factors_out_of_proportion_are_told():
+    def loss_fn(params, x):
+        z = x @ params["table"]
+        return squared_error(jnp.sort(z, 0) + params["b"][None]).sum(-1).mean()
+
+    shapes = {"table": (200, 2), "b": (2,)}
+    params = {n: jax.ShapeDtypeStruct(s, jnp.float32) for n, s in shapes.items()}
+    x = jax.ShapeDtypeStruct((8, 200), jnp.float32)
+    report = kfac_jax.make_curvature(loss_fn, params, x).report()
+    assert "Factors of over 64 × the parameters (see max_factor_dim):\n" in report
+    assert "  table: 100 ×" in report and "  b: " not in report
+    small = kfac_jax.blocks.Kronecker(max_factor_dim=64)
+    plan = kfac_jax.make_curvature(loss_fn, params, x, blocks=small)
+    assert "Factors of over" not in plan.report()
+
+
+def test_a_table_of_positions_whose_examples_are_lost_has_no_factor_of_its_size():
+    def loss_fn(params, x):
+        z = jnp.sort(x, 0) + params["p"][None]
+        return squared_error(z.reshape(len(z), -1)).sum(-1).mean()
+
+    params = {"p": jax.ShapeDtypeStruct((16, 64), jnp.float32)}
+    x = jax.ShapeDtypeStruct((8, 16, 64), jnp.float32)
+    (layer,) = kfac_jax.make_curvature(loss_fn, params, x).layers
+    assert layer.factor_shapes == {"input": (1, 1), "output_diagonal": (1024,)}
