@@ -220,7 +220,7 @@ class _Finder:
         if joined is not None:
             self.views[node.outputs[0]] = joined
             return
-        choices = _one_at_a_time(members, node.name in kinds.ENTRIES)
+        choices = _one_at_a_time(members, node.name in kinds.BY_OPERAND)
         if choices is None:
             if self._compute(node):
                 return

@@ -17,7 +17,8 @@ Atom = Any
 
 Place = int | tuple[int, int]
 """A value's id, or one operand of an equation: the id of the equation's first result,
-and the operand's index. An operand counts as broadcast to that result."""
+and the operand's index. An operand counts as broadcast to that result, except where
+the equation joins its operands."""
 
 _BODY_PARAMS: dict[str, tuple[str, ...]] = {
     "scan": ("jaxpr",),

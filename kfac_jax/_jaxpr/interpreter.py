@@ -20,6 +20,9 @@ from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax._jaxpr.graph import Atom, Graph, Node, Place, is_value
 from kfac_jax.distributions import RegisteredLoss
 
+JOINING = ("concatenate", "stack")
+"""Equations whose tapped operands are not broadcast to the result."""
+
 Probe = dict[str, Array]
 Gather = Callable[[Array | None, Array, Probe], Probe]
 """Maps a layer's input and output cotangent (shaped as in the program) and the values
@@ -98,7 +101,7 @@ def _run(
                 continue
             x = None if tap.x is None else read(tap.x)
             with _under(node):
-                if isinstance(place, tuple):
+                if isinstance(place, tuple) and node.name not in JOINING:
                     result = jnp.broadcast_to(result, node.out_shape())
                 result = _apply_tap(tap, result, x, probes[tap.layer])
         return result

@@ -140,6 +140,14 @@ def joined(p, x):
     )
 
 
+def tokens(p, x):
+    """Parameters that are joined to data, one copy for each case."""
+    first, last = (jnp.broadcast_to(p[n], x.shape)[:, None] for n in "ab")
+    h = jnp.concatenate([first, jnp.sin(x)[:, None], last], axis=1)
+    scale = jnp.broadcast_to(jnp.exp(p["s"]), h.shape)
+    return jnp.stack([jnp.tanh(h), scale], axis=1).prod(1)
+
+
 def bias_table(p, x):
     """A table of relative positions, added to each example."""
     return jnp.tanh(x[:, :, None] + p["t"][INDEX])
@@ -232,6 +240,7 @@ FAMILIES = {  # the program, its parameters
     "tiled": (tiled, array(2, D, 2)),
     "stacked pair": (stacked_pair, {"a": models.array(1, D, H), **array(2, D, H)}),
     "joined": (joined, {"a": models.array(1, D, 1), **array(2, D, 3)}),
+    "tokens": (tokens, {n: models.array(ord(n), D) for n in "abs"}),
     "bias table": (bias_table, {"t": models.array(2, D)}),
     "other rows": (other_rows, {"t": models.array(2, 5, 5)}),
     "generated": (generated, {"e": models.array(2, 2), "h": models.array(3, 2, D * H)}),

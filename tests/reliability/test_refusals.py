@@ -132,11 +132,7 @@ REASONS = {  # the parameters' shapes, and their use
         [(3,)],
         lambda p, x: x + (p["a"] * x.sum())[None],
     ),
-    "concatenated with another parameter": (
-        [(4, 3), (4, 3)],
-        in_a_loop(lambda p, x: x + jnp.concatenate([p["a"][:2], p["b"][:2]])),
-    ),
-    "concatenated with data without one copy for each example": (
+    "joined to data by `concatenate` without a copy for each case": (
         [(4, 1)],
         lambda p, x: jnp.concatenate([x, p["a"]], 1),
     ),

@@ -7,13 +7,19 @@ from kfac_jax._jaxpr.kinds.embedding import embedding
 from kfac_jax._jaxpr.kinds.outcome import Rule
 
 ENTRIES = ("div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp")
+"""Primitives that a parameter meets data in, entry by entry."""
+
+JOINS = {"concatenate": elementwise.concatenated, "stack": elementwise.stacked}
+"""Primitives that join a parameter to data."""
+
+BY_OPERAND = {*ENTRIES, *JOINS}
 """Primitives each of whose operands may be a parameter by itself."""
 
 RULES: dict[str, Rule] = {
     "dot_general": dot_general,
     "conv_general_dilated": convolution,
     "gather": embedding,
-    "concatenate": elementwise.concatenated,
+    **JOINS,
     "mul": elementwise.scale,
     "add": elementwise.shift,
     "sub": elementwise.shift,

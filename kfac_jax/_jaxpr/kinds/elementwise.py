@@ -139,29 +139,35 @@ def concatenated(node: Node, views: Sequence[View | None], state: State) -> Outc
     Such a token is a shift added to zeros. Its statistics are gathered at the repeated
     parameter, before the concatenation, where the cotangent is only the token's.
     """
-    parameters = [(i, view) for i, view in enumerate(views) if view is not None]
-    if len(parameters) > 1:
-        return Refused("concatenated with another parameter")
-    ((at, view),) = parameters
+    ((at, view),) = [(i, view) for i, view in enumerate(views) if view is not None]
     features = feature_axes(view, node.shape(at))
     repeated = isinstance(state, Examples) and any(
         piece.new and piece.size > 1 for piece in view.axes[state.axis]
     )
     if features is None or not repeated:
-        return Refused("concatenated with data without one copy for each example")
+        return Refused(f"joined to data by `{node.name}` without a copy for each case")
     layout = view.layout([[view.axes[a] for a in features]])
     if layout is None:
-        return Refused("repeated or only partly used by `concatenate`")
-    reader = Shift(Axes((), _others(node, features), features))
+        return Refused(f"repeated or only partly used by `{node.name}`")
+    others = tuple(i for i in range(len(node.shape(at))) if i not in features)
+    reader = Shift(Axes((), others, features))
     site = site_of(
         node,
         view,
         reader,
         state,
-        output=node.inputs[at],
+        output=(node.outputs[0], at),
         bias=Parameter(view.source, layout),
     )
     return plain_linear(node, site)
+
+
+def stacked(node: Node, views: Sequence[View | None], state: State) -> Outcome:
+    """The same along a new axis: a variance for all cases beside each one's mean."""
+    if isinstance(state, Examples):
+        axis = state.axis - (state.axis > node.params["axis"])
+        state = dataclasses.replace(state, axis=axis)
+    return concatenated(node, views, state)
 
 
 def feature_axes(view: View, shape: Sequence[int]) -> tuple[int, ...] | None:
