@@ -50,7 +50,9 @@ def sources(graph: Graph, sites: Mapping[str, Site]) -> dict[str, frozenset[str]
             for value, result in zip(node.outputs, results, strict=True):
                 name = at.get(value)
                 if name is not None:
-                    found[name] = of(sites[name].x)
+                    x = sites[name].x
+                    atoms = x if isinstance(x, tuple) else (x,)
+                    found[name] = frozenset[str]().union(*map(of, atoms))
                     result = frozenset([name])
                 reached[value] = result
 

@@ -35,13 +35,13 @@ class Tap:
 
     Attributes:
       layer: the layer's name, which is also its probe's.
-      x: the id of the layer's input; None for a shift.
+      x: the id of the layer's input, or of several operands; None for a shift.
       gather: computes the statistics.
       carried: entries of the probe that hold values for `gather`, not zeros.
     """
 
     layer: str
-    x: Atom | None
+    x: Atom | tuple[Atom, ...] | None
     gather: Gather
     carried: tuple[str, ...] = ()
 
@@ -92,7 +92,9 @@ def _run(
     env.update(zip(graph.inputs, inputs, strict=True))
     losses: list[RegisteredLoss] = []
 
-    def read(atom: Atom) -> Any:
+    def read(atom: Any) -> Any:
+        if isinstance(atom, tuple):
+            return tuple(map(read, atom))
         return env[atom] if is_value(atom) else atom.val
 
     def tapped(result: Any, place: Place, node: Node) -> Any:
@@ -170,18 +172,19 @@ def _apply_tap(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
     # A cotangent must have exactly the type of what it belongs to, so zeros fill what
     # `gather` leaves out, and all vary over the devices that the probe varies over.
     def statistics(x: Array | None, dy: Array, carried: Probe) -> Probe:
+        xs = jax.tree.leaves(x)
         gathered = tap.gather(x, dy, carried)
         return {
             name: gathered[name].reshape(like.shape).astype(like.dtype)
             if name in gathered
-            else _compat.vary_like(jnp.zeros(like.shape, like.dtype), dy, x)
+            else _compat.vary_like(jnp.zeros(like.shape, like.dtype), dy, *xs)
             for name, like in types.items()
         }
 
     # Inside of `shard_map` the statistics vary over devices. Marking the probe as
     # varying makes its transpose, a sum over devices, part of the backward pass.
     probe = {
-        name: _compat.vary_like(axis_types.on_mesh_of(p, y), y, x)
+        name: _compat.vary_like(axis_types.on_mesh_of(p, y), y, *jax.tree.leaves(x))
         for name, p in probe.items()
     }
     types: dict[str, Any] = {name: jax.typeof(p) for name, p in probe.items()}

@@ -160,7 +160,8 @@ class Site:
     Attributes:
       reader: how rows are read from input and output.
       output: the place of `y`, where statistics are gathered.
-      x: the id (or literal) of the input; None for a shift, whose input is 1.
+      x: the id (or literal) of the input, or of the operands that the reader reads it
+        from; None for a shift, whose input is 1.
       weight: the weight, or None for a shift.
       bias: the bias added to `y`, or None.
       transposed: the layout of a dense layer's weight with inputs and outputs swapped.
@@ -181,7 +182,7 @@ class Site:
 
     reader: Reader
     output: Place
-    x: Atom | None
+    x: Atom | tuple[Atom, ...] | None
     weight: Parameter | None
     bias: Parameter | None
     examples: State

@@ -5,6 +5,7 @@ from kfac_jax._jaxpr.kinds.convolution import convolution
 from kfac_jax._jaxpr.kinds.dense import dot_general
 from kfac_jax._jaxpr.kinds.embedding import embedding
 from kfac_jax._jaxpr.kinds.outcome import Rule
+from kfac_jax._jaxpr.kinds.ragged import ragged_dot
 
 ENTRIES = ("div", "max", "min", "pow", "atan2", "rem", "select_n", "clamp")
 """Primitives that a parameter meets data in, entry by entry."""
@@ -19,6 +20,7 @@ RULES: dict[str, Rule] = {
     "dot_general": dot_general,
     "conv_general_dilated": convolution,
     "gather": embedding,
+    "ragged_dot_general": ragged_dot,
     **JOINS,
     "mul": elementwise.scale,
     "add": elementwise.shift,

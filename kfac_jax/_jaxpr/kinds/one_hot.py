@@ -64,8 +64,8 @@ def as_embedding(site: Site, one_hot: Mapping[int, Indices]) -> Site:
     An embedding's input factor is diagonal, so it needs no `[vocabulary, vocabulary]`
     matrix.
     """
-    reader = site.reader
-    indices = one_hot.get(site.x) if site.x is not None and is_value(site.x) else None
+    reader, x = site.reader, site.x
+    indices = one_hot.get(x) if isinstance(x, int) else None
     if not isinstance(reader, Dense) or indices is None or reader.x_windows:
         return site
     axes = reader.x_axes

@@ -57,7 +57,7 @@ def site_of(
     reader: Reader,
     state: State,
     *,
-    x: Atom | None = None,
+    x: Atom | tuple[Atom, ...] | None = None,
     output: Any = None,
     weight: Layout | None = None,
     bias: Parameter | None = None,
@@ -71,7 +71,7 @@ def site_of(
       view: the equation's operand, as a view of the parameter.
       reader: reads rows from input and output.
       state: the state of the output.
-      x: the input.
+      x: the input, or the operands that it is read from.
       output: the id of the output; by default the equation's first result.
       weight: the weight's layout.
       bias: the bias.
