@@ -7,13 +7,12 @@ weight, pulled back through the map between them.
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from kfac_jax._jaxpr import _compat
-from kfac_jax._jaxpr.graph import BODY_OFFSETS, Atom, Graph, Node, is_value
+from kfac_jax._jaxpr.graph import Atom, Graph, Node, given, is_value
 from kfac_jax._jaxpr.interpreter import Program, run
 from kfac_jax._jaxpr.sites import Computed, OtherUse, Parameter, Use
 from kfac_jax._jaxpr.slicing import differentiated
@@ -59,7 +58,7 @@ class Free:
         """Notes what the bodies of an equation get."""
         for body in node.bodies:
             self._values.update(body.constants)
-            self._values.update(x for x, atom in _given(node, body) if self.has(atom))
+            self._values.update(x for x, atom in given(node, body) if self.has(atom))
 
     def has(self, atom: Atom) -> bool:
         """Whether a value is known to be free, as literals are."""
@@ -73,38 +72,20 @@ class Free:
         return real and not special and all(map(self.has, node.outputs))
 
 
-def _given(node: Node, body: Graph) -> Iterator[tuple[int, Atom]]:
-    """The inputs of a body that are operands of its equation in every step."""
-    offset = BODY_OFFSETS.get(node.name)
-    if offset is None or node.name == "shard_map":
-        return
-    operands = node.inputs[offset:]
-    inputs = body.inputs
-    if node.name == "scan":
-        count = _compat.scan_layout(node.params).num_consts
-        inputs, operands = inputs[:count], operands[:count]
-    yield from zip(inputs, operands, strict=True)
-
-
-def lifted(graph: Graph, value: int) -> Graph:
-    """The equations that a free value depends on, as one graph that returns it."""
-    makers = {out: node for node in graph.walk() for out in node.outputs}
-    outer: dict[int, Atom] = {}
-    constants = dict(graph.constants)
-    for node in graph.walk():
-        for body in node.bodies:
-            constants.update(body.constants)
-            outer.update(_given(node, body))
+def lifted(graph: Graph, values: Sequence[int]) -> Graph:
+    """The equations that free values depend on, as one graph that returns them."""
+    sources = graph.sources
 
     def origin(atom: Atom) -> Atom:
-        while is_value(atom) and atom in outer:
-            atom = outer[atom]
+        while is_value(atom) and atom in sources.outer:
+            atom = sources.outer[atom]
         return atom
 
     nodes: dict[Node, Node | None] = {}
-    waiting = [origin(value)]
+    outputs = tuple(map(origin, values))
+    waiting = list(outputs)
     while waiting:
-        made = makers.get(waiting[-1]) if is_value(waiting[-1]) else None
+        made = sources.makers.get(waiting[-1]) if is_value(waiting[-1]) else None
         if made is None or nodes.get(made) is not None:
             waiting.pop()
             continue
@@ -116,8 +97,8 @@ def lifted(graph: Graph, value: int) -> Graph:
             del nodes[made]  # to be last
             nodes[made] = dataclasses.replace(made, inputs=inputs)
             waiting.pop()
-    made_in_order = tuple(node for node in nodes.values() if node is not None)
-    return Graph(graph.inputs, constants, made_in_order, (origin(value),))
+    in_order = tuple(node for node in nodes.values() if node is not None)
+    return Graph(graph.inputs, sources.constants, in_order, outputs)
 
 
 def resolved(
@@ -139,7 +120,7 @@ def resolved(
     behind: dict[int, tuple[int, ...]] = {}
     inside: set[int] = set()
     for index in {use.leaf for use in uses if use.leaf >= len(leaves)}:
-        part = lifted(graph, values[index - len(leaves)])
+        part = lifted(graph, [values[index - len(leaves)]])
         reached = differentiated(part, {*filter(is_value, part.outputs)})
         behind[index] = tuple(i for i, x in enumerate(leaves) if x in reached)
         inside.update(out for node in part.walk() for out in node.outputs)
@@ -193,7 +174,7 @@ def map_of(
     Returns:
       A function of an array like the parameter.
     """
-    program = Program(lifted(graph, value), {}, {})
+    program = Program(lifted(graph, [value]), {}, {})
 
     def computed(change: Any) -> Any:
         values = list(inputs)

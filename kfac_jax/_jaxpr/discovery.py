@@ -94,10 +94,9 @@ def discover(
     # does not read is for the rule alone, so it is no use that discovery missed. What
     # is computed from a parameter may be such an operand, too.
     reached = differentiated(graph, wanted, rules=False)
-    by_rule = differentiated(graph, wanted)
-    for value in finder.computed:
-        if value in by_rule:
-            reached |= differentiated(lifted(graph, value), {value})
+    read = [value for value in finder.computed if value in finder.reached]
+    part = lifted(graph, read)
+    reached |= differentiated(part, {*filter(is_value, part.outputs)})
     uses += _unaccounted_for(leaves, reached, uses)
     if has_batch:
         uses = with_cases(uses, graph, states)
@@ -312,7 +311,7 @@ class _Finder:
         first = node not in self.layers
         state = self.states.get(node.outputs[0])
         if site.leaf >= len(self.leaves) and _varies(site, state):
-            part = lifted(self.graph, self.computed[site.leaf - len(self.leaves)])
+            part = lifted(self.graph, [self.computed[site.leaf - len(self.leaves)]])
             made = {out for inner in part.walk() for out in inner.outputs}
             self.by_case.update(made.intersection(self.computed))
         self.layers.setdefault(node, []).append(Consumed(linear, views))

@@ -6,9 +6,10 @@ plain dictionaries.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from kfac_jax._jaxpr import _compat
 
@@ -107,6 +108,38 @@ class Graph:
             yield node
             for body in node.bodies:
                 yield from body.walk()
+
+    @functools.cached_property
+    def sources(self) -> "Sources":
+        """Where the values of this program come from."""
+        makers = {out: node for node in self.walk() for out in node.outputs}
+        outer: dict[int, Atom] = {}
+        constants = dict(self.constants)
+        for node in self.walk():
+            for body in node.bodies:
+                constants.update(body.constants)
+                outer.update(given(node, body))
+        return Sources(makers, outer, constants)
+
+
+class Sources(NamedTuple):
+    """Where values come from, nested ones too."""
+
+    makers: Mapping[int, Node]
+    outer: Mapping[int, Atom]  # inputs of bodies that are values around them
+    constants: Mapping[int, Any]
+
+
+def given(node: Node, body: Graph) -> Iterator[tuple[int, Atom]]:
+    """The inputs of a body that are operands of its equation in every step."""
+    offset = BODY_OFFSETS.get(node.name)
+    if offset is None or node.name == "shard_map":
+        return
+    inputs, operands = body.inputs, node.inputs[offset:]
+    if node.name == "scan":
+        count = _compat.scan_layout(node.params).num_consts
+        inputs, operands = inputs[:count], operands[:count]
+    yield from zip(inputs, operands, strict=True)
 
 
 def is_value(atom: Atom) -> bool:
