@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._jaxpr import _compat
-from kfac_jax._jaxpr.graph import BODY_OFFSETS, Graph, Node, has_own_rule, is_value
+from kfac_jax._jaxpr.graph import Graph, Node, has_own_rule, is_value
 from kfac_jax._jaxpr.interpreter import Program, run
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
+from kfac_jax._jaxpr.slicing import dependent
 
 REASON = "is in a function whose custom derivative rule is not its body's derivative"
 
@@ -34,13 +35,13 @@ def kept(graph: Graph, uses: Sequence[Use], parameters: int) -> tuple[int, ...]:
       Their places among all functions with a rule, in order.
     """
     outputs = {_value(use) for use in uses if isinstance(use, Site)}
-    dependent = _dependent(graph, {*graph.inputs[:parameters]})
+    values = dependent(graph, graph.inputs[:parameters])
     return tuple(
         i
         for i, node in enumerate(_functions(graph))
         if not outputs.isdisjoint(_made(node))
         and not any(x.name == "kfac_loss" for b in node.bodies for x in b.walk())
-        and not _agrees(node, dependent)
+        and not _agrees(node, values)
     )
 
 
@@ -82,32 +83,14 @@ def _value(site: Site) -> int:
     return place[0] if isinstance(place, tuple) else place
 
 
-def _dependent(graph: Graph, values: set[int]) -> set[int]:
-    """The values that depend on some inputs; a loop's carry may do so at any step."""
-    for node in graph.nodes:
-        if not any(is_value(atom) and atom in values for atom in node.inputs):
-            continue
-        values.update(node.outputs)
-        offset = BODY_OFFSETS.get(node.name)
-        for body in node.bodies:
-            given = node.inputs[offset:] if offset is not None else ()
-            loop = node.name in ("scan", "while") or len(given) != len(body.inputs)
-            own = body.inputs if loop else ()
-            pairs = zip(body.inputs, given, strict=False)
-            values.update(own)
-            values.update(x for x, atom in pairs if is_value(atom) and atom in values)
-            _dependent(body, values)
-    return values
-
-
-def _agrees(node: Node, dependent: Collection[int]) -> bool:
+def _agrees(node: Node, values: Collection[int]) -> bool:
     """Whether a function's rule gives the derivative of its body.
 
     Not where either has none, or cannot be evaluated outside of the program.
 
     Args:
       node: the function.
-      dependent: the values that depend on parameters, by which it is differentiated.
+      values: the values that depend on parameters, by which it is differentiated.
 
     Returns:
       Whether it does.
@@ -117,7 +100,7 @@ def _agrees(node: Node, dependent: Collection[int]) -> bool:
         i
         for i, (atom, x) in enumerate(zip(node.inputs, operands, strict=True))
         if is_value(atom)
-        and atom in dependent
+        and atom in values
         and jnp.issubdtype(x.dtype, jnp.floating)
     ]
     program = Program(node.bodies[0], {}, {})

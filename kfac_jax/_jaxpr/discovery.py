@@ -19,7 +19,7 @@ from kfac_jax._jaxpr.biases import Consumed, biases
 from kfac_jax._jaxpr.computed import Free, lifted, resolved
 from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
-from kfac_jax._jaxpr.folding import Folded, makers
+from kfac_jax._jaxpr.folding import Folded
 from kfac_jax._jaxpr.graph import (
     BODY_OFFSETS,
     Atom,
@@ -31,10 +31,11 @@ from kfac_jax._jaxpr.graph import (
 )
 from kfac_jax._jaxpr.kinds.one_hot import as_embedding, one_hot_values
 from kfac_jax._jaxpr.kinds.outcome import Generic, Linear, Outcome, Refused
+from kfac_jax._jaxpr.mixing import mixed
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
-from kfac_jax._jaxpr.slicing import differentiated, needed
-from kfac_jax._jaxpr.states import Examples, State
-from kfac_jax._jaxpr.tracking import track
+from kfac_jax._jaxpr.slicing import dependent, differentiated, needed
+from kfac_jax._jaxpr.states import Examples, Lost, State
+from kfac_jax._jaxpr.tracking import outside, track
 from kfac_jax._jaxpr.view import View, source_view
 
 
@@ -71,9 +72,11 @@ def discover(
     losses = [node for node in graph.walk() if node.name == "kfac_loss"]
     wanted = {n.inputs[0] for n in losses if is_value(n.inputs[0])}
     leaves = graph.inputs[: len(leaf_shapes)]
-    states = track(graph, [*([None] * len(leaves)), *arguments])
+    start = [*([None] * len(leaves)), *arguments]
+    tracked = track(graph, start, dependent(graph, leaves))
+    states = outside(tracked)
     loss_examples = tuple(_examples(node, states) for node in losses)
-    origins = makers(graph)
+    origins = graph.sources.makers
     # Only a network that depends on the batch can have a layer that does not: if no
     # output does (a fixed set of points is the batch), constants are the data.
     has_batch = any(
@@ -100,7 +103,26 @@ def discover(
     uses += _unaccounted_for(leaves, reached, uses)
     if has_batch:
         uses = with_cases(uses, graph, states)
+        places = mixed(graph, tracked, finder.reached)
+        uses, where = _apart(uses, places)
+        if where:  # cases cannot be pulled back together
+            loss_examples = tuple(Lost(where) if x else x for x in loss_examples)
     return Found(graph, tuple(uses), len(losses), loss_examples)
+
+
+def _apart(uses: Sequence[Use], mixed: Mapping[int, str]) -> tuple[list[Use], str]:
+    """Forgets the examples of uses that a loss mixes; returns one of the reasons."""
+    result, where = list[Use](), ""
+    for use in uses:
+        reason = ""
+        if isinstance(use, Site) and isinstance(use.examples, Examples):
+            place, *_ = use.output if isinstance(use.output, tuple) else (use.output,)
+            reason = mixed.get(place, "")
+        if reason:
+            use = dataclasses.replace(use, examples=Lost(reason))
+            where = where or reason
+        result.append(use)
+    return result, where
 
 
 def _examples(loss: Node, states: Mapping[int, State]) -> State:
@@ -139,8 +161,6 @@ class _Finder:
         self.folded = Folded(graph, self.live)
         self.one_hot = one_hot_values(graph)
         self.on_devices = _on_devices(graph)
-        # Only results of equations can be tapped, not inputs of graphs.
-        self.made = makers(graph).keys()
         # a tuple, as a concatenation or a sum is a view of several parameters
         self.views: dict[int, tuple[View, ...]] = {}
         self.behind_layers: set[int] = set()  # values computed from outputs of layers
@@ -298,10 +318,6 @@ class _Finder:
         """Records a layer that is used in each of `steps` steps."""
         at = linear.site.output
         at = at[0] if isinstance(at, tuple) else at
-        if at not in self.made:
-            reason = f"enters the control flow around `{node.name}` already repeated"
-            self._refuse(node, views, reason)
-            return
         count = steps * math.prod(linear.shape[axis] for axis in linear.axes.rows)
         site = as_embedding(linear.site, self.one_hot)
         on_device = at in self.on_devices

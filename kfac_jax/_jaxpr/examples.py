@@ -8,7 +8,7 @@ layers that use it.
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr import batched
@@ -256,9 +256,31 @@ RULES["reduce"] = lambda node, states: (
 )
 
 
-def propagate(node: Node, read: Callable[[Atom], State]) -> list[State]:
-    """Returns where the examples are in the results of an equation without bodies."""
+def propagate(
+    node: Node,
+    read: Callable[[Atom], State],
+    dependent: Collection[int] | None = None,
+) -> list[State]:
+    """Returns where the examples are in the results of an equation without bodies.
+
+    Args:
+      node: the equation.
+      read: the state of each operand.
+      dependent: the values that depend on parameters, if they are known. Others cannot
+        mix the gradients of different examples, so that data whose axis is lost (a mean
+        over the batch) leave that of an operand that they are combined with by entry.
+
+    Returns:
+      The states of the results.
+    """
     states = [read(atom) if is_value(atom) else None for atom in node.inputs]
+    has_axis = any(isinstance(state, Examples) for state in states)
+    by_entry = node.name not in RULES and _is_elementwise(node)
+    if dependent is not None and has_axis and by_entry:
+        states = [
+            None if isinstance(state, Lost) and atom not in dependent else state
+            for atom, state in zip(node.inputs, states, strict=True)
+        ]
     if all(state is None for state in states):
         return [None] * len(node.outputs)
     merged = merge(states)

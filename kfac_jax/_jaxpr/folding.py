@@ -39,7 +39,7 @@ class Folded:
         """
         self._live = live
         self._values: dict[int, Any] = {}
-        self._makers = makers(graph)
+        self._makers = graph.sources.makers
         self._fold(graph)
 
     def value(self, atom: Atom) -> Any:
@@ -87,11 +87,6 @@ class Folded:
                     if self.value(atom) is not None:
                         self._values[inner] = self.value(atom)
             self._fold(body)
-
-
-def makers(graph: Graph) -> dict[int, Node]:
-    """The equation that makes each value, by the value's id."""
-    return {out: node for node in graph.walk() for out in node.outputs}
 
 
 def _evaluated(node: Node, values: Sequence[Any]) -> Any:

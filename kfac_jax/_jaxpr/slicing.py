@@ -98,6 +98,36 @@ def differentiated(graph: Graph, wanted: set[int], *, rules: bool = True) -> set
     return needed(graph, wanted, reads, rules=rules) - stopped
 
 
+def dependent(graph: Graph, inputs: Iterable[int]) -> set[int]:
+    """Slices forward: the ids of values that have a derivative by some inputs.
+
+    A loop's carry may depend on them at any step. Nothing does behind an operation that
+    stops gradients, except in functions with a custom rule.
+    """
+    found = {*inputs}
+
+    def visit(graph: Graph, ruled: bool) -> None:
+        for node in graph.nodes:
+            read = any(atom in found for atom in _values(node.inputs))
+            if not read or (node.name == "stop_gradient" and not ruled):
+                continue
+            found.update(node.outputs)
+            offset = BODY_OFFSETS.get(node.name)
+            for body in node.bodies:
+                operands = node.inputs[offset:] if offset is not None else ()
+                if node.name == "scan" or len(operands) != len(body.inputs):
+                    found.update(body.inputs)
+                else:
+                    pairs = zip(body.inputs, operands, strict=True)
+                    found.update(
+                        x for x, atom in pairs if is_value(atom) and atom in found
+                    )
+                visit(body, ruled or has_own_rule(node))
+
+    visit(graph, False)
+    return found
+
+
 def _stops(graph: Graph) -> Iterator[Node]:
     """Nodes that stop gradients, except inside of functions with a custom rule."""
     # such a rule replaces the body's derivative, so a stop in the body need not be one

@@ -1,7 +1,7 @@
 """Applies the rules of `examples` to a full program, control flow included."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr import _compat
@@ -17,19 +17,41 @@ from kfac_jax._jaxpr.states import (
 )
 
 
-def track(graph: Graph, inputs: Sequence[State]) -> Mapping[int, State]:
-    """Returns the state of every value, from the states of the program's inputs."""
-    states: dict[int, State] = {}
+class _States(dict[int, State]):
+    """States by value, and the values that depend on parameters."""
+
+    def __init__(self, dependent: Collection[int] | None) -> None:
+        super().__init__()
+        self.dependent = dependent
+
+
+def track(
+    graph: Graph, inputs: Sequence[State], dependent: Collection[int] | None = None
+) -> Mapping[int, State]:
+    """Finds the axis of examples of every value.
+
+    Args:
+      graph: the program.
+      inputs: the states of its inputs.
+      dependent: the values that depend on parameters, if they are known.
+
+    Returns:
+      The states by value.
+    """
+    states = _States(dependent)
     _track(graph, inputs, states)
+    return states
+
+
+def outside(states: Mapping[int, State]) -> Mapping[int, State]:
+    """The states as they are after the loops over examples that values are in."""
     return {
         value: Lost(state.where) if isinstance(state, Scanned) else state
         for value, state in states.items()
     }
 
 
-def _track(
-    graph: Graph, inputs: Sequence[State], states: dict[int, State]
-) -> list[State]:
+def _track(graph: Graph, inputs: Sequence[State], states: _States) -> list[State]:
     states.update(zip(graph.inputs, inputs, strict=True))
 
     def read(atom: Atom) -> State:
@@ -43,12 +65,12 @@ def _track(
         elif len(node.bodies) == 1 and len(node.bodies[0].inputs) == len(operands):
             results = _track(node.bodies[0], operands, states)
         else:
-            results = propagate(node, read)
+            results = propagate(node, read, states.dependent)
         states.update(zip(node.outputs, results, strict=True))
     return [read(atom) for atom in graph.outputs]
 
 
-def _cond(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
+def _cond(node: Node, operands: list[State], states: _States) -> list[State]:
     """Merges the branches.
 
     The operand that chooses the branch does not count: no derivative goes through it,
@@ -58,7 +80,7 @@ def _cond(node: Node, operands: list[State], states: dict[int, State]) -> list[S
     return [merge(group) for group in zip(*branches, strict=True)]
 
 
-def _while(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
+def _while(node: Node, operands: list[State], states: _States) -> list[State]:
     """Iterates the states of carries until they settle; the condition does not count.
 
     States only go from None over examples to lost, so the iteration ends.
@@ -74,9 +96,7 @@ def _while(node: Node, operands: list[State], states: dict[int, State]) -> list[
         carry = merged
 
 
-def _linear_solve(
-    node: Node, operands: list[State], states: dict[int, State]
-) -> list[State]:
+def _linear_solve(node: Node, operands: list[State], states: _States) -> list[State]:
     """Follows `solve`, whose result the equation returns.
 
     Derivatives go through the matrix as well, so the result is lost if the matrix is.
@@ -86,7 +106,7 @@ def _linear_solve(
     start = lengths.matvec + lengths.vecmat
     consts = operands[start : start + lengths.solve]
     right_sides = operands[sum(lengths) :]
-    results = _track(build(solve), [*consts, *right_sides], {})
+    results = _track(build(solve), [*consts, *right_sides], _States(None))
     matrix = operands[: lengths.matvec]
     if any(isinstance(state, Lost) for state in matrix):
         return [LOST] * len(results)
@@ -94,7 +114,7 @@ def _linear_solve(
     return [LOST if dependent and state is None else state for state in results]
 
 
-def _scan(node: Node, operands: list[State], states: dict[int, State]) -> list[State]:
+def _scan(node: Node, operands: list[State], states: _States) -> list[State]:
     """Iterates the states of carries until they settle; drops the scanned axis.
 
     A loop over examples, as by `jax.lax.map`, keeps them apart: the results of a step
@@ -141,9 +161,7 @@ def _stack(node: Node, state: State) -> State:
     return state
 
 
-def _shard_map(
-    node: Node, operands: list[State], states: dict[int, State]
-) -> list[State]:
+def _shard_map(node: Node, operands: list[State], states: _States) -> list[State]:
     """Tracks the body, where each device has a share of the examples."""
     body: Any = node.params["jaxpr"]
     local = [tuple(var.aval.shape) for var in getattr(body, "jaxpr", body).invars]

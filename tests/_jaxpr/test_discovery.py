@@ -1122,13 +1122,19 @@ def test_tokens_and_stretched_scales_are_exact(name, block):
     np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
 
 
-def test_a_token_repeated_outside_of_the_checkpoint_that_joins_it_is_refused():
+def test_a_token_repeated_outside_of_the_checkpoint_that_joins_it():
     def apply(token, x):
         inside = jax.checkpoint(lambda t, x: jnp.concatenate([t, x], 1) ** 2)
         return inside(jnp.tile(token, [len(x), 1, 1]), x).sum(1)
 
-    with pytest.warns(UserWarning, match="already repeated"):
-        _plan(apply, models.array(5, 1, 1, 3), models.array(7, 4, 2, 3))
+    token, x = models.array(5, 1, 1, 3), models.array(7, 4, 2, 3)
+    plan, factors = models.exact_factors(_loss(apply), token, x, blocks=blocks.Full())
+    assert [layer.kind for layer in plan.layers] == ["shift"]
+    expected = oracles.ggn(
+        lambda t: jnp.sin(apply(t, x)), lambda z: (z**2).sum(), token
+    )
+    found = plan.approximation(factors).to_dense()
+    np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-13)
 
 
 # ------------------------------------------------------------------- mutable arrays

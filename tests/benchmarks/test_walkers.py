@@ -142,22 +142,22 @@ def test_the_gradient_is_that_of_the_score_function():
 @pytest.mark.parametrize("kind", ["streams", "attention, full"])
 def test_every_layer_is_found(kind):
     system, shape, params, positions = network(kind)
-    with pytest.warns(UserWarning, match="2 parameter"):
-        curvature = kfac_jax.make_curvature(
-            model.native_loss(system, shape),
-            params,
-            positions,
-            has_aux=True,
-            estimation_mode="fisher_exact",
-        )
+    curvature = kfac_jax.make_curvature(
+        model.native_loss(system, shape),
+        params,
+        positions,
+        has_aux=True,
+        estimation_mode="fisher_exact",
+        on_unmatched="error",
+    )
     expected = {"w": "dense", "b": "dense", "pi": "scale", "sigma": "scale"}
     expected |= {"scale": "scale_and_shift", "shift": "scale_and_shift"}
-    expected |= {"parallel": "unmatched", "antiparallel": "unmatched"}
+    expected |= {"parallel": "shift", "antiparallel": "shift"}
     leaves = sum(len(layer.params) for layer in curvature.layers)
     assert leaves == len(jax.tree.leaves(params))
     for layer in curvature.layers:
         assert {expected[path.split("/")[-1]] for path in layer.params} == {layer.kind}
-        assert layer.uses == (2 if layer.kind == "unmatched" else 1)
+        assert layer.uses == (2 if "jastrow" in layer.name else 1)
 
 
 def test_the_native_plans_blocks_are_the_fishers():

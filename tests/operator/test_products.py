@@ -274,7 +274,7 @@ def scaled(w, x):
 def _scaled_rule(primals, tangents):
     w, x = primals
     dw, dx = tangents
-    return x @ w, 0.5 * (dx @ w + x @ dw)
+    return x @ w, dx @ w + x @ dw
 
 
 def ruled(params, x):
