@@ -99,9 +99,7 @@ def _agrees(node: Node, values: Collection[int]) -> bool:
     real = [
         i
         for i, (atom, x) in enumerate(zip(node.inputs, operands, strict=True))
-        if is_value(atom)
-        and atom in values
-        and jnp.issubdtype(x.dtype, jnp.floating)
+        if is_value(atom) and atom in values and jnp.issubdtype(x.dtype, jnp.floating)
     ]
     program = Program(node.bodies[0], {}, {})
 

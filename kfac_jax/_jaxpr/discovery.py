@@ -103,7 +103,7 @@ def discover(
     uses += _unaccounted_for(leaves, reached, uses)
     if has_batch:
         uses = with_cases(uses, graph, states)
-        places = mixed(graph, tracked, finder.reached)
+        places = mixed(graph, tracked, wanted)
         uses, where = _apart(uses, places)
         if where:  # cases cannot be pulled back together
             loss_examples = tuple(Lost(where) if x else x for x in loss_examples)

@@ -6,7 +6,9 @@ This pass goes back from the losses, and asks at each equation whether an operan
 of examples is that of the results.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+import jax.numpy as jnp
 
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.examples import propagate
@@ -15,92 +17,98 @@ from kfac_jax._jaxpr.states import Examples, Scanned, State
 
 
 def mixed(
-    graph: Graph, states: Mapping[int, State], reached: set[int]
+    graph: Graph, states: Mapping[int, State], wanted: Collection[int]
 ) -> Mapping[int, str]:
     """Finds values with an axis of examples that a registered loss mixes.
 
     Args:
       graph: the program.
       states: for each value the axis that holds the examples.
-      reached: the values that gradients of the registered losses go through.
+      wanted: the registered outputs.
 
     Returns:
       The equation that mixes them, by the id of the value.
     """
-    return _Mixing(states, reached).visit(graph)
+    return _Mixing(states, wanted).visit(graph)
 
 
 class _Mixing:
-    def __init__(self, states: Mapping[int, State], reached: set[int]) -> None:
+    def __init__(self, states: Mapping[int, State], wanted: Collection[int]) -> None:
         self.states = states
-        self.reached = reached
+        self.live = {*wanted}  # values that a loss has a derivative by
         self.found: dict[int, str] = {}
 
     def visit(self, graph: Graph) -> Mapping[int, str]:
         """Visits the equations from the last to the first."""
         for node in reversed(graph.nodes):
-            outputs = [out for out in node.outputs if out in self.reached]
-            if outputs and node.bodies:
+            outputs = [out for out in node.outputs if out in self.live]
+            if not outputs or node.name == "stop_gradient":
+                continue
+            if node.bodies and node.name in BODY_OFFSETS:
                 self._enter(node)
-            elif outputs:
+            else:
                 self._step(node, outputs)
         return self.found
 
     def _kept(self, atom: Atom) -> bool:
-        """Whether a value has examples that no later equation was found to mix."""
+        """Whether a value has examples, as tracking tells."""
         return isinstance(self._state(atom), Examples | Scanned)
 
     def _state(self, atom: Atom) -> State:
         return self.states.get(atom) if is_value(atom) else None
 
     def _step(self, node: Node, outputs: Sequence[int]) -> None:
-        where = next((self.found[out] for out in outputs if out in self.found), "")
-        for atom in {x for x in node.inputs if is_value(x) and x in self.reached}:
-            if atom in self.found or not self._kept(atom):
+        later = next((self.found[out] for out in outputs if out in self.found), "")
+        for i, atom in enumerate(node.inputs[:1] if _is_tag(node) else node.inputs):
+            dtype = node.equation.invars[i].aval.dtype
+            if not is_value(atom) or not jnp.issubdtype(dtype, jnp.inexact):
                 continue
-            if where or self._mixes(node, atom):
-                self.found[atom] = where or f"{node.name} at {node.source}"
+            self.live.add(atom)
+            new = atom not in self.found and self._kept(atom)
+            if new and (later or self._mixes(node, atom, outputs)):
+                self.found[atom] = later or f"{node.name} at {node.source}"
 
-    def _mixes(self, node: Node, atom: int) -> bool:
-        """Whether an operand's examples are not those of the reached results."""
+    def _mixes(self, node: Node, atom: int, outputs: Sequence[int]) -> bool:
+        """Whether an operand's examples are not those of the results."""
+        if node.bodies:  # tracking went through it: its results tell what it keeps
+            return not all(map(self._kept, outputs))
         alone = propagate(node, lambda x: self._state(x) if x == atom else None)
         return any(
             not isinstance(state, Examples | Scanned) or self.states.get(out) != state
             for out, state in zip(node.outputs, alone, strict=True)
-            if out in self.reached
+            if out in outputs
         )
 
     def _enter(self, node: Node) -> None:
         """Follows results into the bodies, and the bodies' inputs to the operands."""
-        offset = BODY_OFFSETS.get(node.name)
         where = f"{node.name} at {node.source}"
-        if offset is None:  # tracking went through it: results tell what it keeps
-            later = [out for out in node.outputs if out in self.reached]
-            if any(out in self.found or not self._kept(out) for out in later):
-                for atom in filter(self._kept, node.inputs):
-                    self.found.setdefault(atom, where)
-            return
         for body in node.bodies:
-            for out, inner in zip(node.outputs, body.outputs, strict=True):
-                self._follow(inner, out, where)
+            self._follow(body.outputs, node.outputs, where)
             self.visit(body)
             while node.name == "scan" and self._carried(node, body, where):
                 self.visit(body)
-            for inner, atom in zip(body.inputs, node.inputs[offset:], strict=True):
-                self._follow(atom, inner, where)
+            self._follow(node.inputs[BODY_OFFSETS[node.name] :], body.inputs, where)
 
-    def _follow(self, atom: Atom, later: int, where: str) -> bool:
-        """Marks a value that a later one is; returns whether it was not marked."""
-        if later not in self.reached or not self._kept(atom) or atom in self.found:
-            return False
-        if later in self.found or not self._kept(later):
-            self.found[atom] = self.found.get(later, where)
-            return True
-        return False
+    def _follow(self, atoms: Sequence[Atom], later: Sequence[int], where: str) -> bool:
+        """Marks values like the later ones that they are; whether any is new."""
+        before = len(self.live) + len(self.found)
+        for atom, value in zip(atoms, later, strict=True):
+            if value not in self.live or not is_value(atom):
+                continue
+            self.live.add(atom)
+            lost = value in self.found or not self._kept(value)
+            if lost and self._kept(atom):
+                self.found.setdefault(atom, self.found.get(value, where))
+        return len(self.live) + len(self.found) > before
 
     def _carried(self, node: Node, body: Graph, where: str) -> bool:
         """Follows the carry that a step reads to the one that the step before made."""
         layout = _compat.scan_layout(node.params)
         start, count = layout.num_consts, layout.num_carry
-        pairs = zip(body.inputs[start : start + count], body.outputs, strict=False)
-        return any([self._follow(made, read, where) for read, made in pairs])
+        read = body.inputs[start : start + count]
+        return self._follow(body.outputs[:count], read, where)
+
+
+def _is_tag(node: Node) -> bool:
+    """Whether an equation returns its first operand, and others are for the library."""
+    return node.name in ("kfac_layer", "kfac_generic", "kfac_loss")
