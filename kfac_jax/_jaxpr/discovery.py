@@ -19,6 +19,12 @@ from kfac_jax._jaxpr.biases import Consumed, biases
 from kfac_jax._jaxpr.computed import Free, lifted, resolved
 from kfac_jax._jaxpr.constants import with_cases
 from kfac_jax._jaxpr.differentiation import NO_REVERSE_MODE
+from kfac_jax._jaxpr.equations import (
+    joined,
+    may_compute,
+    one_at_a_time,
+    varies,
+)
 from kfac_jax._jaxpr.folding import Folded
 from kfac_jax._jaxpr.graph import (
     BODY_OFFSETS,
@@ -235,11 +241,11 @@ class _Finder:
             members = members[:1]  # a convolution's: it was found where `y` was made
         if not any(members):
             return
-        joined = _joined(node, members) or self._summed(node, members)
-        if joined is not None:
-            self.views[node.outputs[0]] = joined
+        together = joined(node, members) or self._summed(node, members)
+        if together is not None:
+            self.views[node.outputs[0]] = together
             return
-        choices = _one_at_a_time(members, node.name in kinds.BY_OPERAND)
+        choices = one_at_a_time(members, node.name in kinds.BY_OPERAND)
         if choices is None:
             if self._compute(node):
                 return
@@ -257,7 +263,7 @@ class _Finder:
             self.views[node.outputs[0]] = found
             return
         outcomes = [self._outcome(node, views) for views in choices]
-        if any(_may_compute(node, x) for x in outcomes) and self._compute(node):
+        if any(may_compute(node, x) for x in outcomes) and self._compute(node):
             return
         # a slice or a repetition that is no layer's may be a map that leads to one
         refused = any(isinstance(outcome, Refused) for outcome in outcomes)
@@ -326,7 +332,7 @@ class _Finder:
         # a tag's bias is added once, however many terms its weight has
         first = node not in self.layers
         state = self.states.get(node.outputs[0])
-        if site.leaf >= len(self.leaves) and _varies(site, state):
+        if site.leaf >= len(self.leaves) and varies(site, state):
             part = lifted(self.graph, [self.computed[site.leaf - len(self.leaves)]])
             made = {out for inner in part.walk() for out in inner.outputs}
             self.by_case.update(made.intersection(self.computed))
@@ -425,31 +431,6 @@ class _Finder:
         return view.unstacked(node.outputs[0])
 
 
-def _varies(site: Site, state: State) -> bool:
-    """Whether a weight has the axis of examples."""
-    return isinstance(state, Examples) and not isinstance(site.examples, Examples)
-
-
-def _may_compute(node: Node, outcome: Outcome) -> bool:
-    """Whether an equation on constants rather computes a weight than is a layer.
-
-    Products entry by entry do, and rows that are picked from a table.
-
-    Args:
-      node: the equation, whose results do not depend on the batch.
-      outcome: what a rule made of it.
-
-    Returns:
-      Whether it does.
-    """
-    if not isinstance(outcome, Linear):
-        return isinstance(outcome, Refused)
-    site = outcome.site
-    return (
-        isinstance(site.output, tuple) or site.kind == "scale" or node.name == "gather"
-    )
-
-
 def _on_devices(graph: Graph) -> set[int]:
     """The values that each device of a `shard_map` in the program has for itself."""
     return {
@@ -482,52 +463,6 @@ def _unaccounted_for(
         for leaf, value in enumerate(leaves)
         if value in reached and leaf not in seen
     ]
-
-
-def _joined(node: Node, members: Sequence[tuple[View, ...]]) -> tuple[View, ...] | None:
-    """The views of parameters that are concatenated; None where they are not."""
-    if node.name != "concatenate" or not all(members):
-        return None
-    axis, start = node.params["dimension"], 0
-    total = node.out_shape()[axis]
-    result: list[View] = []
-    for i, some in enumerate(members):
-        for view in some:
-            placed = view.joined(axis, start, total)
-            if placed is None:
-                return None
-            result.append(placed)
-        start += node.shape(i)[axis]
-    return tuple(result)
-
-
-def _one_at_a_time(
-    members: Sequence[tuple[View, ...]], by_operand: bool
-) -> list[list[View | None]] | None:
-    """Splits an equation on joined parameters in one case for each of them.
-
-    Args:
-      members: for each operand, the views that it consists of.
-      by_operand: whether other operands count as data where one is a parameter.
-
-    Returns:
-      For each joined parameter the views of the operands, as if it were alone; None if
-      two operands are joined.
-    """
-    if by_operand:
-        return [
-            [view if i == at else None for i in range(len(members))]
-            for at, some in enumerate(members)
-            for view in some
-        ]
-    several = [i for i, some in enumerate(members) if len(some) > 1]
-    if len(several) > 1:
-        return None
-    first: list[View | None] = [some[0] if some else None for some in members]
-    if not several:
-        return [first]
-    at = several[0]
-    return [[*first[:at], view, *first[at + 1 :]] for view in members[at]]
 
 
 RETURNING = ("checkpoint", "remat2", "remat", "cond")
