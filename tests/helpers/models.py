@@ -306,3 +306,12 @@ def exact_factors(loss_fn, params, *args, **options):
     )
     compute = jax.jit(lambda p, *a: statistics_to_factors(curvature, p, *a))
     return curvature, compute(params, *args)
+
+
+def places(plan, layer):
+    """Where a layer's parameters are among all."""
+    _, restore = jax.flatten_util.ravel_pytree(
+        [np.zeros(shape) for shape in plan.tree.shapes]
+    )
+    index = restore(np.arange(sum(map(np.prod, plan.tree.shapes)), dtype=float))
+    return np.concatenate([index[leaf].ravel() for leaf in layer.leaves]).astype(int)

@@ -291,14 +291,6 @@ def exact(name):
     return np.einsum("nop,noq->pq", jacobian, jacobian) * 2 / N
 
 
-def places(plan, layer):
-    _, restore = jax.flatten_util.ravel_pytree(
-        [np.zeros(shape) for shape in plan.tree.shapes]
-    )
-    index = restore(np.arange(sum(map(np.prod, plan.tree.shapes)), dtype=float))
-    return np.concatenate([index[leaf].ravel() for leaf in layer.leaves]).astype(int)
-
-
 FAST = ("cut", "masked", "weight norm", "entries", "map in scan")
 
 
@@ -321,7 +313,7 @@ def test_the_block_is_that_of_examples_gradients(name, block):
     matrix = np.asarray(plan.approximation(factors).to_dense())
     fisher = exact(name)
     for layer in plan.layers:
-        own = places(plan, layer)
+        own = models.places(plan, layer)
         mine, wanted = (x[np.ix_(own, own)] for x in (matrix, fisher))
         summed = not isinstance(layer.block, blocks.Kronecker)
         if summed:

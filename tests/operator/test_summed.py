@@ -153,15 +153,6 @@ def operator(name, block):
     return plan, plan.approximation(factors)
 
 
-def places(plan, layer):
-    """Where a layer's parameters are among all."""
-    _, restore = jax.flatten_util.ravel_pytree(
-        [np.zeros(shape) for shape in plan.tree.shapes]
-    )
-    index = restore(np.arange(sum(map(np.prod, plan.tree.shapes)), dtype=float))
-    return np.concatenate([index[leaf].ravel() for leaf in layer.leaves]).astype(int)
-
-
 @pytest.mark.parametrize("block", BLOCKS, ids=repr)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_block_is_that_of_examples_gradients(name, block):
@@ -174,7 +165,7 @@ def test_the_block_is_that_of_examples_gradients(name, block):
     assert {layer.kind for layer in plan.layers} == FAMILIES[name][3]
     matrix, fisher = np.asarray(found.to_dense()), exact(name)
     for layer in plan.layers:
-        own = places(plan, layer)
+        own = models.places(plan, layer)
         mine, wanted = (x[np.ix_(own, own)] for x in (matrix, fisher))
         np.testing.assert_allclose(np.trace(mine), np.trace(wanted), rtol=1e-10)
         assert np.linalg.eigvalsh(mine).min() > -1e-10 * np.trace(mine)
