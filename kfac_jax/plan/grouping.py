@@ -361,7 +361,11 @@ def _choose(
         block = rule(layer)
         if isinstance(block, Kronecker) and is_remote(sites):
             # its sides are of inputs and output gradients, these of gradients
-            block = TNT(max_factor_dim=block.max_factor_dim, pi=block.pi)
+            block = TNT(
+                max_factor_dim=block.max_factor_dim,
+                pi=block.pi,
+                exact_scalars=block.exact_scalars,
+            )
         if block is not None and not isinstance(block, Block):
             raise TypeError(
                 "blocks must give a Block (kfac_jax.blocks) or None for each layer; "

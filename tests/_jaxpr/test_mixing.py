@@ -152,14 +152,15 @@ def test_full_is_exact_or_refused_where_examples_are_mixed(apply):
 
 
 @pytest.mark.filterwarnings("ignore:Which examples", "ignore:kfac_jax gives")
-@pytest.mark.parametrize("apply", [batch_norm, contrastive, messages])
+@pytest.mark.parametrize("apply", [batch_norm, messages, pooled])
 def test_exact_modes_pull_back_each_mixed_case_by_itself(apply):
-    """The trace of `A ⊗ G` is `E|x|² E|dy|²` of all rows, not of sums over cases."""
-    plan = kfac_jax.make_curvature(
-        loss_of(apply), PARAMS, X, estimation_mode="fisher_exact"
-    )
-    assert "mixed" not in plan.lost_examples
+    """Gradients of different cases at one row do not add up before they are squared."""
+    plan, factors = models.exact_factors(loss_of(apply), PARAMS, X)
     assert plan.lost_examples
+    rows = PARAMS | {"v": jnp.eye(H)}  # with which the layer's output is the input
+    j = jax.jacobian(lambda h: apply(rows, h))(X @ PARAMS["v"])
+    expected = 2 * np.einsum("ncmi,ncmj->ij", j, j) / N
+    np.testing.assert_allclose(factors["v"]["output"], expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("apply", APART)
