@@ -3,10 +3,14 @@
 #   make test PYTHON=python3.12             another interpreter (remove .venv first)
 #   make test PYTEST_ARGS="-n 2 -k dense"   options for pytest
 #   make bench BENCH_ARGS=--quick           options for benchmarks/bench.py
+#   make gpu GPU_ARGS=--table              options for benchmarks/gpu.py
 #   make fuzz FUZZ_COUNT=100 FUZZ_SEED=7    how many random programs, and which
 PYTHON ?= python3
-PYTEST_ARGS ?= -n 2
+# Each process gets half of the tests as they stand, so that those of one module share
+# what it caches.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 BENCH_ARGS ?=
+GPU_ARGS ?=
 FUZZ_COUNT ?= 5000
 FUZZ_SEED ?= 1
 
@@ -19,8 +23,9 @@ export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
 .PHONY: test test-slow fuzz faults kills compiled-check doctest lint format types
-.PHONY: docs clean bench opponents
-.PHONY: examples demo classifier language-model wavefunction paper data-parallel multi-process
+.PHONY: docs clean bench gpu opponents
+.PHONY: examples demo classifier language-model wavefunction pde paper data-parallel
+.PHONY: multi-process
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
@@ -81,6 +86,9 @@ language-model: $(VENV)/experiments.stamp
 wavefunction: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/wavefunction.py
 
+pde: $(VENV)/experiments.stamp
+	$(BIN)/python experiments/pde.py
+
 paper: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/paper.py
 
@@ -93,6 +101,11 @@ multi-process: $(VENV)/experiments.stamp
 # This library beside others, see docs/performance.md.
 bench: $(VENV)/bench.stamp opponents
 	$(BIN)/python benchmarks/bench.py $(BENCH_ARGS)
+
+# What steps cost on a GPU, in about seven minutes. Needs JAX for it in .venv, as by
+# .venv/bin/pip install "jax[cuda13]".
+gpu: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 
 # .venv-published and others, if they are missing. That one cannot be made is no failure,
 # as `bench` shows why.

@@ -20,9 +20,19 @@ from kfac_jax.extras.schedules import ExponentialBatchSize as ExponentialBatchSi
 from kfac_jax.operator.approximation import Approximation as Approximation
 from kfac_jax.operator.structures import BlockDiagonal as BlockDiagonal
 from kfac_jax.operator.structures import BlockTridiagonal as BlockTridiagonal
+from kfac_jax.operator.structures import SampleSpace as SampleSpace
 from kfac_jax.optimization.health import Health as Health
 from kfac_jax.optimization.health import health as health
+from kfac_jax.optimization.input_scaling import scale_by_inputs as scale_by_inputs
 from kfac_jax.optimization.make_step import make_step as make_step
+from kfac_jax.optimization.multi_steps import MultiStepsState as MultiStepsState
+from kfac_jax.optimization.multi_steps import multi_steps as multi_steps
+from kfac_jax.optimization.muon import muon_dimension_numbers as muon_dimension_numbers
+from kfac_jax.optimization.natural_gradient import (
+    NaturalGradientState as NaturalGradientState,
+)
+from kfac_jax.optimization.natural_gradient import Spring as Spring
+from kfac_jax.optimization.natural_gradient import natural_gradient as natural_gradient
 from kfac_jax.optimization.spreading import SharingReport as SharingReport
 from kfac_jax.optimization.spreading import sharing_report as sharing_report
 from kfac_jax.optimization.spreading import spread_state as spread_state
@@ -36,6 +46,7 @@ from kfac_jax.plan import Layer as Layer
 from kfac_jax.plan.report import Totals as Totals
 from kfac_jax.rules import LevenbergMarquardt as LevenbergMarquardt
 from kfac_jax.rules import QuadraticModel as QuadraticModel
+from kfac_jax.rules import Refine as Refine
 from kfac_jax.rules import RefreshSchedule as RefreshSchedule
 from kfac_jax.rules import SeparateDamping as SeparateDamping
 from kfac_jax.statistics.averages import Statistics as Statistics

@@ -15,16 +15,20 @@ from kfac_jax._utils.trees import tree_spec
 from kfac_jax.blocks._moments import check_weight_sharing
 from kfac_jax.operator import inverses
 from kfac_jax.operator.approximation import Approximation
-from kfac_jax.operator.structures import BlockDiagonal
+from kfac_jax.operator.structures import (
+    BlockDiagonal,
+    SampleSpace,
+    check_sample_space,
+)
 from kfac_jax.plan import batch as batch_lib
 from kfac_jax.plan import checks
 from kfac_jax.plan import report as report_lib
+from kfac_jax.plan.choosing import BlocksSpec
 from kfac_jax.plan.group import Factors, Structure, widened
-from kfac_jax.plan.grouping import BlocksSpec
 from kfac_jax.plan.loss_check import check_loss
-from kfac_jax.plan.modes import needs_rng
+from kfac_jax.plan.modes import needs_rng, of_inputs
 from kfac_jax.plan.plan import Options, Plan
-from kfac_jax.statistics import averages
+from kfac_jax.statistics import averages, sample_space
 from kfac_jax.statistics.averages import Statistics
 from kfac_jax.statistics.exact_products import ExactProducts
 from kfac_jax.statistics.linearization import linearize
@@ -62,9 +66,7 @@ class Curvature(Plan):
         Below the table, each parameter that is not covered, with the reason and the
         line of the model that uses it.
         """
-        table = report_lib.table(
-            self.layers, self.groups, self.notes, self.statistics_fraction
-        )
+        table = report_lib.table(self.layers, self.groups, self.notes, self.totals)
         if not self.lost_examples or self.independent_cases:
             return table
         return f"{table}\n{checks.cost_of_lost_examples(self.lost_examples)}"
@@ -72,7 +74,8 @@ class Curvature(Plan):
     @property
     def totals(self) -> report_lib.Totals:
         """The report's totals as data: parameters, coverage, bytes, multiply-adds."""
-        return report_lib.totals(self.groups, self.statistics_fraction)
+        inputs = of_inputs(self.estimation_mode)
+        return report_lib.totals(self.groups, self.statistics_fraction, inputs)
 
     def value_and_grad(self, params: Params, *args: Any) -> tuple[Any, Params]:
         """Value and gradient without statistics: `jax.value_and_grad` of the loss.
@@ -122,6 +125,9 @@ class Curvature(Plan):
         References:
           Martens & Grosse 2015, section 5 and, for τ1, section 8.
         """
+        if isinstance(self.structure, SampleSpace):
+            value, grads = self.value_and_grad(params, *args)
+            return value, grads, self._sample_statistics(params, args, rng)
         leaves, part, factors = self._prepare(params, args, rng, factors)
         whole = self.statistics_fraction == 1.0
         # A second pass ends at what is registered: pulled back from there, a loss's
@@ -181,6 +187,10 @@ class Curvature(Plan):
         >>> grads.shape
         (3, 2)
         """
+        if isinstance(self.structure, SampleSpace):
+            return self.loss_fn(params, *args), self._sample_statistics(
+                params, args, rng
+            )
         products = [group.name for group in self.groups if group.product_rows]
         if products:
             raise ValueError(
@@ -207,6 +217,7 @@ class Curvature(Plan):
         Returns:
           Zeros, with weight zero.
         """
+        self._has_factors("zero_statistics")
         self.tree.leaves(params, "params")
         return averages.zero_statistics(self.groups)
 
@@ -222,7 +233,7 @@ class Curvature(Plan):
                 "value_grad_and_statistics(..., rng=key): expected rng, got None."
             )
         leaves = self.tree.leaves(params, "params")
-        part = batch_lib.take(args, self.statistics_fraction, self.batch_argnums)
+        part = batch_lib.take(args, self.statistics_fraction, self.in_batch)
         if factors is not None:
             averages.check(self.groups, "factor_shapes", factors)
         elif any(group.moves for group in self.groups):
@@ -325,6 +336,56 @@ class Curvature(Plan):
             self.loss_fn, self.has_aux, self.tree, params, tuple(leaves), args
         )
 
+    # ------------------------------------------------------------------- sample space
+
+    @jax.named_scope("kfac_gram")
+    def gram(self, params: Params, *args: Any, rng: Array | None = None) -> Array:
+        """The matrix `T = U Uᵀ` of the rows of all cases, whose Fisher is `F = Uᵀ U`.
+
+        Args:
+          params: the parameters.
+          *args: the loss function's further arguments.
+          rng: a key for the sampled modes.
+
+        Returns:
+          `[NR, NR]`, in float32 or wider; the rows of one case are adjacent: one for
+          each of its outputs in exact modes, for each sample in sampled ones. Losses of
+          different numbers of cases come one after the other.
+
+        Raises:
+          ValueError: for another structure than `SampleSpace`, or if a parameter has no
+            gradient of each case.
+
+        >>> import jax.numpy as jnp, kfac_jax
+        >>> def loss_fn(w, x, y):
+        ...     return kfac_jax.losses.squared_error(x @ w, y).sum(-1).mean()
+        >>> w, x, y = jnp.ones((3, 2)), jnp.eye(3), jnp.zeros((3, 2))
+        >>> curvature = kfac_jax.make_curvature(
+        ...     loss_fn, w, x, y, structure=kfac_jax.SampleSpace(),
+        ...     estimation_mode="fisher_exact")
+        >>> curvature.gram(w, x, y).shape
+        (6, 6)
+        """
+        check_sample_space("gram", self.structure)
+        statistics = self._sample_statistics(params, args, rng)
+        return statistics.layers[sample_space.NAME]["gram"]
+
+    def _sample_statistics(
+        self, params: Params, args: Any, rng: Array | None
+    ) -> Statistics:
+        if rng is not None:
+            arguments.key("rng", rng)
+        leaves = self.tree.leaves(params, "params")
+        part = batch_lib.take(args, self.statistics_fraction, self.in_batch)
+        return sample_space.statistics(self, params, part, leaves, rng)
+
+    def _has_factors(self, name: str) -> None:
+        if isinstance(self.structure, SampleSpace):
+            raise ValueError(
+                f"{name} is of factors, which {self.structure!r} has not: expected "
+                "another structure. Use gram and natural_gradient in the sample space."
+            )
+
     # ------------------------------------------------------------------------ factors
 
     def init_factors(self, params: Params) -> Factors:
@@ -336,6 +397,7 @@ class Curvature(Plan):
         Returns:
           The factors.
         """
+        self._has_factors("init_factors")
         self.tree.leaves(params, "params")
         return averages.init_factors(self.groups)
 
@@ -346,7 +408,8 @@ class Curvature(Plan):
 
         `new = ε · old + (1 - ε) · batch` with `ε = min(1 - 1/k, decay)`. A layer whose
         statistics are not finite keeps its factors; with weight zero, or where masks
-        hide all cases, all do.
+        hide all cases, all do. Every batch counts alike, while the state of `kfac`
+        counts them by their cases; sums of statistics, and `over`, do so, too.
 
         Args:
           factors: the averages so far.
@@ -365,12 +428,34 @@ class Curvature(Plan):
         References:
           Martens & Grosse 2015, section 5.
         """
+        self._has_factors("update_factors")
         averages.check_statistics(statistics)
         arguments.integer("step (k)", step, arrays=True)
         arguments.within("step (k)", step, 1, float("inf"))
         arguments.number("decay (ε)", decay, arrays=True)
         arguments.within("decay (ε)", decay, 0.0, 1.0)
         return averages.average(self.groups, factors, statistics, step, decay).factors
+
+    def renew_factors(self, factors: Factors) -> Factors:
+        """Renews what blocks carry: the bases of `Eigen`, the weights of fits.
+
+        An optimizer does so every T3 steps. Moments are moved to the new basis, so that
+        statistics that were gathered with the old factors may not be added to these.
+
+        Args:
+          factors: from `update_factors`.
+
+        Returns:
+          The factors; those of other blocks as they are.
+
+        Raises:
+          ValueError: if the factors are of another plan.
+        """
+        self._has_factors("renew_factors")
+        averages.check(self.groups, "factor_shapes", factors)
+        moving = [group for group in self.groups if group.moves]
+        own = {name: factors[name] for group in moving for name in group.names}
+        return factors | inverses.move(moving, own)
 
     def at(self, params: Params, *args: Any, rng: Array | None = None) -> Approximation:
         """The operator of one batch, without an optimizer.
@@ -395,6 +480,7 @@ class Curvature(Plan):
         >>> round(float(curvature.at(w, x, y).trace()), 3)
         4.0
         """
+        self._has_factors("at")
         return self._of_all(params, [args], rng, self._with_batch)
 
     def over(
@@ -487,9 +573,12 @@ class Curvature(Plan):
           `logdet`, `sample`.
 
         Raises:
-          ValueError: if the factors are of another plan.
+          ValueError: if the factors are of another plan, or if blocks have no basis yet
+            (where that is known when the program is traced).
         """
+        self._has_factors("approximation")
         averages.check(self.groups, "factor_shapes", factors)
+        averages.check_bases(self.groups, factors)
         factors = widened(self.groups, factors)
         return Approximation(groups=self.groups, tree=self.tree, factors=factors)
 
@@ -528,7 +617,11 @@ def make_curvature(
       has_aux: whether the loss function also returns auxiliary data.
       estimation_mode: "fisher_gradients" (targets sampled from the model),
         "fisher_exact", "fisher_empirical" (the data's targets),
-        "fisher_curvature_prop", "ggn_exact" or "ggn_curvature_prop".
+        "fisher_curvature_prop", "ggn_exact" or "ggn_curvature_prop". "inputs" gathers
+        second moments of layers' inputs in the gradient's own backward pass: no loss
+        need be registered, and default blocks are `blocks.InputOnly()`, or the identity
+        for other parameters than weights. (If weights are used inside of a function
+        with a custom derivative rule, the gradient takes a pass of its own.)
       blocks: the approximation of each layer: one block for all; a mapping from layer
         kind or path regex to a block or None; or a function of the layer. None as a
         block leaves the gradient of that layer as it is.
@@ -541,8 +634,9 @@ def make_curvature(
         is an error.
       on_unmatched: what to do about parameters no layer covers: "warn" gives them the
         diagonal `N · ḡ²` of the sampled batch gradient ḡ; in the exact modes their
-        exact diagonal, by a forward pass for each entry of the smallest, up to 32
-        (else `N · ḡ²` with random signs of the cases, from `rng`). "error" raises,
+        exact diagonal, by a forward pass for each entry of the smallest, up to 32, and
+        by the gradient of each case for others (where cases may meet before the
+        outputs `N · ḡ²` with random signs of the cases, from `rng`). "error" raises,
         "ignore" gives them the identity.
       on_rest: what to do if the returned loss has terms that are not registered, as a
         bound's KL divergence or an auxiliary loss. They have no curvature; the gradient
@@ -601,6 +695,11 @@ def make_curvature(
             "structure must be BlockDiagonal() or BlockTridiagonal(), or have a method "
             f"group(uses) that makes groups; got {arguments.shown(structure)}."
         )
+    if of_inputs(estimation_mode) and not isinstance(structure, BlockDiagonal):
+        raise ValueError(
+            'estimation_mode="inputs" gathers no output gradients: expected '
+            f"structure=BlockDiagonal(), got {structure!r}. Use another mode for it."
+        )
     check_weight_sharing(weight_sharing)
     options: dict[str, Any] = dict(
         loss_fn=loss_fn,
@@ -621,14 +720,17 @@ def make_curvature(
     derived = Options(**options).derive(params, args, quiet=False)
     checks.check_sharing(derived.layers, blocks is not None, weight_sharing)
     if statistics_fraction < 1.0:
-        batch_lib.batch_size(args, options["batch_argnums"])
-    check_loss(derived.traced, params, args, l2, on_rest)
+        batch_lib.batch_size(args, derived.traced.in_batch)
+    if not of_inputs(estimation_mode):
+        check_loss(derived.traced, params, args, l2, on_rest)
+    means = checks.check_means(derived.traced, on_unmatched)
     return Curvature(
         **options,
         kept_rules=derived.kept_rules,
         layers=derived.layers,
         groups=derived.grouped.groups,
-        notes=derived.grouped.notes,
+        notes=derived.grouped.notes + means,
+        in_batch=derived.traced.in_batch,
         lost_examples=checks.check_cases(
             derived.traced, estimation_mode, independent_cases
         ),

@@ -1,5 +1,6 @@
 """The numerical settings all tests run under, set before JAX starts."""
 
+import collections
 import gc
 import os
 from importlib.metadata import version
@@ -52,3 +53,16 @@ def user_settings():
     with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
         with jax.numpy_rank_promotion("allow"):
             yield
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Marks the cases that `sampled` leaves out."""
+    counts = collections.Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is None:
+            continue
+        if counts[item.function] % mark.args[0]:
+            item.add_marker("slow")
+        counts[item.function] += 1

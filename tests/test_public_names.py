@@ -13,16 +13,18 @@ import kfac_jax
 
 TOP = """
 Approximation AverageIteratesState BlockDiagonal BlockTridiagonal Curvature
-ExponentialBatchSize GraftState Health Info KFACState Layer LevenbergMarquardt OverAxis
-OverMesh QuadraticModel RefreshSchedule SeparateDamping SharingReport Statistics Totals
+ExponentialBatchSize GraftState Health Info KFACState Layer LevenbergMarquardt
+MultiStepsState NaturalGradientState OverAxis SampleSpace Spring
+OverMesh QuadraticModel Refine RefreshSchedule SeparateDamping SharingReport Statistics
+Totals
 average_iterates blocks distributions graft health initializers kfac linalg losses
-make_curvature make_step
+make_curvature make_step multi_steps muon_dimension_numbers natural_gradient
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution
 register_normal_predictive_distribution register_scale_and_shift
 register_sigmoid_cross_entropy_loss register_softmax_cross_entropy_loss
-register_squared_error_loss scale_by_kfac sharing_report spread_state state_specs
-whole_state
+register_squared_error_loss scale_by_inputs scale_by_kfac sharing_report spread_state
+state_specs whole_state
 """
 COMPAT = """
 Conv2DDiagonal Conv2DFull Conv2DTNT Conv2DTwoKroneckerFactored DenseDiagonal DenseFull
@@ -34,7 +36,10 @@ Optimizer RepeatedDenseKroneckerFactored ScaleAndShiftDiagonal ScaleAndShiftFull
 curvature_blocks curvature_estimator get_default_tag_to_block_ctor layers_and_loss_tags
 optimizer set_default_tag_to_block_ctor tag_graph_matcher utils
 """
-BLOCKS = "Block BlockShape Damped Diagonal Eigen Full Identity Kronecker Spectrum TNT"
+BLOCKS = """
+Block BlockShape Damped Diagonal Eigen Full Identity InputOnly Kronecker KroneckerSum
+Spectrum TNT
+"""
 DISTRIBUTIONS = """
 Bernoulli Categorical Convex Distribution Normal NormalWithVariance RegisteredLoss
 """
@@ -49,7 +54,8 @@ softmax_cross_entropy_with_integer_labels squared_error
 """
 MODULES = ("blocks", "distributions", "initializers", "linalg", "losses")
 CURVATURE = """
-approximation at init_factors matvec over quadratic_form report update_factors
+approximation at gram init_factors matvec over quadratic_form renew_factors report
+update_factors
 value_and_grad value_and_statistics value_grad_and_statistics zero_statistics
 """
 OPERATOR = "diagonal logdet matvec power sample solve to_dense trace"
@@ -64,10 +70,15 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
         "inverse_every factored_damping devices"
     ),
     "scale_by_kfac": "curvature damping decay inverse_every * devices",
+    "scale_by_inputs": "curvature power damping decay inverse_every * devices",
+    "muon_dimension_numbers": "curvature kinds",
     "make_step": "curvature tx * statistics_every devices",
     "health": "state",
     "average_iterates": "decay * start",
     "graft": "direction magnitude",
+    "multi_steps": "curvature tx every",
+    "natural_gradient": "curvature learning_rate damping momentum * norm_constraint",
+    "Curvature.gram": "self params *args rng",
     "sharing_report": "curvature devices axis_sizes",
     "spread_state": "curvature state devices",
     "state_specs": "devices",
@@ -94,6 +105,7 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "Curvature.init_factors": "self params",
     "Curvature.matvec": "self params v *args matrix",
     "Curvature.quadratic_form": "self params vectors *args",
+    "Curvature.renew_factors": "self factors",
     "Curvature.report": "self",
     "Curvature.update_factors": "self factors statistics step decay",
     "Curvature.value_and_grad": "self params *args",

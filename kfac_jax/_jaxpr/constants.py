@@ -14,6 +14,30 @@ from kfac_jax._jaxpr.sites import OtherUse, Site, Use
 from kfac_jax._jaxpr.states import Examples, State
 
 
+def only_of_constants(uses: Sequence[Use]) -> set[int]:
+    """The outputs of layers whose parameters are multiplied with constants alone.
+
+    Such a product may rather be a map to a weight, as in `x @ (basis @ w)`: then each
+    example has a gradient of its own.
+
+    Args:
+      uses: the uses that discovery found.
+
+    Returns:
+      Their ids.
+    """
+    products = {
+        use: use.output
+        for use in uses
+        if isinstance(use, Site)
+        and use.examples is None
+        and use.x is not None
+        and not isinstance(use.output, tuple)
+    }
+    others = {use.leaf for use in uses if use not in products}
+    return {output for use, output in products.items() if use.leaf not in others}
+
+
 def with_cases(
     uses: Sequence[Use], graph: Graph, states: Mapping[int, State]
 ) -> list[Use]:
@@ -42,7 +66,9 @@ def with_cases(
         for node in readers.get(value, []):
             at = node.inputs.index(value)
             moves = node.name in ("transpose", "rev", "dot_general")
-            if node.bodies or moves or node.shape(at) != node.out_shape():
+            if node.bodies or moves or not node.outputs:
+                continue
+            if node.shape(at) != node.out_shape():
                 continue
             state = states.get(node.outputs[0])
             state = examples(node.outputs[0]) if state is None else state

@@ -12,11 +12,13 @@ from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr import batched
+from kfac_jax._jaxpr.batch_means import with_means
 from kfac_jax._jaxpr.graph import Atom, Node, is_value
 from kfac_jax._jaxpr.states import (
     LOST,
     Examples,
     Lost,
+    OfBatch,
     Rule,
     Scanned,
     State,
@@ -275,21 +277,43 @@ def propagate(
     """
     states = [read(atom) if is_value(atom) else None for atom in node.inputs]
     has_axis = any(isinstance(state, Examples) for state in states)
-    by_entry = node.name not in RULES and _is_elementwise(node)
-    if dependent is not None and has_axis and by_entry:
+    has_means = any(isinstance(state, OfBatch) for state in states)
+    by_entry = works_by_entry(node)
+    if dependent is not None and (has_axis or has_means) and by_entry:
         states = [
             None if isinstance(state, Lost) and atom not in dependent else state
             for atom, state in zip(node.inputs, states, strict=True)
         ]
+    if has_means:
+        result = with_means(node, states, by_entry=by_entry)
+        if not isinstance(result, list):
+            return [result] * len(node.outputs)
+        states = result
     if all(state is None for state in states):
         return [None] * len(node.outputs)
+    if node.name == "device_put":  # of several arrays, which do not meet
+        return list(states)
     merged = merge(states)
     if isinstance(merged, Scanned):  # all operands belong to one example: none can mix
         return [merged] * len(node.outputs)
     rule = RULES.get(node.name)
     if rule is None:
-        rule = _elementwise if _is_elementwise(node) else _lost
-    return named(node, states, rule(node, states))
+        rule = _elementwise if by_entry else _lost
+    results = rule(node, states)
+    if all(isinstance(s, Examples) and s.size == 1 for s in states if s is not None):
+        results = [_of_one(node, i, x) for i, x in enumerate(results)]
+    return named(node, states, results)
+
+
+def _of_one(node: Node, index: int, state: State) -> State:
+    """The state of a result that belongs to the only example, whatever its axes are.
+
+    Axes of length 1 look alike, so rules may take one for another and lose it.
+    """
+    shape = node.out_shape(index)
+    if not isinstance(state, Lost) or not shape:
+        return state
+    return Examples(0, 1, 1, shape[0])
 
 
 def named(node: Node, before: Sequence[State], after: Sequence[State]) -> list[State]:
@@ -306,13 +330,13 @@ def _lost(node: Node, states: Sequence[State]) -> list[State]:
     return [LOST] * len(node.outputs)
 
 
-def _is_elementwise(node: Node) -> bool:
-    """Whether a primitive without a rule may be taken for an elementwise one.
+def works_by_entry(node: Node) -> bool:
+    """Whether an equation may be taken for one that works entry by entry.
 
     It may if all shapes are equal, as every primitive that mixes entries in spite of
     equal shapes has a rule.
     """
-    if node.bodies:
+    if node.bodies or node.name in RULES or not node.outputs:
         return False
     shape: Any = node.out_shape()
     if any(node.out_shape(i) != shape for i in range(len(node.outputs))):

@@ -189,7 +189,7 @@ class _Builder:
 
         for equation in jaxpr.eqns:
             inputs = tuple(read(atom) for atom in equation.invars)
-            callee = _plain_call(equation)
+            callee = plain_call(equation)
             if callee is not None:
                 inner, constants = _compat.open_jaxpr(callee)
                 scope = dict(zip(inner.invars, inputs, strict=True))
@@ -216,7 +216,7 @@ def _bodies(equation: Any) -> Sequence[Any]:
     return found
 
 
-def _plain_call(equation: Any) -> Any:
+def plain_call(equation: Any) -> Any:
     """Returns the jaxpr that an equation merely calls, as `jit` does, or None.
 
     A call is recognised by its operands and results, whose shapes are those of the

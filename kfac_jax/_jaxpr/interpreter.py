@@ -9,7 +9,7 @@ devices.
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax._jaxpr.graph import Atom, Graph, Node, Place, is_value
 from kfac_jax.distributions import RegisteredLoss
 
-JOINING = ("concatenate", "stack")
+JOINING = ("concatenate", "scan", "stack")
 """Equations whose tapped operands are not broadcast to the result."""
 
 Probe = dict[str, Array]
@@ -55,11 +55,14 @@ class Program:
       taps: by the tapped place; several where parameters are joined.
       scanned: for each scan (by the id of its first result) the names of the layers
         whose parameters, and so whose probes, it runs over.
+      constants: values without a derivative here, though in the user's program they
+        have one.
     """
 
     graph: Graph
     taps: Mapping[Place, Sequence[Tap]]
     scanned: Mapping[int, frozenset[str]]
+    constants: Collection[int] = ()
 
 
 def run(
@@ -110,7 +113,7 @@ def _run(
 
     for node in graph.nodes:
         operands = [read(atom) for atom in node.inputs]
-        if not node.bodies:
+        if node.outputs and (not node.bodies or node.name == "scan"):
             operands = [
                 tapped(x, (node.outputs[0], i), node) for i, x in enumerate(operands)
             ]
@@ -166,7 +169,8 @@ def _apply_tap(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
         return y, (x, {name: probe[name] for name in tap.carried})
 
     def backward(residuals: Any, dy: Array) -> tuple[Array, None, Probe]:
-        x, carried = residuals
+        # as JAX's arrays, which known ones are not on JAX 0.8
+        x, carried = jax.tree.map(jnp.asarray, residuals)
         return dy, None, axis_types.auto(statistics, types)(x, dy, carried)
 
     # A cotangent must have exactly the type of what it belongs to, so zeros fill what
@@ -195,14 +199,14 @@ def _apply_tap(tap: Tap, y: Array, x: Array | None, probe: Probe) -> Array:
 def _must_enter(
     program: Program, node: Node, probes: Mapping[str, Probe] | None
 ) -> bool:
-    """Whether nested graphs hold taps or losses; if not, the equation runs as it is."""
+    """Whether nested graphs hold what the equation, as it is, does not."""
     if not node.bodies:
         return False
-    taps = set[int]()
+    own = {*program.constants}
     if probes is not None:
-        taps = {p[0] if isinstance(p, tuple) else p for p in program.taps}
+        own.update(p[0] if isinstance(p, tuple) else p for p in program.taps)
     return any(
-        inner.name == "kfac_loss" or any(out in taps for out in inner.outputs)
+        inner.name == "kfac_loss" or any(out in own for out in inner.outputs)
         for body in node.bodies
         for inner in body.walk()
     )

@@ -6,6 +6,7 @@ This pass goes back from the losses, and asks at each equation whether an operan
 of examples is that of the results.
 """
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 
 import jax.numpy as jnp
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.examples import propagate
 from kfac_jax._jaxpr.graph import BODY_OFFSETS, Atom, Graph, Node, is_value
-from kfac_jax._jaxpr.states import Examples, Scanned, State
+from kfac_jax._jaxpr.sites import Site, Use
+from kfac_jax._jaxpr.states import Examples, Lost, Scanned, State
 
 
 def mixed(
@@ -70,13 +72,15 @@ class _Mixing:
 
     def _mixes(self, node: Node, atom: int, outputs: Sequence[int]) -> bool:
         """Whether an operand's examples are not those of the results."""
-        if node.bodies:  # tracking went through it: its results tell what it keeps
+        # tracking went through these: their results tell what they keep
+        if node.bodies or node.name == "custom_linear_solve":
             return not all(map(self._kept, outputs))
         alone = propagate(node, lambda x: self._state(x) if x == atom else None)
+        several = len(node.outputs) > 1  # of which some may be of other operands
         return any(
             not isinstance(state, Examples | Scanned) or self.states.get(out) != state
             for out, state in zip(node.outputs, alone, strict=True)
-            if out in outputs
+            if out in outputs and not (several and state is None)
         )
 
     def _enter(self, node: Node) -> None:
@@ -112,3 +116,34 @@ class _Mixing:
 def _is_tag(node: Node) -> bool:
     """Whether an equation returns its first operand, and others are for the library."""
     return node.name in ("kfac_layer", "kfac_generic", "kfac_loss")
+
+
+def apart(
+    uses: Sequence[Use], places: Mapping[int, str], makers: Mapping[int, Node]
+) -> list[Use]:
+    """Forgets the examples of uses that a loss mixes.
+
+    Args:
+      uses: the uses.
+      places: what `mixed` returned.
+      makers: the equations by their results.
+
+    Returns:
+      The uses.
+    """
+    reasons = [reason(use, places, makers) for use in uses]
+    return [
+        dataclasses.replace(use, examples=Lost(why)) if why else use
+        for use, why in zip(uses, reasons, strict=True)
+    ]
+
+
+def reason(use: Use, places: Mapping[int, str], makers: Mapping[int, Node]) -> str:
+    """The equation that mixes the examples of a use; empty without."""
+    if not isinstance(use, Site) or not isinstance(use.examples, Examples):
+        return ""
+    place, *at = use.output if isinstance(use.output, tuple) else (use.output,)
+    node = makers.get(place)
+    if at and node is not None and node.name == "scan":  # what starts a carry
+        place = node.bodies[0].inputs[at[0]]
+    return places.get(place, "")

@@ -3,6 +3,7 @@
 import abc
 import dataclasses
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -148,9 +149,19 @@ class Parameter(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """A weight that the program computes from parameters."""
+    """A weight that the program computes from parameters.
 
-    value: int  # its id
+    Attributes:
+      value: its id.
+      form: "entry" if each entry is a function of the parameter's, and of others only
+        by their norms and means; "right" or "left" if it is the matrix times another
+        one on that side, up to a constant factor; else "other".
+      copied: the axis along which the value holds copies of the weight, if any.
+    """
+
+    value: int
+    form: str
+    copied: int | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -178,6 +189,8 @@ class Site:
       on_device: whether each device of a `shard_map` has its own examples there.
       computed: the weight that the layouts are of, if the parameter reaches the data by
         a map; None if it is the parameter itself.
+      term: which of the layer's Kronecker products its statistics belong to, where the
+        block is a sum of two.
     """
 
     reader: Reader
@@ -196,6 +209,7 @@ class Site:
     swapped: bool = False
     on_device: bool = False
     computed: Computed | None = None
+    term: int = 0
 
     @property
     def kind(self) -> str:
@@ -240,14 +254,17 @@ class Site:
         e, last = len(independent), len(independent) + len(rows)
         head, features = value.shape[:e], value.shape[-1]
         if not isinstance(self.examples, Examples):
-            return value.reshape(*head, -1, 1, features)
+            return value.reshape(*head, math.prod(value.shape[e:last]), 1, features)
         # The axis of examples has outer · size · inner entries. Only `size` is the
         # batch; the other two, and the other row axes, are positions in an example.
         axis, size, outer, inner = dataclasses.astuple(self.examples)
         at = e + axis
         before, after = value.shape[e:at], value.shape[at + 1 : last]
         split = value.reshape(*head, *before, outer, size, inner, *after, features)
-        return jnp.moveaxis(split, at + 1, e).reshape(*head, size, -1, features)
+        # no -1, which an array without entries leaves open
+        positions = math.prod((*before, outer, inner, *after))
+        moved = jnp.moveaxis(split, at + 1, e)
+        return moved.reshape(*head, size, positions, features)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -261,3 +278,8 @@ class OtherUse:
 
 
 Use = Site | OtherUse
+
+
+def unmatched(uses: Iterable[Use]) -> set[int]:
+    """The parameters that no layer covers."""
+    return {x.leaf for x in uses if isinstance(x, OtherUse) and x.kind == "unmatched"}

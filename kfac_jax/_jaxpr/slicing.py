@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+import jax.numpy as jnp
+
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.graph import (
     BODY_OFFSETS,
@@ -129,14 +131,28 @@ def dependent(graph: Graph, inputs: Iterable[int]) -> set[int]:
 
 
 def _stops(graph: Graph) -> Iterator[Node]:
-    """Nodes that stop gradients, except inside of functions with a custom rule."""
+    """Nodes that stop gradients, except inside of functions with a custom rule.
+
+    Those of comparisons, and all others without real or complex results, do.
+
+    Args:
+      graph: the program.
+
+    Yields:
+      The nodes.
+    """
     # such a rule replaces the body's derivative, so a stop in the body need not be one
     for node in graph.nodes:
-        if node.name == "stop_gradient":
+        if node.name == "stop_gradient" or (not node.bodies and _is_discrete(node)):
             yield node
         elif not has_own_rule(node):
             for body in node.bodies:
                 yield from _stops(body)
+
+
+def _is_discrete(node: Node) -> bool:
+    types = [x.aval.dtype for x in node.equation.outvars]
+    return bool(types) and not any(jnp.issubdtype(x, jnp.inexact) for x in types)
 
 
 def without_rest(graph: Graph, wanted: set[int]) -> Graph:

@@ -47,7 +47,21 @@ class Scanned:
     where: str = dataclasses.field(default="", compare=False)
 
 
-State = Examples | Lost | Scanned | None
+@dataclasses.dataclass(frozen=True)
+class OfBatch:
+    """The value is the same for all cases: it is computed from means over them.
+
+    This state exists only while `normalizing` looks for means to normalise with. `sums`
+    are the results of the sums over cases. A sum that is divided by a constant is a
+    mean; its root, or one of a sum of means, is for scaling.
+    """
+
+    sums: frozenset[int]
+    is_mean: bool = False
+    is_root: bool = False
+
+
+State = Examples | Lost | Scanned | OfBatch | None
 """None means that the value does not depend on the batch."""
 
 Rule = Callable[[Node, Sequence[State]], list[State]]
@@ -57,7 +71,19 @@ Rule = Callable[[Node, Sequence[State]], list[State]]
 def merge(states: Sequence[State]) -> State:
     """The common state of all values that depend on the batch; lost if they differ."""
     found = [state for state in states if state is not None]
+    if found and all(isinstance(state, OfBatch) for state in found):
+        return joined_means(found)
     lost = next((state for state in found if isinstance(state, Lost)), None)
     if lost is not None or len(set(found)) > 1:
         return lost or LOST
     return found[0] if found else None
+
+
+def joined_means(states: Sequence[State]) -> OfBatch:
+    """The state of what is computed from several means."""
+    means = [state for state in states if isinstance(state, OfBatch)]
+    return OfBatch(
+        frozenset().union(*(state.sums for state in means)),
+        all(state.is_mean for state in means),
+        all(state.is_root for state in means),
+    )

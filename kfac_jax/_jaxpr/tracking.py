@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr.batch_means import over_cases
 from kfac_jax._jaxpr.examples import named, propagate
 from kfac_jax._jaxpr.graph import Atom, Graph, Node, build, is_value
 from kfac_jax._jaxpr.states import (
@@ -18,15 +19,28 @@ from kfac_jax._jaxpr.states import (
 
 
 class _States(dict[int, State]):
-    """States by value, and the values that depend on parameters."""
+    """States by value, and the arguments of `track`."""
 
-    def __init__(self, dependent: Collection[int] | None) -> None:
+    def __init__(
+        self,
+        dependent: Collection[int] | None = None,
+        constants: Collection[int] = (),
+        means: Collection[int] = (),
+    ) -> None:
         super().__init__()
         self.dependent = dependent
+        self.constants = constants
+        self.means = means
 
 
 def track(
-    graph: Graph, inputs: Sequence[State], dependent: Collection[int] | None = None
+    graph: Graph,
+    inputs: Sequence[State],
+    dependent: Collection[int] | None = None,
+    *,
+    constants: Collection[int] = (),
+    means: Collection[int] = (),
+    closed_over: Mapping[int, State] | None = None,
 ) -> Mapping[int, State]:
     """Finds the axis of examples of every value.
 
@@ -34,11 +48,15 @@ def track(
       graph: the program.
       inputs: the states of its inputs.
       dependent: the values that depend on parameters, if they are known.
+      constants: values that count as constants, though they may depend on the batch.
+      means: sums that are `OfBatch` if they are over an axis of examples.
+      closed_over: the states of arrays that the program closes over.
 
     Returns:
       The states by value.
     """
-    states = _States(dependent)
+    states = _States(dependent, constants, means)
+    states.update(closed_over or {})
     _track(graph, inputs, states)
     return states
 
@@ -67,6 +85,11 @@ def _track(graph: Graph, inputs: Sequence[State], states: _States) -> list[State
         else:
             results = propagate(node, read, states.dependent)
         states.update(zip(node.outputs, results, strict=True))
+        for i, out in enumerate(node.outputs):
+            if out in states.constants:
+                states[out] = None
+            elif out in states.means:
+                states[out] = over_cases(node, operands[i], out) or states[out]
     return [read(atom) for atom in graph.outputs]
 
 
@@ -106,7 +129,7 @@ def _linear_solve(node: Node, operands: list[State], states: _States) -> list[St
     start = lengths.matvec + lengths.vecmat
     consts = operands[start : start + lengths.solve]
     right_sides = operands[sum(lengths) :]
-    results = _track(build(solve), [*consts, *right_sides], _States(None))
+    results = _track(build(solve), [*consts, *right_sides], _States())
     matrix = operands[: lengths.matvec]
     if any(isinstance(state, Lost) for state in matrix):
         return [LOST] * len(results)

@@ -11,7 +11,9 @@ piece that is *cut*; a concatenation leaves one that is *joined* to other arrays
 import dataclasses
 import math
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +52,24 @@ class Piece:
 Axis = tuple[Piece, ...]
 
 
+class Choice(NamedTuple):
+    """How data choose one of the slices of an array, see `kinds.chosen`.
+
+    Attributes:
+      indices: the integers that choose, `[*rows, columns]`.
+      column: the column that does.
+      drops: whether integers out of bounds choose none; if not, they are clipped.
+      length: the number of slices.
+      rows: the pieces along which the view repeats a slice, one for each axis of rows.
+    """
+
+    indices: Any
+    column: int
+    drops: bool
+    length: int
+    rows: Axis
+
+
 def axis_size(axis: Axis) -> int:
     """The length of an axis."""
     return math.prod(piece.size for piece in axis)
@@ -68,6 +88,7 @@ class View:
       scale: the product of the scalar factors, a number or a scalar array.
       scans: the ids of the scans that run over `stacked`, in the same order.
       repeated: whether a scan uses the same entries in all its steps.
+      choice: how data choose one of the last of `stacked`, if they do.
     """
 
     source: int
@@ -78,6 +99,7 @@ class View:
     scale: Any = 1.0
     scans: tuple[int, ...] = ()
     repeated: bool = False
+    choice: Choice | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -262,6 +284,23 @@ class Layout:
     def to_matrix(self, array: Any) -> Any:
         """Moves the array's entries to matrices."""
         return array.reshape(self.sizes).transpose(self.permutation).reshape(self.shape)
+
+    @property
+    def axes(self) -> tuple[tuple[int, ...], ...]:
+        """For each axis of the array, the axes of the matrices that it runs along."""
+        found: list[tuple[int, ...]] = []
+        for axis, length in enumerate(self.source_shape):
+            where = [np.zeros(length, int)] * len(self.source_shape)
+            where[axis] = np.arange(length)
+            flat = np.ravel_multi_index(where, self.source_shape)
+            parts = np.unravel_index(flat, self.sizes)
+            order = self.permutation
+            moved = np.ravel_multi_index(
+                [parts[i] for i in order], [self.sizes[i] for i in order]
+            )
+            places = np.unravel_index(moved, self.shape)
+            found.append(tuple(i for i, x in enumerate(places) if x.any()))
+        return tuple(found)
 
     def from_matrix(self, matrix: Any) -> Any:
         """Inverts `to_matrix`."""

@@ -6,9 +6,9 @@ from jax.typing import DTypeLike
 
 
 def wide_dtype(dtype: DTypeLike) -> jnp.dtype:
-    """Float32, or the type itself where it is at least as wide."""
-    floating = jnp.issubdtype(dtype, jnp.floating)
-    wide = floating and jnp.finfo(dtype).bits >= 32
+    """Float32, or the type itself where it is at least as wide or complex."""
+    inexact = jnp.issubdtype(dtype, jnp.inexact)
+    wide = inexact and jnp.finfo(dtype).bits >= 32
     return jnp.dtype(dtype) if wide else jnp.dtype(jnp.float32)
 
 

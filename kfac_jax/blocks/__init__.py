@@ -8,5 +8,7 @@ from .diagonal import Diagonal as Diagonal
 from .eigen import Eigen as Eigen
 from .full import Full as Full
 from .identity import Identity as Identity
+from .input_only import InputOnly as InputOnly
 from .kronecker import Kronecker as Kronecker
+from .kronecker_sum import KroneckerSum as KroneckerSum
 from .tnt import TNT as TNT

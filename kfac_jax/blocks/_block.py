@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple
 import jax.numpy as jnp
 from chex import Numeric
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 
 from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks._layout import (
@@ -60,12 +60,12 @@ class Block(abc.ABC):
     elementwise: ClassVar[frozenset[str]] = frozenset()
     """The names of results of `damp` that are inverted by reciprocals."""
 
-    row_statistics: ClassVar[frozenset[str]] = frozenset()
+    row_statistics: frozenset[str] = frozenset()
     """The names of statistics that depend on inputs only. Exact modes gather them once,
     not for each output. For an input that all cases share they are multiplied by the
     number of cases."""
 
-    handles_tied: ClassVar[bool] = False
+    handles_tied: bool = False
     """Whether it can be the block of a weight that is also used transposed. Then the
     methods that get a shape must handle `tied`. `statistics` gets one of the shape's
     `terms`; its results for the second get the prefix `transposed_`."""
@@ -76,15 +76,28 @@ class Block(abc.ABC):
     `√d · table[ids]`, is in `dy`. Other blocks get one-hot rows `[*e, b, s, i]`, which
     are multiplied by the factor."""
 
-    carried: ClassVar[frozenset[str]] = frozenset()
-    """The names of factors that are a basis. `statistics` gets them as keywords, and
-    `solve` among the inverses. A batch's statistics include them, too."""
+    carried: frozenset[str] = frozenset()
+    """The names of factors that later statistics are made with, such as a basis.
+    `statistics` gets them as keywords, and `solve` among the inverses. A batch's
+    statistics include them, too."""
+
+    bases: frozenset[str] = frozenset()
+    """The names in `carried` of orthogonal matrices. Statistics in different bases do
+    not add up, which is noticed by these."""
+
+    handles_sums: ClassVar[bool] = False
+    """Whether it is a sum of two products where uses lead to different losses. Then the
+    methods that get a shape must handle `products`, as for `handles_tied`, with the
+    prefix `second_`."""
+
+    needs_outputs: ClassVar[bool] = True
+    """Whether statistics depend on output gradients, beyond which rows have any."""
 
     solves_by_sides: ClassVar[bool] = False
     """Whether `solve` is `A⁻¹ V G⁻¹` with the inverses of `input` and `output`, or of
     their diagonals, so that devices may apply rows of these."""
 
-    handles_links: ClassVar[bool] = False
+    handles_links: bool = False
     """Whether layers may be linked to their neighbours: `input` and `output` are second
     moments of `rows` then, and damping is factored."""
 
@@ -190,12 +203,18 @@ class Block(abc.ABC):
         return {}
 
     def average(self, old: Arrays, new: Arrays, epsilon: Float[Array, ""]) -> Arrays:
-        """Updates the averages with a batch: `ε · old + (1 - ε) · new`."""
-        return {
-            name: epsilon.astype(x.dtype) * x
-            + (1 - epsilon.astype(x.dtype)) * new[name].astype(x.dtype)
-            for name, x in old.items()
-        }
+        """Updates the averages with a batch: `ε · old + (1 - ε) · new`.
+
+        The first batch brings what is carried; later ones leave what is there.
+        """
+        result: Arrays = {}
+        for name, x in old.items():
+            batch, share = new[name].astype(x.dtype), epsilon.astype(x.dtype)
+            if name in self.carried:
+                result[name] = jnp.where(epsilon == 0, batch, x)
+            else:
+                result[name] = share * x + (1 - share) * batch
+        return result
 
     def refresh(self, factors: Arrays) -> Arrays:
         """Changes the factors when inverses are refreshed, every T3 steps."""
@@ -230,7 +249,9 @@ def divide(total: Array, count: Array) -> Array:
     return total / jnp.where(count > 0, count, 1)
 
 
-def per_example(x: Float[Array, "*e b s i"], dy: Outputs) -> Gradients:
-    """Each example's gradient, summed over its positions."""
+def per_example(
+    x: Inexact[Array, "*e b s i"], dy: Inexact[Array, "*e b s o"]
+) -> Inexact[Array, "*e b i o"]:
+    """Each example's gradient, summed over its positions; also of complex weights."""
     dtype = wide_dtype(dy.dtype)
     return jnp.einsum("...bsi,...bso->...bio", x, dy, preferred_element_type=dtype)

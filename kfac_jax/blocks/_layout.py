@@ -43,6 +43,8 @@ class BlockShape:
       one_hot: whether inputs are integers `x [*e, b, s]`, out of bounds for rows that
         do not count; only for blocks with `handles_one_hot`.
       tied: whether the parameters are also used transposed.
+      products: of how many Kronecker products the curvature is a sum, for blocks with
+        `handles_sums`: 1, or 2 for uses that lead to different losses.
     """
 
     stacked: tuple[int, ...]
@@ -52,12 +54,13 @@ class BlockShape:
     homogeneous: bool = False
     one_hot: bool = False
     tied: bool = False
+    products: int = 1
 
     @property
     def terms(self) -> "tuple[BlockShape, ...]":
-        """The shapes of the parameters as they are and, if `tied`, transposed."""
+        """The shape for each product; the second, if `tied`, is of the transposed."""
         if not self.tied:
-            return (self,)
+            return (dataclasses.replace(self, products=1),) * self.products
         first = dataclasses.replace(self, tied=False)
         second = dataclasses.replace(
             first, inputs=self.outputs, outputs=self.inputs, one_hot=False

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from kfac_jax._utils import arguments
 from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks._layout import Arrays, BlockShape, Outputs, Shapes
-from kfac_jax.blocks._sides import Side, named, side_shapes, sides
+from kfac_jax.blocks._sides import DIAGONAL, Side, named, side_shapes, sides
 from kfac_jax.linalg._gram import gram
 
 
@@ -29,6 +29,12 @@ def shapes(shape: BlockShape, max_factor_dim: int | None) -> Shapes:
     return side_shapes(shape, max_factor_dim) | count
 
 
+def input_shapes(shape: BlockShape, max_factor_dim: int | None) -> Shapes:
+    """Those of the inputs' sum alone, and of the number of rows that count."""
+    own = shapes(shape, max_factor_dim)
+    return {name: x for name, x in own.items() if not name.startswith("output")}
+
+
 def moments(
     x: Float[Array, "*e b s i"] | Int[Array, "*e b s"],
     dy: Outputs,
@@ -38,12 +44,26 @@ def moments(
 ) -> Arrays:
     """The sums over rows. Inputs `x` must be zero for rows without a gradient."""
     wanted = shapes(shape, max_factor_dim)
+    outputs = _moment(output_rows(dy, weight_sharing), "output" in wanted)
+    name = "output" if outputs.is_full else "output" + DIAGONAL
+    inputs = input_moments(x, dy, shape, max_factor_dim, weight_sharing)
+    return inputs | {name: outputs.array}
+
+
+def input_moments(
+    x: Float[Array, "*e b s i"] | Int[Array, "*e b s"],
+    dy: Outputs,
+    shape: BlockShape,
+    max_factor_dim: int | None,
+    weight_sharing: str,
+) -> Arrays:
+    """The sum over rows of inputs alone, and the number of rows that count."""
+    wanted = shapes(shape, max_factor_dim)
     if shape.one_hot:
         inputs = Side(_occurrences(x, dy, shape.inputs, weight_sharing), False)
     else:
         inputs = _moment(input_rows(x, dy, weight_sharing), "input" in wanted)
-    outputs = _moment(output_rows(dy, weight_sharing), "output" in wanted)
-    result = named(inputs, outputs)
+    result = {"input" if inputs.is_full else "input" + DIAGONAL: inputs.array}
     if "count" in wanted:
         active = _active(dy)
         counted = active.sum(-1) if weight_sharing == "expand" else active.any(-1)
@@ -112,8 +132,13 @@ def _occurrences(
     """
     parts = jnp.ones(x.shape, wide_dtype(dy.dtype))
     if weight_sharing == "reduce":
-        same = x[..., :, None] == x[..., None, :]
-        weight = 1 / _positions(dy).astype(parts.dtype)
-        parts = jnp.square(weight) * same.sum(-1).astype(parts.dtype)
+        parts = occurrences_of(x, dy)
     zeros = jnp.zeros((size,), parts.dtype)
     return zeros.at[x.reshape(-1)].add(parts.reshape(-1), mode="drop")
+
+
+def occurrences_of(x: Int[Array, "*e b s"], dy: Outputs) -> Float[Array, "*e b s"]:
+    """The sum `Σ_t [x_t = x_s] w²` for each position s."""
+    same = x[..., :, None] == x[..., None, :]
+    weight = 1 / _positions(dy).astype(wide_dtype(dy.dtype))
+    return jnp.square(weight) * same.sum(-1).astype(weight.dtype)

@@ -20,19 +20,24 @@ from kfac_jax.blocks._sides import Side, Sides, named, sides
 
 TRANSPOSED = "transposed_"
 
+SECOND = "second_"
+"""The prefix of a second term that is not transposed, of `KroneckerSum`."""
+
 T = TypeVar("T")
 
 
-def join(first: dict[str, T], second: dict[str, T]) -> dict[str, T]:
+def join(
+    first: dict[str, T], second: dict[str, T], *, prefix: str = TRANSPOSED
+) -> dict[str, T]:
     """The factors (or statistics, or their shapes) of both terms in one mapping."""
-    return {**first, **{TRANSPOSED + name: value for name, value in second.items()}}
+    return {**first, **{prefix + name: value for name, value in second.items()}}
 
 
-def split(factors: Arrays) -> tuple[Arrays, Arrays]:
+def split(factors: Arrays, prefix: str = TRANSPOSED) -> tuple[Arrays, Arrays]:
     """Inverts `join`; the second term is empty for a weight used in one way."""
-    start = len(TRANSPOSED)
-    first = {n: x for n, x in factors.items() if not n.startswith(TRANSPOSED)}
-    second = {n[start:]: x for n, x in factors.items() if n.startswith(TRANSPOSED)}
+    start = len(prefix)
+    first = {n: x for n, x in factors.items() if not n.startswith(prefix)}
+    second = {n[start:]: x for n, x in factors.items() if n.startswith(prefix)}
     return first, second
 
 
@@ -107,13 +112,14 @@ def _combine(weights: Float[Array, " 2 *e"], pair: Sides) -> Side:
     full = pair[0].is_full or pair[1].is_full
     axes = (-2, -1) if full else (-1,)
     first, second = (
-        jnp.expand_dims(weight, axes) * (_as_matrix(side) if full else side.array)
+        jnp.expand_dims(weight, axes) * (as_matrix(side) if full else side.array)
         for weight, side in zip(weights, pair, strict=True)
     )
     return Side(first + second, full)
 
 
-def _as_matrix(x: Side) -> Float[Array, "*e d d"]:
+def as_matrix(x: Side) -> Float[Array, "*e d d"]:
+    """The side as a full matrix."""
     if x.is_full:
         return x.array
     return x.array[..., None] * jnp.eye(x.array.shape[-1], dtype=x.array.dtype)

@@ -76,6 +76,7 @@ class Eigen(Block):
     handles_one_hot = True
     takes_gradients = True
     carried = frozenset({"input_basis", "output_basis"})
+    bases = carried
 
     def __post_init__(self) -> None:
         """Checks the options."""
@@ -155,16 +156,10 @@ class Eigen(Block):
 
         They are in it already if it was passed to `value_grad_and_statistics`.
         """
-        first = epsilon == 0
-        basis = {
-            name: jnp.where(first, new[name], old[name])
-            for name in old
-            if name in self.carried
-        }
+        names = self.carried & old.keys()
+        basis = {name: jnp.where(epsilon == 0, new[name], old[name]) for name in names}
         moments = self.rebase(new, basis)
-        rest = {name: old[name] for name in old if name not in basis}
-        moved = super().average(rest, new | {"moments": moments}, epsilon)
-        return moved | basis
+        return super().average(old, new | {"moments": moments}, epsilon)
 
     def refresh(self, factors: Arrays) -> Arrays:
         """Moves to the present eigenbasis, or towards it, where that is finite."""

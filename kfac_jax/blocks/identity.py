@@ -21,6 +21,7 @@ class Identity(Block):
 
     elementwise = frozenset({"identity"})
     handles_tied = True
+    needs_outputs = False
     handles_one_hot = True
 
     def factor_shapes(self, shape: BlockShape) -> Shapes:

@@ -8,12 +8,18 @@ from jax import Array
 from jaxtyping import Float
 
 from kfac_jax._utils import arguments
-from kfac_jax.blocks import _moments, _product
+from kfac_jax.blocks import _fits, _moments, _product
 from kfac_jax.blocks._block import Block, Damped, Spectrum
 from kfac_jax.blocks._layout import Arrays, BlockShape, Inputs, Matrix, Outputs, Shapes
 from kfac_jax.blocks._pi import check_pi
 from kfac_jax.blocks._sides import check_max_factor_dim, side_shapes
 from kfac_jax.blocks._tied import TRANSPOSED, join, nearest_product, split
+
+ROW_STATISTICS = frozenset(
+    prefix + name
+    for prefix in ("", TRANSPOSED)
+    for name in ("input", "input_diagonal", "count")
+)
 
 
 @final
@@ -49,6 +55,16 @@ class Kronecker(Block):
     gradients are not their product (but clipped, or averaged over devices or
     micro-batches), the update detects that and multiplies the gradients themselves.
 
+    By default both sides are taken for independent. Other fits weigh each row by the
+    other side, `A = E[(dyᵀ Q dy) x xᵀ]` and `G = E[(xᵀ P x) dy dyᵀ]`, up to a number
+    that makes the scale of their product the best. "frobenius", with P = A and Q = G,
+    makes the product nearest to the second moments of gradients `x dyᵀ`; "kl", with the
+    inverses of A and G, that with the least divergence from them. P and Q are of the
+    factors so far, as the basis of `Eigen` is, and are
+    renewed with the inverses: pass `factors=state.factors`. In "expand" each row counts
+    as a case. A weight that is also used transposed keeps the independent fit, and
+    layers with another one are not linked to others.
+
     Attributes:
       max_factor_dim: the longest side with a full factor; None for no limit.
       weight_sharing: "expand" or "reduce".
@@ -57,14 +73,16 @@ class Kronecker(Block):
       gradient_products: whether to precondition gradients as products, see above.
       exact_scalars: whether a layer with a single input or output, whose factor g is a
         number, is damped exactly, as `A g + λ I`. If not, its damping is factored, too.
+      fit: "independent" (the paper's), "frobenius" or "kl".
 
     References:
       Martens & Grosse 2015, sections 3, 4.2, 6.3 and 8. Eschenhagen et al. 2023
-      (arXiv:2311.00636) for weight sharing.
+      (arXiv:2311.00636) for weight sharing. Van Loan & Pitsianis 1993 and Lin et al.
+      2025 (arXiv:2509.03378) for the fits.
 
     >>> Kronecker(weight_sharing="reduce")
     Kronecker(max_factor_dim=8192, weight_sharing='reduce', pi='trace',
-              gradient_products=False, exact_scalars=False)
+              gradient_products=False, exact_scalars=False, fit='independent')
     """
 
     max_factor_dim: int | None = 8192
@@ -72,20 +90,14 @@ class Kronecker(Block):
     pi: str = "trace"
     gradient_products: bool = False
     exact_scalars: bool = False
+    fit: str = "independent"
 
     elementwise = frozenset(
         prefix + name
         for prefix in ("", TRANSPOSED)
         for name in ("input_diagonal", "output_diagonal")
-    )
-    row_statistics = frozenset(
-        prefix + name
-        for prefix in ("", TRANSPOSED)
-        for name in ("input", "input_diagonal", "count")
-    )
-    handles_tied = True
+    ) | {"scale", "input_diagonal_weight", "output_diagonal_weight"}
     handles_one_hot = True
-    handles_links = True
     solves_by_sides = True
 
     def __post_init__(self) -> None:
@@ -93,8 +105,39 @@ class Kronecker(Block):
         check_max_factor_dim(self.max_factor_dim)
         _moments.check_weight_sharing(self.weight_sharing)
         check_pi(self.pi)
+        arguments.choice("fit", self.fit, _fits.FITS)
         for name in ("gradient_products", "exact_scalars"):
             arguments.flag(name, getattr(self, name))
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether rows are weighed by the other side."""
+        return self.fit != "independent"
+
+    @property
+    def row_statistics(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The sums of inputs, if rows of them are not weighed."""
+        return frozenset() if self.is_fitted else ROW_STATISTICS
+
+    @property
+    def handles_tied(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the sides are taken for independent."""
+        return not self.is_fitted
+
+    @property
+    def handles_links(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Whether the sides are taken for independent."""
+        return not self.is_fitted
+
+    @property
+    def carried(self) -> frozenset[str]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weights of the sides in a fit."""
+        return _fits.CARRIED if self.is_fitted else frozenset()
+
+    @property
+    def inverted_in_every_step(self) -> bool:
+        """No: matrices are."""
+        return False
 
     @property
     def needs_examples(self) -> bool:
@@ -103,16 +146,24 @@ class Kronecker(Block):
 
     def statistics_shapes(self, shape: BlockShape) -> Shapes:
         """Sums for both factors, and the number of rows that count."""
+        if self.is_fitted:
+            return _fits.shapes(shape, self.max_factor_dim)
         first, *second = (_moments.shapes(s, self.max_factor_dim) for s in shape.terms)
         return join(first, *second) if second else first
 
     def factor_shapes(self, shape: BlockShape) -> Shapes:
         """`input: [*e, i, i]` and `output: [*e, o, o]`, or their diagonals."""
+        if self.is_fitted:
+            return _fits.shapes(shape, self.max_factor_dim)
         first, *second = (side_shapes(s, self.max_factor_dim) for s in shape.terms)
         return join(first, *second) if second else first
 
-    def statistics(self, x: Inputs, dy: Outputs, shape: BlockShape) -> Arrays:
+    def statistics(
+        self, x: Inputs, dy: Outputs, shape: BlockShape, **weights: Array
+    ) -> Arrays:
         """The sums over all rows with a gradient."""
+        if self.is_fitted:
+            return _fits.moments(x, dy, shape, weights, self.weight_sharing)
         limit, sharing = self.max_factor_dim, self.weight_sharing
         return _moments.moments(x, dy, shape, limit, sharing)
 
@@ -124,14 +175,28 @@ class Kronecker(Block):
         return _moments.input_rows(x, dy, sharing), _moments.output_rows(dy, sharing)
 
     def counts(self, statistics: Arrays, weight: Float[Array, ""]) -> Arrays:
-        """The number of rows for inputs, and `weight` for outputs."""
+        """The number of rows for inputs, and `weight` for outputs or weighed rows."""
+        if self.is_fitted:
+            return dict.fromkeys(statistics, weight)
         first, second = split(statistics)
         own = _moments.counts(first, weight)
         return join(own, _moments.counts(second, weight)) if second else own
 
+    def carry(self, factors: Arrays) -> Arrays:
+        """The weights of a fit, of the factors."""
+        return _fits.carry(factors, self.fit) if self.is_fitted else {}
+
+    def refresh(self, factors: Arrays) -> Arrays:
+        """Renews the weights of a fit."""
+        return factors | self.carry(factors)
+
+    def _product(self, factors: Arrays) -> Arrays:
+        """The sides of the product that the factors make."""
+        return _fits.product(factors) if self.is_fitted else nearest_product(factors)
+
     def damp(self, factors: Arrays, damping: Numeric) -> dict[str, Damped]:
         """Factored Tikhonov damping (section 6.3)."""
-        product = nearest_product(factors)
+        product = self._product(factors)
         return _product.damp(product, damping, self.pi, self.exact_scalars)
 
     def solve(self, inverses: Arrays, v: Matrix) -> Matrix:
@@ -140,13 +205,13 @@ class Kronecker(Block):
 
     def matvec(self, factors: Arrays, v: Matrix) -> Matrix:
         """`A V G`."""
-        return _product.multiply(nearest_product(factors), v)
+        return _product.multiply(self._product(factors), v)
 
     def diagonal(self, factors: Arrays, shape: BlockShape) -> Matrix:
         """The outer product of both diagonals."""
-        return _product.diagonal(nearest_product(factors))
+        return _product.diagonal(self._product(factors))
 
     def spectrum(self, factors: Arrays, shape: BlockShape) -> Spectrum:
         """The joint eigenbasis `U_A ⊗ U_G`; exact damping adds λ to the products."""
-        product = nearest_product(factors)
+        product = self._product(factors)
         return _product.spectrum(product, self.pi, self.exact_scalars)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from chex import ArrayTree, Numeric, PRNGKey
 from jax import Array
 
-from kfac_jax._utils import arguments
+from kfac_jax._utils import arguments, fresh
 from kfac_jax._utils.trees import TreeSpec
 from kfac_jax.compat import _options
 from kfac_jax.compat._devices import pmean_if_pmap
@@ -166,9 +166,12 @@ class BlockDiagonalCurvature:
         )
         warn_of_lost_examples(curvature)
         self._curvature = curvature
-        factors, zero = curvature.init_factors(params), jnp.zeros((), float)
-        cache = Cache(factors, inverses_lib.initial(curvature.groups), zero)
-        return BlockDiagonalState(factors, zero, cache if asked else None)
+        zeros = [fresh.full((), 0.0, jnp.result_type(float)) for _ in range(2)]
+        cache: Cache | None = None
+        if asked:  # with arrays of its own, as a state may be donated
+            inverses = inverses_lib.initial(curvature.groups)
+            cache = Cache(curvature.init_factors(params), inverses, zeros[1])
+        return BlockDiagonalState(curvature.init_factors(params), zeros[0], cache)
 
     def update_curvature_matrix_estimate(
         self,
@@ -375,7 +378,7 @@ def _dense(layer: Layer, factors: Factors) -> Array:
     """The block of a layer: the operator of its parameters only, in their order."""
     order = sorted(range(len(layer.leaves)), key=layer.leaves.__getitem__)
     alone = dataclasses.replace(
-        layer, leaves=tuple(order.index(i) for i in range(len(order)))
+        layer, leaves=tuple(order.index(i) for i in range(len(order))), boxes=()
     )
     tree = TreeSpec(
         treedef=jax.tree.structure(order),

@@ -316,6 +316,7 @@ def _joined(state: State) -> KFACState:
     return KFACState(
         step=state.step_counter,
         batches=known.batches,
+        cases=jnp.zeros((), float),  # all batches count alike
         factors=known.factors,
         inverses=known.inverses,
         damping=state.damping,

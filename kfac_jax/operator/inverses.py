@@ -1,13 +1,14 @@
 """Inverses of the damped curvature: how they are computed, replaced and applied."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 from chex import Numeric
 from jax import Array
 
+from kfac_jax._utils.ordering import known_false_after
 from kfac_jax._utils.vectors import inner_product
 from kfac_jax.devices import ALONE, Devices, Task
 from kfac_jax.linalg import Inverted
@@ -134,16 +135,17 @@ def compute(
             inverted[name] = Inverted(inverse, jnp.isfinite(inverse).all())
     of_roots = [wanted[x.name] for x in groups if x.wants_roots]
     others = [wanted[x.name] for x in groups if not x.wants_roots]
-    inverted |= devices.inverses(_shifted(others))
+    found = devices.inverses(_shifted(others))
     unknown = jnp.asarray(True)  # the group checks what it computes from the roots
-    for name, root in devices.roots(_shifted(of_roots)).items():
+    for name, root in devices.roots(_after(found, _shifted(of_roots))).items():
         inverted[name] = Inverted(root, unknown)
+    inverted |= found
     result: Factors = {}
     finite: dict[str, Array] = {}
     for group in groups:
         part = wanted[group.name]
         own = {name: inverted[name] for name in (*part.elementwise, *part.matrices)}
-        arrays, finite[group.name] = group.inverses(own, factors, devices)
+        arrays, finite[group.name] = group.inverses(own, factors, damping, devices)
         result |= arrays
     return result, finite
 
@@ -154,6 +156,22 @@ def _shifted(parts: Sequence[ToInvert]) -> dict[Name, tuple[Array, Array]]:
         for part in parts
         for name, (x, s) in part.matrices.items()
     }
+
+
+def _after(
+    found: Mapping[Name, Inverted], shifted: dict[Name, tuple[Array, Array]]
+) -> dict[Name, tuple[Array, Array]]:
+    """Matrices to factorise once those inverses are there.
+
+    Two batched calls of LAPACK at a time can block for ever, see `linalg.inverse_many`.
+    """
+    entries = [
+        jnp.ravel(x.inverse)[0].astype(float) for x in found.values() if x.inverse.size
+    ]
+    if not entries:
+        return shifted
+    zero = known_false_after(jnp.stack(entries).sum())
+    return {name: (x, s + zero.astype(s.dtype)) for name, (x, s) in shifted.items()}
 
 
 @jax.named_scope("kfac_precondition")
@@ -244,7 +262,7 @@ def to_vectors(layers: Sequence[Layer], leaves: Sequence[Array | None]) -> Vecto
         like = next(x for x in own if x is not None)
         parts = [
             jnp.zeros(shape, like.dtype) if x is None else jnp.asarray(x)
-            for x, shape in zip(own, layer.shapes, strict=True)
+            for x, shape in zip(own, layer.leaf_shapes, strict=True)
         ]
         result[layer.name] = layer.to_matrix(parts)
     return result
@@ -258,9 +276,9 @@ def to_leaves(
     for layer in layers:
         if layer.name not in vectors:
             continue
-        parts = layer.from_matrix(vectors[layer.name])
-        for i, part in zip(layer.leaves, parts, strict=True):
-            old = result[i]
+        own = [result[i] for i in layer.leaves]
+        parts = layer.from_matrix(vectors[layer.name], own)
+        for i, old, part in zip(layer.leaves, own, parts, strict=True):
             if old is not None:
                 result[i] = part.astype(old.dtype)
     return result

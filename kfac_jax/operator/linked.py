@@ -236,7 +236,11 @@ class Linked(Group):
         return found
 
     def inverses(
-        self, found: Mapping[Name, Inverted], factors: Factors, devices: Devices
+        self,
+        found: Mapping[Name, Inverted],
+        factors: Factors,
+        damping: Numeric,
+        devices: Devices,
     ) -> tuple[Factors, Array]:
         """K, s and Ψ of both sides, with Ψ the regression on the parent.
 
@@ -410,7 +414,7 @@ class Linked(Group):
             name: Inverted(root, jnp.asarray(True))
             for name, root in ALONE.roots(shifted).items()
         }
-        return self.inverses(found, factors, ALONE)[0]
+        return self.inverses(found, factors, damping, ALONE)[0]
 
     # ------------------------------------------------------------------ costs, report
 

@@ -18,12 +18,20 @@ from jaxtyping import Bool, Float
 from kfac_jax._jaxpr.flow import types_outside_loops
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._utils.dtypes import wide_dtype
+from kfac_jax.blocks import KroneckerSum
+from kfac_jax.operator.mapped import Mapped
 from kfac_jax.operator.remote import Remote
 from kfac_jax.operator.single import Single
 from kfac_jax.operator.summed import Summed
+from kfac_jax.operator.two_products import TwoProducts
 from kfac_jax.plan.group import Arrays, Factors, Group, Products, Uses, Vectors
 from kfac_jax.plan.layer import Layer
-from kfac_jax.plan.summing import gradient_entries, is_remote, sums_gradients
+from kfac_jax.plan.summing import (
+    cases,
+    gradient_entries,
+    is_remote,
+    sums_gradients,
+)
 
 _SIDES = ("product_inputs", "product_outputs")
 """Names of the arrays X, `[rows, i]`, and dY, `[rows, o]`, that taps return besides
@@ -151,8 +159,14 @@ def by_themselves(
             if layer.name not in linked:
                 sites = uses.sites[layer.name]
                 several = sums_gradients(layer.block, sites)
-                kind = Remote if is_remote(sites) else Summed
-                groups.append(kind(layer) if several else Single(layer))
+                remote = is_remote(sites)
+                if several:
+                    held = Remote if remote else Summed
+                    groups.append(held(layer, cases(sites)))
+                else:
+                    alone = Mapped if remote and layer.tagged else Single
+                    two = isinstance(layer.block, KroneckerSum)
+                    groups.append(TwoProducts(layer) if two else alone(layer))
                 summed += [_held(layer, sites)] if several else []
             others += [f"  {layer.name}: {reason}"] if reason else []
             continue
@@ -181,6 +195,8 @@ def not_one_product(layer: Layer, sites: Sequence[Site]) -> str:
     Returns:
       The reason; empty if it is.
     """
+    if layer.block is not None and layer.block.carried:
+        return "its statistics are weighed by its factors"
     if set(layer.factor_shapes) != {"input", "output"}:
         return "a side of its block is diagonal"
     if is_remote(sites):

@@ -15,7 +15,7 @@ from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.states import LOST, Examples
 from kfac_jax._utils import fresh
 from kfac_jax.blocks import Block, BlockShape, Spectrum
-from kfac_jax.blocks._tied import join
+from kfac_jax.blocks._tied import SECOND, join
 from kfac_jax.devices import Devices
 from kfac_jax.devices.rows import row_axis
 from kfac_jax.linalg import Inverted
@@ -157,7 +157,11 @@ class Single(Group):
         )
 
     def inverses(
-        self, found: Mapping[Name, Inverted], factors: Factors, devices: Devices
+        self,
+        found: Mapping[Name, Inverted],
+        factors: Factors,
+        damping: Numeric,
+        devices: Devices,
     ) -> tuple[Factors, Array]:
         """The inverses, unchanged."""
         own = {name: found[self.name, name] for name in self.layer.damped}
@@ -295,12 +299,14 @@ def site_statistics(
     """
 
     def gathered(site: Site, x: Array | None, dy: Array) -> Arrays:
-        term = shape.terms[site.swapped]
+        term = shape.terms[site.swapped or site.term]
         rows = site.canonical(x, dy, term.homogeneous, one_hot=term.one_hot)
         sums = block.statistics(*rows, term, **carried)
         if site.cases:
             sums = _repeated(sums, block.row_statistics, site.cases)
-        return join({}, sums) if site.swapped else sums
+        if site.swapped:
+            return join({}, sums)
+        return join({}, sums, prefix=SECOND) if site.term else sums
 
     axes = site.reader.batch_axes
     if axes is None or x is None:

@@ -6,6 +6,7 @@ squared. So each tap brings out examples' gradients; reverse mode sums them.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,19 @@ GRADIENTS = "gradients"
 @dataclasses.dataclass(frozen=True)
 class Summed(Single):
     """A layer whose examples' gradients are summed over its uses."""
+
+    examples: int  # in the plan's batch
+
+    @property
+    def statistics_cost(self) -> float:
+        """Multiply-adds of examples' gradients, and of the factors of these."""
+        layer, shape = self.layer, self.layer.shape
+        one = shape.inputs * shape.outputs
+        moments = sum(
+            math.prod(x) * (1 if name in self.block.elementwise else one // x[-1])
+            for name, x in layer.factor_shapes.items()
+        )
+        return layer.positions * math.prod(shape.matrix) + self.examples * moments
 
     @property
     def row_statistics(self) -> dict[str, frozenset[str]]:

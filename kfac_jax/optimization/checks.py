@@ -12,11 +12,14 @@ from kfac_jax._utils.trees import path_name
 from kfac_jax.curvature import Curvature, Params
 from kfac_jax.devices import Devices, checked
 from kfac_jax.devices.rows import Shape
+from kfac_jax.operator.structures import SampleSpace
 from kfac_jax.optimization.state import Info, KFACState
 from kfac_jax.plan.group import abstract_factors, abstract_inverses
+from kfac_jax.plan.modes import of_inputs
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
+    Refine,
     RefreshSchedule,
     SeparateDamping,
 )
@@ -36,11 +39,26 @@ def check_plan(curvature: Any) -> None:
         )
 
 
+def check_transformation(tx: Any) -> None:
+    """Raises TypeError unless it has what an optax transformation has."""
+    if not hasattr(tx, "init") or not callable(getattr(tx, "update", None)):
+        raise TypeError(
+            "tx must be an optax transformation with kfac or scale_by_kfac in it; got "
+            f"{shown(tx)}. Pass kfac_jax.kfac(curvature)."
+        )
+
+
 def check_common(
     curvature: Any, damping: Any, decay: Any, inverse_every: Any, devices: Any
 ) -> None:
     """Checks the arguments that both transformations have."""
     check_plan(curvature)
+    if isinstance(curvature.structure, SampleSpace):
+        raise ValueError(
+            "kfac needs blocks, which a plan of the sample space has not: expected "
+            f"another structure, got {curvature.structure!r}. Use "
+            "kfac_jax.natural_gradient for that plan."
+        )
     if not isinstance(damping, LevenbergMarquardt):
         allowed = "a number, schedule or rule"
         schedules.check("damping", damping, 0.0, _INF, symbol="λ", allowed=allowed)
@@ -52,6 +70,17 @@ def check_common(
         if not callable(inverse_every):
             integer("inverse_every (T3)", inverse_every, arrays=True)
     check_devices(curvature, devices)
+
+
+def check_mode(curvature: Curvature) -> None:
+    """Raises ValueError unless the plan estimates curvature."""
+    if of_inputs(curvature.estimation_mode):
+        raise ValueError(
+            "kfac chooses its steps by the curvature of a registered loss: expected a "
+            "plan of another estimation_mode, got 'inputs'. Use "
+            "kfac_jax.scale_by_inputs before another optimizer for that plan, or "
+            "scale_by_kfac."
+        )
 
 
 def check_devices(curvature: Curvature, devices: Any) -> None:
@@ -156,6 +185,7 @@ def state_arrays(
 _SCALARS = (
     "step",
     "batches",
+    "cases",
     "damping",
     "length",
     "curvature",
@@ -176,7 +206,7 @@ def _described(tree: Any) -> dict[str, str]:
 
 def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None:
     """Checks the arguments that decide the length of a step."""
-    modelled = isinstance(learning_rate, QuadraticModel)
+    modelled = isinstance(learning_rate, QuadraticModel | Refine)
     if not modelled:
         allowed = "a number, schedule or rule"
         name = "learning_rate"
@@ -188,8 +218,13 @@ def check_rates(learning_rate: Any, momentum: Any, norm_constraint: Any) -> None
         if modelled:
             raise ValueError(
                 "norm_constraint limits steps of a given learning rate: expected None "
-                f"with QuadraticModel, got {shown(norm_constraint)}."
+                f"with {type(learning_rate).__name__}, got {shown(norm_constraint)}."
             )
+    if momentum is not None and isinstance(learning_rate, Refine):
+        raise ValueError(
+            "Refine has no momentum, as its iterations are conjugate already: expected "
+            f"momentum=None, got {shown(momentum)}."
+        )
     if momentum is not None:
         allowed = "a number, a schedule or None"
         schedules.check(
@@ -242,9 +277,9 @@ def check_evaluation(
     if params is None or value is None or not isinstance(args, tuple | list):
         given = "no params" if params is None else "params"
         raise ValueError(
-            "QuadraticModel and LevenbergMarquardt evaluate the loss function, and "
-            "need what it takes: pass params, value= and args= (a tuple of the loss "
-            "function's arguments after the parameters) to update; got "
+            "QuadraticModel, Refine and LevenbergMarquardt evaluate the loss function, "
+            "and need what it takes: pass params, value= and args= (a tuple of the "
+            "loss function's arguments after the parameters) to update; got "
             f"{given}, value={shown(value)}, "
             f"args={shown(args)}."
         )

@@ -7,7 +7,7 @@ import jax
 import optax
 from jax import Array
 
-from kfac_jax._jaxpr import axis_types
+from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices
 from kfac_jax.optimization.loss import loss_of
@@ -44,9 +44,41 @@ class LocalModel:
         Returns:
           `[n, n]`, averaged over all devices' batches.
         """
-        args = batch_lib.take(self.args, fraction, self.curvature.batch_argnums)
+        args = batch_lib.take(self.args, fraction, self.curvature.in_batch)
         matrix = self.curvature.quadratic_form(self.params, vectors, *args)
         return self.devices.mean(matrix)
+
+    def product(self, vector: list[Array], fraction: float) -> list[Array]:
+        """`(F + (λ+η) I) v`.
+
+        Args:
+          vector: v, by leaves, in float32 or wider.
+          fraction: τ2, the part of the batch that F is computed on.
+
+        Returns:
+          Leaves of the same types, averaged over all devices' batches.
+        """
+        args = batch_lib.take(self.args, fraction, self.curvature.in_batch)
+        pairs = zip(vector, self.gradient, strict=True)
+        tree = jax.tree.unflatten(
+            self.curvature.tree.treedef, [v.astype(g.dtype) for v, g in pairs]
+        )
+        # inside of shard_map JAX sums what it pulls back to what is the same everywhere
+        data = jax.tree.leaves(args)
+        params, tree = (
+            jax.tree.map(lambda x: _compat.vary_like(x, *data), part)
+            for part in (self.params, tree)
+        )
+
+        def multiplied(tree: Any) -> Any:
+            return self.curvature.matvec(params, tree, *args)
+
+        product = axis_types.explicit(multiplied, self.params)(tree)
+        images = self.devices.mean(jax.tree.leaves(product))
+        return [
+            x.astype(v.dtype) + self.total_damping(v) * v
+            for x, v in zip(images, vector, strict=True)
+        ]
 
     def total_damping(self, like: Array) -> Array:
         """λ + η, in the type of a matrix."""

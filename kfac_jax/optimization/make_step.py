@@ -12,7 +12,8 @@ from kfac_jax._jaxpr import _compat
 from kfac_jax._utils import arguments, schedules
 from kfac_jax.curvature import Curvature
 from kfac_jax.devices import OverAxis, Sharing, checked
-from kfac_jax.optimization.checks import check_plan
+from kfac_jax.operator.structures import SampleSpace
+from kfac_jax.optimization.checks import check_plan, check_transformation
 from kfac_jax.optimization.health import kfac_state
 from kfac_jax.optimization.loss import loss_of
 
@@ -35,7 +36,8 @@ def make_step(
             grads, state, params, statistics=statistics, value=value, args=args)
         params = optax.apply_updates(params, updates)
 
-    with the `factors` of the state (only `blocks.Eigen` uses them).
+    with the `factors` of the state (only `blocks.Eigen` and fits of `Kronecker` use
+    them), and with `grad=` and `value_fn=` for line searches of optax in a chain.
 
     Args:
       curvature: the plan.
@@ -56,7 +58,9 @@ def make_step(
     Raises:
       TypeError: if an argument is of the wrong type; by the step, if the state is not
         one of K-FAC.
-      ValueError: if k is no whole number of at least 1.
+      ValueError: if k is no whole number of at least 1, or for an `optax.MultiSteps`,
+        which does not add up statistics: see `multi_steps`; in the sample space also
+        for `devices` and a `statistics_every` other than 1.
 
     >>> import jax, jax.numpy as jnp, kfac_jax
     >>> def loss_fn(w, x, y):
@@ -71,10 +75,19 @@ def make_step(
     True
     """
     check_plan(curvature)
-    if not hasattr(tx, "init") or not callable(getattr(tx, "update", None)):
-        raise TypeError(
-            "tx must be an optax transformation with kfac or scale_by_kfac in it; got "
-            f"{arguments.shown(tx)}. Pass kfac_jax.kfac(curvature)."
+    check_transformation(tx)
+    if isinstance(getattr(tx.update, "__self__", tx), optax.MultiSteps):
+        raise ValueError(
+            "optax.MultiSteps hands on the statistics of the last micro-batch alone; "
+            "got one as tx. Pass kfac_jax.multi_steps(curvature, tx, every=k), which "
+            "adds them up."
+        )
+    sample_space = isinstance(curvature.structure, SampleSpace)
+    if sample_space and (statistics_every != 1 or devices is not None):
+        raise ValueError(
+            "In the sample space each step needs its own rows, on one device: expected "
+            f"statistics_every=1 and no devices, got {statistics_every!r} and "
+            f"{arguments.shown(devices)}."
         )
     if not callable(statistics_every):
         arguments.count("statistics_every", statistics_every, 1)
@@ -85,17 +98,20 @@ def make_step(
     # has only rows of others.)
     wanted = any(group.moves for group in curvature.groups)
 
+    def over_devices(loss: Array) -> Array:
+        return loss if axis is None else jax.lax.pmean(loss, axis)
+
     def step(params: optax.Params, state: Any, key: Array, *args: Any) -> Any:
-        own = kfac_state(state)
+        own = None if sample_space else kfac_state(state)
         if axis is not None:
             key = jax.random.fold_in(key, jax.lax.axis_index(axis))
 
         def gather() -> Any:
             return curvature.value_grad_and_statistics(
-                params, *args, rng=key, factors=own.factors if wanted else None
+                params, *args, rng=key, factors=own.factors if wanted and own else None
             )
 
-        if statistics_every == 1:
+        if own is None or statistics_every == 1:
             value, grads, statistics = gather()
         else:
             # The gradient is outside of the branch. Inside, XLA could not share its
@@ -108,10 +124,22 @@ def make_step(
                 lambda: gather()[2],
                 lambda: curvature.zero_statistics(params),
             )
+
+        def objective(params: optax.Params, statistics: Any, args: Any) -> Array:
+            del statistics  # optax's line searches pass whatever update gets
+            return over_devices(loss_of(curvature.loss_fn(params, *args)))
+
         if axis is not None:
             grads = _mean(grads, loss_of(value), axis)
         updates, state = update(
-            grads, state, params, statistics=statistics, value=value, args=args
+            grads,
+            state,
+            params,
+            statistics=statistics,
+            value=over_devices(loss_of(value)),
+            args=args,
+            grad=grads,
+            value_fn=objective,
         )
         return optax.apply_updates(params, updates), state, value
 

@@ -11,14 +11,15 @@ from jax import Array
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import fresh
 from kfac_jax._utils.vectors import inner_product
+from kfac_jax.optimization.adaptation import adapted, averaged_curvature
 from kfac_jax.optimization.checks import check_evaluation
 from kfac_jax.optimization.local_model import LocalModel
 from kfac_jax.optimization.loss import loss_of, with_loss
 from kfac_jax.optimization.preconditioner import Batch, Preconditioner, counted
 from kfac_jax.optimization.separate_damping import Candidates
 from kfac_jax.optimization.state import KFACState, at
-from kfac_jax.optimization.step import Combined, Rates, Step, averaged_curvature
-from kfac_jax.rules import LevenbergMarquardt, QuadraticModel
+from kfac_jax.optimization.step import Combined, Rates, Step
+from kfac_jax.rules import LevenbergMarquardt, QuadraticModel, Refine
 from kfac_jax.statistics.averages import Statistics
 
 SHARE_OF_LOSS = 0.003
@@ -30,14 +31,14 @@ class Optimizer:
     """A preconditioner, and the rules for the length of its steps: see `kfac`."""
 
     preconditioner: Preconditioner
-    learning_rate: optax.ScalarOrSchedule | QuadraticModel
+    learning_rate: optax.ScalarOrSchedule | QuadraticModel | Refine
     momentum: optax.ScalarOrSchedule | None
     norm_constraint: optax.ScalarOrSchedule | str | None
 
     @property
     def modelled(self) -> bool:
-        """Whether the quadratic model chooses α."""
-        return isinstance(self.learning_rate, QuadraticModel)
+        """Whether the quadratic model chooses the step's length."""
+        return isinstance(self.learning_rate, QuadraticModel | Refine)
 
     def init(self, params: optax.Params) -> KFACState:
         """The state before the first step."""
@@ -90,9 +91,20 @@ class Optimizer:
         done = own(state, batch, down, products, candidates)
         direction = [x for x in done.leaves if x is not None]
         step = Step(model, direction, done.square, batch.usable, previous)
+        used = state if own.schedule.stale else done.state
         state = done.state
-        limit = self._constraint(count, batch.value, state.info.lowest_loss)
-        chosen = step.rates(self.learning_rate, mu, count, limit, state.length)
+        if isinstance(self.learning_rate, Refine):
+
+            def inverse(rest: list[Array]) -> list[Array]:
+                solved, _ = own.apply(used, _fill(rest, batch.gradient), {})
+                pairs = zip((x for x in solved if x is not None), rest, strict=True)
+                return [x.astype(y.dtype) for x, y in pairs]
+
+            step, found = step.refined(self.learning_rate, inverse)
+            chosen = step.refined_rates(self.learning_rate, found, count, state.length)
+        else:
+            limit = self._constraint(count, batch.value, state.info.lowest_loss)
+            chosen = step.rates(self.learning_rate, mu, count, limit, state.length)
         rates = chosen.solution
         moved = step.combine(rates.learning_rate, rates.momentum, batch.value)
         state = _record(state, chosen, batch.value, done.refused | ~moved.finite)
@@ -156,18 +168,11 @@ class Optimizer:
                 params, chosen.solution, self.modelled, batch.value
             )
             rho = jnp.where(moved.finite, rho, jnp.nan)
-            # ρ says nothing about λ if loss or gradient are not finite already at θ, or
-            # if the change is smaller than the rounding of the loss
-            tells = step.usable & jnp.isfinite(inner_product(gradient, gradient))
-            loss = loss_of(batch.value)
-            # A cross entropy is a difference of logits, so its rounding is absolute,
-            # however small it is: hence at least that of a loss of 1.
-            rounding = 16 * jnp.finfo(loss.dtype).eps * jnp.maximum(jnp.abs(loss), 1.0)
-            tells &= ~(jnp.abs(change.astype(loss.dtype)) < rounding)
+            usable = step.usable & jnp.isfinite(inner_product(gradient, gradient))
             curvature = averaged_curvature(state.curvature, along)
-            adapted = rule.update(old, rho, curvature)
-            unchanged = rule.clip(old, curvature)
-            return jnp.where(tells, adapted, unchanged), rho, change, curvature
+            loss = loss_of(batch.value)
+            found = adapted(rule, old, rho, change, loss, usable, curvature)
+            return found, rho, change, curvature
 
         def keep() -> tuple[Array, Array, Array, Array]:
             info = state.info

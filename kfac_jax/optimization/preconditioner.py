@@ -86,6 +86,7 @@ class Preconditioner:
         return KFACState(
             step=jnp.zeros((), jnp.int32),
             batches=jnp.zeros((), jnp.int32),
+            cases=jnp.zeros((), float),
             factors=factors,
             inverses=inverses,
             damping=strength,
@@ -165,6 +166,7 @@ class Preconditioner:
             at(self.decay, state.step),
             self.devices,
             batch.usable,
+            state.cases,
         )
         batches = state.batches + averaged.informed.astype(jnp.int32)
         turns = self.schedule.turns(step) & (batches > 0)
@@ -192,6 +194,7 @@ class Preconditioner:
         state = state._replace(
             step=step,
             batches=batches,
+            cases=averaged.cases,
             factors=refreshed.factors,
             inverses=refreshed.inverses,
             info=info,
@@ -224,20 +227,34 @@ class Preconditioner:
         """
         after, refused = self.advance(state, batch, candidates)
         stale = self.schedule.stale
-        used = state if stale else after
-        leaves, square = inverses_lib.precondition(
-            self.curvature.groups,
-            used.factors,
-            used.inverses,
-            vector,
-            products,
-            self.devices,
-        )
+        leaves, square = self.apply(state if stale else after, vector, products)
         if stale:
             seen = (state.batches > 0).astype(square.dtype)
             leaves = [None if x is None else x * seen.astype(x.dtype) for x in leaves]
             square = square * seen
         return Preconditioned(after, leaves, square, refused)
+
+    def apply(
+        self, state: KFACState, vector: list[Array | None], products: Products
+    ) -> tuple[list[Array | None], Array]:
+        """Applies a state's inverses to a vector.
+
+        Args:
+          state: the state.
+          vector: by leaves.
+          products: X and dY, where one of the vector's matrices may be `Xᵀ dY`.
+
+        Returns:
+          The product, and its squared length.
+        """
+        return inverses_lib.precondition(
+            self.curvature.groups,
+            state.factors,
+            state.inverses,
+            vector,
+            products,
+            self.devices,
+        )
 
 
 def counted(state: KFACState, skipped: Array) -> KFACState:

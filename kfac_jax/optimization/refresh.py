@@ -67,7 +67,7 @@ def refresh(
     if candidates is None:
         turned = [x for x in groups if x.moves or x not in every_step]
     inverses = dict(inverses)
-    moving = _of([x for x in every_step if x.moves], factors)
+    moving = _of([x for x in groups if x.moves], factors)
     failed = jnp.zeros((), jnp.int32)
     waits: Array | None = None
     for share, now in zip(shares(turned, len(due)), due, strict=True):
@@ -146,8 +146,9 @@ def refresh_share(
     if candidates is not None:
         assert gamma is not None
         gamma = candidates.update(fixed | moving, gamma)
+    present = [x for x in groups if x.moves and not x.in_every_step]
     inverses, failed = inverses_lib.refresh(
-        groups, fixed, old, _squared(damping, gamma), devices
+        groups, fixed | _of(present, moving), old, _squared(damping, gamma), devices
     )
     return moving, inverses, gamma, failed
 

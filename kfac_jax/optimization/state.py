@@ -39,6 +39,7 @@ class KFACState(NamedTuple):
 
     step: Array  # [] int32, the number of updates so far
     batches: Array  # [] int32, the number of updates whose statistics were accepted
+    cases: Array  # [], running mean of the number of cases in those batches
     factors: Factors  # by layer name, moving averages of the factors
     inverses: Factors  # by layer name, inverses of the damped factors
     damping: Array  # [], λ for the next update

@@ -1,6 +1,8 @@
 """The length of one step, and the quality of its prediction by the quadratic model."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,10 +13,11 @@ from jax import Array
 from kfac_jax._utils.dtypes import wide, wide_dtype
 from kfac_jax._utils.ordering import known_false_after
 from kfac_jax._utils.vectors import inner_product, plane_products
+from kfac_jax.optimization.adaptation import reduction_ratio
 from kfac_jax.optimization.local_model import LocalModel
 from kfac_jax.optimization.loss import loss_of
 from kfac_jax.optimization.state import at, nan
-from kfac_jax.rules import QuadraticModel, Solution
+from kfac_jax.rules import QuadraticModel, Refine, Refined, Solution
 
 
 class Rates(NamedTuple):
@@ -74,6 +77,48 @@ class Step:
         square = self.squared_length.astype(matrix.dtype)
         ratio = matrix[0, 0] / jnp.where(square > 0, square, 1.0)
         return jnp.where(square > 0, ratio - self.model.total_damping(matrix), 0.0)
+
+    def refined(
+        self, rule: Refine, inverse: Callable[[list[Array]], list[Array]]
+    ) -> tuple["Step", Refined]:
+        """Replaces Δ by what iterations from it reach.
+
+        Args:
+          rule: how many, and on what.
+          inverse: applies the inverses.
+
+        Returns:
+          The step with that vector for Δ, and what the model says of it.
+        """
+        found = rule.solve(
+            self.model.gradient,
+            self.direction,
+            functools.partial(self.model.product, fraction=rule.fraction),
+            inverse,
+        )
+        square = inner_product(found.delta, found.delta)
+        new = dataclasses.replace(self, direction=found.delta, squared_length=square)
+        return new, found
+
+    def refined_rates(
+        self, rule: Refine, found: Refined, count: Array, length: Array
+    ) -> Rates:
+        """The coefficients of a refined step: α = 1, within a limit.
+
+        Args:
+          rule: the rule.
+          found: what `refined` returned.
+          count: the number of previous steps.
+          length: the running mean of the lengths of steps.
+
+        Returns:
+          The coefficients.
+        """
+        solution, scale, length = rule.limit(found, length, count)
+        square = self.squared_length
+        ratio = found.curved / jnp.where(square > 0, square, 1.0)
+        along = jnp.where(square > 0, ratio - self.model.total_damping(ratio), 0.0)
+        return Rates(solution, scale, length, along)
 
     def constrain(self, alpha: Array, constraint: Array) -> Array:
         """Lowers α so that `-α² Δᵀ ∇h` is at most `constraint`."""
@@ -182,18 +227,5 @@ class Step:
 
         after = self.model.loss(moved)
         predicted = predicted.astype(after.dtype)
-        before = loss_of(value)
-        rho = (after - before) / predicted
-        return jnp.where(after > before, -jnp.inf, rho), predicted, along
-
-
-_CURVATURE_DECAY = 0.9
-"""The decay of the running mean of the curvature along steps."""
-
-
-def averaged_curvature(old: Array, new: Array) -> Array:
-    """Updates the running mean with a measurement; the first one replaces it."""
-    new = new.astype(old.dtype)
-    decay = _CURVATURE_DECAY
-    mean = jnp.where(old > 0, decay * old + (1 - decay) * new, new)
-    return jnp.where(jnp.isfinite(new) & (new >= 0), mean, old)
+        rho = reduction_ratio(loss_of(value), after, predicted)
+        return rho, predicted, along

@@ -12,6 +12,7 @@ from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Sharing, checked
 from kfac_jax.optimization.checks import (
     check_common,
+    check_mode,
     check_rates,
     check_separate,
 )
@@ -22,6 +23,7 @@ from kfac_jax.optimization.state import KFACState, at
 from kfac_jax.rules import (
     LevenbergMarquardt,
     QuadraticModel,
+    Refine,
     RefreshSchedule,
     SeparateDamping,
     as_schedule,
@@ -127,7 +129,7 @@ def scale_by_kfac(
 
 def kfac(
     curvature: Curvature,
-    learning_rate: optax.ScalarOrSchedule | QuadraticModel = QUADRATIC_MODEL,
+    learning_rate: optax.ScalarOrSchedule | QuadraticModel | Refine = QUADRATIC_MODEL,
     momentum: optax.ScalarOrSchedule | None = None,
     damping: optax.ScalarOrSchedule | LevenbergMarquardt = DAMPING,
     *,
@@ -144,8 +146,8 @@ def kfac(
     There is nothing to choose: by default the exact quadratic model of each batch
     chooses α and μ, within limits that keep small batches from long steps, and λ adapts
     to how well it predicts, down to 1e-4 of the curvature that steps meet. With these
-    rules (`QuadraticModel`, `LevenbergMarquardt`) the update also needs `params`,
-    `value=` and `args=`, the loss function's arguments after the parameters;
+    rules (`QuadraticModel` or `Refine`, `LevenbergMarquardt`) the update also needs
+    `params`, `value=` and `args=`, the loss function's arguments after the parameters;
     `make_step` passes them.
 
     Schedules are functions of the step, counted from 0, as those of optax.
@@ -157,7 +159,8 @@ def kfac(
 
     Args:
       curvature: the plan.
-      learning_rate: α, a number, a schedule of the step, or a `QuadraticModel`.
+      learning_rate: α, a number, a schedule of the step, a `QuadraticModel`, or
+        `Refine`: conjugate gradients on the exact curvature.
       momentum: μ, a number or a schedule; None lets the quadratic model choose it, and
         is 0.9 with a given learning rate.
       damping: λ, a number, a schedule, or a `LevenbergMarquardt` rule.
@@ -203,10 +206,11 @@ def kfac(
     """
     check_common(curvature, damping, decay, inverse_every, devices)
     schedule = as_schedule(inverse_every)
+    check_mode(curvature)
     check_rates(learning_rate, momentum, norm_constraint)
     if factored_damping is not None:
         check_separate(factored_damping, learning_rate, damping, schedule, curvature.l2)
-    if momentum is None and not isinstance(learning_rate, QuadraticModel):
+    if momentum is None and not isinstance(learning_rate, QuadraticModel | Refine):
         momentum = MOMENTUM
     preconditioner = Preconditioner(
         curvature=curvature,

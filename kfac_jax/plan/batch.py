@@ -104,17 +104,19 @@ def _examples_of(cases: int, sizes: Set[int]) -> int | None:
     return None if any(n % only == 0 for n in sizes - {only}) else only
 
 
-def leading_axes(args: Any, argnums: Argnums = None) -> list[tuple[str, int]]:
-    """The name and the leading length of each array of the batch."""
-    found = []
-    for path, leaf in jax.tree.leaves_with_path(args):
-        if _is_batch(path, leaf, argnums):
-            index, *rest = path
-            name = f"args[{getattr(index, 'idx', index)}]" + jax.tree_util.keystr(
-                tuple(rest)
-            )
-            found.append((name, jnp.shape(leaf)[0]))
-    return found
+def leading_axes(args: Any, argnums: Argnums) -> list[tuple[str, int]]:
+    """The name and the leading length of each array that may be of the batch."""
+    return [
+        (_name(path), jnp.shape(leaf)[0])
+        for path, leaf in jax.tree.leaves_with_path(args)
+        if _is_batch(path, leaf, argnums)
+    ]
+
+
+def _name(path: Any) -> str:
+    index, *rest = path
+    where = jax.tree_util.keystr(tuple(rest))
+    return f"args[{getattr(index, 'idx', index)}]{where}"
 
 
 def describe(axes: Sequence[tuple[str, int]]) -> str:
@@ -122,13 +124,13 @@ def describe(axes: Sequence[tuple[str, int]]) -> str:
     return ", ".join(f"{name}: {size}" for name, size in axes)
 
 
-def take(args: Any, fraction: float, argnums: Argnums = None) -> Any:
+def take(args: Any, fraction: float, in_batch: Sequence[bool]) -> Any:
     """Takes the first `fraction` of every array of the batch.
 
     Args:
       args: the loss function's arguments.
       fraction: in (0, 1].
-      argnums: which of them are the batch.
+      in_batch: for each array of them whether it belongs to the batch.
 
     Returns:
       The arguments with `max(1, round(fraction · n))` examples.
@@ -138,30 +140,38 @@ def take(args: Any, fraction: float, argnums: Argnums = None) -> Any:
     """
     if fraction == 1.0:
         return args
-    keep = max(1, round(fraction * batch_size(args, argnums)))
+    keep = max(1, round(fraction * batch_size(args, in_batch)))
 
     def first(leaf: Any) -> Any:
         return axis_types.auto(lambda x: x[:keep], leaf)(leaf)
 
-    return jax.tree.map_with_path(
-        lambda path, x: first(x) if _is_batch(path, x, argnums) else x, args
-    )
+    leaves, treedef = jax.tree.flatten(args)
+    pairs = zip(leaves, in_batch, strict=True)
+    return jax.tree.unflatten(treedef, [first(x) if y else x for x, y in pairs])
 
 
-def batch_size(args: Any, argnums: Argnums = None) -> int:
+def batch_size(args: Any, in_batch: Sequence[bool]) -> int:
     """Returns the length of the one leading axis that the arguments share.
 
     Args:
       args: the loss function's arguments, or their shapes.
-      argnums: which of them are the batch.
+      in_batch: for each array of them whether it belongs to the batch.
 
     Returns:
       The length.
 
     Raises:
-      ValueError: if the leading axes disagree or there is none.
+      ValueError: if the leading axes disagree or there is none, or if there are more or
+        fewer arrays.
     """
-    axes = leading_axes(args, argnums)
+    leaves = jax.tree.leaves_with_path(args)
+    if len(leaves) != len(in_batch):
+        raise ValueError(
+            f"The plan was made for arguments of {len(in_batch)} array(s); got "
+            f"{len(leaves)}. Make a new plan with make_curvature for these arguments."
+        )
+    pairs = zip(leaves, in_batch, strict=True)
+    axes = [(_name(path), jnp.shape(x)[0]) for (path, x), chosen in pairs if chosen]
     sizes = {size for _, size in axes}
     if len(sizes) != 1:
         raise ValueError(

@@ -8,11 +8,13 @@ from jax.typing import DTypeLike
 
 from kfac_jax._jaxpr.states import Lost
 from kfac_jax._utils import arguments
-from kfac_jax.blocks import Identity
+from kfac_jax.blocks import Diagonal, Identity
 from kfac_jax.plan import report
 from kfac_jax.plan.layer import Layer
 from kfac_jax.plan.modes import MODES, is_exact
 from kfac_jax.plan.tracing import Traced
+
+SHOWN_LINES = 3
 
 
 def check_options(
@@ -91,13 +93,14 @@ def check_sharing(
 
 
 def apply_policy(
-    layers: Sequence[Layer], on_unmatched: str, *, quiet: bool
+    layers: Sequence[Layer], on_unmatched: str, *, inputs: bool, quiet: bool
 ) -> tuple[Layer, ...]:
     """Applies `on_unmatched` to parameters that no layer covers.
 
     Args:
       layers: the layers.
       on_unmatched: "warn", "error" or "ignore".
+      inputs: whether blocks are of inputs alone, so that none is diagonal.
       quiet: whether to leave out warnings, which the plan gave before.
 
     Returns:
@@ -117,9 +120,10 @@ def apply_policy(
                 'on_unmatched="warn".'
             )
         if on_unmatched == "warn":
+            block = "no block of inputs" if inputs else "a diagonal block"
             warnings.warn(
-                f"kfac_jax gives {len(unmatched)} parameter(s) that no layer covers a "
-                f"diagonal block:\n{listing}",
+                f"kfac_jax gives {len(unmatched)} parameter(s) that no layer covers "
+                f"{block}:\n{listing}",
                 stacklevel=4,  # the caller of make_curvature, by way of derive
             )
     if on_unmatched != "ignore":
@@ -130,6 +134,59 @@ def apply_policy(
         else layer
         for layer in layers
     )
+
+
+def of_inputs(layers: Sequence[Layer]) -> tuple[Layer, ...]:
+    """The layers of a plan whose statistics are of inputs alone.
+
+    Args:
+      layers: the layers with their blocks.
+
+    Returns:
+      The same; those that no layer covers follow their gradient.
+
+    Raises:
+      ValueError: if a block needs output gradients.
+    """
+    result = tuple(
+        dataclasses.replace(layer, block=Identity())
+        if layer.kind in ("unmatched", "generic") and isinstance(layer.block, Diagonal)
+        else layer
+        for layer in layers
+    )
+    wrong = [x for x in result if x.block is not None and x.block.needs_outputs]
+    if wrong:
+        raise ValueError(
+            'estimation_mode="inputs" gathers no output gradients: expected blocks '
+            f"InputOnly(), Identity() or None, got {wrong[0].block!r} for layer "
+            f"'{wrong[0].name}'. Use another mode for that block."
+        )
+    return result
+
+
+def check_means(traced: Traced, on_unmatched: str) -> tuple[str, ...]:
+    """Warns if the curvature takes means over the batch for constants.
+
+    Args:
+      traced: the traced loss function.
+      on_unmatched: whether to "warn".
+
+    Returns:
+      The lines for the report.
+    """
+    lines = [*dict.fromkeys(traced.found.constant_means.values())]
+    if not lines:
+        return ()
+    shown = "; ".join(lines[:SHOWN_LINES])
+    more = f"; and {len(lines) - SHOWN_LINES} more" * (len(lines) > SHOWN_LINES)
+    text = (
+        "Means over the batch that the network normalises with (batch norm) are "
+        "constants for the curvature, though not for the gradient nor for exact "
+        f"products: {shown}{more}."
+    )
+    if on_unmatched == "warn":
+        warnings.warn(text, stacklevel=3)
+    return (text,)
 
 
 def check_cases(traced: Traced, estimation_mode: str, independent_cases: bool) -> str:

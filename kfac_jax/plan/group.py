@@ -79,7 +79,9 @@ class Group(abc.ABC):
     @property
     def signature(self) -> tuple[Any, ...]:
         """The properties that a later trace of the program must have, too."""
-        return tuple((x.name, x.kind, x.block, x.shape, x.layouts) for x in self.layers)
+        return tuple(
+            (x.name, x.kind, x.block, x.shape, x.layouts, x.boxes) for x in self.layers
+        )
 
     # ------------------------------------------------------------------ what it holds
 
@@ -169,6 +171,14 @@ class Group(abc.ABC):
         """
         return probes
 
+    def handed(self, site: Site) -> tuple[str, ...]:
+        """The names of arrays of `spread` that a use's `gather` gets as carried."""
+        return ()
+
+    def tap(self, layer: Layer, site: Site) -> tuple[str, tuple[str, ...]]:
+        """The name of what `spread` returns for a use, and its entries with values."""
+        return layer.name, (*self.carried[layer.name], *self.handed(site))
+
     @abc.abstractmethod
     def gather(
         self, layer: Layer, site: Site, x: Array | None, dy: Array, carried: Arrays
@@ -248,13 +258,18 @@ class Group(abc.ABC):
 
     @abc.abstractmethod
     def inverses(
-        self, found: Mapping[Name, Inverted], factors: Factors, devices: Devices
+        self,
+        found: Mapping[Name, Inverted],
+        factors: Factors,
+        damping: Numeric,
+        devices: Devices,
     ) -> tuple[Factors, Array]:
         """The arrays that the optimizer stores, from the inverses (or roots).
 
         Args:
           found: the inverses of what `to_invert` returned.
           factors: the factors.
+          damping: λ.
           devices: the devices that share the remaining work.
 
         Returns:

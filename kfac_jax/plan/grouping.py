@@ -2,30 +2,36 @@
 
 import dataclasses
 import math
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kfac_jax._jaxpr.parts import Part
 from kfac_jax._jaxpr.sites import OtherUse, Parameter, Site, Use
-from kfac_jax._jaxpr.states import Examples, Lost
 from kfac_jax._jaxpr.view import Layout
 from kfac_jax._utils.arguments import shown
 from kfac_jax._utils.dtypes import wide_dtype
-from kfac_jax.blocks import TNT, Block, BlockShape, Diagonal, Identity, Kronecker
+from kfac_jax.blocks import (
+    TNT,
+    Block,
+    BlockShape,
+    Diagonal,
+    Identity,
+    Kronecker,
+    KroneckerSum,
+)
+from kfac_jax.plan.choosing import (
+    BlocksSpec,
+    as_rule,
+    has_mapped_sides,
+    misfit,
+    with_default_block,
+)
 from kfac_jax.plan.layer import KINDS, Layer
 from kfac_jax.plan.summing import (
     is_remote,
-    is_shared,
-    no_sums,
     sums_gradients,
     used,
 )
-
-BlocksSpec = Block | Mapping[str, Block | None] | Callable[[Layer], Block | None] | None
-
-
-LONGEST_SHIFT = 512
-"""The longest full side of an elementwise layer with the default block."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +40,12 @@ class _Leaf:
     path: str
     shape: tuple[int, ...]
     dtype: str
+    part: Part | None = None  # of another leaf that this one stands for
+
+    @property
+    def place(self) -> tuple[int, Any]:
+        """The index of the leaf that it is or is a part of, and where the part is."""
+        return (self.part.leaf, self.part.box.ends) if self.part else (self.index, ())
 
 
 def make_layers(
@@ -43,6 +55,8 @@ def make_layers(
     dtypes: Sequence[str],
     blocks: BlocksSpec,
     weight_sharing: str,
+    parts: Sequence[Part] = (),
+    inputs: bool = False,
 ) -> tuple[tuple[Layer, ...], dict[str, list[Site]]]:
     """Makes layers from uses.
 
@@ -56,6 +70,9 @@ def make_layers(
       dtypes: each parameter's type.
       blocks: the user's choice of blocks.
       weight_sharing: the setting of default blocks.
+      parts: the parts that some parameters are cut in; uses count them as further
+        parameters.
+      inputs: whether default blocks are of inputs alone.
 
     Returns:
       The layers in the order of their first parameters, and for each layer name the
@@ -65,29 +82,50 @@ def make_layers(
       TypeError: if `blocks` is of an unknown type or holds something else than blocks.
       ValueError: if a key of `blocks` fits no layer, or a block does not fit its layer.
     """
-    leaves = [
-        _Leaf(i, p, tuple(s), d)
+    leaves = {
+        i: _Leaf(i, p, tuple(s), d)
         for i, (p, s, d) in enumerate(zip(paths, shapes, dtypes, strict=True))
-    ]
+    }
+    for part in parts:
+        path, dtype = f"{paths[part.leaf]}{part.box}", dtypes[part.leaf]
+        index = len(leaves)
+        leaves[index] = _Leaf(index, path, part.shape, dtype, part)
+    for part in parts:
+        leaves.pop(part.leaf, None)
     layers: dict[int, tuple[Layer, list[Site]]] = {}
     taken: set[int] = set()
-    for leaf in leaves:
+    for leaf in leaves.values():
         made = _linear_layer(leaf, leaves, uses)
         if made is not None:
             layers[leaf.index] = made
             taken.update(made[0].leaves)
-    for leaf in leaves:
+    for leaf in leaves.values():
         if leaf.index not in taken:
             made = _shift_layer(leaf, uses) or _remote_layer(leaf, uses)
             layers[leaf.index] = made or (_other_layer(leaf, uses), [])
+
+    def place(made: tuple[Layer, list[Site]]) -> tuple[int, Any]:
+        return min(leaves[i].place for i in made[0].leaves)
+
     ordered = [
-        (_with_default_block(layer, sites, weight_sharing), sites)
-        for layer, sites in sorted(
-            layers.values(), key=lambda pair: min(pair[0].leaves)
-        )
+        (with_default_block(layer, sites, weight_sharing, inputs), sites)
+        for layer, sites in sorted(layers.values(), key=place)
     ]
     chosen = _choose(blocks, _distinct(ordered), leaves)
-    return tuple(layer for layer, _ in chosen), {x.name: sites for x, sites in chosen}
+    sites = {layer.name: sites for layer, sites in chosen}
+    return tuple(_of_leaves(layer, leaves) for layer, _ in chosen), sites
+
+
+def _of_leaves(layer: Layer, leaves: Mapping[int, _Leaf]) -> Layer:
+    """The layer with the leaves that its parameters are parts of."""
+    parts = [leaves[i].part for i in layer.leaves]
+    if not any(parts):
+        return layer
+    return dataclasses.replace(
+        layer,
+        leaves=tuple(leaves[i].place[0] for i in layer.leaves),
+        boxes=tuple(part.box if part else None for part in parts),
+    )
 
 
 def _weight_uses(leaf: _Leaf, uses: Sequence[Use]) -> list[Use]:
@@ -105,7 +143,7 @@ def _bias(site: Site) -> int | None:
 
 
 def _linear_layer(
-    leaf: _Leaf, leaves: Sequence[_Leaf], uses: Sequence[Use]
+    leaf: _Leaf, leaves: Mapping[int, _Leaf], uses: Sequence[Use]
 ) -> tuple[Layer, list[Site]] | None:
     own = _weight_uses(leaf, uses)
     sites = [use for use in own if isinstance(use, Site)]
@@ -270,38 +308,6 @@ def _distinct(
     ]
 
 
-def _with_default_block(
-    layer: Layer, sites: Sequence[Site], weight_sharing: str
-) -> Layer:
-    """Elementwise layers get their exact diagonal where uses can be summed."""
-    if not layer.tagged:
-        return layer
-    matrix = layer.kind in ("dense", "conv", "embedding", "tied")
-    summed = is_shared(sites) and no_sums(layer, sites, Diagonal())
-    if is_remote(sites):
-        block = TNT() if min(layer.shape.matrix[-2:]) > 1 else Diagonal()
-    elif matrix:
-        block = Kronecker(weight_sharing=weight_sharing)
-    elif summed or _is_lost(sites):
-        # a table of positions has no factor of all its entries
-        longest = LONGEST_SHIFT
-        block = Kronecker(weight_sharing=weight_sharing, max_factor_dim=longest)
-    else:
-        block = Diagonal()
-    return dataclasses.replace(layer, block=block)
-
-
-def _is_lost(sites: Sequence[Site]) -> bool:
-    return not all(isinstance(site.examples, Examples) for site in sites)
-
-
-def _since(sites: Sequence[Site]) -> str:
-    """A phrase with the equation where the axis of examples was lost, if known."""
-    states = [site.examples for site in sites]
-    where = next((s.where for s in states if isinstance(s, Lost) and s.where), "")
-    return f" since {where}" if where else ""
-
-
 def _wide(dtype: str) -> str:
     return str(wide_dtype(dtype))
 
@@ -353,19 +359,24 @@ def _bare_layer(leaf: _Leaf, kind: str, uses: int, reason: str, source: str) -> 
 def _choose(
     blocks: BlocksSpec,
     made: Sequence[tuple[Layer, list[Site]]],
-    leaves: Sequence[_Leaf],
+    leaves: Mapping[int, _Leaf],
 ) -> list[tuple[Layer, list[Site]]]:
-    rule = _as_rule(blocks, [layer for layer, _ in made])
+    rule = as_rule(blocks, [layer for layer, _ in made])
     result: list[tuple[Layer, list[Site]]] = []
     for layer, sites in made:
         block = rule(layer)
-        if isinstance(block, Kronecker) and is_remote(sites):
+        mapped = has_mapped_sides(layer, sites, block)
+        remote = is_remote(sites) and not mapped
+        if isinstance(block, Kronecker | KroneckerSum) and remote:
             # its sides are of inputs and output gradients, these of gradients
+            scalars = isinstance(block, Kronecker) and block.exact_scalars
             block = TNT(
                 max_factor_dim=block.max_factor_dim,
                 pi=block.pi,
-                exact_scalars=block.exact_scalars,
+                exact_scalars=scalars,
             )
+        if isinstance(block, Kronecker) and layer.shape.tied:
+            block = dataclasses.replace(block, fit="independent")
         if block is not None and not isinstance(block, Block):
             raise TypeError(
                 "blocks must give a Block (kfac_jax.blocks) or None for each layer; "
@@ -376,7 +387,7 @@ def _choose(
                 f"Layer '{layer.name}' ({layer.kind}) has no inputs and outputs to "
                 f"build {block!r} from; use Diagonal(), Identity() or None."
             )
-        reason = _misfit(layer, sites, block)
+        reason = misfit(layer, sites, block)
         if reason:
             result.extend(
                 (
@@ -393,69 +404,7 @@ def _choose(
             shape = dataclasses.replace(shape, one_hot=False)
         if sums_gradients(block, sites):
             shape = dataclasses.replace(shape, tied=False)
+        if mapped and layer.kind == "embedding":
+            shape = dataclasses.replace(shape, one_hot=True)
         result.append((dataclasses.replace(layer, block=block, shape=shape), sites))
     return result
-
-
-def _misfit(layer: Layer, sites: Sequence[Site], block: Block | None) -> str:
-    """Why the block cannot be this layer's; empty if it can."""
-    if block is None or not layer.tagged:
-        return ""
-    if layer.shape.tied and not (block.handles_tied or block.takes_gradients):
-        return f"{block!r} is not for a weight that is used transposed too"
-    if any(site.cases for site in sites) and not block.row_statistics:
-        return f"{block!r} is not for inputs that all cases share"
-    if not block.needs_examples and not is_remote(sites):
-        return ""
-    summed = is_shared(sites) or is_remote(sites)
-    why = no_sums(layer, sites, block) if summed else ""
-    if _is_lost(sites):
-        why = "which rows belong to one example could not be followed" + _since(sites)
-    return f"{block!r} sums within an example, and {why}" if why else ""
-
-
-def _as_rule(
-    blocks: BlocksSpec, layers: Sequence[Layer]
-) -> Callable[[Layer], Block | None]:
-    if blocks is None:
-        return lambda layer: layer.block
-    if isinstance(blocks, Block):
-        return lambda layer: blocks if layer.tagged else layer.block
-    if isinstance(blocks, Mapping):
-        for key in blocks:
-            if not _is_pattern(key) or not any(_fits(key, layer) for layer in layers):
-                names = ", ".join(layer.name for layer in layers)
-                raise ValueError(
-                    f"blocks expects layer kinds and path regexes as keys; got the key "
-                    f"{shown(key)}, which is no layer kind in use and matches no "
-                    f"parameter path. Layers: {names}. Kinds: "
-                    f"{', '.join(sorted({layer.kind for layer in layers}))}."
-                )
-        return lambda layer: next(
-            (block for key, block in blocks.items() if _fits(key, layer)), layer.block
-        )
-    if isinstance(blocks, type):
-        raise TypeError(
-            f"blocks must hold blocks, not classes; got the class {blocks.__name__}: "
-            f"write {blocks.__name__}()."
-        )
-    if callable(blocks):
-        return blocks
-    raise TypeError(
-        "blocks must be a Block, a mapping from layer kind or path regex to Block or "
-        f"None, or a function of a layer; got {shown(blocks)}."
-    )
-
-
-def _is_pattern(key: Any) -> bool:
-    try:
-        re.compile(key)
-    except (re.error, TypeError):  # the caller says what a key must be
-        return False
-    return isinstance(key, str)
-
-
-def _fits(key: str, layer: Layer) -> bool:
-    if key in KINDS:
-        return layer.kind == key
-    return any(re.search(key, path) for path in (layer.name, *layer.params))

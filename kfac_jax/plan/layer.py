@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._jaxpr.parts import Box
 from kfac_jax._jaxpr.view import Layout
 from kfac_jax.blocks import Block, BlockShape
 
@@ -48,7 +49,7 @@ class Layer:
       name: the common path of its parameters.
       kind: one of `KINDS`.
       params: paths of its parameters, the weight before the bias.
-      shapes: their shapes.
+      shapes: their shapes, or those of the layer's parts of them.
       dtype: the type that its curvature is computed in, float32 or wider.
       factor_dtype: the type that its averages are stored in.
       uses: the number of places where the program uses it.
@@ -58,7 +59,8 @@ class Layer:
       reason: why no better block applies; empty if the block is as it should be.
       source: the user's source line of its first use.
       leaves: the indices of its parameters among all leaves.
-      layouts: for each parameter, how its entries become matrices.
+      boxes: for each parameter the part of it that is the layer's; None for all.
+      layouts: for each parameter, how its entries (or the part's) become matrices.
       roles: for each parameter "weight" or "bias".
     """
 
@@ -75,6 +77,7 @@ class Layer:
     reason: str = ""
     source: str = ""
     leaves: tuple[int, ...]
+    boxes: tuple[Box | None, ...] = ()
     layouts: tuple[Layout, ...]
     roles: tuple[str, ...]
 
@@ -99,6 +102,12 @@ class Layer:
         """The shapes of the factors (bases) that the block's statistics depend on."""
         carried = frozenset() if self.block is None else self.block.carried
         return {n: s for n, s in self.factor_shapes.items() if n in carried}
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The names of those that are orthogonal."""
+        bases = frozenset() if self.block is None else self.block.bases
+        return tuple(name for name in self.carried_shapes if name in bases)
 
     @property
     def damped(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -138,11 +147,23 @@ class Layer:
         """Whether the statistics are squares of the parameter's gradient."""
         return not self.tagged and bool(self.factor_shapes)
 
+    @property
+    def leaf_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """The shapes of the leaves that its parameters are, or are parts of."""
+        pairs = zip(self._boxes, self.shapes, strict=True)
+        return tuple(shape if box is None else box.array_shape for box, shape in pairs)
+
+    @property
+    def _boxes(self) -> tuple[Box | None, ...]:
+        return self.boxes or (None,) * len(self.leaves)
+
     def to_matrix(self, leaves: Sequence[Array]) -> Array:
         """Joins the layer's parameters (or vectors like them) as `[*e, i, o]`."""
         parts = [
-            layout.to_matrix(leaf)
-            for layout, leaf in zip(self.layouts, leaves, strict=True)
+            layout.to_matrix(
+                leaf if box is None else leaf[box.slices].reshape(layout.source_shape)
+            )
+            for layout, box, leaf in zip(self.layouts, self._boxes, leaves, strict=True)
         ]
         parts = [
             part[..., None, :] if role == "bias" else part
@@ -152,13 +173,31 @@ class Layer:
             parts = [part.astype(self.dtype) for part in parts]
         return jnp.concatenate(parts, axis=-2) if len(parts) > 1 else parts[0]
 
-    def from_matrix(self, matrix: Array) -> list[Array]:
-        """Inverts `to_matrix`."""
+    def from_matrix(
+        self, matrix: Array, leaves: Sequence[Array | None] | None = None
+    ) -> list[Array]:
+        """Inverts `to_matrix`.
+
+        Args:
+          matrix: `[*e, i, o]`.
+          leaves: where the layer has a part of a leaf, the other entries; else zeros.
+
+        Returns:
+          Arrays like the leaves.
+        """
         results: list[Array] = []
-        for layout, role in zip(self.layouts, self.roles, strict=True):
+        others = leaves or (None,) * len(self.leaves)
+        for layout, box, role, other in zip(
+            self.layouts, self._boxes, self.roles, others, strict=True
+        ):
             if role == "bias":
                 part = matrix[..., -1, :]
             else:
                 part = matrix[..., :-1, :] if self.homogeneous else matrix
-            results.append(layout.from_matrix(part))
+            own = layout.from_matrix(part)
+            if box is not None:
+                whole = jnp.zeros(box.array_shape) if other is None else other
+                whole = whole.astype(own.dtype)
+                own = whole.at[box.slices].set(own.reshape(box.shape))
+            results.append(own)
         return results

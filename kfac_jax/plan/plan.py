@@ -1,20 +1,25 @@
 """The plan: the user's options, and the layers and groups of the program."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from kfac_jax._jaxpr import custom_rules
 from kfac_jax._jaxpr.constants import mixed
+from kfac_jax._jaxpr.graph import Graph
 from kfac_jax._jaxpr.interpreter import Program
-from kfac_jax._jaxpr.sites import Site
+from kfac_jax._jaxpr.parts import Part
+from kfac_jax._jaxpr.sites import Site, Use
 from kfac_jax._utils.trees import TreeSpec
+from kfac_jax.blocks import Full
 from kfac_jax.plan import batch, checks
-from kfac_jax.plan.group import Group, Grouped, Structure, Uses
-from kfac_jax.plan.grouping import BlocksSpec, make_layers
+from kfac_jax.plan.choosing import BlocksSpec
+from kfac_jax.plan.group import Group, Grouped, Structure, Uses, layers_of
+from kfac_jax.plan.grouping import make_layers
 from kfac_jax.plan.layer import Layer
-from kfac_jax.plan.modes import needs_rng
+from kfac_jax.plan.modes import needs_rng, of_inputs
 from kfac_jax.plan.programs import goes_around_rules, tapped_program
+from kfac_jax.plan.terms import notes, with_terms
 from kfac_jax.plan.tracing import Traced, trace
 
 Params = Any
@@ -58,29 +63,29 @@ class Options:
           ValueError: as `make_curvature`.
         """
         traced = trace(
-            self.loss_fn, self.has_aux, self.tree, params, args, self.batch_argnums
+            self.loss_fn,
+            self.has_aux,
+            self.tree,
+            params,
+            args,
+            self.batch_argnums,
+            of_inputs(self.estimation_mode),
         )
-        graph, uses = traced.found.graph, traced.found.uses
+        found = traced.found
         rules = self.kept_rules
         if rules is None:
-            rules = custom_rules.kept(graph, uses, len(self.tree.paths))
-        uses = custom_rules.without(graph, uses, rules)
-        if not needs_rng(self.estimation_mode):
-            mode = self.estimation_mode
-            where = f"; only sampled modes can tell them apart, not {mode!r}"
-            uses = [
-                mixed(use, where) if isinstance(use, Site) and use.cases else use
-                for use in uses
-            ]
-        layers, sites = make_layers(
-            uses,
-            self.tree.paths,
-            self.tree.shapes,
-            self.tree.dtypes,
-            self.blocks,
-            self.weight_sharing,
+            rules = custom_rules.kept(found.graph, found.uses, len(self.tree.paths))
+        layers, sites = self._layers(found.graph, found.uses, found.parts, rules)
+        if any(x.boxes and isinstance(x.block, Full) for x in layers):
+            # whose entries belong to the parameter, whatever it is cut in
+            layers, sites = self._layers(found.graph, found.whole_uses, (), rules)
+        layers, sites = with_terms(layers, sites, found.graph)
+        inputs = of_inputs(self.estimation_mode)
+        layers = checks.apply_policy(
+            layers, self.on_unmatched, inputs=inputs, quiet=quiet
         )
-        layers = checks.apply_policy(layers, self.on_unmatched, quiet=quiet)
+        if inputs:
+            layers = checks.of_inputs(layers)
         if self.factor_dtype is not None:
             narrow = self.factor_dtype
             layers = tuple(dataclasses.replace(x, factor_dtype=narrow) for x in layers)
@@ -88,12 +93,46 @@ class Options:
             Uses(
                 layers,
                 sites,
-                graph,
+                found.graph,
                 self.l2,
                 goes_around_rules(traced, sites),
             )
         )
+        own = {
+            x.name: x for x in layers_of(grouped.groups)
+        }  # a structure may change them
+        layers = tuple(own[layer.name] for layer in layers)
+        more = notes(layers, sites)
+        grouped = grouped._replace(notes=(*grouped.notes, *more))
         return Derived(traced, layers, sites, grouped, rules)
+
+    def _layers(
+        self,
+        graph: Graph,
+        uses: Sequence[Use],
+        parts: Sequence[Part],
+        rules: Collection[int],
+    ) -> tuple[tuple[Layer, ...], dict[str, list[Site]]]:
+        """The layers and their sites, from what discovery found."""
+        uses = custom_rules.without(graph, uses, rules)
+        inputs = of_inputs(self.estimation_mode)
+        if not needs_rng(self.estimation_mode) and not inputs:
+            mode = self.estimation_mode
+            where = f"; only sampled modes can tell them apart, not {mode!r}"
+            uses = [
+                mixed(use, where) if isinstance(use, Site) and use.cases else use
+                for use in uses
+            ]
+        return make_layers(
+            uses,
+            self.tree.paths,
+            self.tree.shapes,
+            self.tree.dtypes,
+            self.blocks,
+            self.weight_sharing,
+            parts,
+            inputs,
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -122,6 +161,7 @@ class Plan(Options):
     layers: tuple[Layer, ...]
     groups: tuple[Group, ...] = dataclasses.field(repr=False)
     notes: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
+    in_batch: tuple[bool, ...] = dataclasses.field(default=(), repr=False)
     lost_examples: str = dataclasses.field(default="", repr=False, compare=False)
 
     def tapped(self, params: Params, args: Any) -> tuple[Derived, Program]:

@@ -16,12 +16,12 @@ from kfac_jax.plan.tracing import Traced
 
 def bare_program(traced: Traced) -> Program:
     """The program without taps."""
-    return Program(traced.found.graph, {}, {})
+    return Program(traced.found.as_written, {}, {})
 
 
 def outputs_program(traced: Traced) -> Program:
     """The equations that the registered losses depend on, without taps."""
-    graph = traced.found.graph
+    graph = traced.found.as_written
     return Program(slicing.without_rest(graph, _tags(graph)), {}, {})
 
 
@@ -55,14 +55,14 @@ def tapped_program(
     scanned: dict[int, frozenset[str]] = {}
     for group in groups:
         for layer in group.layers:
-            carried = group.carried[layer.name]
             for site in sites[layer.name]:
-                gather = _gather(group, layer, site)
-                tap = Tap(layer.name, site.x, gather, carried)
+                name, carried = group.tap(layer, site)
+                tap = Tap(name, site.x, _gather(group, layer, site), carried)
                 taps.setdefault(site.output, []).append(tap)
                 for scan in site.scans:
-                    scanned[scan] = scanned.get(scan, frozenset()) | {layer.name}
-    return Program(traced.found.graph, taps, scanned)
+                    scanned[scan] = scanned.get(scan, frozenset()) | {name}
+    found = traced.found
+    return Program(found.graph, taps, scanned, found.constant_means)
 
 
 def _gather(group: Group, layer: Layer, site: Site) -> Gather:

@@ -1,13 +1,22 @@
 """The report: the plan as a table for people, and its totals as data."""
 
 import collections
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from jax import Array
 
-from kfac_jax.plan.group import Group, abstract_factors, abstract_inverses, layers_of
+from kfac_jax.blocks import Kronecker
+from kfac_jax.plan.group import (
+    Factors,
+    Group,
+    abstract_factors,
+    abstract_inverses,
+    layers_of,
+)
 from kfac_jax.plan.layer import Layer
 
 PROPORTION = 64
@@ -34,21 +43,26 @@ class Totals(NamedTuple):
     factor_bytes: int  # what the factors hold
     inverse_bytes: int  # what their inverses hold
     inversion_cost: int  # multiply-adds of one refresh of the inverses
+    refresh_bytes: int  # what it needs beside factors and inverses, about
     statistics_cost: float  # of the statistics of one batch, or of the part τ1 of it
     gradient_cost: float  # of the layers in one gradient of the batch
 
 
-def totals(groups: Sequence[Group], fraction: float) -> Totals:
+def totals(groups: Sequence[Group], fraction: float, inputs: bool) -> Totals:
     """Sums over the groups.
 
     Args:
       groups: the plan's groups.
       fraction: τ1, the part of the batch that statistics are gathered from.
+      inputs: whether they are of inputs alone, and come with the gradient.
 
     Returns:
       The sums.
     """
     layers = layers_of(groups)
+    cost = sum(x.statistics_cost for x in groups)
+    if inputs:  # without gradients of outputs of their own
+        cost -= sum(gradient_cost(x) / 3 for x in layers if x.is_tapped)
     by_kind: dict[str, int] = collections.defaultdict(int)
     for layer in layers:
         by_kind[layer.kind] += _size(layer)
@@ -59,9 +73,39 @@ def totals(groups: Sequence[Group], fraction: float) -> Totals:
         factor_bytes=sum(map(_size_in_bytes, abstract_factors(groups).values())),
         inverse_bytes=sum(map(_size_in_bytes, abstract_inverses(groups).values())),
         inversion_cost=sum(x.inversion_cost for x in groups),
-        statistics_cost=sum(x.statistics_cost for x in groups) * fraction,
+        refresh_bytes=_refresh_bytes(groups),
+        statistics_cost=cost * fraction,
         gradient_cost=sum(map(gradient_cost, layers)),
     )
+
+
+def _refresh_bytes(groups: Sequence[Group]) -> int:
+    """The memory of one refresh, from what XLA reports of compiled ones.
+
+    Matrices of one size are decomposed as one stack, and all new ones are there before
+    the old ones are replaced.
+    """
+    factors = abstract_factors(groups)
+
+    def inverted_by(group: Group, own: Factors) -> list[Array]:
+        return [x.factor for x in group.to_invert(own, 1.0).matrices.values()]
+
+    inverted = [
+        x
+        for group in groups
+        for x in jax.eval_shape(
+            functools.partial(inverted_by, group),
+            {name: factors[name] for name in group.names},
+        )
+    ]
+    bases = [
+        factors[name][key]
+        for group in groups
+        for name, keys in group.carried.items()
+        for key in keys
+    ]
+    sizes = [sum(x.size * x.dtype.itemsize for x in some) for some in (inverted, bases)]
+    return round(2.5 * sizes[0] + 1.4 * sizes[1])
 
 
 def gradient_cost(layer: Layer) -> float:
@@ -83,6 +127,8 @@ def _rows(
 ) -> list[tuple[str, ...]]:
     factors = " ".join(f"{name}{_dimensions(x.shape)}" for name, x in arrays.items())
     block = "none" if layer.block is None else type(layer.block).__name__
+    if isinstance(layer.block, Kronecker) and layer.block.is_fitted:
+        block += f" ({layer.block.fit})"
     rows = [
         (path, _dimensions(shape), "", "", "", "", "")
         for path, shape in zip(layer.params, layer.shapes, strict=True)
@@ -121,7 +167,7 @@ def table(
     layers: Sequence[Layer],
     groups: Sequence[Group],
     notes: Sequence[str],
-    fraction: float,
+    total: Totals,
 ) -> str:
     """Formats the plan.
 
@@ -129,7 +175,7 @@ def table(
       layers: the plan's layers.
       groups: the groups of these layers.
       notes: the structure's lines for the report.
-      fraction: τ1, the part of the batch that statistics are gathered from.
+      total: the sums over them.
 
     Returns:
       The table, then totals, then what is not covered and why.
@@ -143,7 +189,6 @@ def table(
     ]
     lines = [line.rstrip() for line in lines]
     lines.insert(1, "  ".join("-" * width for width in widths))
-    total = totals(groups, fraction)
     lines.append(
         f"{len(layers)} layers, {total.parameters} parameters, {total.covered} of them "
         f"covered; factors {_bytes(total.factor_bytes)}, inverses "
@@ -187,6 +232,8 @@ def _kinds(total: Totals) -> str:
 def _costs(total: Totals) -> str:
     """The line with the arithmetic of refreshes and statistics."""
     text = f"One refresh of the inverses: {total.inversion_cost:.2g} multiply-adds"
+    if total.refresh_bytes:
+        text += f", about {_bytes(total.refresh_bytes)} beside them"
     if total.gradient_cost:
         times = total.statistics_cost / total.gradient_cost
         text += f"; statistics of one batch: {times:.2f} × the gradient"

@@ -27,6 +27,26 @@ def is_remote(sites: Sequence[Site]) -> bool:
     return different or any(site.computed is not None for site in sites)
 
 
+def is_mapped(layer: Layer, sites: Sequence[Site]) -> bool:
+    """Whether a parameter's uses have sides that a map brings to it; see `Mapped`."""
+    maps = [site.computed for site in sites if site.computed is not None]
+    if not maps or len({site.kind for site in sites}) > 1 or layer.shape.stacked:
+        return False
+    if len(layer.layouts) != 1 or any(site.scans or site.cases for site in sites):
+        return False
+    return all(_is_mapped(layer, site) for site in sites)
+
+
+def _is_mapped(layer: Layer, site: Site) -> bool:
+    own = used(site).layout
+    if site.weight is None:
+        return False
+    if site.computed is None or site.computed.form == "entry":
+        return own == layer.layouts[0]
+    plain = own.shape == own.source_shape and len(own.permutation) == 1
+    return plain and site.computed.form in ("left", "right")
+
+
 def used(site: Site) -> Parameter:
     """The weight that a site uses or, at a shift, the bias."""
     parameter = site.weight or site.bias
@@ -76,8 +96,6 @@ def no_sums(layer: Layer, sites: Sequence[Site], block: Block) -> str:
         return "some of its inputs are shared by all cases"
     if any(site.on_device for site in sites):
         return "it is used several times inside of a shard_map"
-    if is_remote(sites) and any(site.scans for site in sites):
-        return "a scan runs over what is computed from it"
     entries = gradient_entries(layer, sites)
     if entries > LARGEST:
         return (

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
 from kfac_jax._jaxpr.discovery import Found, discover
+from kfac_jax._jaxpr.hoisting import hoisted
+from kfac_jax._jaxpr.sites import unmatched
 from kfac_jax._jaxpr.slicing import needed
 from kfac_jax._utils import arguments
 from kfac_jax._utils.trees import TreeSpec
@@ -24,6 +26,7 @@ class Traced:
 
     found: Found
     aux_tree: Any
+    in_batch: tuple[bool, ...]  # for each array of the arguments
 
     def unflatten_aux(self, leaves: Sequence[Any]) -> Any:
         """Rebuilds the auxiliary output."""
@@ -37,6 +40,7 @@ def trace(
     params: Any,
     args: Any,
     batch_argnums: batch.Argnums,
+    whole: bool = False,
 ) -> Traced:
     """Traces the loss function abstractly and finds its layers.
 
@@ -47,6 +51,7 @@ def trace(
       params: the parameters, or their shapes.
       args: the further arguments, or their shapes.
       batch_argnums: the indices of the arguments that are the batch, or None.
+      whole: whether layers are found from the loss, and none need be registered.
 
     Returns:
       The program and its layers.
@@ -84,11 +89,18 @@ def trace(
             ) from error
         raise
     program = graph_lib.build(closed)
+    _check_cases(program)
     losses = [node for node in program.walk() if node.name == "kfac_loss"]
     cases = [n.shape()[0] for n in losses if n.shape()]
     states = [*batch.examples(args, batch_argnums, cases)]
-    found = discover(program, tree.shapes, states)
-    if not found.losses:
+    found = discover(program, tree.shapes, states, whole)
+    is_weight = [True] * len(tree.shapes) + [False] * len(states)
+    is_data = [False] * len(tree.shapes) + [state is not None for state in states]
+    better = hoisted(closed, jax.tree.leaves((params, args)), is_weight, is_data)
+    if better is not None:
+        other = discover(graph_lib.build(better), tree.shapes, states, whole)
+        found = other if unmatched(other.uses) <= unmatched(found.uses) else found
+    if not found.losses and not whole:
         raise ValueError(
             "No loss is registered. Expected a call to a function of kfac_jax.losses "
             "or kfac_jax.register_*_loss on the network's output inside the loss "
@@ -98,10 +110,9 @@ def trace(
             "value_and_statistics. JAX may drop one within a scan or a call without "
             "results that is differentiated: use the array that it returns."
         )
-    _check_cases(program)
     _check_references(program)
     _check_closures(program)
-    return Traced(found, structure[-1])
+    return Traced(found, structure[-1], tuple(state is not None for state in states))
 
 
 def _check_cases(program: graph_lib.Graph) -> None:
@@ -109,6 +120,12 @@ def _check_cases(program: graph_lib.Graph) -> None:
         if node.name != "kfac_loss":
             continue
         shape, rank = node.shape(), node.params["distribution"].event_rank
+        if len(shape) > rank and shape[0] == 0:
+            raise ValueError(
+                "A registered output needs at least one case; got shape "
+                f"{shape} at {_compat.source_line(node.equation)}. Leave out batches "
+                "without cases: their mean loss is no number."
+            )
         if len(shape) < 1 + rank:
             raise ValueError(
                 "A registered output needs a leading axis of cases; got shape "

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kfac_jax._utils import fresh
@@ -12,6 +14,7 @@ from kfac_jax._utils.arguments import dtype_of, instance, is_array, is_number, s
 from kfac_jax.blocks._block import divide
 from kfac_jax.devices import ALONE, Devices
 from kfac_jax.plan.group import (
+    Arrays,
     Factors,
     FactorShapes,
     Group,
@@ -21,6 +24,7 @@ from kfac_jax.plan.group import (
     names_of,
     widened,
 )
+from kfac_jax.plan.layer import Layer
 
 
 class Statistics(NamedTuple):
@@ -39,17 +43,22 @@ class Statistics(NamedTuple):
 
 
 def init_factors(groups: Sequence[Group]) -> Factors:
-    """Zeros, and identities for bases."""
-    carried = {name: x for group in groups for name, x in group.carried.items()}
+    """Zeros, and identities (or ones) for what is carried."""
+    shapes = abstract_factors(groups)
     return {
-        layer: {
-            name: fresh.identities(x.shape, x.dtype)
-            if name in carried[layer]
-            else fresh.full(x.shape, 0.0, x.dtype)
-            for name, x in part.items()
+        layer.name: {
+            name: _initial(layer, name, x) for name, x in shapes[layer.name].items()
         }
-        for layer, part in abstract_factors(groups).items()
+        for layer in layers_of(groups)
     }
+
+
+def _initial(layer: Layer, name: str, like: jax.ShapeDtypeStruct) -> Array:
+    if name not in layer.carried_shapes:
+        return fresh.full(like.shape, 0.0, like.dtype)
+    if layer.block is not None and name in layer.block.elementwise:
+        return fresh.full(like.shape, 1.0, like.dtype)
+    return fresh.identities(like.shape, like.dtype)
 
 
 def zero_statistics(groups: Sequence[Group]) -> "Statistics":
@@ -135,6 +144,42 @@ def check(
                 )
 
 
+def check_bases(groups: Sequence[Group], factors: Factors) -> None:
+    """Raises ValueError if blocks still have the standard basis that is not theirs.
+
+    Only arrays that are known are looked at.
+
+    Args:
+      groups: the plan's groups.
+      factors: by layer name.
+
+    Raises:
+      ValueError: naming the layers.
+    """
+    wrong = [
+        layer.name
+        for layer in layers_of(groups)
+        if any(_has_no_basis(factors[layer.name], name) for name in layer.bases)
+    ]
+    if wrong:
+        raise ValueError(
+            f"Layers {wrong} have factors but no basis yet, only the standard one: "
+            "expected bases of these factors. Use curvature.at or curvature.over, "
+            "which find them, curvature.renew_factors, or a state of kfac."
+        )
+
+
+def _has_no_basis(own: Arrays, name: str) -> bool:
+    basis, factor = own[name], own.get(name.removesuffix("_basis"))
+    if factor is None or any(isinstance(x, jax.core.Tracer) for x in (basis, factor)):
+        return False
+    basis, sizes = jnp.asarray(basis), jnp.abs(jnp.asarray(factor))
+    unit = jnp.broadcast_to(jnp.eye(basis.shape[-1], dtype=bool), basis.shape)
+    rounding = jnp.finfo(basis.dtype).eps ** 0.5 * sizes.max().astype(basis.dtype)
+    outside = jnp.where(unit, 0, sizes).max().astype(basis.dtype) > rounding
+    return bool((basis == unit.astype(basis.dtype)).all() & outside)
+
+
 def _shapes_of(part: Any) -> Any:
     """The shapes of arrays by name; a description of anything else."""
     if not isinstance(part, dict):
@@ -148,6 +193,7 @@ class Averaged(NamedTuple):
     factors: Factors
     informed: Array  # []: whether any layer accepted the statistics
     refused: Array  # []: whether there were statistics that a layer did not accept
+    cases: Array  # []: the running mean of the number of cases in a batch
 
 
 @jax.named_scope("kfac_factors")
@@ -159,8 +205,12 @@ def average(
     decay: Any,
     devices: Devices = ALONE,
     usable: Array | bool = True,
+    cases_so_far: Array | None = None,
 ) -> Averaged:
     """Updates the averages with one batch; see `Curvature.update_factors`.
+
+    With the number of cases so far, a batch counts by its own: `1 - ε` is its share if
+    it has as many as those before, and less for the smaller last batch of an epoch.
 
     The batch's factors are sums over all devices divided by counts over all devices. A
     mean of the devices' own quotients would weigh devices wrongly where masks hide
@@ -174,6 +224,8 @@ def average(
       decay: the largest ε.
       devices: the devices that the batch, and possibly the factors, are spread over.
       usable: whether the batch may be used, as far as its loss tells.
+      cases_so_far: the running mean of the number of cases in a batch, 0 if there are
+        none yet; None if all batches count alike.
 
     Returns:
       The averages, and whether the statistics were accepted.
@@ -185,12 +237,16 @@ def average(
     check(groups, "statistics_shapes", statistics.layers)
     _check_products(groups, statistics.products)
     statistics = jax.tree.map(jnp.asarray, statistics)  # which NumPy may have averaged
+    statistics = _in_one_basis(groups, statistics)
     weight, cases, new = _means(groups, statistics, devices)
     offered = weight > 0
     taken = offered & (cases > 0) & usable
     epsilon = jnp.minimum(
         1.0 - 1.0 / jnp.asarray(step, float), jnp.asarray(decay, float)
     )
+    mean_cases = jnp.zeros((), float)
+    if cases_so_far is not None:
+        epsilon, mean_cases = _by_cases(epsilon, cases_so_far, weight)
     updated = [group for group in groups if group.name in new]
     finite = devices.finite([group.looked_at(new) for group in updated])
     result = dict(factors)
@@ -205,7 +261,65 @@ def average(
     # that reads it, so `any` and `all` of them would do that work twice.
     wrong = sum((~flag).astype(jnp.int32) for flag in finite)
     informed = taken & (wrong < max(1, len(finite)))
-    return Averaged(result, informed, offered & (~taken | (wrong > 0)))
+    if cases_so_far is not None:
+        mean_cases = jnp.where(informed, mean_cases, cases_so_far)
+    refused = offered & (~taken | (wrong > 0))
+    return Averaged(result, informed, refused, mean_cases)
+
+
+def _by_cases(epsilon: Array, before: Array, own: Array) -> tuple[Array, Array]:
+    """ε where batches count by their cases, and the running mean of these.
+
+    Both means are `(ε n' x' + (1 - ε) n x) / (ε n' + (1 - ε) n)`, with n' that before.
+    """
+    own = own.astype(before.dtype)
+    old = epsilon.astype(before.dtype) * jnp.where(before > 0, before, own)
+    total = old + (1 - epsilon.astype(before.dtype)) * own
+    share = old / jnp.where(total > 0, total, 1)
+    return jnp.where(before > 0, share.astype(epsilon.dtype), epsilon), total
+
+
+def _in_one_basis(groups: Sequence[Group], statistics: Statistics) -> Statistics:
+    """The statistics; those that are sums over different bases become NaN.
+
+    Statistics that carry a basis are in it. Only those in one basis add up: a mean of
+    different orthogonal matrices shortens vectors, as one random vector shows.
+
+    Args:
+      groups: the plan's groups.
+      statistics: the statistics.
+
+    Returns:
+      Statistics whose bases are orthogonal, or not finite.
+
+    Raises:
+      ValueError: naming the layers, if it is known when the program is traced.
+    """
+    bases = {
+        (layer.name, name): statistics.layers[layer.name][name]
+        for layer in layers_of(groups)
+        for name in layer.bases
+    }
+    layers = {name: dict(part) for name, part in statistics.layers.items()}
+    wrong: list[str] = []
+    for (layer, name), x in bases.items():
+        weight = jnp.where(statistics.weight > 0, statistics.weight, 1.0)
+        # a constant, as drawing it would cost more than the product
+        v = np.random.default_rng(0).normal(size=x.shape[-1]).astype(x.dtype)
+        length = jnp.linalg.norm(x @ v / weight.astype(x.dtype), axis=-1)
+        mixed = (statistics.weight > 0) & (length < 0.99 * np.linalg.norm(v)).any()
+        if isinstance(mixed, jax.core.Tracer):
+            layers[layer][name] = jnp.where(mixed, jnp.nan, x)
+        elif mixed:
+            wrong.append(layer)
+    if wrong:
+        raise ValueError(
+            f"statistics of {[*dict.fromkeys(wrong)]} were added up in different "
+            "bases: expected one basis for all batches. Pass factors=... (the "
+            "optimizer state's, or of init_factors) to "
+            "value_grad_and_statistics, or use Curvature.over for a data set."
+        )
+    return statistics._replace(layers=layers)
 
 
 def _means(

@@ -7,7 +7,7 @@ of cotangents with `Σ u uᵀ = F_R` gives terms that add up to them.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,24 @@ from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.distributions import RegisteredLoss
 
 Pull = Callable[[list[Array]], Any]
+
+
+class Cases(NamedTuple):
+    """How the cases are arranged in the leading axis of a registered output."""
+
+    outer: int
+    size: int
+    inner: int
+
+    def split(self, z: Array) -> Array:
+        """`[N, positions and outputs]`."""
+        parts = z.reshape(self.outer, self.size, self.inner, -1)
+        return jnp.moveaxis(parts, 1, 0).reshape(self.size, -1)
+
+    def join(self, rows: Array, like: Array) -> Array:
+        """Inverts `split`."""
+        parts = rows.reshape(self.size, self.outer, self.inner, -1)
+        return jnp.moveaxis(parts, 0, 1).reshape(like.shape)
 
 
 def _random_roots(losses: Sequence[RegisteredLoss], key: Array) -> list[Array]:
@@ -88,22 +106,21 @@ def only_column(
     """The only column of B, if each example has a single output; None otherwise."""
     if len(losses) > 1:
         return None
-    outer, _, inner = _within(losses[0], states[0], independent_cases)
+    outer, _, inner = within(losses[0], states[0], independent_cases)
     if outer * inner * math.prod(losses[0].z.shape[1:]) > 1:
         return None
     return [losses[0].multiply_root(jnp.ones_like(losses[0].z))]
 
 
-def _within(
-    loss: RegisteredLoss, state: State, independent_cases: bool
-) -> tuple[int, int, int]:
+def within(loss: RegisteredLoss, state: State, independent_cases: bool) -> Cases:
     """How the leading axis of an output is divided: `outer × examples × inner`."""
     cases = len(loss.z)
     if state is None or (independent_cases and isinstance(state, Lost)):
-        return (1, cases, 1)
+        return Cases(1, cases, 1)
     if isinstance(state, Examples) and state.axis == 0:
-        return (state.outer, state.size, state.inner)
-    return (1, 1, cases)  # not known: as if all cases were positions of one example
+        return Cases(state.outer, state.size, state.inner)
+    # not known: as if all cases were positions of one example
+    return Cases(1, 1, cases)
 
 
 def sum_over_outputs(
@@ -131,18 +148,18 @@ def sum_over_outputs(
     zeros = [jnp.zeros_like(loss.z) for loss in losses]
     for index, (loss, state) in enumerate(zip(losses, states, strict=True)):
         size = math.prod(loss.z.shape[1:])
-        within = _within(loss, state, independent_cases)
-        outer, _, inner = within
+        divided = within(loss, state, independent_cases)
+        outer, _, inner = divided
 
         def column(
             c: Array,
             loss: RegisteredLoss = loss,
-            within: tuple[int, int, int] = within,
+            divided: tuple[int, int, int] = divided,
             index: int = index,
             size: int = size,
         ) -> Any:
             place, entry = c // size, c % size
-            outer, examples, inner = within
+            outer, examples, inner = divided
             at_place = jnp.arange(outer * inner).reshape(outer, 1, inner) == place
             case = jnp.broadcast_to(at_place, (outer, examples, inner)).reshape(-1, 1)
             one = case & (jnp.arange(size) == entry)[None, :]

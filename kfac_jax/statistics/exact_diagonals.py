@@ -47,7 +47,7 @@ def exact_diagonals(
     small = _small(layers)
     if not small or not has_forward_mode(program.graph):
         return {}
-    places = [leaf for layer in small for leaf in layer.leaves]
+    places = [*dict.fromkeys(leaf for layer in small for leaf in layer.leaves)]
 
     def outputs(own: list[Array]) -> tuple[list[Array], list[RegisteredLoss]]:
         replaced = dict(zip(places, own, strict=True))

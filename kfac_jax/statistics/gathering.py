@@ -1,6 +1,7 @@
 """Gathers statistics by pulling cotangents back from the registered outputs."""
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,13 @@ Pull = Callable[[list[Array]], tuple[list[Array], Factors]]
 """Maps cotangents of the outputs to cotangents of the parameters, and statistics."""
 
 
+class Squares(NamedTuple):
+    """What gathers exact diagonals of parameters without a layer, case by case."""
+
+    names: frozenset[str]
+    of: Callable[[Sequence[Array]], Factors]  # from cotangents of the outputs
+
+
 def gather(
     groups: Sequence[Group],
     mode: str,
@@ -29,6 +37,7 @@ def gather(
     rng: Array | None,
     independent_cases: bool = False,
     diagonals: Factors | None = None,
+    squares: Squares | None = None,
 ) -> tuple[Factors, int]:
     """Gathers the statistics of one batch.
 
@@ -47,6 +56,7 @@ def gather(
       independent_cases: whether cases count as examples, in exact modes, where the
         examples are not known.
       diagonals: exact diagonals of parameters without a layer, if there are any.
+      squares: what gathers exact diagonals of others in exact modes.
 
     Returns:
       The sums, and the number of samples that they are over.
@@ -63,6 +73,7 @@ def gather(
                 key,
                 independent_cases,
                 diagonals or {},
+                squares or Squares(frozenset(), lambda _: {}),
             ),
             1,
         )
@@ -90,24 +101,30 @@ def _exact(
     key: Array,
     independent_cases: bool,
     diagonals: Factors,
+    squares: Squares,
 ) -> Factors:
     """Sums over all outputs; statistics of inputs only are gathered once."""
-    drawn = [x for x in _squared(groups) if x.name not in diagonals]
+    known = {n: part for x in groups for n, part in x.row_statistics.items()}
+    exact = {*diagonals, *squares.names}
+    drawn = [x for x in _squared(groups) if x.name not in exact]
+
+    def every(cotangents: list[Array]) -> Factors:
+        return {**pull(cotangents)[1], **squares.of(cotangents)}
+
     only = estimation.only_column(losses, states, independent_cases)
     if only is not None and not drawn:
-        return {**pull(only)[1], **diagonals}
-
-    known = {n: part for x in groups for n, part in x.row_statistics.items()}
+        return {**every(only), **diagonals}
 
     def column(cotangents: list[Array]) -> Factors:
         return {
             layer: {n: x for n, x in part.items() if n not in known[layer]}
-            for layer, part in pull(cotangents)[1].items()
+            for layer, part in every(cotangents).items()
         }
 
     once = _both(groups, pull, estimation.random_cotangents(losses, mode, key))
     columns = estimation.sum_over_outputs(losses, states, column, independent_cases)
-    sums = {layer: part | columns.get(layer, {}) for layer, part in once.items()}
+    names = {**once, **columns}
+    sums = {n: once.get(n, {}) | columns.get(n, {}) for n in names}
     return {**sums, **diagonals}
 
 

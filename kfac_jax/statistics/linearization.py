@@ -1,7 +1,8 @@
 """One forward pass of a plan's loss, and the pull-backs through it."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,16 +12,19 @@ from jax import Array
 from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax._jaxpr.differentiation import reverse_mode
 from kfac_jax._jaxpr.interpreter import replaces_rules, run
+from kfac_jax._jaxpr.states import Lost
 from kfac_jax._utils.dtypes import wide
 from kfac_jax.devices import collectives
 from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.plan.group import Factors, Group, Products, layers_of
-from kfac_jax.plan.modes import is_exact
+from kfac_jax.plan.layer import Layer
+from kfac_jax.plan.modes import is_exact, of_inputs
 from kfac_jax.plan.plan import Derived, Plan
 from kfac_jax.plan.programs import split_program
+from kfac_jax.statistics import alone, estimation
 from kfac_jax.statistics.averages import Statistics
 from kfac_jax.statistics.exact_diagonals import exact_diagonals
-from kfac_jax.statistics.gathering import gather
+from kfac_jax.statistics.gathering import Squares, gather
 
 
 class Linearized(NamedTuple):
@@ -31,7 +35,8 @@ class Linearized(NamedTuple):
 
     gradient: Callable[[], tuple[list[Array], Products]] | None
     """Returns the leaves of the gradient, and the sides of gradients kept as products.
-    None if a user's custom derivative rule decides about the gradient."""
+    None if that is not the program's that was run: a user's custom derivative rule
+    decides about it, or it goes through the batch's means."""
 
     statistics: Callable[[Array | None], Statistics]
     """Returns the curvature statistics, from a random key if the mode samples."""
@@ -69,7 +74,8 @@ def linearize(
     """
     derived, program = plan.tapped(params, args)
     traced, rest = derived.traced, None
-    if own_gradient:
+    inputs = of_inputs(plan.estimation_mode)
+    if own_gradient and not inputs:
         program, rest = split_program(program)
     carried = _carried(plan.groups, factors)
     data = jax.tree.leaves(args)
@@ -78,8 +84,9 @@ def linearize(
     def forward(leaves: Sequence[Array], probes: Any) -> Any:
         spread = _spread(derived, plan.groups, [*leaves, *data], probes)
         outputs, losses = run(program, [*leaves, *data], spread)
-        zero = jnp.zeros((), losses[0].z.dtype)
-        loss, *aux = outputs if rest is None else [zero, *outputs]
+        if rest is not None:
+            outputs = [jnp.zeros((), losses[0].z.dtype), *outputs]
+        loss, *aux = outputs
         return (loss, [one.z for one in losses]), (aux, losses)
 
     (loss, zs), pull, (aux, losses) = jax.vjp(
@@ -89,10 +96,14 @@ def linearize(
     if rest is not None:
         (total, *aux), _ = run(rest, aux, None)
 
-    def gradient() -> tuple[list[Array], Products]:
+    @functools.cache  # which statistics of inputs come from, too
+    def pull_loss() -> tuple[list[Array], Factors]:
         zeros = [jnp.zeros_like(z) for z in zs]
         with reverse_mode(program.graph, len(leaves)):
-            grads, sums = pull((jnp.ones_like(loss), zeros))
+            return pull((jnp.ones_like(loss), zeros))
+
+    def gradient() -> tuple[list[Array], Products]:
+        grads, sums = pull_loss()
         products = {n: x for g in plan.groups for n, x in g.products(sums).items()}
         if any(map(_compat.varying, jax.tree.leaves(products))):
             products = {}  # one device's rows, while gradients are sums over devices
@@ -109,14 +120,23 @@ def linearize(
         return grads, _collected(plan.groups, sums, carried)
 
     def statistics(rng: Array | None) -> Statistics:
+        if inputs:
+            sums = _collected(plan.groups, pull_loss()[1], carried)
+            cases = _cases(args, traced.in_batch)
+            return _statistics_of_inputs(plan, losses, loss, cases, sums)
         examples = traced.found.loss_examples
         squared = [layer for layer in plan.layers if layer.is_squared]
         wanted = squared if is_exact(plan.estimation_mode) else []
         known = exact_diagonals(wanted, program, leaves, data)
-        return _statistics(plan, losses, examples, pull_outputs, known, carried, rng)
+        others = [layer for layer in wanted if layer.name not in known]
+        squares = _squares_by_case(plan, derived, others, args, leaves, losses)
+        return _statistics(
+            plan, losses, examples, pull_outputs, known, squares, carried, rng
+        )
 
     value = (total, traced.unflatten_aux(aux)) if plan.has_aux else total
-    return Linearized(value, None if replaces_rules(program) else gradient, statistics)
+    other = replaces_rules(program) or bool(traced.found.constant_means)
+    return Linearized(value, None if other else gradient, statistics)
 
 
 def _probes(
@@ -164,12 +184,48 @@ def _carried(groups: Sequence[Group], factors: Factors | None) -> Factors:
     }
 
 
+def _squares_by_case(
+    plan: Plan,
+    derived: Derived,
+    layers: Sequence[Layer],
+    args: Any,
+    leaves: Sequence[Array],
+    losses: Sequence[RegisteredLoss],
+) -> Squares | None:
+    """What sums squares of the cases' gradients by some layers.
+
+    None if there are no such layers, or cases cannot be evaluated one by one.
+    """
+    states = derived.traced.found.loss_examples
+    divided = [
+        estimation.within(loss, state, False)
+        for loss, state in zip(losses, states, strict=True)
+    ]
+    sizes = {cases.size for cases in divided}
+    lost = any(isinstance(state, Lost) for state in states)
+    if not layers or lost or len(sizes) > 1:
+        return None
+    (size,) = sizes
+    try:
+        prepared = alone.prepare(plan, derived, layers, args, leaves, divided, size)
+    except alone.CaseError:
+        return None
+
+    def squares(cotangents: Sequence[Array]) -> Factors:
+        pairs = zip(divided, cotangents, strict=True)
+        by_case = [cases.split(u) for cases, u in pairs]
+        return alone.squares(prepared, by_case)
+
+    return Squares(frozenset(x.name for x in layers), squares)
+
+
 def _statistics(
     plan: Plan,
     losses: Sequence[RegisteredLoss],
     examples: Any,
     pull_outputs: Callable[[list[Array]], Any],
     diagonals: Factors,
+    squares: Squares | None,
     carried: Factors,
     rng: Array | None,
 ) -> Statistics:
@@ -199,8 +255,10 @@ def _statistics(
             rng,
             plan.independent_cases,
             jax.tree.map(lambda x: x * own.astype(x.dtype), known),
+            squares,
         )
-        sums = _over_devices(groups, sums, known)
+        exact = known.keys() | (squares.names if squares else set())
+        sums = _over_devices(groups, sums, exact)
         _compat.check_summed_alike(outputs, sums)
         like = next(iter(jax.tree.leaves(sums)), None)
         weight, cases = collectives.summed([own, counted], [like, like])
@@ -222,6 +280,49 @@ def _statistics(
         },
         {},
     )
+
+
+def _statistics_of_inputs(
+    plan: Plan,
+    losses: Sequence[RegisteredLoss],
+    loss: Array,
+    cases: int,
+    sums: Factors,
+) -> Statistics:
+    """Sums over all devices, from what taps returned for the loss's cotangent.
+
+    Args:
+      plan: the plan.
+      losses: the registered losses, which tell how many cases count; if any.
+      loss: the loss, which varies over devices as its cases do.
+      cases: how many there are without registered losses.
+      sums: what the taps returned.
+
+    Returns:
+      The statistics.
+    """
+
+    def gathered(losses: Sequence[RegisteredLoss], sums: Factors) -> Any:
+        numbers = [jnp.asarray(cases, jnp.float32)] * 2
+        if losses:
+            numbers = [_averaged(losses), _counted(losses)]
+        like = [loss, *(x.z for x in losses), *jax.tree.leaves(sums)]
+        weight, count = (_compat.vary_like(x, *like) for x in numbers)
+        sums = _over_devices(plan.groups, sums, ())
+        alike = next(iter(jax.tree.leaves(sums)), None)
+        weight, count = collectives.summed([weight, count], [alike, alike])
+        return sums, weight, count
+
+    sums, weight, count = axis_types.auto(gathered)(losses, sums)
+    layers = {x.name: sums.get(x.name, {}) for x in plan.layers}
+    return Statistics(weight.astype(jnp.float32), count, layers, {})
+
+
+def _cases(args: Any, in_batch: Sequence[bool]) -> int:
+    """The number of examples of the batch; 1 if no argument is of it."""
+    pairs = zip(jax.tree.leaves(args), in_batch, strict=True)
+    sizes = [len(x) for x, own in pairs if own]
+    return max(sizes, default=1)
 
 
 def _averaged(losses: Sequence[RegisteredLoss]) -> Array:
@@ -249,7 +350,9 @@ def _counted(losses: Sequence[RegisteredLoss]) -> Array:
     return total
 
 
-def _over_devices(groups: Sequence[Group], sums: Factors, known: Factors) -> Factors:
+def _over_devices(
+    groups: Sequence[Group], sums: Factors, known: Collection[str]
+) -> Factors:
     """Sums statistics over the devices of a `shard_map`, except for carried bases.
 
     Squares of a parameter's own gradient are of one that JAX has summed already, whose
@@ -258,12 +361,12 @@ def _over_devices(groups: Sequence[Group], sums: Factors, known: Factors) -> Fac
     Args:
       groups: the plan's groups.
       sums: one device's sums.
-      known: squares that are known exactly, from no such gradient.
+      known: the names of squares that are known exactly, from no such gradient.
 
     Returns:
       The sums over all devices.
     """
-    squared = {x.name for x in layers_of(groups) if x.is_squared} - known.keys()
+    squared = {x.name for x in layers_of(groups) if x.is_squared} - {*known}
     carried = {name: x for group in groups for name, x in group.carried.items()}
     own = {
         (layer, name): x

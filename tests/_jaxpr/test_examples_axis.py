@@ -291,6 +291,26 @@ def test_what_vmap_maps_keeps_the_axis(name):
     np.testing.assert_array_equal(others, 0.0)
 
 
+@pytest.mark.parametrize(
+    "name",
+    [name for name in OF_ONE_EXAMPLE if name not in ("loop until", "own noise")],
+)
+def test_what_vmap_maps_mixes_no_examples_of_layers(name):
+    """Each example's own, from the layer's output down to the loss."""
+    x, w = models.array(2, B, 10), jnp.eye(10) + models.array(3, 10, 10, scale=0.1)
+
+    def loss_fn(w, x):
+        parts = jax.tree.leaves(jax.vmap(OF_ONE_EXAMPLE[name])(x @ w))
+        parts = [p.reshape(B, -1) for p in parts if jnp.issubdtype(p.dtype, float)]
+        return squared_error(jnp.concatenate(parts, 1)).sum(-1).mean()
+
+    plan = kfac_jax.make_curvature(
+        loss_fn, w, x, blocks=blocks.Diagonal(), on_unmatched="error"
+    )
+    assert not plan.lost_examples
+    assert [layer.kind for layer in plan.layers] == ["dense"]
+
+
 def test_arguments_that_do_not_hold_examples_do_not_matter():
     table = jnp.ones((S, F))
     f = lambda x, t: x + jnp.broadcast_to(t, x.shape)  # noqa: E731
@@ -605,13 +625,30 @@ def test_a_fraction_of_the_batch_leaves_other_arrays_whole():
     make = functools.partial(
         kfac_jax.make_curvature, _constants_loss, params, estimation_mode="fisher_exact"
     )
-    part = make(x, table, statistics_fraction=0.5, batch_argnums=(0,))
     whole = make(x[:4], table)
-    found = part.value_grad_and_statistics(params, x, table)[2].layers
     expected = whole.value_grad_and_statistics(params, x[:4], table)[2].layers
-    models.assert_trees_close(found, expected)
+    for options in ({}, {"batch_argnums": (0,)}):
+        part = make(x, table, statistics_fraction=0.5, **options)
+        found = part.value_grad_and_statistics(params, x, table)[2].layers
+        models.assert_trees_close(found, expected)
+    with pytest.raises(ValueError, match="plan was made for arguments of 2 array"):
+        part.value_grad_and_statistics(params, x)
+
+
+def test_a_fraction_of_two_batches_needs_to_be_told_which():
+    params, x = models.dense_params(0, F, 5, 2), models.array(1, 8, F)
+    wall = models.array(2, 3, F)
     with pytest.raises(ValueError, match="Say by batch_argnums"):
-        make(x, table, statistics_fraction=0.5)
+        kfac_jax.make_curvature(_two_losses, params, x, wall, statistics_fraction=0.5)
+
+
+def test_a_batch_without_cases_is_refused():
+    params, x = models.dense_params(0, F, 5, 2), models.array(1, 8, F)
+    plan = kfac_jax.make_curvature(_constants_loss, params, x, models.array(2, 3, 5))
+    with pytest.raises(ValueError, match="needs at least one case; got shape"):
+        plan.value_grad_and_statistics(
+            params, x[:0], models.array(2, 3, 5), rng=jax.random.key(0)
+        )
 
 
 @pytest.mark.parametrize(

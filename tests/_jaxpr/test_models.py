@@ -525,6 +525,7 @@ def test_every_parameter_is_covered_in_other_types_and_scans(name):
         assert factor.dtype == jnp.float32
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name",
     [

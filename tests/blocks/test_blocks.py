@@ -36,6 +36,8 @@ KINDS = {
     "Kronecker": Kronecker(),
     "Kronecker, frobenius": Kronecker(pi="frobenius"),
     "Kronecker, spectral, long sides": Kronecker(pi="spectral", max_factor_dim=2),
+    "Kronecker, fitted": Kronecker(fit="kl"),
+    "Kronecker, fitted, long sides": Kronecker(fit="frobenius", max_factor_dim=2),
     "Diagonal": Diagonal(),
     "Full": Full(),
     "Identity": Identity(),
@@ -52,7 +54,7 @@ def _random_factors(curvature, seed=0, rank=None, scale=1.0):
     rng = np.random.default_rng(seed)
 
     def one(name, like):
-        if name.endswith("diagonal") or name == "moments":
+        if name.endswith(("diagonal", "diagonal_weight", "moments", "scale")):
             return jnp.asarray(scale * rng.random(like.shape), like.dtype)
         *lead, d, _ = like.shape
         if name.endswith("basis"):
@@ -122,6 +124,8 @@ def _dense(kind, damping=0.0, mode="exact"):
                     else np.diag(own[f"{side}_diagonal"].reshape(lead, d)[i])
                     for side, d in zip(("input", "output"), place.shape, strict=True)
                 )
+                if "scale" in own:
+                    a = a / own["scale"].reshape(lead)[i]
                 if isinstance(layer.block, TNT):
                     g = g / np.trace(g)
                 if mode == "factored":
@@ -159,6 +163,7 @@ def test_to_dense_matvec_diagonal_and_trace(kind):
     np.testing.assert_allclose(op.trace(), np.trace(dense), rtol=1e-12)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", ["factored", "exact"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_solve_and_powers(kind, mode):
@@ -181,6 +186,7 @@ def test_solve_and_powers(kind, mode):
         np.testing.assert_allclose(oracles.vector(found), expected, **tolerance)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("mode", ["factored", "exact"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logdet(kind, mode):
@@ -297,6 +303,7 @@ def test_a_layer_without_a_block_is_the_identity_without_damping():
 # ------------------------------------------------------------------------- narrow types
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16]
 )

@@ -282,7 +282,10 @@ def test_options_that_do_not_fit():
 @pytest.mark.parametrize(
     ("block", "options"),
     [
-        (Kronecker, "exact_scalars gradient_products max_factor_dim pi weight_sharing"),
+        (
+            Kronecker,
+            "exact_scalars fit gradient_products max_factor_dim pi weight_sharing",
+        ),
         (Eigen, "max_factor_dim warm_start weight_sharing"),
         (kfac_jax.blocks.TNT, "exact_scalars max_factor_dim pi"),
     ],
@@ -338,6 +341,24 @@ def test_micro_batches_in_one_basis_add_up():
     )
 
 
+def test_micro_batches_in_different_bases_do_not_add_up():
+    """Each has its own basis if it gets none; the mean of bases is no basis."""
+    curvature = plan(Eigen())
+    factors = first_factors(curvature)
+    compute = lambda x, y: curvature.value_grad_and_statistics(PARAMS, x, y)[2]  # noqa: E731
+    parts = [compute(X[i : i + 3], Y[i : i + 3]) for i in (0, 3, 6)]
+    total = jax.tree.map(lambda *a: sum(a), *parts)
+    with pytest.raises(ValueError, match=r"of \['a', 'z'\] were added up in different"):
+        curvature.update_factors(factors, total, 2)
+    kept = jax.jit(curvature.update_factors)(factors, total, 2)
+    jax.tree.map(np.testing.assert_array_equal, kept, factors)
+    tx = kfac_jax.scale_by_kfac(curvature, damping=0.1)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    update = jax.jit(lambda s: tx.update(grads, tx.init(PARAMS), PARAMS, statistics=s))
+    assert int(update(total)[1].info.skipped_updates) == 1
+    assert int(update(parts[0])[1].info.skipped_updates) == 0
+
+
 def test_half_precision_data_are_rotated_in_single():
     half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)
     args = X.astype(jnp.bfloat16), Y.astype(jnp.bfloat16)
@@ -364,3 +385,36 @@ def test_the_report_says_what_is_held():
     assert curvature.totals.factor_bytes == held["factors"]
     assert curvature.totals.inverse_bytes == held["inverses"]
     assert f"inverses {held['inverses']} B." in curvature.report()
+
+
+def test_a_block_without_a_basis_refuses_and_may_be_given_one():
+    params = models.dense_params(0, 4, 3)
+    x, y = models.array(1, 12, 4), models.array(2, 12, 3)
+
+    def loss_fn(params, x, y):
+        z = jnp.tanh(models.mlp(params, x))
+        return kfac_jax.losses.squared_error(z, y).sum(-1).mean()
+
+    curvature = kfac_jax.make_curvature(
+        loss_fn, params, x, y, blocks=Eigen(), estimation_mode="fisher_exact"
+    )
+
+    def gathered(factors):
+        args = params, x, y
+        found = curvature.value_grad_and_statistics(*args, factors=factors)
+        return curvature.update_factors(factors, found[2], 1)
+
+    factors = gathered(curvature.init_factors(params))
+    with pytest.raises(ValueError, match="have factors but no basis yet"):
+        curvature.approximation(factors)
+    renewed = curvature.renew_factors(factors)
+    fresh = curvature.init_factors(params)
+    for name, part in renewed.items():
+        for key in layer_bases(part):
+            fresh[name][key] = part[key]
+    found = curvature.approximation(gathered(fresh)).to_dense()
+    np.testing.assert_allclose(found, curvature.at(params, x, y).to_dense(), atol=1e-10)
+
+
+def layer_bases(part):
+    return [name for name in part if name.endswith("_basis")]

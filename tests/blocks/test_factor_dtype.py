@@ -74,6 +74,7 @@ def _both(kind, structure=kfac_jax.BlockDiagonal()):  # noqa: B008
     return [(plan, jax.jit(functools.partial(_averages, plan))()) for plan in plans]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_factors_and_solutions_are_close_to_those_of_the_wide_type(kind):
     (plan, wide), (narrow_plan, narrow) = _both(kind)

@@ -488,3 +488,10 @@ def test_names_are_those_of_the_package():
     for name in ("set", "get"):
         name += "_default_tag_to_block_ctor"
         assert getattr(kfac_jax, name) is getattr(curvature_estimator, name)
+
+
+def test_a_first_state_can_be_donated():
+    preconditioner = kfac_jax.OptaxPreconditioner(loss_fn, damping=0.1)
+    state = preconditioner.init(ARGS, KEY)
+    places = [x.unsafe_buffer_pointer() for x in jax.tree.leaves(state) if x.size]
+    assert len({*places}) == len(places)

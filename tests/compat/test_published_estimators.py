@@ -26,6 +26,7 @@ def test_every_program_is_recorded() -> None:
 
 
 # "batch sizes" has arrays without examples in its batch, which leaves doubts
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:Which examples the registered outputs belong to")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_same_numbers(name: str) -> None:

@@ -23,6 +23,7 @@ def test_every_case_is_recorded() -> None:
     assert RECORDED["kfac-jax"] == "0.0.8"
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_same_steps(name: str) -> None:
     ours = run(CASES[name])

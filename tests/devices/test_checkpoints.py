@@ -72,7 +72,7 @@ def start(run, distribution):
     return kfac_jax.spread_state(plan(), whole, distribution)
 
 
-def make_step(run, distribution):
+def make_step(run, distribution, wrap=lambda step: step):
     """A step in a jit of its own; its results lie as its arguments."""
     tx = kfac(run, distribution)
 
@@ -91,9 +91,9 @@ def make_step(run, distribution):
         return optax.apply_updates(params, updates), state
 
     if distribution is None:
-        return jax.jit(step)
+        return jax.jit(wrap(step))
     lies = jax.tree.map(lambda x: x.sharding, start(run, distribution))
-    return jax.jit(step, out_shardings=lies)
+    return jax.jit(wrap(step), out_shardings=lies)
 
 
 @functools.cache
@@ -145,13 +145,13 @@ PLACES = [
 def test_a_run_that_is_killed_at_any_step_goes_on_bitwise(run, devices):
     """In a jit of the program that resumes, as a new process has it."""
     expected = uninterrupted(run, over(devices))
-    resumed = make_step(run, over(devices))
+    resumed = make_step(run, over(devices), models.traced_once)
     for number in range(STEPS):
         saved = pickle.dumps(expected[number])
         at = put(pickle.loads(saved), expected[0])
         found = go_on(run, over(devices), at, number, resumed)
         models.assert_trees_equal(found, expected[-1])
-    assert resumed._cache_size() == 1
+    assert resumed._cache_size() <= 1  # or 0, where JAX has forgotten it
 
 
 # ------------------------------------------------------------------- orbax, same mesh

@@ -209,11 +209,16 @@ def every_block(params, args):
         kfac_jax.blocks.Full(),
         kfac_jax.blocks.TNT(),
         kfac_jax.blocks.Kronecker(gradient_products=True),
+        kfac_jax.blocks.Kronecker(fit="frobenius"),
+        None,
     ):
+        mode = "inputs" if block is None else "fisher_empirical"
         curvature = kfac_jax.make_curvature(
-            p.loss_fn, params, *args, estimation_mode="fisher_empirical", blocks=block
+            p.loss_fn, params, *args, estimation_mode=mode, blocks=block
         )
         tx = kfac_jax.scale_by_kfac(curvature, jnp.asarray(0.1), decay=jnp.asarray(0.9))
+        if block is None:
+            tx = kfac_jax.scale_by_inputs(curvature, -0.5)
         _, grads, statistics = curvature.value_grad_and_statistics(params, *args)
         updates.append(tx.update(grads, tx.init(params), statistics=statistics)[0])
     return updates

@@ -347,13 +347,19 @@ def test_every_block_on_two_devices():
         kfac_jax.blocks.Diagonal(),
         kfac_jax.blocks.Full(),
         kfac_jax.blocks.TNT(),
+        kfac_jax.blocks.Kronecker(fit="kl"),
+        None,
     ):
+        mode = "inputs" if block is None else "fisher_exact"
         curvature = kfac_jax.make_curvature(
-            p.loss_fn, p.params, *p.args, blocks=block, estimation_mode="fisher_exact"
+            p.loss_fn, p.params, *p.args, blocks=block, estimation_mode=mode
         )
 
-        def run(distribution, route, curvature=curvature):
+        def run(distribution, route, curvature=curvature, inputs=block is None):
             tx = kfac_jax.scale_by_kfac(curvature, 0.1, devices=distribution)
+            if inputs:
+                scale = kfac_jax.scale_by_inputs
+                tx = scale(curvature, -0.5, devices=distribution)
 
             def step(params, state, *args):
                 _, grads, statistics = curvature.value_grad_and_statistics(
@@ -369,6 +375,44 @@ def test_every_block_on_two_devices():
             run(AXIS, lambda step: over_shard_map(step, 2)),
             run(None, jax.jit),
         )
+
+
+@models.EIGHT_DEVICES
+@pytest.mark.parametrize("state_axes", [(), "batch"])
+def test_a_sum_of_two_products_on_two_devices(state_axes):
+    """Of an interior and a boundary, of which each device has a half."""
+    params = models.dense_params(0, 3, 4, 2)
+    args = models.array(1, 8, 3), models.array(2, 4, 3)
+
+    def loss_fn(params, inside, edge):
+        total = jnp.zeros(())
+        for x in (inside, edge):
+            z = models.mlp(params, x)
+            total += kfac_jax.losses.squared_error(z, jnp.ones_like(z)).sum(-1).mean()
+        return total
+
+    curvature = kfac_jax.make_curvature(
+        loss_fn,
+        params,
+        *args,
+        estimation_mode="fisher_empirical",
+        blocks=kfac_jax.blocks.KroneckerSum(),
+    )
+
+    def updates(devices, arguments):
+        tx = kfac_jax.scale_by_kfac(curvature, 0.1, devices=devices)
+
+        @jax.jit
+        def step(*args):
+            _, grads, statistics = curvature.value_grad_and_statistics(params, *args)
+            return tx.update(grads, tx.init(params), statistics=statistics)[0]
+
+        return step(*arguments)
+
+    mesh = models.mesh(2, "batch")
+    over = kfac_jax.OverMesh(mesh, axes="batch", state_axes=state_axes)
+    split = jax.device_put(args, jax.NamedSharding(mesh, P("batch")))
+    models.assert_trees_close(updates(over, split), updates(None, args))
 
 
 @models.EIGHT_DEVICES
@@ -436,6 +480,7 @@ def collectives(sizes, route, state_axes, structure="diagonal"):
     return curvature, over, re.findall(COLLECTIVE, compiled.as_text())
 
 
+@pytest.mark.sampled(2)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("state_axes", [(), "batch"])
 @pytest.mark.parametrize("route", ["jit", "shard_map", "shard_map, unchecked"])
@@ -446,6 +491,7 @@ def test_collectives_do_not_grow_with_layers(route, state_axes):
     assert 0 < len(few) <= 10
 
 
+@pytest.mark.sampled(3)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("state_axes", [(), "batch"])

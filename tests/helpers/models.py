@@ -314,4 +314,9 @@ def places(plan, layer):
         [np.zeros(shape) for shape in plan.tree.shapes]
     )
     index = restore(np.arange(sum(map(np.prod, plan.tree.shapes)), dtype=float))
-    return np.concatenate([index[leaf].ravel() for leaf in layer.leaves]).astype(int)
+    boxes = layer.boxes or (None,) * len(layer.leaves)
+    own = [
+        index[leaf] if box is None else index[leaf][box.slices]
+        for leaf, box in zip(layer.leaves, boxes, strict=True)
+    ]
+    return np.concatenate([x.ravel() for x in own]).astype(int)

@@ -173,6 +173,27 @@ def kernel(p, x):
     )
 
 
+def basis(p, x):
+    """Weights and biases in fixed bases."""
+    left, right = BASES
+    h = jnp.tanh(x @ (left @ p["a"] + p["c"]))
+    return h @ (right @ p["w"] @ left) * (p["g"] @ left) + right[0] @ p["s"]
+
+
+def constant_code(p, x):
+    """A network of constants."""
+    return x * jnp.tanh(np.ones((1, 2)) @ p["w"] + p["b"][None])
+
+
+def basis_of_kernels(p, x):
+    image = jnp.tanh(x[:, :, None] * np.ones((1, 1, 2)))
+    w = jnp.einsum("kb,bio->kio", models.array(52, 3, 2), p["w"])
+    numbers = ("NWC", "WIO", "NWC")
+    return jax.lax.conv_general_dilated(
+        image, w, (1,), "SAME", dimension_numbers=numbers
+    )
+
+
 def in_scan(p, x):
     w = p["w"] * MASK[:, :3]
 
@@ -211,6 +232,132 @@ def low_rank_in_checkpoint(p, x):
     return jax.checkpoint(lambda x: jnp.tanh(x * jax.nn.softplus(p["b"][0])))(h)
 
 
+BASES = models.array(50, D, D), models.array(51, H, 2)
+
+
+def chosen(p, x):
+    """Weights of each case's task, by one index and of the best two."""
+    task = jnp.argmax(x, axis=1)
+    h = jnp.tanh(jnp.einsum("ni,nio->no", x, p["w"][task]) + p["b"][task])
+    best = jnp.argsort(h, axis=1)[:, :2]
+    both = jnp.einsum("ni,nkio->nko", h, p["v"][best])
+    down = jnp.einsum("nko,nkop->np", jnp.tanh(both), p["u"][best])
+    return jnp.concatenate([both.sum(1), jnp.sin(both[:, 0]), down], axis=1)
+
+
+def chosen_by_position(p, x):
+    """By each position, under vmap, in a scan over stacked tables, and negative."""
+    positions = jnp.stack([x, jnp.sin(x)], axis=1)
+    kinds = jnp.argsort(positions.sum(-1), axis=1) - 2
+
+    def step(h, table):
+        one = lambda row, kind: jnp.tanh(row @ table[kind])  # noqa: E731
+        return jax.vmap(jax.vmap(one))(h, kinds), None
+
+    return jax.lax.scan(step, positions, p["w"])[0]
+
+
+def chosen_in_both_ways(p, x):
+    """Also by itself, and a part of the chosen weight."""
+    task = jnp.argmax(x, axis=1)
+    y = jnp.tanh(x @ p["w"][1]) + jnp.einsum("ni,nio->no", x, p["w"][task])
+    return y + jnp.einsum("ni,nio->no", x[:, :2], p["v"][task][:, :2])
+
+
+def pruned(p, x):
+    """Masks that are computed from the weight itself, and have no derivative."""
+    least = jnp.sort(jnp.abs(p["w"]).ravel())[4]
+    w = jnp.where(jnp.abs(p["w"]) > least, p["w"], 0.1 * p["w"])
+    w *= (p["w"] < 2).astype(float)
+    return jnp.tanh(x @ w + p["w"][jnp.argmax(p["w"][:, 0])])
+
+
+def orthogonal(p, x):
+    skew = p["w"] - p["w"].T
+    h = jnp.tanh(x @ jax.scipy.linalg.expm(skew))
+    turned = jnp.linalg.solve(jnp.eye(D) + skew, jnp.eye(D) - skew)
+    return jnp.sin(h @ turned) @ jnp.linalg.qr(p["v"])[0]
+
+
+def iterated_map(p, x):
+    """A weight that loops compute."""
+    w = jax.lax.fori_loop(0, 3, lambda i, w: jnp.tanh(w @ w) / (i + 1), p["w"])
+    v = jax.lax.scan(lambda v, _: (jnp.sin(v @ w), None), p["w"], length=2)[0]
+    return jnp.tanh(x @ w) @ v
+
+
+def spectral(p, x):
+    """Complex weights of a Fourier transform, and a convolution by it."""
+    modes = jnp.fft.rfft(x) * jax.lax.complex(p["re"], p["im"])
+    kernel = jnp.fft.rfft(jax.lax.complex(p["w"], 0.5 * p["w"]).real, D)
+    h = jnp.tanh(jnp.fft.irfft(modes, D))
+    return jnp.fft.irfft(jnp.fft.rfft(h) * kernel, D)
+
+
+def complex_dense(p, x):
+    w = jax.lax.complex(p["re"], p["im"])
+    z = jax.lax.complex(jnp.cos(x), jnp.sin(x)) @ w[0] + w[1, :1]
+    return jnp.concatenate([jnp.abs(z @ w[1]) ** 2, z.real, z.imag], axis=1)
+
+
+def maps_of_slices(p, x):
+    """Maps of what a scan runs over: cut, masked, normed, low rank, exponentials."""
+
+    def step(h, own):
+        first, second = jnp.split(own["w"], 2, axis=1)
+        y = jnp.tanh(h @ (first * MASK[:, :3])) + h @ (own["a"] @ own["b"])
+        w = own["g"] * second / jnp.linalg.norm(second, axis=0)
+        return jnp.tanh(y @ w + jnp.exp(own["s"])) * jax.nn.softplus(own["t"]), None
+
+    return jax.lax.scan(step, x, p)[0]
+
+
+def maps_of_slices_in_checkpoint(p, x):
+    @jax.checkpoint
+    def layer(h, own):
+        inner = jax.checkpoint(lambda h: h @ jnp.tril(own["w"]))
+        return jax.jit(lambda h: jnp.tanh(inner(h) * jnp.exp(own["s"])))(h)
+
+    def step(h, own):
+        return layer(h, own), layer(h, own).sum(-1)
+
+    h, sums = jax.lax.scan(step, x, p, reverse=True)
+    return jnp.concatenate([h, sums.T], axis=1)
+
+
+def rows_by_number(p, x):
+    """Layers that a loop takes by its own number, two of them in another order."""
+
+    def step(i, h):
+        return jnp.tanh(h @ p["w"][i] + jnp.exp(p["s"][i]))
+
+    def permuted(h, i):
+        return jnp.sin(h @ p["v"][i]), None
+
+    h = jax.lax.fori_loop(0, 3, step, x)
+    return jax.lax.scan(permuted, h, np.asarray([2, 0, 2]))[0]
+
+
+def maps_in_nested_scans(p, x):
+    def inner(h, w):
+        return jnp.tanh(h @ (w * MASK[:, :3])), None
+
+    def outer(h, own):
+        h = jax.lax.scan(inner, h, own["w"])[0]
+        return h * jnp.exp(own["s"]), None
+
+    def only_inner(h, w):
+        return jax.lax.scan(inner, h, w)[0], None
+
+    h = jax.lax.scan(only_inner, x, p["v"])[0]
+    return jax.lax.scan(outer, h, {n: p[n] for n in "sw"})[0]
+
+
+STACK = {n: models.array(ord(n), 2, D) for n in "gst"} | {
+    "w": models.array(61, 2, D, 2 * D),
+    "a": models.array(62, 2, D, 1),
+    "b": models.array(63, 2, 1, D),
+}
 PAIR = {"a": models.array(2, D, 2), "b": models.array(3, 2, H)}
 FAMILIES = {  # the program, its parameters
     "cut": (cut, array(4, D, 6)),
@@ -245,12 +392,63 @@ FAMILIES = {  # the program, its parameters
     "other rows": (other_rows, {"t": models.array(2, 5, 5)}),
     "generated": (generated, {"e": models.array(2, 2), "h": models.array(3, 2, D * H)}),
     "kernel": (kernel, array(3, 3, 2, 2)),
+    "basis": (
+        basis,
+        {
+            "a": models.array(2, D, H),
+            "c": models.array(3, H),
+            "w": models.array(4, 2, D),
+        }
+        | {"g": models.array(5, D), "s": models.array(6, 2)},
+    ),
+    "constant code": (constant_code, {**array(2, 2, D), "b": models.array(3, D)}),
+    "basis of kernels": (basis_of_kernels, array(2, 2, 2, 2)),
     "in scan": (in_scan, array(3, D, D)),
     "in branches": (in_branches, array(3, D, H)),
     "in checkpoint": (in_checkpoint, array(3, D, H)),
     "map in scan": (map_in_scan, array(3, D, D)),
     "map in branches": (map_in_branches, array(3, D, H)),
     "low rank in checkpoint": (low_rank_in_checkpoint, PAIR),
+    "chosen": (
+        chosen,
+        {
+            "w": models.array(71, 3, D, H),
+            "b": models.array(72, 3, H),
+            "v": models.array(73, H, H, 2),
+            "u": models.array(77, H, 2, 2),
+        },
+    ),
+    "chosen by position": (chosen_by_position, array(74, 2, 2, D, D)),
+    "chosen in both ways": (
+        chosen_in_both_ways,
+        {**array(75, 3, D, H), "v": models.array(76, 3, D, H)},
+    ),
+    "pruned": (pruned, array(6, D, D)),
+    "orthogonal": (orthogonal, {**array(7, D, D), "v": models.array(8, D, D)}),
+    "iterated map": (iterated_map, array(9, D, D)),
+    "spectral": (
+        spectral,
+        {n: models.array(ord(n[0]), 2) for n in ("re", "im")} | array(70, D),
+    ),
+    "complex dense": (
+        complex_dense,
+        {n: models.array(ord(n[0]), 2, D, D) for n in ("re", "im")},
+    ),
+    "maps of slices": (maps_of_slices, STACK),
+    "maps of slices in checkpoint": (
+        maps_of_slices_in_checkpoint,
+        {**array(64, 3, D, D), "s": models.array(65, 3, D)},
+    ),
+    "rows by number": (
+        rows_by_number,
+        {n: models.array(ord(n), 3, D, D) for n in "vw"}
+        | {"s": models.array(66, 3, D)},
+    ),
+    "maps in nested scans": (
+        maps_in_nested_scans,
+        {n: models.array(ord(n), 2, 2, D, D) for n in "vw"}
+        | {"s": models.array(68, 2, D)},
+    ),
 }
 BLOCKS = [
     blocks.Full(),
@@ -291,9 +489,18 @@ def exact(name):
     return np.einsum("nop,noq->pq", jacobian, jacobian) * 2 / N
 
 
-FAST = ("cut", "masked", "weight norm", "entries", "map in scan")
+FAST = (
+    "cut",
+    "masked",
+    "weight norm",
+    "entries",
+    "map in scan",
+    "maps of slices",
+    "spectral",
+)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "block"),
     [

@@ -193,9 +193,14 @@ def _joined(p, x):
     return jnp.tanh(x @ both)
 
 
+ONES = jnp.ones(3)
+
+
 def _constant_input(p, x):
-    h = jax.vmap(lambda x: x * jnp.tanh(models.dense(p["layer0"], jnp.ones(3))))(x)
-    return models.dense(p["layer1"], h)
+    def one(x):
+        return models.dense(p["layer1"], jnp.tanh(models.dense(p["layer0"], ONES)))
+
+    return jax.vmap(one)(x)
 
 
 def _scale(p, x):

@@ -666,6 +666,7 @@ ROUTES = {
 }
 
 
+@pytest.mark.sampled(2)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 2])

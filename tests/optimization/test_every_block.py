@@ -48,6 +48,10 @@ BLOCKS = [
     blocks.Diagonal(),
     blocks.Full(),
     blocks.Identity(),
+    blocks.InputOnly(),
+    blocks.Kronecker(fit="frobenius"),
+    blocks.Kronecker(fit="kl", weight_sharing="reduce"),
+    blocks.KroneckerSum(),
 ]
 
 
@@ -58,6 +62,7 @@ def _limited(block, limit):
     return dataclasses.replace(block, max_factor_dim=limit)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:kfac_jax gives")  # tied, for most blocks
 @pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("block", BLOCKS, ids=repr)

@@ -569,6 +569,7 @@ def test_info_has_fixed_fields_and_nan_where_nothing_was_computed():
     assert kfac_jax.KFACState._fields == (
         "step",
         "batches",
+        "cases",
         "factors",
         "inverses",
         "damping",

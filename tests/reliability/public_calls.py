@@ -92,6 +92,17 @@ def plan() -> Any:
 
 
 @functools.cache
+def rows_plan() -> Any:
+    space = kfac_jax.SampleSpace()
+    return kfac_jax.make_curvature(loss_fn, W, X, Y, structure=space)
+
+
+@functools.cache
+def inputs_plan() -> Any:
+    return kfac_jax.make_curvature(loss_fn, W, X, Y, estimation_mode="inputs")
+
+
+@functools.cache
 def gathered() -> Any:
     return plan().value_grad_and_statistics(W, X, Y, rng=KEY)
 
@@ -189,6 +200,11 @@ def plans() -> dict[str, Call]:
             call(plan().value_and_statistics, **batch, rng=KEY, factors=factors),
             **sampled,
         ),
+        "Curvature.gram": allowing(
+            call(rows_plan().gram, **batch, rng=KEY),
+            own={"args": OF_LOSS},
+            legal={"args": INTEGERS},
+        ),
         "Curvature.at": allowing(
             call(plan().at, **batch, rng=KEY),
             own={"args": OF_LOSS},
@@ -211,6 +227,7 @@ def plans() -> dict[str, Call]:
             decay=0.95,
         ),
         "Curvature.approximation": call(plan().approximation, factors=factors),
+        "Curvature.renew_factors": call(plan().renew_factors, factors=factors),
         **{f"Approximation.{k}": v for k, v in operators.items()},
     }
 
@@ -277,6 +294,21 @@ def transformations() -> dict[str, Call]:
             ),
             legal=common,
         ),
+        "scale_by_inputs": allowing(
+            call(
+                kfac_jax.scale_by_inputs,
+                curvature=inputs_plan(),
+                power=-0.5,
+                damping=1e-3,
+                decay=0.95,
+                inverse_every=20,
+                devices=None,
+            ),
+            legal=common,
+        ),
+        "muon_dimension_numbers": call(
+            kfac_jax.muon_dimension_numbers, curvature=plan(), kinds=("dense", "conv")
+        ),
         "scale_by_kfac().init": call(scale.init, params=W),
         "scale_by_kfac().update": allowing(
             call(scale.update, **update, state=scale.init(W)),
@@ -297,6 +329,22 @@ def transformations() -> dict[str, Call]:
         ),
         "health": allowing(
             call(kfac_jax.health, state=tx.init(W)), skipped={"state": STATES}
+        ),
+        "multi_steps": call(kfac_jax.multi_steps, curvature=plan(), tx=tx, every=2),
+        "natural_gradient": allowing(
+            call(
+                kfac_jax.natural_gradient,
+                curvature=rows_plan(),
+                learning_rate=0.1,
+                damping=1e-3,
+                momentum=kfac_jax.Spring(0.9),
+                norm_constraint=1e-2,
+            ),
+            legal={
+                "learning_rate": SCHEDULE,
+                "damping": SCHEDULE,
+                "norm_constraint": SCHEDULE | OPTIONAL,
+            },
         ),
         "graft": call(kfac_jax.graft, direction=scale, magnitude=average),
         "average_iterates": allowing(
@@ -645,6 +693,10 @@ def rules() -> dict[str, Call]:
                 }
             },
         ),
+        "Refine": allowing(
+            call(kfac_jax.Refine, steps=4, fraction=1.0, longest=2.0),
+            legal={"longest": OPTIONAL | NUMBER},
+        ),
         "RefreshSchedule": allowing(
             call(
                 kfac_jax.RefreshSchedule,
@@ -697,6 +749,10 @@ def rules() -> dict[str, Call]:
             legal={"step": {"bool": "Python has it for an integer"}},
         ),
         "BlockDiagonal": call(kfac_jax.BlockDiagonal),
+        "SampleSpace": allowing(
+            call(kfac_jax.SampleSpace, centered=True), legal={"centered": FLAG}
+        ),
+        "Spring": call(kfac_jax.Spring, decay=0.9),
         "BlockTridiagonal": call(kfac_jax.BlockTridiagonal),
         "initializers.sparse_normal": allowing(
             call(
@@ -739,8 +795,16 @@ def blocks() -> dict[str, Call]:
                 kfac_jax.blocks.Kronecker,
                 **(of_all | sharing | pi),
                 gradient_products=False,
+                fit="kl",
             ),
             legal=limit | flags,
+        ),
+        "blocks.KroneckerSum": allowing(
+            call(kfac_jax.blocks.KroneckerSum, **(of_all | sharing), pi="trace"),
+            legal=limit,
+        ),
+        "blocks.InputOnly": allowing(
+            call(kfac_jax.blocks.InputOnly, **(of_all | sharing)), legal=limit
         ),
         "blocks.TNT": allowing(
             call(kfac_jax.blocks.TNT, **(of_all | pi)),

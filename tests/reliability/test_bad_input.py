@@ -141,11 +141,13 @@ def test_leading_axes_that_disagree_when_the_plan_is_made():
     shapes = jax.eval_shape(lambda: (x, y[:6]))
     with pytest.raises(ValueError, match=r"args\[0\]: 8, args\[1\]: 6"):
         make(loss_fn, batch=shapes)
+    several = jax.eval_shape(lambda: (x, y, jnp.zeros(3)))
     with pytest.raises(ValueError, match=r"one leading axis.*args\[2\]: 3"):
         make(
             lambda p, x, y, c: loss_fn(p, x + c[None], y),
-            batch=(x, y, jnp.zeros(3)),
+            batch=several,
             statistics_fraction=0.5,
+            batch_argnums=(0, 2),
         )
 
 
@@ -266,10 +268,8 @@ def test_a_block_class_in_place_of_a_block():
 
 def test_unmatched_parameters_with_error():
     def unmatched(params, x, y):
-        def step(z, row):
-            return z + x[:, :1] * jnp.sin(row)[None], None
-
-        z = jax.lax.scan(step, jnp.zeros_like(y), params["w"])[0]
+        step = lambda w, _: (2 * w, x @ w)  # noqa: E731
+        z = jax.lax.scan(step, params["w"], length=1)[1][0]
         return losses.squared_error(z, y).sum(-1).mean()
 
     with pytest.raises(ValueError, match=r"No layer covers 1 param.*\n.*w: .*\n.*at "):

@@ -441,3 +441,19 @@ def test_exact_curvature_of_outputs_that_no_data_enter():
     # 2 for the square, a mean over 8 rows, of which 4 examples have 2 each
     g = 2 * np.trace(mixed.T @ mixed) * 4 / 8 * np.eye(2)
     np.testing.assert_allclose(factors["w"]["output"], g, rtol=1e-9)
+
+
+def test_a_table_that_is_a_product():
+    """Its diagonal side was multiplied by arrays of another rank, which may raise."""
+    params = {"a": models.array(0, 4, 2), "b": models.array(1, 2, 2)}
+    ids = jnp.asarray([[0, 1], [2, 3], [1, 1]])
+
+    def loss_fn(params, ids):
+        return squared_error((params["a"] @ params["b"])[ids].sum(1)).sum(-1).mean()
+
+    plan = kfac_jax.make_curvature(
+        loss_fn, params, ids, estimation_mode="ggn_exact", on_unmatched="error"
+    )
+    assert [type(x.block).__name__ for x in plan.layers] == ["Kronecker"] * 2
+    matrix = np.asarray(plan.at(params, ids).to_dense())
+    assert np.linalg.eigvalsh(matrix).min() >= -1e-12 and np.trace(matrix) > 0

@@ -58,6 +58,8 @@ WITHOUT = {  # what is public and not called with anything wrong, and why
     "Info": "made by update",
     "KFACState": "made by init",
     "Layer": "made by make_curvature",
+    "MultiStepsState": "made by init",
+    "NaturalGradientState": "made by init",
     "SharingReport": "made by sharing_report",
     "Statistics": "made by a plan; update looks at it",
     "Totals": "made by a plan",

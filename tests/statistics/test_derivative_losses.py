@@ -300,6 +300,7 @@ def computed(name):
     return plan, *compute(PARAMS, *args)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FORMS)
 def test_every_layer_is_found_with_all_its_uses(name):
     plan, found, _, expected = computed(name)

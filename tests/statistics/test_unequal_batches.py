@@ -46,6 +46,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("loss_fn", [plain, hidden, counted], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_sums_over_unequal_batches_are_those_of_all_cases(name, loss_fn):
@@ -86,3 +87,26 @@ def test_bases_of_different_batches():
         plan.update_factors(factors, together, 2),
         plan.update_factors(factors, gather(np.s_[:]), 2),
     )
+
+
+def test_the_last_smaller_batch_counts_by_its_cases():
+    """In an optimizer's averages; ε is 1 - 1/k here, so that these are plain means."""
+    x, y = models.array(1, 23, 4), models.array(2, 23, 3)
+    params = models.dense_params(0, 4, 5, 3)
+
+    def loss_fn(params, x, y):
+        z = models.mlp(params, x)
+        return kfac_jax.losses.squared_error(z, y).sum(-1).mean()
+
+    curvature = kfac_jax.make_curvature(
+        loss_fn, params, x[:11], y[:11], estimation_mode="fisher_exact"
+    )
+    tx = kfac_jax.scale_by_kfac(curvature)
+    update, state = jax.jit(tx.update), tx.init(params)
+    for part in (slice(0, 11), slice(11, 22), slice(22, 23)):
+        args = x[part], y[part]
+        _, grads, statistics = curvature.value_grad_and_statistics(params, *args)
+        _, state = update(grads, state, params, statistics=statistics)
+    expected = curvature.at(params, x, y).factors
+    models.assert_trees_close(state.factors, expected, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(state.cases, 23 / 3, rtol=1e-6)

@@ -3,6 +3,7 @@
 from kfac_jax._jaxpr.kinds import elementwise, tagged
 from kfac_jax._jaxpr.kinds.convolution import convolution
 from kfac_jax._jaxpr.kinds.dense import dot_general
+from kfac_jax._jaxpr.kinds.elementwise import started as started
 from kfac_jax._jaxpr.kinds.embedding import embedding
 from kfac_jax._jaxpr.kinds.outcome import Rule
 from kfac_jax._jaxpr.kinds.ragged import ragged_dot

@@ -7,11 +7,13 @@ from typing import ClassVar
 from jax import Array
 
 from kfac_jax._jaxpr.graph import Node
+from kfac_jax._jaxpr.kinds import chosen
 from kfac_jax._jaxpr.kinds.outcome import Outcome, Refused, plain_linear, site_of
+from kfac_jax._jaxpr.kinds.roles import free, is_new, output_axes
 from kfac_jax._jaxpr.kinds.windows import pieces_alone, windows_on
 from kfac_jax._jaxpr.sites import Axes, Reader, Window, windowed
 from kfac_jax._jaxpr.states import State
-from kfac_jax._jaxpr.view import Axis, View, axis_size
+from kfac_jax._jaxpr.view import View
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +62,19 @@ def dot_general(node: Node, views: Sequence[View | None], state: State) -> Outco
     side = 0 if views[0] is not None else 1
     view = views[side]
     assert view is not None
+    if view.choice is not None:
+        return chosen.product(node, side, view, state)
     contract, batch = node.params["dimension_numbers"]
     w_contract, x_contract = contract[side], contract[1 - side]
     w_batch, x_batch = batch[side], batch[1 - side]
-    w_free = _free(len(view.axes), w_contract, w_batch)
-    x_free = _free(len(node.shape(1 - side)), x_contract, x_batch)
+    w_free = free(len(view.axes), w_contract, w_batch)
+    x_free = free(len(node.shape(1 - side)), x_contract, x_batch)
     # `dot_general` puts the axes of its result in the order: batch, free axes of the
     # left operand, free axes of the right. The axes of x below follow the rows of y, so
     # that both sides list the rows in one order.
-    repeated = [_is_new(view.axes[a]) for a in w_batch]
+    repeated = [is_new(view.axes[a]) for a in w_batch]
     independent = [i for i, new in enumerate(repeated) if not new]
-    y_batch, first, second = _output_axes(len(batch[0]), x_free, w_free, side)
+    y_batch, first, second = output_axes(len(batch[0]), x_free, w_free, side)
     lead = [[view.axes[w_batch[i]]] for i in independent]
     ins, outs = [view.axes[a] for a in w_contract], [view.axes[a] for a in w_free]
     joined = pieces_alone(view, (*w_contract, *w_free), "joined")
@@ -99,32 +103,3 @@ def dot_general(node: Node, views: Sequence[View | None], state: State) -> Outco
         transposed=view.layout([*lead, outs, ins], windows=joined),
     )
     return plain_linear(node, site)
-
-
-def _free(rank: int, *used: Sequence[int]) -> list[int]:
-    return [i for i in range(rank) if not any(i in axes for axes in used)]
-
-
-def _is_new(axis: Axis) -> bool:
-    return all(piece.new or piece.size == 1 for piece in axis) and axis_size(axis) > 1
-
-
-def _output_axes(
-    batch: int, x_free: Sequence[int], w_free: Sequence[int], side: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """The product's axes: those of the batch, of rows, and of outputs.
-
-    Args:
-      batch: the number of batch axes.
-      x_free: the input's free axes.
-      w_free: the weight's free axes.
-      side: which operand is the weight.
-
-    Returns:
-      Three lists of axes of the product.
-    """
-    counts = [len(w_free), len(x_free)] if side == 0 else [len(x_free), len(w_free)]
-    left = tuple(range(batch, batch + counts[0]))
-    right = tuple(range(batch + counts[0], batch + sum(counts)))
-    rows, outs = (right, left) if side == 0 else (left, right)
-    return tuple(range(batch)), rows, outs

@@ -10,7 +10,7 @@ from jax import Array
 from kfac_jax._jaxpr.graph import Node
 from kfac_jax._jaxpr.kinds.outcome import Outcome, Refused, plain_linear, site_of
 from kfac_jax._jaxpr.kinds.windows import pieces_alone, windows_on
-from kfac_jax._jaxpr.sites import Axes, Parameter, Reader, Window, windowed
+from kfac_jax._jaxpr.sites import Axes, Parameter, Reader, Site, Window, windowed
 from kfac_jax._jaxpr.states import Examples, State
 from kfac_jax._jaxpr.view import View
 
@@ -140,26 +140,38 @@ def concatenated(node: Node, views: Sequence[View | None], state: State) -> Outc
     parameter, before the concatenation, where the cotangent is only the token's.
     """
     ((at, view),) = [(i, view) for i, view in enumerate(views) if view is not None]
+    site = _copied(node, at, view, state, f"joined to data by `{node.name}`")
+    return site if isinstance(site, Refused) else plain_linear(node, site)
+
+
+def started(node: Node, at: int, view: View, state: State) -> Site | Refused:
+    """A parameter that is repeated for each example to start a loop's carry."""
+    return _copied(node, at, view, state, "enters the carry of a scan")
+
+
+def _copied(node: Node, at: int, view: View, state: State, how: str) -> Site | Refused:
+    """A shift whose statistics are gathered at an operand, a copy for each example."""
     features = feature_axes(view, node.shape(at))
-    repeated = isinstance(state, Examples) and any(
-        piece.new and piece.size > 1 for piece in view.axes[state.axis]
+    pieces = view.axes[state.axis] if isinstance(state, Examples) else ()
+    # one example's copy is no copy
+    repeated = isinstance(state, Examples) and (
+        all(piece.size == 1 for piece in pieces)
+        or any(piece.new and piece.size > 1 for piece in pieces)
     )
     if features is None or not repeated:
-        return Refused(f"joined to data by `{node.name}` without a copy for each case")
+        return Refused(f"{how} without a copy for each case")
     layout = view.layout([[view.axes[a] for a in features]])
     if layout is None:
         return Refused(f"repeated or only partly used by `{node.name}`")
     others = tuple(i for i in range(len(node.shape(at))) if i not in features)
-    reader = Shift(Axes((), others, features))
-    site = site_of(
+    return site_of(
         node,
         view,
-        reader,
+        Shift(Axes((), others, features)),
         state,
         output=(node.outputs[0], at),
         bias=Parameter(view.source, layout),
     )
-    return plain_linear(node, site)
 
 
 def stacked(node: Node, views: Sequence[View | None], state: State) -> Outcome:

@@ -1,0 +1,9 @@
+"""The sample space: rows `U = Bᵀ J` of every case, with the Fisher `F = Uᵀ U`.
+
+`gram.py` has `T = U Uᵀ`, whose rows are never formed; `products.py` multiplies by U.
+"""
+
+from kfac_jax.statistics.sample_space.gram import NAME as NAME
+from kfac_jax.statistics.sample_space.gram import statistics as statistics
+from kfac_jax.statistics.sample_space.products import Products as Products
+from kfac_jax.statistics.sample_space.products import products as products

@@ -1,0 +1,670 @@
+"""The sample space: `T = U Uᵀ`, products with U, and the exact natural gradient.
+
+The oracle is dense: rows of the Jacobian times a root of the Fisher over the outputs,
+by autodiff of plain networks that register nothing.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import kfac_jax
+from kfac_jax import SampleSpace, Spring, natural_gradient
+from kfac_jax.losses import softmax_cross_entropy_with_integer_labels, squared_error
+from kfac_jax.statistics import sample_space
+from tests.helpers import models
+
+pytestmark = pytest.mark.usefixtures("any_rank")
+
+N, D, H, C = 5, 4, 3, 2
+X = models.array(0, N, D)
+DENSE = {
+    "w": models.array(1, D, H),
+    "b": models.array(2, H),
+    "o": models.array(3, H, C),
+}
+
+
+@pytest.fixture
+def any_rank():
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def mlp(p, x):
+    return jnp.tanh(x @ p["w"] + p["b"]) @ p["o"]
+
+
+def convolution(p, x):
+    images = x[:, :, None, None] * jnp.ones((1, 1, 3, 2))
+    numbers = ("NHWC", "HWIO", "NHWC")
+    y = jax.lax.conv_general_dilated(
+        images, p["k"], (1, 1), "SAME", dimension_numbers=numbers
+    )
+    return jnp.tanh(y).mean((1, 2))
+
+
+def shared_scan(p, x):
+    step = lambda h, _: (jnp.tanh(h @ p["u"]), None)  # noqa: E731
+    return jax.lax.scan(step, x, length=3)[0]
+
+
+def stacked_scan(p, x):
+    step = lambda h, w: (jnp.tanh(h @ w), None)  # noqa: E731
+    return jax.lax.scan(step, x, p["s"])[0]
+
+
+def laplacian(p, x):
+    def one(x):
+        return jnp.trace(jax.hessian(lambda x: mlp(p, x)[0])(x))
+
+    return jax.vmap(one)(x)[:, None]
+
+
+def tied(p, x):
+    return jnp.tanh(p["e"][(x[:, 0] > 0).astype(int)]) @ p["e"].T
+
+
+def normed(p, x):
+    h = x @ p["w"]
+    h = (h - h.mean(-1, keepdims=True)) * jax.lax.rsqrt(h.var(-1, keepdims=True) + 0.1)
+    return (h * p["g"] + p["b"]) @ p["o"]
+
+
+def attention(p, x):
+    x = x[:, :, None] * jnp.asarray([1.0, -0.5, 0.3])
+    q, k, v = jnp.split(x @ p["qkv"], 3, axis=-1)
+    scores = jax.nn.softmax(jnp.einsum("nid,njd->nij", q, k))
+    return jnp.einsum("nij,njd->nid", scores, v).mean(1) @ p["o"]
+
+
+def masked(p, x):
+    return x @ jnp.where(p["w"] > 0, p["w"], 0.0) + jnp.sin(p["b"])
+
+
+def cut(p, x):
+    """One part of a parameter has rows, and the other is evaluated case by case."""
+    first, second = p["w"][:, :H], p["w"][:, H:]
+
+    def one(x):
+        return jnp.trace(jax.hessian(lambda x: jnp.tanh(x @ second).sum())(x))
+
+    return jnp.tanh(x @ first) + jax.vmap(one)(x)[:, None]
+
+
+NETWORKS = {
+    "cut": (cut, {"w": models.array(12, D, 2 * H)}),
+    "mlp": (mlp, DENSE),
+    "convolution": (convolution, {"k": models.array(4, 3, 3, 2, 2)}),
+    "shared scan": (shared_scan, {"u": models.array(5, D, D)}),
+    "stacked scan": (stacked_scan, {"s": models.array(6, 3, D, D)}),
+    "Laplacian": (laplacian, DENSE),
+    "tied": (tied, {"e": models.array(7, 3, 2)}),
+    "normed": (normed, DENSE | {"g": models.array(8, H)}),
+    "attention": (
+        attention,
+        {"qkv": models.array(9, 3, 9), "o": models.array(10, 3, 2)},
+    ),
+    "masked": (masked, {"w": DENSE["w"], "b": DENSE["b"]}),
+}
+
+
+FAST = ("mlp", "attention", "shared scan", "cut")
+
+
+def marked(names):
+    """The others are slow."""
+    slow = pytest.mark.slow
+    return [n if n in FAST else pytest.param(n, marks=slow) for n in names]
+
+
+def squares(apply):
+    def loss_fn(p, x):
+        z = apply(p, x)
+        return squared_error(z, jnp.ones_like(z)).sum(-1).mean()
+
+    return loss_fn
+
+
+def classes(apply):
+    def loss_fn(p, x):
+        z = apply(p, x)
+        labels = jnp.zeros(len(x), int)
+        return softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    return loss_fn
+
+
+def fisher(apply, params, loss_fn, x=X):
+    """The exact matrix, `[P, P]`."""
+    flat, restore = jax.flatten_util.ravel_pytree(params)
+    z = apply(params, x)
+    j = jax.jacobian(lambda v: apply(restore(v), x).reshape(len(x), -1))(flat)
+    if loss_fn is squares:
+        return 2 * np.einsum("nop,noq->pq", j, j) / len(x)
+    p = jax.nn.softmax(z)
+    h = jax.vmap(jnp.diag)(p) - p[:, :, None] * p[:, None]
+    return np.einsum("nop,nom,nmq->pq", j, h, j) / len(x)
+
+
+def plan(apply, params, loss=squares, mode="ggn_exact", **options):
+    centered = options.pop("centered", False)
+    return kfac_jax.make_curvature(
+        loss(apply),
+        params,
+        options.pop("x", X),
+        structure=SampleSpace(centered=centered),
+        estimation_mode=mode,
+        on_unmatched="ignore",
+        **options,
+    )
+
+
+def dense_rows(curvature, params, *args):
+    """U by its pull-backs and by its push-forwards, and T."""
+    compute = jax.jit(curvature.value_grad_and_statistics)
+    statistics = compute(params, *args, rng=jax.random.key(1))[2]
+    matrix = np.asarray(statistics.layers["sample space"]["gram"])
+    rows = sample_space.products(curvature, params, args, statistics)
+    flat, restore = jax.flatten_util.ravel_pytree(params)
+    ravel = lambda leaves: jnp.concatenate([x.ravel() for x in leaves])  # noqa: E731
+    pulled = jax.vmap(lambda w: ravel(rows.pull(w)))(jnp.eye(len(matrix)))
+    pushed = jax.vmap(lambda v: rows.push(jax.tree.leaves(restore(v))))(
+        jnp.eye(len(flat))
+    )
+    return np.asarray(pulled), np.asarray(pushed).T, matrix
+
+
+@pytest.mark.sampled(3)
+@pytest.mark.parametrize(
+    "loss", [squares, pytest.param(classes, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("name", marked(NETWORKS))
+def test_rows_are_those_of_the_exact_matrix(name, loss):
+    apply, params = NETWORKS[name]
+    curvature = plan(apply, params, loss)
+    u, same, matrix = dense_rows(curvature, params, X)
+    np.testing.assert_allclose(u, same, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(matrix, u @ u.T, rtol=1e-9, atol=1e-12)
+    exact = fisher(apply, params, loss)
+    np.testing.assert_allclose(u.T @ u, exact, rtol=1e-9, atol=1e-12)
+    # rows of one case are adjacent
+    outputs = apply(params, X).shape[-1]
+    assert len(matrix) == N * outputs
+    one = fisher(apply, params, loss, X[:1]) / N
+    first = u[:outputs]
+    np.testing.assert_allclose(first.T @ first, one, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["fisher_gradients", "fisher_empirical"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mlp",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("attention", "shared scan", "Laplacian")
+        ),
+    ],
+)
+def test_sampled_rows(name, mode):
+    apply, params = NETWORKS[name]
+    curvature = plan(apply, params, mode=mode, num_samples=3)
+    u, same, matrix = dense_rows(curvature, params, X)
+    assert len(u) == N * (3 if mode == "fisher_gradients" else 1)
+    np.testing.assert_allclose(u, same, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(matrix, u @ u.T, rtol=1e-8, atol=1e-12)
+    if mode == "fisher_empirical":
+        each = jax.vmap(lambda x: jax.grad(squares(apply))(params, x[None]))(X)
+        g = np.concatenate([x.reshape(N, -1) for x in jax.tree.leaves(each)], 1)
+        np.testing.assert_allclose(u.T @ u, g.T @ g / N, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_many_samples_have_the_exact_matrix_as_their_mean():
+    curvature = plan(mlp, DENSE, classes, "fisher_gradients", num_samples=1000)
+    statistics = curvature.value_grad_and_statistics(DENSE, X, rng=jax.random.key(1))[2]
+    rows = sample_space.products(curvature, DENSE, (X,), statistics)
+    _, restore = jax.flatten_util.ravel_pytree(DENSE)
+    exact = fisher(mlp, DENSE, classes)
+    pushed = jax.vmap(lambda v: rows.push(jax.tree.leaves(restore(v))))(
+        jnp.eye(len(exact))
+    )
+    found = pushed @ pushed.T
+    np.testing.assert_allclose(found, exact, atol=0.1 * np.abs(exact).max())
+
+
+def test_centred_rows_have_no_mean_over_the_cases():
+    curvature = plan(mlp, DENSE, centered=True)
+    u, same, matrix = dense_rows(curvature, DENSE, X)
+    plain, _, _ = dense_rows(plan(mlp, DENSE), DENSE, X)
+    parts = plain.reshape(N, C, -1)
+    expected = (parts - parts.mean(0)).reshape(plain.shape)
+    np.testing.assert_allclose(same, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(u, expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(matrix, u @ u.T, rtol=1e-9, atol=1e-12)
+
+
+def poisson(p, inside, wall):
+    """Two batches of different lengths, and the Laplacian by products."""
+
+    def second(x):
+        total = 0.0
+        for i in range(D):
+            e = jnp.broadcast_to(jnp.eye(D)[i], x.shape)
+            slope = lambda x, e=e: jax.jvp(lambda x: mlp(p, x), (x,), (e,))[1]  # noqa: E731
+            total = total + jax.jvp(slope, (x,), (e,))[1]
+        return total
+
+    return second(inside), mlp(p, wall)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by_hessian", [False, True])
+def test_losses_of_batches_of_two_lengths(by_hessian):
+    wall = models.array(11, 3, D)
+
+    def outputs(p, inside, wall):
+        first, second = poisson(p, inside, wall)
+        return (laplacian(p, inside) if by_hessian else first), second
+
+    def loss_fn(p, inside, wall):
+        first, second = outputs(p, inside, wall)
+        return sum(
+            squared_error(z, jnp.ones_like(z)).sum(-1).mean() for z in (first, second)
+        )
+
+    curvature = kfac_jax.make_curvature(
+        loss_fn,
+        DENSE,
+        X,
+        wall,
+        structure=SampleSpace(),
+        estimation_mode="ggn_exact",
+        on_unmatched="ignore",
+    )
+    u, same, matrix = dense_rows(curvature, DENSE, X, wall)
+    np.testing.assert_allclose(u, same, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(matrix, u @ u.T, rtol=1e-9, atol=1e-11)
+    flat, restore = jax.flatten_util.ravel_pytree(DENSE)
+    exact = 0.0
+    for i in range(2):
+        take = lambda v, i=i: outputs(restore(v), X, wall)[i]  # noqa: E731
+        j = jax.jacobian(take)(flat)
+        exact = exact + 2 * np.einsum("nop,noq->pq", j, j) / len(j)
+    np.testing.assert_allclose(u.T @ u, exact, rtol=1e-9, atol=1e-11)
+
+
+# ------------------------------------------------------------------------ the optimizer
+
+
+def natural(apply, params, loss, lam):
+    """`(F + λ)⁻¹ g`, dense."""
+    g = jax.flatten_util.ravel_pytree(jax.grad(loss(apply))(params, X))[0]
+    matrix = fisher(apply, params, loss)
+    return np.linalg.solve(matrix + lam * np.eye(len(g)), g), matrix, np.asarray(g)
+
+
+@pytest.mark.parametrize("name", marked(["mlp", "normed", "tied"]))
+@pytest.mark.parametrize("loss", [squares, classes])
+@pytest.mark.parametrize("lam", [1e-1, 1e-6])
+def test_the_update_is_the_damped_natural_gradient(name, loss, lam):
+    apply, params = NETWORKS[name]
+    curvature = plan(apply, params, loss)
+    tx = natural_gradient(curvature, 0.5, damping=lam)
+    step = jax.jit(kfac_jax.make_step(curvature, tx))
+    moved, state, _ = step(params, tx.init(params), jax.random.key(0), X)
+    found = jax.tree.map(lambda a, b: (a - b) / 0.5, params, moved)
+    expected, _, _ = natural(apply, params, loss, lam)
+    found = jax.flatten_util.ravel_pytree(found)[0]
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(found, expected, atol=1e-8 * scale / min(1, lam * 1e5))
+    assert int(state.fallbacks) == int(state.skipped_updates) == 0
+
+
+def test_spring_stays_near_the_last_direction():
+    """`φ = μ φ' + (F + λ)⁻¹ (g - μ F φ')`, and μ = 0 is the plain natural gradient."""
+    curvature, lam, mu = plan(mlp, DENSE), 1e-2, 0.9
+    tx = natural_gradient(curvature, 0.3, lam, Spring(mu))
+    step = jax.jit(kfac_jax.make_step(curvature, tx))
+    params, state, last = DENSE, tx.init(DENSE), 0.0
+    for i in range(3):
+        _, matrix, g = natural(mlp, params, squares, lam)
+        right = g - mu * (matrix @ last if i else 0.0)
+        phi = np.linalg.solve(matrix + lam * np.eye(len(g)), right) + mu * last
+        moved, state, _ = step(params, state, jax.random.key(i), X)
+        found = jax.flatten_util.ravel_pytree(state.direction)[0]
+        np.testing.assert_allclose(found, phi, rtol=1e-7, atol=1e-9)
+        change = jax.tree.map(lambda a, b: a - b, moved, params)
+        own = jax.flatten_util.ravel_pytree(change)[0]
+        np.testing.assert_allclose(own, -0.3 * phi, rtol=1e-6, atol=1e-9)
+        params, last = moved, phi
+    zero = natural_gradient(curvature, 0.3, lam, Spring(0.0))
+    plain = natural_gradient(curvature, 0.3, lam)
+    results = [
+        jax.jit(kfac_jax.make_step(curvature, t))(
+            DENSE, t.init(DENSE), jax.random.key(0), X
+        )[0]
+        for t in (zero, plain)
+    ]
+    models.assert_trees_close(*results, rtol=1e-12)
+
+
+def test_the_quadratic_model_steps_to_the_minimum_along_the_direction():
+    """Of a squared loss F is the Gauss-Newton matrix, so the rate is near one."""
+    curvature = plan(mlp, DENSE)
+    tx = natural_gradient(curvature, kfac_jax.QuadraticModel(), damping=1e-3)
+    step = jax.jit(kfac_jax.make_step(curvature, tx))
+    params, state, first = step(DENSE, tx.init(DENSE), jax.random.key(0), X)
+    np.testing.assert_allclose(state.learning_rate, 1.0, rtol=1e-6)
+    for i in range(30):
+        params, state, value = step(params, state, jax.random.key(i), X)
+    assert value < 1e-3 * first
+
+
+def test_masks_and_weights_count_in_rows_and_errors():
+    """The oracle is the masked, weighted loss in plain JAX; λ is tiny."""
+    mask = jnp.asarray([1.0, 0.0, 1.0, 0.5, 1.0])
+    labels = jnp.asarray([0, 1, 1, 0, 1])
+
+    def registered(p, x, labels, mask):
+        z = mlp(p, x)
+        targets = jax.lax.stop_gradient(mask[:, None] * z)
+        kfac_jax.register_softmax_cross_entropy_loss(z, labels, mask=mask, weight=0.3)
+        kfac_jax.register_squared_error_loss(jnp.sin(z), targets)
+        return of_outputs(jnp.concatenate([z, jnp.sin(z)], 1), targets)
+
+    def outputs(p):
+        z = mlp(p, X)
+        return jnp.concatenate([z, jnp.sin(z)], 1)
+
+    def of_outputs(z, targets):
+        first = optax.softmax_cross_entropy_with_integer_labels(z[:, :C], labels)
+        second = jnp.square(z[:, C:] - targets).sum(-1)
+        return (0.3 * mask * first + second).mean()
+
+    args = X, labels, mask
+    curvature = kfac_jax.make_curvature(
+        registered,
+        DENSE,
+        *args,
+        structure=SampleSpace(),
+        estimation_mode="ggn_exact",
+        on_rest="error",
+    )
+    flat, restore = jax.flatten_util.ravel_pytree(DENSE)
+    z = outputs(DENSE)
+    targets = mask[:, None] * z[:, :C]
+    h = jax.hessian(lambda z: of_outputs(z, targets))(z).reshape(z.size, z.size)
+    j = jax.jacobian(lambda v: outputs(restore(v)).reshape(-1))(flat)
+    exact = np.asarray(j.T @ h @ j)
+    u, same, matrix = dense_rows(curvature, DENSE, *args)
+    np.testing.assert_allclose(u, same, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(matrix, u @ u.T, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(u.T @ u, exact, rtol=1e-9, atol=1e-12)
+    errors = sample_space.products(
+        curvature, DENSE, args, curvature.value_grad_and_statistics(DENSE, *args)[2]
+    ).errors
+    slope = jax.grad(lambda z: of_outputs(z, targets))(z)
+    np.testing.assert_allclose(u.T @ errors, j.T @ slope.reshape(-1), atol=1e-12)
+
+
+def test_a_norm_constraint_limits_the_length_in_the_curvature():
+    curvature = plan(mlp, DENSE)
+    tx = natural_gradient(curvature, 1.0, damping=1e-3, norm_constraint=1e-3)
+    step = jax.jit(kfac_jax.make_step(curvature, tx))
+    moved, state, _ = step(DENSE, tx.init(DENSE), jax.random.key(0), X)
+    change = jax.tree.map(lambda a, b: a - b, moved, DENSE)
+    d = jax.flatten_util.ravel_pytree(change)[0]
+    np.testing.assert_allclose(d @ fisher(mlp, DENSE, squares) @ d, 1e-3, rtol=1e-6)
+    assert float(state.learning_rate) < 1
+
+
+def test_schedules_l2_chains_scans_and_seeds():
+    def loss(apply):
+        def loss_fn(p, x):
+            size = sum(jnp.square(w).sum() for w in jax.tree.leaves(p))
+            return squares(apply)(p, x) + 0.5e-3 * size
+
+        return loss_fn
+
+    curvature = plan(mlp, DENSE, loss, l2=1e-3, mode="fisher_gradients")
+    rate = lambda n: 0.3 * 0.9 ** n.astype(float)  # noqa: E731
+    tx = optax.chain(
+        optax.clip_by_global_norm(10.0),
+        natural_gradient(
+            curvature, rate, lambda n: 1.0 + 1.0 / (1.0 + n.astype(float)), Spring(0.5)
+        ),
+    )
+    step = kfac_jax.make_step(curvature, tx)
+
+    def run(seed):
+        def body(carry, key):
+            params, state, value = step(*carry, key, X)
+            return (params, state), value
+
+        keys = jax.random.split(jax.random.key(seed), 20)
+        return jax.lax.scan(body, (DENSE, tx.init(DENSE)), keys)
+
+    (params, _), values = jax.jit(jax.vmap(run))(jnp.arange(2))
+    assert np.isfinite(jax.tree.leaves(params)[0]).all()
+    assert (values[:, -1] < 0.7 * values[:, 0]).all()
+
+
+def test_a_matrix_without_a_cholesky_factor_is_solved_by_eigenvalues():
+    from kfac_jax.linalg._solve import clipped_solve
+
+    m = jnp.diag(jnp.asarray([1.0, -0.5, 2.0]))
+    found, fails = jax.jit(clipped_solve)(m, jnp.asarray(0.1), jnp.ones(3))
+    assert bool(fails)
+    np.testing.assert_allclose(found, 1 / np.asarray([1.1, 0.1, 2.1]), rtol=1e-12)
+
+
+def test_no_array_has_an_entry_for_each_row_and_parameter():
+    """Peak memory is that of T and of the largest layer, not of the Jacobian."""
+    widths = (32, 32, 32, 32, 32, 4)
+    params = [
+        models.array(i, a, b) for i, (a, b) in enumerate(itertools.pairwise(widths))
+    ]
+    x = models.array(9, 16, 32)
+
+    def apply(p, x):
+        for w in p[:-1]:
+            x = jnp.tanh(x @ w)
+        return x @ p[-1]
+
+    curvature = plan(apply, params, x=x)
+    compiled = jax.jit(functools.partial(curvature.gram, params)).lower(x).compile()
+    size = sum(w.size for w in params)
+    assert compiled.memory_analysis().temp_size_in_bytes < 16 * 4 * size * 8 / 2
+
+
+# ---------------------------------------------------------------------------- refusals
+
+
+def test_layers_have_no_blocks_in_the_report():
+    curvature = plan(mlp, DENSE)
+    assert all(layer.block is None for layer in curvature.layers)
+    assert "Kronecker" not in str(curvature) and "Sample space" in str(curvature)
+
+
+def test_what_does_not_fit():
+    curvature, other = plan(mlp, DENSE), kfac_jax.make_curvature(squares(mlp), DENSE, X)
+    with pytest.raises(ValueError, match="natural_gradient is of the sample"):
+        natural_gradient(other)
+    with pytest.raises(ValueError, match="gram is of the sample space"):
+        other.gram(DENSE, X)
+    with pytest.raises(
+        ValueError, match="kfac needs blocks, which a plan of the sample"
+    ):
+        kfac_jax.kfac(curvature)
+    with pytest.raises(ValueError, match="must be positive in the sample space"):
+        natural_gradient(curvature, damping=0)
+    with pytest.raises(TypeError, match=r"momentum must be kfac_jax.Spring\(μ\) or 0"):
+        natural_gradient(curvature, momentum=0.9)
+    with pytest.raises(ValueError, match=r"decay \(μ\) must be in \[0, 1\)"):
+        Spring(1.0)
+    with pytest.raises(TypeError, match="centered"):
+        SampleSpace(centered=1)
+    for name, call in {
+        "init_factors": lambda: curvature.init_factors(DENSE),
+        "zero_statistics": lambda: curvature.zero_statistics(DENSE),
+        "at": lambda: curvature.at(DENSE, X),
+    }.items():
+        with pytest.raises(ValueError, match=f"{name} is of factors, which"):
+            call()
+    tx = natural_gradient(curvature)
+    with pytest.raises(ValueError, match="each step needs its own rows, on one device"):
+        kfac_jax.make_step(curvature, tx, statistics_every=2)
+    statistics = curvature.value_grad_and_statistics(DENSE, X)[2]
+    with pytest.raises(ValueError, match="multiplies by the batch's Jacobian: pass"):
+        tx.update(DENSE, tx.init(DENSE), DENSE, statistics=statistics)
+    of_factors = other.value_grad_and_statistics(DENSE, X, rng=jax.random.key(0))[2]
+    with pytest.raises(ValueError, match="must be of a plan of the sample space; got"):
+        tx.update(DENSE, tx.init(DENSE), DENSE, statistics=of_factors, args=(X,))
+    with pytest.raises(ValueError, match="samples; pass a key as rng=key"):
+        plan(mlp, DENSE, mode="fisher_gradients").gram(DENSE, X)
+
+
+def test_cases_that_depend_on_each_other_are_refused():
+    def mixing(p, x):
+        h = x @ p["w"]
+        return (h @ h.T) @ x
+
+    with pytest.warns(UserWarning, match="Which examples"):
+        curvature = plan(mixing, {"w": DENSE["w"]})
+    with pytest.raises(ValueError, match="which outputs belong to one case"):
+        curvature.gram({"w": DENSE["w"]}, X)
+
+
+def test_a_batch_norms_means_are_constants_here_too():
+    def normed(p, x, keep=lambda x: x):
+        h = x @ p["w"]
+        return jnp.tanh((h - keep(h.mean(0))) * p["b"]) @ p["o"]
+
+    curvature = plan(normed, DENSE)
+    u, same, matrix = dense_rows(curvature, DENSE, X)
+    np.testing.assert_allclose(u, same, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(matrix, u @ u.T, rtol=1e-9, atol=1e-12)
+    kept = functools.partial(normed, keep=jax.lax.stop_gradient)
+    np.testing.assert_allclose(u.T @ u, fisher(kept, DENSE, squares), atol=1e-12)
+
+
+def test_a_loss_with_a_gradient_of_its_own():
+    """As the energy of a wavefunction, whose rows are centred and without targets."""
+
+    def own_gradient(p, x):
+        def surrogate(p):
+            z = mlp(p, x)[:, :1]
+            kfac_jax.register_normal_predictive_distribution(z, variance=0.25)
+            energy = jax.lax.stop_gradient(jnp.sin(3 * z[:, 0]))
+            return 2 * ((energy - energy.mean()) * z[:, 0]).mean()
+
+        return jax.value_and_grad(surrogate)(p)
+
+    curvature = kfac_jax.make_curvature(
+        own_gradient,
+        DENSE,
+        X,
+        has_aux=True,
+        structure=SampleSpace(centered=True),
+        estimation_mode="fisher_exact",
+        on_unmatched="ignore",
+    )
+    (_, grads), statistics = curvature.value_and_statistics(DENSE, X)
+    flat, restore = jax.flatten_util.ravel_pytree(DENSE)
+    o = jax.jacobian(lambda v: mlp(restore(v), X)[:, 0])(flat)
+    u = 2 * (o - o.mean(0)) / N**0.5
+    matrix = statistics.layers[sample_space.NAME]["gram"]
+    np.testing.assert_allclose(matrix, u @ u.T, rtol=1e-9, atol=1e-12)
+    for lam, tolerance in ((1e-1, 1e-8), (1e-9, 1e-5)):
+        tx = natural_gradient(curvature, 1.0, damping=lam)
+        updates, _ = tx.update(
+            grads, tx.init(DENSE), DENSE, statistics=statistics, args=(X,)
+        )
+        found = -jax.flatten_util.ravel_pytree(updates)[0]
+        g = jax.flatten_util.ravel_pytree(grads)[0]
+        e = np.linalg.lstsq(u.T, g)[0]
+        expected = u.T @ np.linalg.solve(u @ u.T + lam * np.eye(N), e)
+        scale = np.abs(expected).max()
+        np.testing.assert_allclose(found, expected, atol=tolerance * scale)
+
+
+def test_cases_that_cannot_be_evaluated_one_by_one_are_refused():
+    """Targets of the whole batch that the loss closes over."""
+
+    def loss_fn(p, x):
+        return squared_error(laplacian(p, x), jnp.ones((N, 1))).sum(-1).mean()
+
+    curvature = kfac_jax.make_curvature(
+        loss_fn,
+        DENSE,
+        X,
+        structure=SampleSpace(),
+        estimation_mode="ggn_exact",
+        on_unmatched="ignore",
+    )
+    match = "cases cannot be evaluated one by one: A normal distribution expects"
+    with pytest.raises(ValueError, match=match):
+        curvature.gram(DENSE, X)
+    with pytest.raises(ValueError, match="The sample space needs the gradient of each"):
+        curvature.gram(DENSE, X)
+
+
+def test_outputs_as_wide_as_the_batch_is_long_are_not_evaluated_one_by_one():
+    """Of one case there is one output where each has N of them."""
+
+    def loss_fn(p, x):
+        step = lambda c, _: (2 * c, jnp.tanh(x * c[None]))  # noqa: E731
+        z = jax.lax.scan(step, p, length=1)[1][0]
+        wide = jnp.concatenate([z, 2 * z, 3 * z], axis=1)[:, : len(x)]
+        return squared_error(wide).sum(-1).mean()
+
+    p = jnp.linspace(0.5, 1.0, X.shape[1])
+    curvature = kfac_jax.make_curvature(
+        loss_fn,
+        p,
+        X,
+        structure=SampleSpace(),
+        estimation_mode="ggn_exact",
+        on_unmatched="ignore",
+    )
+    match = r"of one case the registered outputs have shapes \[\(1, 1\)\]"
+    with pytest.raises(ValueError, match=match):
+        curvature.gram(p, X)
+
+
+@pytest.mark.parametrize(
+    ("place", "match"),
+    [
+        (lambda x: x - x.mean(0)[None], r"they may meet in the mean at .*test_sample"),
+        (
+            lambda x: x * jnp.arange(1.0, len(x) + 1)[:, None],
+            r"mul at .*test_sample.* takes values by the cases' places",
+        ),
+    ],
+)
+def test_cases_that_meet_in_data_alone_are_not_evaluated_one_by_one(place, match):
+    """Of a single case the data less their mean are zero, and its number is 1."""
+
+    def loss_fn(p, x):
+        step = lambda c, _: (2 * c, jnp.tanh(place(x) * c[None]))  # noqa: E731
+        return squared_error(jax.lax.scan(step, p, length=1)[1][0]).sum(-1).mean()
+
+    p = jnp.linspace(0.5, 1.0, X.shape[1])
+    curvature = kfac_jax.make_curvature(
+        loss_fn,
+        p,
+        X,
+        structure=SampleSpace(),
+        estimation_mode="ggn_exact",
+        on_unmatched="ignore",
+    )
+    with pytest.raises(ValueError, match=match):
+        curvature.gram(p, X)
