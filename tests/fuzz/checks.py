@@ -10,6 +10,7 @@ import numpy as np
 
 import kfac_jax
 from kfac_jax.blocks import TNT, Diagonal, Full, Identity, Kronecker
+from kfac_jax.operator.mapped import Mapped
 from tests.fuzz import expectations
 from tests.fuzz import programs as p
 from tests.fuzz.cases import TOLERANCE, Case, Numbers, compute, make
@@ -78,26 +79,38 @@ def _positions(case: Case) -> dict[str, np.ndarray]:
     return result
 
 
-def _slices(case: Case, index: int, kind: str = "stacked") -> np.ndarray:
-    """For each entry of a parameter the number of its slice in nests of a kind."""
+def _slices(case: Case, index: int, chosen: tuple[str, ...] = p.STACKED) -> np.ndarray:
+    """For each entry of a parameter the number of its slice in nests of some kinds."""
     param = case.program.params[index]
     kinds = {
         op.id: op.kind for op, _ in p.walk(case.program.body) if isinstance(op, p.Nest)
     }
     found = np.zeros(param.shape, int)
     for axis, nest in enumerate(param.nests):
-        if kinds[nest] == kind:
+        if kinds[nest] in chosen:
             at = np.arange(param.shape[axis])
             at = at.reshape([-1 if a == axis else 1 for a in range(len(param.shape))])
             found = found * param.shape[axis] + at
     return found.reshape(-1)
 
 
+def _params(case: Case, layer: Any) -> list[tuple[str, np.ndarray]]:
+    """A layer's parameters, and their entries or those of the parts that it has."""
+    result: list[tuple[str, np.ndarray]] = []
+    for path, box in zip(
+        layer.params, layer.boxes or [None] * len(layer.params), strict=True
+    ):
+        name = path.partition("[")[0]
+        entries = np.arange(case.params[name].size).reshape(case.params[name].shape)
+        result.append((name, entries[() if box is None else box.slices].reshape(-1)))
+    return result
+
+
 def _own(case: Case, layer: Any) -> tuple[np.ndarray, np.ndarray]:
     """A layer's entries among all, and the slice that each belongs to."""
-    places = _positions(case)
-    at = np.concatenate([places[path] for path in layer.params])
-    slices = [_slices(case, int(path[1:])) for path in layer.params]
+    places, own = _positions(case), _params(case, layer)
+    at = np.concatenate([places[name][entries] for name, entries in own])
+    slices = [_slices(case, int(name[1:]))[entries] for name, entries in own]
     return at, np.concatenate(slices)
 
 
@@ -107,8 +120,12 @@ def _same_member(case: Case, layer: Any) -> np.ndarray:
     Where members share their inputs, or have none (a shift), they are outputs of one
     layer, which has curvature between them.
     """
-    indices = (int(path[1:]) for path in layer.params)
-    own = np.concatenate([_slices(case, i, "ensemble") for i in indices])
+    own = np.concatenate(
+        [
+            _slices(case, int(name[1:]), ("ensemble",))[entries]
+            for name, entries in _params(case, layer)
+        ]
+    )
     return own[:, None] == own[None, :]
 
 
@@ -130,7 +147,8 @@ def check_blocks(case: Case, numbers: Numbers) -> dict[str, int]:
             if not layer.tagged:
                 _check_untagged(layer, found, exact, what, scale)
             elif isinstance(layer.block, Full):
-                exact = exact * (slices[:, None] == slices[None, :])
+                if layer.shape.stacked:  # whose slices are blocks of their own
+                    exact = exact * (slices[:, None] == slices[None, :])
                 close(found, exact, case.tolerance, what, scale)
             elif isinstance(layer.block, Diagonal):
                 expected = np.diag(np.diag(exact))
@@ -138,6 +156,11 @@ def check_blocks(case: Case, numbers: Numbers) -> dict[str, int]:
             elif isinstance(layer.block, TNT):
                 trace, expected = np.trace(found), np.trace(exact)
                 close(trace, expected, case.tolerance, what, scale)
+            elif layer.name in _mapped(plan):  # whose oracle is test_parts_and_maps
+                assert isinstance(layer.block, Kronecker)
+                assert np.isfinite(found).all(), what
+                least = np.linalg.eigvalsh(found).min(initial=0.0)
+                assert least >= -1e-6 * np.trace(found) - 1e-12 * scale, what
             else:
                 assert isinstance(layer.block, Kronecker)
                 if _has_rounding(case, numbers, layer):
@@ -149,6 +172,11 @@ def check_blocks(case: Case, numbers: Numbers) -> dict[str, int]:
                 close(found, expected, case.tolerance, what, max(size, 1e-4 * scale))
         assert not matrix[outside].any(), f"{name}: between layers"
     return counts
+
+
+def _mapped(plan: Any) -> set[str]:
+    """Layers whose factors are those of a weight that is computed from them."""
+    return {group.name for group in plan.groups if isinstance(group, Mapped)}
 
 
 def _check_untagged(
@@ -177,13 +205,15 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
 
     Uses of one map go together: `[e, rows, i]` and `[k, e, rows, o]`.
     """
-    weight, *rest = layer.params
-    bias = int(rest[0][1:]) if rest else None
+    (weight, mine), *rest = _params(case, layer)
+    bias = int(rest[0][0][1:]) if rest else None
     groups: dict[Any, list[Any]] = {}
     at = _positions(case)
     all_uses = zip(numbers.uses, numbers.inputs, numbers.roots, strict=True)
     for index, (use, x, root) in enumerate(all_uses):
         if use.param != int(weight[1:]) or not np.any(root):  # no gradient: no use
+            continue
+        if not np.isin(use.entries, mine).all():  # of another part
             continue
         entries, x = at[weight][use.entries], np.asarray(x, float)
         if layer.kind == "shift" and entries.shape[1] > 1:
@@ -195,9 +225,9 @@ def _terms(case: Case, numbers: Numbers, layer: Any) -> Iterator[tuple[Any, Any,
         if bias is not None:
             last = _added(case, numbers, bias, index)
             assert last is not None, (
-                f"{layer.name}: {rest[0]} is not added to all outputs of {weight}"
+                f"{layer.name}: {rest[0][0]} is not added to all outputs of {weight}"
             )
-            last = at[rest[0]][last][:, None]
+            last = at[rest[0][0]][last][:, None]
             entries = np.concatenate([entries, last], 1)
             x = np.concatenate([x, np.ones_like(x[..., :1])], -1)
         key = entries.shape, tuple(entries.reshape(-1))
@@ -295,10 +325,10 @@ def check_theory(case: Case, numbers: Numbers) -> int:
     plan, scale = case.plans["kronecker"], np.abs(numbers.exact).max(initial=0.0)
     matrix, count = np.asarray(numbers.found["kronecker"][3], float), 0
     for layer in plan.layers:
-        index = int(layer.params[0][1:])
+        index = int(_params(case, layer)[0][0][1:])
         if index not in exact_for or not isinstance(layer.block, Kronecker):
             continue
-        if not layer.tagged or layer.kind == "tied":
+        if not layer.tagged or layer.kind == "tied" or layer.name in _mapped(plan):
             continue
         count += 1
         for entries, _, _ in _terms(case, numbers, layer):
@@ -315,8 +345,11 @@ def check_theory(case: Case, numbers: Numbers) -> int:
 def check_report(case: Case) -> None:
     """Each parameter is in one row; nothing unmatched is silent."""
     for name, plan in case.plans.items():
-        paths = [path for layer in plan.layers for path in layer.params]
-        assert sorted(paths) == sorted(case.params)
+        sizes = dict.fromkeys(case.params, 0)
+        for layer in plan.layers:
+            for path, entries in _params(case, layer):
+                sizes[path] += len(entries)
+        assert sizes == {path: x.size for path, x in case.params.items()}
         text = str(plan)
         table, *rest = text.split("Not covered by a layer:")
         rows = {line.split()[0]: line for line in table.splitlines()[2:] if line}
@@ -331,10 +364,10 @@ def check_report(case: Case) -> None:
             if layer.reason:
                 assert f"{layer.name}: {layer.reason}" in rest[0]
         covered = sum(
-            case.params[path].size
+            len(entries)
             for layer in plan.layers
             if not layer.reason
-            for path in layer.params
+            for _, entries in _params(case, layer)
         )
         assert plan.totals.covered == covered
         assert len(case.warned[name]) == bool(unmatched), case.warned[name]

@@ -36,7 +36,7 @@ def _after(body: Sequence[p.Op], path: Sequence[int]) -> bool:
         return True
     if isinstance(op, p.Cond):
         return False
-    if isinstance(op, p.Nest) and op.kind == "stacked" and not is_linear(op):
+    if isinstance(op, p.Nest) and op.kind in p.STACKED and not is_linear(op):
         return False
     return _after(p.bodies(op)[0], inner)
 
@@ -77,7 +77,7 @@ def kronecker_is_exact(program: p.Program) -> set[int]:
             continue
         if any(x.kind in REPEATING for x in nests):
             continue
-        stacks = {x.id for x in nests if x.kind == "stacked"}
+        stacks = {x.id for x in nests if x.kind in p.STACKED}
         linear = program.loss.kind in GAUSSIAN and _after(program.body, path)
         if program.batch == 1 or linear:
             found |= {
@@ -96,7 +96,9 @@ def check_coverage(program: p.Program, plan: Any) -> None:
       plan: with the default blocks.
     """
     kinds = {
-        int(path[1:]): layer.kind for layer in plan.layers for path in layer.params
+        int(path.partition("[")[0][1:]): layer.kind
+        for layer in plan.layers
+        for path in layer.params
     }
     # functions under these get all parameters, those too that they do not use, but for
     # which their rules may give gradients

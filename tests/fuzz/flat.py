@@ -128,7 +128,7 @@ class Flat(Interpreter):
             if op.id in param.nests
             for prefix in ("", "@")
         ]
-        if op.kind not in ("scan", "stacked", "unrolled", "ensemble"):
+        if op.kind not in (*p.STACKED, "scan", "unrolled", "ensemble"):
             return self.run(op.body, params, h, context)
         total = None
         for k in range(op.n):

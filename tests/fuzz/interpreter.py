@@ -14,6 +14,12 @@ import kfac_jax
 from tests.fuzz import programs as p
 from tests.fuzz.views import VIEWS
 
+
+def _shown(h: Any) -> Any:
+    jax.debug.callback(lambda _: None, h)
+    return h
+
+
 ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "tanh": jnp.tanh,
     "sin": jnp.sin,
@@ -24,6 +30,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "softmax": lambda h: jax.nn.softmax(2.0 * h),
     "detached": lambda h: h * jnp.tanh(jax.lax.stop_gradient(h)),
     "double": lambda h: 2.0 * h,
+    "shown": _shown,
     "reverse": lambda h: h[..., ::-1],
     "cumsum": lambda h: jnp.cumsum(h, -1),
     "split": lambda h: jnp.concatenate(jnp.split(h, [1], -1)[::-1], -1),
@@ -32,7 +39,7 @@ ACTIVATIONS: dict[str, Callable[[Any], Any]] = {
     "loop": lambda h: h * _halved(jax.lax.stop_gradient(h)),
     "dropout": lambda h: h * wide(_dropped(h.shape[-1:]), h),
 }
-LINEAR = ("double", "reverse", "cumsum", "split", "dropout")
+LINEAR = ("double", "shown", "reverse", "cumsum", "split", "dropout")
 
 
 def _halved(h: Any) -> Any:
@@ -359,6 +366,14 @@ def _stacked(body: Body, params: Params, h: Any, context: Context, own: Any, n: 
     return jax.lax.scan(step, h, {k: params[k] for k in own}, length=n)[0]
 
 
+def _numbered(body: Body, params: Params, h: Any, context: Context, own: Any, n: int):
+    def step(i: Any, h: Any) -> Any:
+        each = {name: params[name][i] for name in own}
+        return body({**params, **each}, h, context)
+
+    return jax.lax.fori_loop(0, n, step, h)
+
+
 def _unrolled(body: Body, params: Params, h: Any, context: Context, own: Any, n: int):
     for k in range(n):
         each = {name: params[name][k] for name in own}
@@ -385,6 +400,7 @@ NESTS: dict[str, Callable[..., Any]] = {
     "positions scan": _positions_scan,
     "scan": _scan,
     "stacked": _stacked,
+    "numbered": _numbered,
     "unrolled": _unrolled,
     "ensemble": _ensemble,
 }

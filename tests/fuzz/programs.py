@@ -176,6 +176,10 @@ class Cond(Op):
     other: tuple[Op, ...]
 
 
+STACKED = ("stacked", "numbered")
+"""The nests whose steps have slices of parameters: by a scan, or by their number."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Nest(Op):
     """A body inside of a transformation or loop, see `interpreter.NESTS`.

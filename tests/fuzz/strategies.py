@@ -252,14 +252,14 @@ class Builder:
         return p.Cond(self._same(scope), self._same(scope)), scope
 
     def _nest(self, scope: Scope) -> tuple[p.Op, Scope]:
-        kinds = [*LOCAL, "scan", "stacked", "stacked", "unrolled", "ensemble"]
+        kinds = [*LOCAL, *p.STACKED, "stacked", "scan", "unrolled", "ensemble"]
         kinds += [] if scope.mapped else ["vmap", "vmap", "map"]
         kinds += ["positions vmap", "positions scan"] if scope.positions else []
         kind, nest = self.draw(st.sampled_from(kinds)), self.nests
         self.nests += 1
-        n = self.draw(st.integers(1, 3)) if kind in ("scan", "stacked") else 2
-        if kind in ("scan", "stacked", "unrolled", "ensemble"):
-            stacks = kind in ("stacked", "ensemble") or (
+        n = self.draw(st.integers(1, 3)) if kind in ("scan", *p.STACKED) else 2
+        if kind in (*p.STACKED, "scan", "unrolled", "ensemble"):
+            stacks = kind in (*p.STACKED, "ensemble") or (
                 kind == "unrolled" and self.draw(st.integers(0, 3)) == 0
             )
             nests = (*scope.nests, (nest, n)) if stacks else scope.nests
