@@ -7,6 +7,7 @@ four minutes on two CPU cores:
     python experiments/wavefunction.py
     python experiments/wavefunction.py --system Li --steps 5000 --precision float64
     python experiments/wavefunction.py --route optimizer
+    python experiments/wavefunction.py --system Li --route spring
 
 After training, the parameters stay as they are, and the energy and its standard error
 are measured. `wavefunction_results/` gets energies.json, which says for each system
@@ -17,7 +18,7 @@ whether its target is met, and energies.png.
 | wavefunction_systems.py | the systems, their exact energies, the Coulomb potential |
 | wavefunction_model.py | the wavefunction |
 | wavefunction_sampling.py | Metropolis steps, local energies, standard errors |
-| wavefunction_methods.py | the gradient of the energy, and two kinds of K-FAC steps |
+| wavefunction_methods.py | the gradient of the energy, and the steps of optimizers |
 | wavefunction_report.py | JSON, table and plot |
 """
 
@@ -81,7 +82,8 @@ class Options:
     """Finds ground states of H, He, Li and H2 by variational Monte Carlo with K-FAC."""
 
     system: Literal["H", "He", "Li", "H2", "all"] = "all"  # what to solve
-    route: Literal["native", "optimizer"] = "native"  # which of the two interfaces
+    # K-FAC by one of two interfaces, or the natural gradient in the sample space
+    route: Literal["native", "optimizer", "spring", "minsr"] = "native"
     precision: Literal["float32", "float64"] = "float32"
     seed: int = 0  # of everything random
     output: Path = Path("wavefunction_results")  # folder

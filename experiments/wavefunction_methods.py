@@ -1,7 +1,8 @@
-"""Two ways to minimize the energy with K-FAC.
+"""Ways to minimize the energy.
 
-One is a plan and an optax transformation, the other `kfac_jax.Optimizer`, the front for
-programs that were written for the published kfac-jax.
+One is K-FAC, with a plan and an optax transformation. One is `kfac_jax.Optimizer`, the
+front for programs that were written for the published kfac-jax. Two are the natural
+gradient in the sample space: SPRING and MinSR.
 
 The gradient of the energy E = E[e] is not that of what a batch of local energies e
 returns, since its walkers follow psi^2. With O = grad log |psi|,
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import Array
 from jax.typing import ArrayLike
 from wavefunction_model import Params, log_psi
@@ -107,6 +109,38 @@ def native(
         inverse_every=settings.inverse_every,
     )
 
+    return _route(curvature, tx)
+
+
+def sample_space(
+    system: System,
+    settings: Settings,
+    params: Params,
+    electrons: Array,
+    momentum: kfac_jax.Spring,
+) -> Route:
+    """The natural gradient of all parameters together, from the walkers' rows."""
+    curvature = kfac_jax.make_curvature(
+        partial(surrogate, system),
+        params,
+        electrons,
+        has_aux=True,
+        estimation_mode="fisher_exact",
+        structure=kfac_jax.SampleSpace(centered=True),
+        on_unmatched="ignore",
+    )
+    tx = kfac_jax.natural_gradient(
+        curvature,
+        settings.rate,
+        settings.damping,
+        momentum,
+        norm_constraint=settings.norm_constraint,
+    )
+    return _route(curvature, tx)
+
+
+def _route(curvature: kfac_jax.Curvature, tx: optax.GradientTransformation) -> Route:
+    """A plan and a transformation, as a step."""
     train = kfac_jax.make_step(curvature, tx)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -179,4 +213,9 @@ def total_energy(
     return total_energy
 
 
-ROUTES = {"native": native, "optimizer": optimizer}
+ROUTES = {
+    "native": native,
+    "optimizer": optimizer,
+    "spring": partial(sample_space, momentum=kfac_jax.Spring(0.99)),
+    "minsr": partial(sample_space, momentum=kfac_jax.Spring(0.0)),
+}
