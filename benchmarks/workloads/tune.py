@@ -1,19 +1,20 @@
-"""Tunes first-order optimizers on the tasks, and keeps what was found.
+"""Tunes optimizers on the tasks, and keeps what was found.
 
     python benchmarks/workloads/tune.py                      all, into baselines.json
     python benchmarks/workloads/tune.py --tasks GRU --optimizers AdamW
     python benchmarks/workloads/tune.py --part 3 8           the third of eight parts
     python benchmarks/workloads/tune.py --join PART ...      makes one file of several
 
-Each optimizer has 24 trials on each task: twelve rates, each constant and falling to
-zero by a cosine over the budget. All trials and seeds of an optimizer run as one
-program, made for a GPU. The best has the lowest median loss over the seeds at the end,
-on cases of the training set.
+Each optimizer has 24 trials on each task: twelve rates (of K-FAC three, with four
+constant λ), each constant and falling to zero by a cosine over the budget. All trials
+and seeds of an optimizer run as one program, made for a GPU. The best has the lowest
+median loss over the seeds at the end, on cases of the training set.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -29,6 +30,7 @@ import numpy as np
 import optax
 from jax import Array
 
+import kfac_jax
 from workloads import WORKLOADS, Task, training
 
 RECORD = Path(__file__).with_name("baselines.json")
@@ -36,24 +38,44 @@ RATES, SEEDS = 12, 3
 
 
 class Baseline(NamedTuple):
-    """An optimizer, by its rate; and between which rates it is tuned."""
+    """An optimizer, made by its rate and a further number, and its trials."""
 
-    make: Callable[[Any], optax.GradientTransformation]
-    lowest: float
-    highest: float
+    make: Callable[[Task, Any, Any], training.Trainer]
+    rates: tuple[float, ...]
+    further: tuple[float, ...] = (0.0,)
 
-    def trials(self) -> list[tuple[float, bool]]:
-        """Rates, and whether they fall."""
-        rates = np.geomspace(self.lowest, self.highest, RATES)
-        return [(float(rate), falls) for rate in rates for falls in (False, True)]
+    def trials(self) -> list[tuple[float, float, bool]]:
+        """Rates, further numbers, and whether rates fall."""
+        return [*itertools.product(self.rates, self.further, (False, True))]
+
+
+def of_optax(make: Callable[[Any], optax.GradientTransformation], *ends: float) -> Any:
+    """A first-order optimizer, with rates between two ends."""
+
+    def made(task: Task, schedule: Any, further: Any) -> training.Trainer:
+        del further
+        return training.of_optax(task, make(schedule))
+
+    return Baseline(made, tuple(map(float, np.geomspace(*ends, RATES))))
+
+
+def of_kfac(task: Task, schedule: Any, damping: Any) -> training.Trainer:
+    """K-FAC with a schedule of its rate, and a constant λ."""
+    params, batch = task.example()
+    curvature = kfac_jax.make_curvature(
+        task.loss_fn, params, *batch, on_unmatched="ignore"
+    )
+    tx = kfac_jax.kfac(curvature, schedule, 0.9, lambda count: damping)
+    return training.Trainer(tx.init, kfac_jax.make_step(curvature, tx))
 
 
 BASELINES = {
-    "AdamW": Baseline(lambda rate: optax.adamw(rate, weight_decay=1e-4), 1e-4, 1e-1),
-    "Nesterov": Baseline(
+    "AdamW": of_optax(lambda rate: optax.adamw(rate, weight_decay=1e-4), 1e-4, 1e-1),
+    "Nesterov": of_optax(
         lambda rate: optax.sgd(rate, momentum=0.9, nesterov=True), 1e-5, 3.0
     ),
-    "Muon": Baseline(lambda rate: optax.contrib.muon(rate), 3e-4, 3e-1),
+    "Muon": of_optax(lambda rate: optax.contrib.muon(rate), 3e-4, 3e-1),
+    "K-FAC": Baseline(of_kfac, (0.05, 0.2, 0.8), (1e-3, 1e-2, 1e-1, 1.0)),
 }
 
 
@@ -68,34 +90,35 @@ def tune(task: Task, baseline: Baseline) -> dict[str, Any]:
         The best trial and its seeds' curves, and every trial's loss at the end.
     """
 
-    def trained(rate: Array, falls: Array, seed: Array) -> training.Result:
+    def trained(rate: Array, further: Array, falls: Array, seed: Array) -> Any:
         cosine = optax.cosine_decay_schedule(1.0, task.steps)
 
         def schedule(count: Array) -> Array:
             return rate * jnp.where(falls, cosine(count), 1.0)
 
-        tx = baseline.make(schedule)
-        return training.run(task, training.of_optax(task, tx), seed)
+        return training.run(task, baseline.make(task, schedule, further), seed)
 
     trials = baseline.trials()
-    over_seeds = jax.vmap(trained, (None, None, 0))
-    over_trials = jax.jit(jax.vmap(over_seeds, (0, 0, None)))
+    over_seeds = jax.vmap(trained, (None, None, None, 0))
+    over_trials = jax.jit(jax.vmap(over_seeds, (0, 0, 0, None)))
+    rates, further, falls = zip(*trials, strict=True)
     found = over_trials(
-        jnp.asarray([rate for rate, _ in trials], jnp.float32),
-        jnp.asarray([falls for _, falls in trials]),
+        jnp.asarray(rates, jnp.float32),
+        jnp.asarray(further, jnp.float32),
+        jnp.asarray(falls),
         jnp.arange(SEEDS),
     )
     last = np.asarray(found.curve[..., -1])
     score = np.median(np.where(np.isnan(last), np.inf, last), axis=1)
     best = int(score.argmin())
     return {
-        "rate": trials[best][0],
-        "falls": trials[best][1],
+        "rate": rates[best],
+        "further": further[best],
+        "falls": falls[best],
         "curves": _rounded(found.curve[best]),
         "held out": _rounded(found.held_out[best]),
         "trials": [
-            [rate, falls, _number(x)]
-            for (rate, falls), x in zip(trials, score, strict=True)
+            [*trial, _number(x)] for trial, x in zip(trials, score, strict=True)
         ],
     }
 

@@ -15,7 +15,7 @@ NO_DOWNLOAD = [x for x in workloads.WORKLOADS if x not in workloads.OF_TEXT]
 @pytest.mark.parametrize("name", workloads.WORKLOADS)
 def test_each_task_has_a_tuned_record(name):
     found = BASELINES["tasks"][name]
-    assert set(found) == {"AdamW", "Nesterov", "Muon"}
+    assert set(found) - {"K-FAC"} == {"AdamW", "Nesterov", "Muon"}  # of some tasks
     for one in found.values():
         assert len(one["trials"]) == 24 and len(one["curves"]) == 3
         scores = [x for *_, x in one["trials"] if x is not None]
