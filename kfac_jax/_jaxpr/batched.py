@@ -26,7 +26,6 @@ _CORE_AXES: dict[str, tuple[int, ...]] = {
     "schur": (2,),
     "svd": (2,),
     "symmetric_product": (2, 2),
-    "triangular_solve": (2, 2),
     "tridiagonal": (2,),
     "tridiagonal_solve": (1, 1, 1, 2),
     "random_bits": (0,),
@@ -52,6 +51,18 @@ def _leading(core_axes: Sequence[int]) -> Rule:
         return [merge(leading)] * len(node.outputs)
 
     return rule
+
+
+def _triangular_solve(node: Node, states: Sequence[State]) -> list[State]:
+    """Of right sides of one matrix each is solved for alone.
+
+    `vmap` over right sides puts the mapped axis among the columns.
+    """
+    free = len(node.shape(1)) - (1 if node.params["left_side"] else 2)
+    matrix, right = states
+    if matrix is None and isinstance(right, Examples) and right.axis == free:
+        return [right]
+    return _leading((2, 2))(node, states)
 
 
 def _fft(node: Node, states: Sequence[State]) -> list[State]:
@@ -163,6 +174,7 @@ RULES: dict[str, Rule] = {
     **{name: _leading(counts) for name, counts in _CORE_AXES.items()},
     **dict.fromkeys(_SCATTERS, _scatter),
     "fft": _fft,
+    "triangular_solve": _triangular_solve,
     "gather": _gather,
     "dynamic_update_slice": _dynamic_update_slice,
 }

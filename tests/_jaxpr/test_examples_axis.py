@@ -173,6 +173,10 @@ AT = {
         ),
         LOST,
     ),
+    "solved, over the batch": (
+        lambda x: jax.scipy.linalg.solve_triangular(jnp.eye(B), x[:, 0]),
+        LOST,
+    ),
     "part of the batch": (lambda x: x[: B // 2], LOST),
     "shuffled": (lambda x: x[jnp.array([3, 1, 0, 2])], LOST),
     "transform of the batch": (lambda x: jnp.abs(jnp.fft.fft(x, axis=0)), LOST),
@@ -206,6 +210,9 @@ AT = {
 def test_the_axis_is_followed(name):
     f, expected = AT[name]
     assert _state(f, X) == expected
+
+
+COMMON = 3.0 * jnp.eye(3) + models.array(4, 3, 3, scale=0.2)
 
 
 def _square(h):
@@ -248,6 +255,12 @@ OF_ONE_EXAMPLE = {
     "qr": lambda h: jnp.linalg.qr(_square(h)),
     "triangular": lambda h: jax.scipy.linalg.solve_triangular(
         _square(h), h[:3], trans=1
+    ),
+    "solve with a common matrix": lambda h: jnp.linalg.solve(COMMON, h[:3]),
+    "its cholesky solve": lambda h: jax.scipy.linalg.cho_solve((COMMON, True), h[:3]),
+    "triangular, common": lambda h: jax.scipy.linalg.solve_triangular(COMMON, h[:3]),
+    "triangular, from the right": lambda h: jax.lax.linalg.triangular_solve(
+        COMMON, h[:6].reshape(2, 3), left_side=False
     ),
     "tridiagonal": lambda h: jax.lax.linalg.tridiagonal_solve(
         h[:4], 3.0 + h[1:5], h[2:6], h[:4, None]
