@@ -64,7 +64,7 @@ def without(graph: Graph, uses: Sequence[Use], rules: Collection[int]) -> list[U
     }
     return [
         OtherUse(use.leaf, "unmatched", REASON, use.source)
-        if isinstance(use, Site) and _value(use) in inside
+        if _value(use) in inside
         else use
         for use in uses
     ]
@@ -78,8 +78,10 @@ def _made(node: Node) -> set[int]:
     return {x for body in node.bodies for inner in body.walk() for x in inner.outputs}
 
 
-def _value(site: Site) -> int:
-    place = site.output
+def _value(use: Use) -> int | None:
+    if not isinstance(use, Site):
+        return use.at if use.kind == "unmatched" else None
+    place = use.output
     return place[0] if isinstance(place, tuple) else place
 
 

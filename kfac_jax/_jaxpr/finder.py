@@ -267,10 +267,10 @@ class Finder:
             self.uses.append(dataclasses.replace(linear.shift, count=count))
 
     def _refuse(self, node: Node, views: Sequence[View | None], reason: str) -> None:
-        line = node.source
+        line, at = node.source, node.outputs[0] if node.outputs else None
         for view in views:
             if view is not None:
-                self.uses.append(OtherUse(view.source, "unmatched", reason, line))
+                self.uses.append(OtherUse(view.source, "unmatched", reason, line, at))
 
     def _enter(self, node: Node, steps: int) -> None:
         members = [self.members(atom) for atom in node.inputs]

@@ -275,6 +275,7 @@ class OtherUse:
     kind: str  # "generic" or "unmatched"
     reason: str
     source: str
+    at: int | None = dataclasses.field(default=None, compare=False)  # a value there
 
 
 Use = Site | OtherUse

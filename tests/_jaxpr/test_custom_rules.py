@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import kfac_jax
+from kfac_jax._jaxpr.custom_rules import REASON
 from kfac_jax.losses import squared_error
 from tests.helpers import models, oracles
 
@@ -100,6 +101,31 @@ def test_a_rule_of_its_own_is_kept(layer):
     expected = 2 * np.einsum("nap,naq->pq", j, j) / len(X)
     own = oracles.block(np.asarray(found), PARAMS, "v")
     np.testing.assert_allclose(own, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_rule_is_the_reason_for_all_that_is_inside():
+    """Also for what enters a loop there, which the rule may well differentiate."""
+
+    @jax.custom_vjp
+    def deq(x, w, a):
+        injected = x @ w
+        step = lambda _, z: jnp.tanh(z @ a + injected)  # noqa: E731
+        return jax.lax.fori_loop(0, 40 + jnp.int32(0 * x[0, 0]), step, injected)
+
+    def backward(saved, g):
+        x, w, z = saved
+        return g @ w.T, x.T @ g, z.T @ g
+
+    deq.defvjp(lambda x, w, a: (z := deq(x, w, a), (x, w, z)), backward)
+
+    def loss_fn(p, x):
+        return squared_error(deq(x, p["w"], p["a"])).sum(-1).mean()
+
+    params = {"w": models.array(1, 3, 2), "a": models.array(2, 2, 2, scale=0.1)}
+    plan = kfac_jax.make_curvature(loss_fn, params, X, on_unmatched="ignore")
+    assert {x.name: x.reason.split("\n")[0] for x in plan.layers} == dict.fromkeys(
+        params, REASON
+    )
 
 
 def test_a_rule_that_is_the_bodys_derivative_is_replaced():
