@@ -55,9 +55,13 @@ def user_settings():
             yield
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-    """Marks the cases that `sampled` leaves out."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config, items):
+    """Marks the cases that `sampled` leaves out, and takes one part of those chosen.
+
+    With KFAC_JAX_TEST_PART=0/2 each test function runs every other of its cases, and
+    with 1/2 the others. Those with one case are in every part.
+    """
     counts = collections.Counter()
     for item in items:
         mark = item.get_closest_marker("sampled")
@@ -66,3 +70,20 @@ def pytest_collection_modifyitems(items):
         if counts[item.function] % mark.args[0]:
             item.add_marker("slow")
         counts[item.function] += 1
+    result = yield  # pytest chooses by markers
+    part, parts = map(int, os.environ.get("KFAC_JAX_TEST_PART", "0/1").split("/"))
+    totals = collections.Counter(map(_function_of, items))
+    seen, kept, left_out = collections.Counter(), [], []
+    for item in items:
+        name = _function_of(item)
+        every = min(parts, totals[name])
+        mine = seen[name] % every == part % every
+        (kept if mine else left_out).append(item)
+        seen[name] += 1
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = kept
+    return result
+
+
+def _function_of(item):
+    return item.nodeid.partition("[")[0]
