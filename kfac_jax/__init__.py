@@ -28,11 +28,10 @@ from kfac_jax.optimization.make_step import make_step as make_step
 from kfac_jax.optimization.multi_steps import MultiStepsState as MultiStepsState
 from kfac_jax.optimization.multi_steps import multi_steps as multi_steps
 from kfac_jax.optimization.muon import muon_dimension_numbers as muon_dimension_numbers
-from kfac_jax.optimization.natural_gradient import (
+from kfac_jax.optimization.natural_gradient import natural_gradient as natural_gradient
+from kfac_jax.optimization.sample_space_method import (
     NaturalGradientState as NaturalGradientState,
 )
-from kfac_jax.optimization.natural_gradient import Spring as Spring
-from kfac_jax.optimization.natural_gradient import natural_gradient as natural_gradient
 from kfac_jax.optimization.spreading import SharingReport as SharingReport
 from kfac_jax.optimization.spreading import sharing_report as sharing_report
 from kfac_jax.optimization.spreading import spread_state as spread_state
@@ -49,6 +48,7 @@ from kfac_jax.rules import QuadraticModel as QuadraticModel
 from kfac_jax.rules import Refine as Refine
 from kfac_jax.rules import RefreshSchedule as RefreshSchedule
 from kfac_jax.rules import SeparateDamping as SeparateDamping
+from kfac_jax.rules import Spring as Spring
 from kfac_jax.statistics.averages import Statistics as Statistics
 from kfac_jax.tags import register_conv2d as register_conv2d
 from kfac_jax.tags import register_dense as register_dense

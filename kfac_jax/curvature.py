@@ -368,7 +368,13 @@ class Curvature(Plan):
         """
         check_sample_space("gram", self.structure)
         statistics = self._sample_statistics(params, args, rng)
-        return statistics.layers[sample_space.NAME]["gram"]
+        part = batch_lib.take(args, self.statistics_fraction, self.in_batch)
+        drawn = sample_space.sampled(statistics)
+
+        def gram(params: Params, args: Any, drawn: list[Array]) -> Array:
+            return sample_space.gram(self, params, args, drawn)
+
+        return axis_types.auto(gram)(params, part, drawn)
 
     def _sample_statistics(
         self, params: Params, args: Any, rng: Array | None

@@ -77,7 +77,8 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "average_iterates": "decay * start",
     "graft": "direction magnitude",
     "multi_steps": "curvature tx every",
-    "natural_gradient": "curvature learning_rate damping momentum * norm_constraint",
+    "natural_gradient": "curvature learning_rate damping momentum * "
+    "norm_constraint devices",
     "Curvature.gram": "self params *args rng",
     "sharing_report": "curvature devices axis_sizes",
     "spread_state": "curvature state devices",

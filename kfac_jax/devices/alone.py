@@ -49,6 +49,18 @@ class Alone(Devices):
         """Returns the flags."""
         return list(flags)
 
+    def parts(self) -> int:
+        """1."""
+        return 1
+
+    def joined(self, part: Array, axis: int = 0) -> Array:
+        """Returns the array, which is the whole."""
+        return part
+
+    def own(self, whole: Array) -> Array:
+        """Returns the array."""
+        return whole
+
     def row_shape(self, shape: Shape) -> Shape:
         """Returns the shape: the rows are the full array."""
         return shape

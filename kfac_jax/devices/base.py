@@ -73,6 +73,18 @@ class Devices(abc.ABC):
     def everywhere(self, flags: Sequence[Array]) -> list[Array]:
         """For each flag, whether it is true on all devices that keep rows."""
 
+    @abc.abstractmethod
+    def parts(self) -> int:
+        """The number of parts of a batch that `joined` concatenates."""
+
+    @abc.abstractmethod
+    def joined(self, part: Array, axis: int = 0) -> Array:
+        """Concatenates, along an axis, parts that the devices have of a batch."""
+
+    @abc.abstractmethod
+    def own(self, whole: Array) -> Array:
+        """This device's part of what `joined` gives along the first axis."""
+
     # ------------------------------------------------------------------------- rows
 
     @abc.abstractmethod

@@ -144,6 +144,22 @@ class OverAxis(Several):
         failed = (~jnp.stack(flags)).astype(jnp.int32)
         return list(jax.lax.psum(failed, self.state_axes) == 0)
 
+    def parts(self) -> int:
+        """The number of devices."""
+        return self.size()
+
+    def joined(self, part: Array, axis: int = 0) -> Array:
+        """Gathers the parts."""
+        moved = jnp.moveaxis(_compat.all_gather(part, self.axis), 0, axis)
+        shape = (*part.shape[:axis], -1, *part.shape[axis + 1 :])
+        return moved.reshape(shape)
+
+    def own(self, whole: Array) -> Array:
+        """Cuts the part of this device's number."""
+        count = len(whole) // self.size()
+        start = jax.lax.axis_index(self.axis) * count
+        return jax.lax.dynamic_slice_in_dim(whole, start, count)
+
     def _differs(self, leaves: Sequence[Array]) -> list[bool]:
         """For each array whether it may differ between devices."""
         self.size()  # raises if the axis does not exist

@@ -104,6 +104,18 @@ class OverMesh(Several):
         """Returns the flags: under `jit` they are those of all devices already."""
         return list(flags)
 
+    def parts(self) -> int:
+        """1: under `jit` an array is that of all devices."""
+        return 1
+
+    def joined(self, part: Array, axis: int = 0) -> Array:
+        """Returns the array: under `jit` it is that of all devices already."""
+        return part
+
+    def own(self, whole: Array) -> Array:
+        """Returns the array: under `jit` all devices' parts are one."""
+        return whole
+
     # ------------------------------------------------------------------------- rows
 
     def row_shape(self, shape: Shape) -> Shape:

@@ -77,6 +77,19 @@ class Rehearsal(Several):
             self._gather(2 * nbytes(sums), self._devices)
         return weight, counts, rows
 
+    def parts(self) -> int:
+        """The number of devices."""
+        return self._devices
+
+    def joined(self, part: Array, axis: int = 0) -> Array:
+        """Counts the bytes of gathering; parts are taken for equal."""
+        self._gather(self._devices * nbytes(part), self._devices)
+        return jnp.concatenate([part] * self._devices, axis)
+
+    def own(self, whole: Array) -> Array:
+        """A device's part."""
+        return whole[: len(whole) // self._devices]
+
     # ------------------------------------------------------------------------- rows
 
     def row_shape(self, shape: Shape) -> Shape:

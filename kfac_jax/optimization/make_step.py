@@ -60,7 +60,7 @@ def make_step(
         one of K-FAC.
       ValueError: if k is no whole number of at least 1, or for an `optax.MultiSteps`,
         which does not add up statistics: see `multi_steps`; in the sample space also
-        for `devices` and a `statistics_every` other than 1.
+        for a `statistics_every` other than 1.
 
     >>> import jax, jax.numpy as jnp, kfac_jax
     >>> def loss_fn(w, x, y):
@@ -83,11 +83,10 @@ def make_step(
             "adds them up."
         )
     sample_space = isinstance(curvature.structure, SampleSpace)
-    if sample_space and (statistics_every != 1 or devices is not None):
+    if sample_space and statistics_every != 1:
         raise ValueError(
-            "In the sample space each step needs its own rows, on one device: expected "
-            f"statistics_every=1 and no devices, got {statistics_every!r} and "
-            f"{arguments.shown(devices)}."
+            "In the sample space each step needs its own rows: expected "
+            f"statistics_every=1, got {statistics_every!r}."
         )
     if not callable(statistics_every):
         arguments.count("statistics_every", statistics_every, 1)

@@ -1,13 +1,10 @@
 """K-FAC as optax transformations that own all their state."""
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 import optax
 
-from kfac_jax._jaxpr import axis_types
 from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Sharing, checked
 from kfac_jax.optimization.checks import (
@@ -17,6 +14,7 @@ from kfac_jax.optimization.checks import (
     check_separate,
 )
 from kfac_jax.optimization.loss import with_loss
+from kfac_jax.optimization.on_any_mesh import on_any_mesh
 from kfac_jax.optimization.optimizer import Optimizer
 from kfac_jax.optimization.preconditioner import Preconditioner, counted
 from kfac_jax.optimization.state import KFACState, at
@@ -123,7 +121,7 @@ def scale_by_kfac(
         return curvature.tree.restore(scaled, updates), state
 
     return optax.GradientTransformationExtraArgs(
-        preconditioner.init, _on_any_mesh(update)
+        preconditioner.init, on_any_mesh(update)
     )
 
 
@@ -227,35 +225,5 @@ def kfac(
         norm_constraint=norm_constraint,
     )
     return optax.GradientTransformationExtraArgs(
-        optimizer.init, _on_any_mesh(optimizer.update)
+        optimizer.init, on_any_mesh(optimizer.update)
     )
-
-
-def _on_any_mesh(update: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps an update, which then need not know its arrays' shardings (`axis_types`).
-
-    Results get the shardings of the gradients and of the state. The loss function's
-    arguments keep theirs.
-    """
-
-    @functools.wraps(update)
-    def wrapped(
-        updates: optax.Updates,
-        state: Any,
-        params: optax.Params | None = None,
-        *,
-        statistics: Statistics | None = None,
-        value: Any = None,
-        **rest: Any,
-    ) -> tuple[optax.Updates, KFACState]:
-        params = axis_types.here(params)
-
-        def inside(updates: Any, state: Any, statistics: Any, value: Any) -> Any:
-            return update(
-                updates, state, params, statistics=statistics, value=value, **rest
-            )
-
-        run = axis_types.auto(inside, (updates, state))
-        return run(updates, state, statistics, value)
-
-    return wrapped

@@ -8,3 +8,4 @@ from ._refine import Refined as Refined
 from ._refresh_schedule import RefreshSchedule as RefreshSchedule
 from ._refresh_schedule import as_schedule as as_schedule
 from ._separate_damping import SeparateDamping as SeparateDamping
+from ._spring import Spring as Spring

@@ -118,7 +118,10 @@ def prepare(
         zs, pull = jax.vjp(outputs, [leaves[i] for i in chosen])
 
         def pulled(us: list[Array]) -> dict[str, Array]:
-            given = [u.reshape(z.shape) for u, z in zip(us, zs, strict=True)]
+            given = [
+                _compat.vary_like(u.reshape(z.shape), z)
+                for u, z in zip(us, zs, strict=True)
+            ]
             with reverse_mode(program.graph, len(leaves)):
                 by_leaf = dict(zip(chosen, pull(given)[0], strict=True))
             return {x.name: x.to_matrix([by_leaf[i] for i in x.leaves]) for x in layers}

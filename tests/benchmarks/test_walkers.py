@@ -189,6 +189,7 @@ def test_the_native_plans_blocks_are_the_fishers():
         np.testing.assert_allclose(block, expected, atol=1e-10)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:kfac_jax gives 2 parameter")
 @pytest.mark.parametrize("kind", ["streams", "attention"])
 def test_a_step_of_the_optimizer(kind):

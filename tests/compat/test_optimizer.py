@@ -31,6 +31,7 @@ from tests.helpers import models
 # --------------------------------------------------------------- against the native API
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_steps_are_those_of_the_native_transformation(adaptive):
     """The moving average, written out, in place of the front's running weight."""

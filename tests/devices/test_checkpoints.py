@@ -140,6 +140,7 @@ PLACES = [
 ]
 
 
+@pytest.mark.sampled(2)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(("run", "devices"), PLACES)
 def test_a_run_that_is_killed_at_any_step_goes_on_bitwise(run, devices):

@@ -136,6 +136,7 @@ CASES = [  # the adaptive rules also take what fixed ones do
 ]
 
 
+@pytest.mark.sampled(2)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(("layout", "structure", "rules"), CASES)
 def test_steps_are_those_on_one_device(layout, structure, rules):
@@ -280,6 +281,7 @@ PROGRAMS = {
 }
 
 
+@pytest.mark.sampled(2)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_are_those_on_one_device(program):

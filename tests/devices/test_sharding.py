@@ -72,6 +72,7 @@ ROUTES = {
 }
 
 
+@pytest.mark.sampled(2)
 @models.EIGHT_DEVICES
 @DEVICES
 @LINKED_FIRST
@@ -235,6 +236,7 @@ FAST_LAYOUTS = (
 )
 
 
+@pytest.mark.sampled(2)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(
     ("rules", "structure"),

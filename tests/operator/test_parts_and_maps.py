@@ -72,6 +72,7 @@ def both(block):
     return plans, [plans[0].at(PARAMS, X), plans[1].at(separate(PARAMS), X)]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "block",
     [None]

@@ -154,6 +154,7 @@ FAST = {
 }
 
 
+@pytest.mark.sampled(2)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(
     "name",

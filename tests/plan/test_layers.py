@@ -518,6 +518,7 @@ def computed(name, wrap):
 # -------------------------------------------------------------------------------- tests
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("check", ["gradient", *BLOCKS])
 @pytest.mark.parametrize(
     ("name", "wrap"),
@@ -567,6 +568,7 @@ def test_a_scan_that_shares_the_layer_is_the_unrolled_loop(name, steps):
         check_factors(case, factors[layer.name], a, g)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("block", ["Full", "Eigen"])
 @pytest.mark.parametrize("name", EACH)
 def test_blocks_that_sum_within_an_example_take_a_shared_layer(name, block):

@@ -339,11 +339,13 @@ def transformations() -> dict[str, Call]:
                 damping=1e-3,
                 momentum=kfac_jax.Spring(0.9),
                 norm_constraint=1e-2,
+                devices=None,
             ),
             legal={
                 "learning_rate": SCHEDULE,
                 "damping": SCHEDULE,
                 "norm_constraint": SCHEDULE | OPTIONAL,
+                "devices": OPTIONAL,
             },
         ),
         "graft": call(kfac_jax.graft, direction=scale, magnitude=average),

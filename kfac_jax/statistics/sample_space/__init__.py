@@ -4,6 +4,8 @@
 """
 
 from kfac_jax.statistics.sample_space.gram import NAME as NAME
+from kfac_jax.statistics.sample_space.gram import gram as gram
+from kfac_jax.statistics.sample_space.gram import sampled as sampled
 from kfac_jax.statistics.sample_space.gram import statistics as statistics
 from kfac_jax.statistics.sample_space.products import Products as Products
 from kfac_jax.statistics.sample_space.products import products as products

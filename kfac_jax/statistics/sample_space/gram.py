@@ -5,7 +5,6 @@ have the products `(x_n · x_m) (dy_nr · dy_mq)`; of others the gradients of ca
 formed, a layer and a chunk of its inputs at a time.
 """
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -14,26 +13,34 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax._jaxpr.differentiation import reverse_mode
 from kfac_jax._jaxpr.interpreter import run
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.states import Examples
 from kfac_jax._utils.dtypes import wide
 from kfac_jax.blocks._layout import Arrays
-from kfac_jax.distributions import (
-    RegisteredLoss,
-)
+from kfac_jax.devices import ALONE, Devices
+from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.operator.remote import Remote
 from kfac_jax.operator.summed import GRADIENTS
 from kfac_jax.plan.group import Factors
+from kfac_jax.plan.modes import is_exact
 from kfac_jax.plan.plan import Plan
-from kfac_jax.plan.programs import split_program, tapped_program
+from kfac_jax.plan.programs import outputs_program, split_program, tapped_program
 from kfac_jax.statistics.averages import Statistics
-from kfac_jax.statistics.sample_space.rows import cases_of, centered, draws, row_sets
+from kfac_jax.statistics.sample_space.rows import (
+    RowSet,
+    cases_of,
+    centered,
+    draws,
+    row_sets,
+    varying,
+)
 from kfac_jax.statistics.sample_space.taps import Rows, one_by_one, tapped
 
 NAME = "sample space"
-"""The name of T, and of the cotangents of sampled rows, among statistics."""
+"""The name of the cotangents of sampled rows among statistics."""
 
 LARGEST = 2**26
 """How many numbers the gradients of all rows by a chunk of inputs are, at most."""
@@ -42,7 +49,7 @@ LARGEST = 2**26
 def statistics(
     plan: Plan, params: Any, args: Any, leaves: Sequence[Array], rng: Array | None
 ) -> Statistics:
-    """T, and the cotangents of sampled rows.
+    """The cotangents of sampled rows; exact modes have none.
 
     Args:
       plan: the plan.
@@ -53,10 +60,49 @@ def statistics(
 
     Returns:
       Statistics with arrays of that name.
+    """
+    arrays: Arrays = {}
+    if not is_exact(plan.estimation_mode):
+        traced = plan.derive(params, args, quiet=True).traced
+        data = jax.tree.leaves(args)
+        _, losses = run(outputs_program(traced), [*leaves, *data], None)
+        drawn = axis_types.auto(lambda own: draws(plan, own, rng))(losses)
+        arrays = {f"cotangents {i:03}": u for i, u in enumerate(drawn)}
+    one = jnp.ones((), jnp.float32)
+    return Statistics(one, one, {NAME: arrays}, {})
+
+
+def sampled(gathered: Statistics) -> list[Array]:
+    """The cotangents among statistics, `[S, ...]` for each registered loss."""
+    arrays = gathered.layers[NAME]
+    return [arrays[name] for name in sorted(arrays)]
+
+
+def gram(
+    plan: Plan,
+    params: Any,
+    args: Any,
+    drawn: Sequence[Array],
+    devices: Devices = ALONE,
+) -> Array:
+    """`T = U Uᵀ`, `[NR, NR]`.
+
+    Args:
+      plan: the plan.
+      params: the parameters.
+      args: the loss function's further arguments.
+      drawn: the cotangents of sampled rows, from `sampled`.
+      devices: devices that have a part each of the batch. Each multiplies its rows by
+        those of all.
+
+    Returns:
+      T, the same on all devices.
 
     Raises:
       ValueError: if a parameter has no gradient of each case.
     """
+    leaves = varying(plan, params, args)
+    params = jax.tree.unflatten(plan.tree.treedef, leaves)
     derived = plan.derive(params, args, quiet=True)
     groups, others = tapped(derived)
     found, data = derived.traced.found, jax.tree.leaves(args)
@@ -65,9 +111,12 @@ def statistics(
     fixed = jax.lax.stop_gradient([*leaves, *data])
 
     def probes_of(group: Any) -> Arrays:
-        if isinstance(group, Rows):
-            return group.probes()
-        return group.probes(derived.sites, data)[group.name]
+        own = (
+            group.probes()
+            if isinstance(group, Rows)
+            else group.probes(derived.sites, data)[group.name]
+        )
+        return {name: _compat.vary_like(x, *data) for name, x in own.items()}
 
     probes = {group.layers[0].name: probes_of(group) for group in groups}
 
@@ -84,10 +133,10 @@ def statistics(
 
     def pulled(cotangents: list[Array]) -> Factors:
         with reverse_mode(program.graph, len(leaves)):
-            (sums,) = pull(cotangents)
+            pairs = zip(cotangents, zs, strict=True)
+            (sums,) = pull([_compat.vary_like(u, z) for u, z in pairs])
         return sums
 
-    drawn = draws(plan, losses, rng)
     sets = row_sets(plan, losses, found.loss_examples, drawn)
     # inputs are the same for all rows; only rows without a gradient have none
     dense = pulled([jax.random.normal(jax.random.key(0), z.shape, z.dtype) for z in zs])
@@ -116,18 +165,38 @@ def statistics(
         for of_sets in zip(*by_set, strict=True):
             flat = [jnp.moveaxis(g[:, :, None], 0, 1) for g in of_sets]
             parts.append([_LayerRows(None, g, 0) for g in flat])
-    ends = [0, *itertools.accumulate(one.cases * one.columns for one in sets)]
-    total = jnp.zeros((ends[-1], ends[-1]), jnp.result_type(float))
-    for of_sets in parts:
-        for i, j, block in _products(of_sets):  # [n, k, m, l]
-            rows = slice(ends[i], ends[i + 1]), slice(ends[j], ends[j + 1])
-            shape = total[rows].shape
-            total = total.at[rows].add(block.reshape(shape).astype(total.dtype))
+    total = _total(parts, sets, devices)
     if plan.structure.centered:  # type: ignore[attr-defined]
-        total = centered(sets, centered(sets, total).T)
-    arrays = {f"cotangents {i:03}": u for i, u in enumerate(drawn)}
-    one = jnp.ones((), jnp.float32)
-    return Statistics(one, one, {NAME: {"gram": total} | arrays}, {})
+        total = centered(sets, centered(sets, total, devices).T, devices)
+    return total
+
+
+def _total(
+    parts: Sequence[Sequence["_LayerRows | None"]],
+    sets: Sequence[RowSet],
+    devices: Devices,
+) -> Array:
+    """The sum over layers of the products of rows; this device's rows by all."""
+    blocks: dict[tuple[int, int], Array] = {}
+    for of_sets in parts:
+        for i, j, block in _products(of_sets, devices):  # [n, k, m, l]
+            blocks[i, j] = blocks[i, j] + block if (i, j) in blocks else block
+    count = devices.parts()
+    sizes = [one.cases * one.columns for one in sets]
+    dtype = jnp.result_type(float)
+
+    def of_pair(i: int, j: int) -> Array:
+        shape = sizes[i], count * sizes[j]
+        block = blocks.get((i, j))
+        zeros = jnp.zeros(shape, dtype)
+        return zeros if block is None else block.reshape(shape).astype(dtype)
+
+    rows = [
+        jnp.concatenate([of_pair(i, j) for j in range(len(sets))], 1)
+        for i in range(len(sets))
+    ]
+    # the mean over devices of their own Fisher matrices
+    return jnp.concatenate([devices.joined(x) for x in rows]) / count
 
 
 class _LayerRows(NamedTuple):
@@ -136,6 +205,11 @@ class _LayerRows(NamedTuple):
     x: Array | None  # [*e, N, S, i], or integers [*e, N, S]; None for gradients
     dy: Array  # [K, *e, N, S, o], or gradients [K, *e, N, i, o]
     lead: int  # the number of axes e
+
+    def joined(self, devices: Devices) -> "_LayerRows":
+        """The rows of all devices."""
+        x = None if self.x is None else devices.joined(self.x, self.lead)
+        return self._replace(x=x, dy=devices.joined(self.dy, self.lead + 1))
 
 
 def _of_layer(
@@ -163,12 +237,15 @@ def _size(site: Site) -> int:
     return site.examples.size
 
 
-def _products(sets: Sequence[_LayerRows | None]) -> Iterator[tuple[int, int, Array]]:
+def _products(
+    sets: Sequence[_LayerRows | None], devices: Devices
+) -> Iterator[tuple[int, int, Array]]:
     """One layer's part of T: for pairs of sets the products of their rows."""
     present = [(i, x) for i, x in enumerate(sets) if x is not None]
     if all(_is_pairwise(x) for _, x in present):
+        everyone = [(i, x.joined(devices)) for i, x in present]
         for i, a in present:
-            for j, b in present:
+            for j, b in everyone:
                 yield i, j, _pair(a, b)
         return
     # the gradients of all rows, by a chunk of the inputs at a time
@@ -176,8 +253,9 @@ def _products(sets: Sequence[_LayerRows | None]) -> Iterator[tuple[int, int, Arr
     width = max(1, min(inputs, LARGEST // sum(_per_input(x) for _, x in present)))
     for start in range(0, inputs, width):
         rows = [(i, _gradients(x, start, width)) for i, x in present]
+        everyone = [(i, devices.joined(x)) for i, x in rows]
         for i, a in rows:
-            for j, b in rows:
+            for j, b in everyone:
                 yield i, j, jnp.einsum("nkp,mlp->nkml", a, b)
 
 

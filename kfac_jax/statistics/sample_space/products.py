@@ -1,6 +1,6 @@
 """Products with U: `U v` is forward mode, and `Uᵀ w` one pull-back."""
 
-import itertools
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.differentiation import check_forward_mode, reverse_mode
 from kfac_jax._jaxpr.interpreter import Program, run
 from kfac_jax._utils.dtypes import wide
+from kfac_jax.devices import ALONE, Devices
 from kfac_jax.distributions import (
     Bernoulli,
     Categorical,
@@ -18,13 +20,16 @@ from kfac_jax.distributions import (
     NormalWithVariance,
     RegisteredLoss,
 )
-from kfac_jax.plan import batch
 from kfac_jax.plan.modes import is_exact
 from kfac_jax.plan.plan import Plan
 from kfac_jax.plan.programs import outputs_program
-from kfac_jax.statistics.averages import Statistics
-from kfac_jax.statistics.sample_space.gram import NAME
-from kfac_jax.statistics.sample_space.rows import centered, row_sets
+from kfac_jax.statistics.sample_space.rows import (
+    centered,
+    joined,
+    own,
+    row_sets,
+    varying,
+)
 
 
 class Products(NamedTuple):
@@ -42,14 +47,23 @@ class Products(NamedTuple):
     errors: Array | None
 
 
-def products(plan: Plan, params: Any, args: Any, gathered: Statistics) -> Products:
+def products(
+    plan: Plan,
+    params: Any,
+    args: Any,
+    drawn: Sequence[Array],
+    devices: Devices = ALONE,
+) -> Products:
     """Products with U.
+
+    The mean of D devices' own Fisher matrices `U_dᵀ U_d` has the rows `U_d / √D`.
 
     Args:
       plan: the plan.
       params: the parameters.
       args: the loss function's further arguments.
-      gathered: the statistics of these, which have the cotangents of sampled rows.
+      drawn: the cotangents of sampled rows, see `gram`.
+      devices: devices that have a part each of the batch.
 
     Returns:
       The products.
@@ -58,12 +72,11 @@ def products(plan: Plan, params: Any, args: Any, gathered: Statistics) -> Produc
       ValueError: if the network uses a `custom_vjp` function, which has no forward
         mode.
     """
-    own = list(plan.tree.leaves(params, "params"))
-    args = batch.take(args, plan.statistics_fraction, plan.in_batch)
-    arrays = gathered.layers[NAME]
-    drawn = [arrays[name] for name in sorted(arrays.keys() - {"gram"})]
+    leaves = varying(plan, params, args)
+    params = jax.tree.unflatten(plan.tree.treedef, leaves)
     traced = plan.derive(params, args, quiet=True).traced
     found, data = traced.found, jax.tree.leaves(args)
+    root = float(devices.parts()) ** 0.5
     program = outputs_program(traced)
     if found.constant_means:
         program = Program(found.graph, {}, {}, found.constant_means)
@@ -75,33 +88,40 @@ def products(plan: Plan, params: Any, args: Any, gathered: Statistics) -> Produc
     def forward(leaves: list[Array], tangents: list[Array]) -> Any:
         return jax.jvp(outputs, (leaves,), (tangents,), has_aux=True)[1]
 
-    check_forward_mode(program.graph, forward, own, own)
-    _, push, losses = jax.linearize(outputs, own, has_aux=True)
+    check_forward_mode(program.graph, forward, leaves, leaves)
+    zs, push, losses = jax.linearize(outputs, leaves, has_aux=True)
     sets = row_sets(plan, losses, found.loss_examples, drawn)
-    is_centered = plan.structure.centered  # type: ignore[attr-defined]
+
+    def all_rows(parts: Sequence[Array]) -> Array:
+        rows = joined(parts, devices) / root
+        is_centered = plan.structure.centered  # type: ignore[attr-defined]
+        return centered(sets, rows, devices) if is_centered else rows
 
     def rows(v: Sequence[Array]) -> Array:
-        tangents = [x.astype(y.dtype) for x, y in zip(v, own, strict=True)]
+        tangents = [
+            _compat.vary_like(x.astype(y.dtype), y)
+            for x, y in zip(v, leaves, strict=True)
+        ]
         moved = push(tangents)
-        found = jnp.concatenate([one.push(moved).reshape(-1) for one in sets])
-        return centered(sets, found) if is_centered else found
+        return all_rows([one.push(moved) for one in sets])
 
     def columns(w: Array) -> list[Array]:
-        w = centered(sets, w) if is_centered else w
-        ends = [0, *itertools.accumulate(one.cases * one.columns for one in sets)]
+        if plan.structure.centered:  # type: ignore[attr-defined]
+            w = centered(sets, w, devices)
         parts = [
-            one.pull(w[a:b].reshape(one.cases, one.columns))
-            for one, a, b in zip(sets, ends[:-1], ends[1:], strict=True)
+            one.pull(x) for one, x in zip(sets, own(sets, w, devices), strict=True)
         ]
-        cotangents = [sum(us[1:], us[0]) for us in zip(*parts, strict=True)]
-        with reverse_mode(program.graph, len(own)):
-            (result,) = jax.linear_transpose(push, own)(cotangents)
-        return result
+        by_loss = zip(*parts, zs, strict=True)  # of each set, and the output
+        cotangents = [
+            _compat.vary_like(functools.reduce(jnp.add, us), z) for *us, z in by_loss
+        ]
+        with reverse_mode(program.graph, len(leaves)):
+            (result,) = jax.linear_transpose(push, leaves)(cotangents)
+        return [x * jnp.asarray(root, x.dtype) for x in devices.mean(result)]
 
     errors = _errors(losses) if is_exact(plan.estimation_mode) else None
     if errors is not None:
-        errors = jnp.concatenate([one.arrange(errors).reshape(-1) for one in sets])
-        errors = centered(sets, errors) if is_centered else errors
+        errors = all_rows([one.arrange(errors) for one in sets])
     return Products(rows, columns, errors)
 
 

@@ -2,17 +2,17 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.states import State
 from kfac_jax._utils.dtypes import wide
-from kfac_jax.distributions import (
-    RegisteredLoss,
-)
+from kfac_jax.devices import ALONE, Devices
+from kfac_jax.distributions import RegisteredLoss
 from kfac_jax.plan.modes import is_exact
 from kfac_jax.plan.plan import Plan
 from kfac_jax.statistics import estimation
@@ -37,6 +37,15 @@ class RowSet(NamedTuple):
     push: Callable[[Sequence[Array]], Array]
     pull: Callable[[Array], list[Array]]
     arrange: Callable[[Sequence[Array]], Array]
+
+
+def varying(plan: Plan, params: Any, args: Any) -> list[Array]:
+    """The parameters' leaves, in `shard_map` as different on each device as data are.
+
+    Each device has rows and products of its own: JAX must not sum them over devices.
+    """
+    data = jax.tree.leaves(args)
+    return [_compat.vary_like(x, *data) for x in plan.tree.leaves(params, "params")]
 
 
 def cases_of(loss: RegisteredLoss, state: State, independent: bool) -> Cases:
@@ -175,13 +184,30 @@ def _row_set(
     return RowSet(size, ends[-1], column, moved, rooted, arrange)
 
 
-def centered(sets: Sequence[RowSet], rows: Array) -> Array:
-    """Rows (of a matrix or vector) less their mean over the cases."""
+def joined(parts: Sequence[Array], devices: Devices) -> Array:
+    """The rows of all devices, `[NR]`, from `[N, K]` of each set on this one."""
+    return jnp.concatenate([devices.joined(x.reshape(-1)) for x in parts])
+
+
+def own(sets: Sequence[RowSet], rows: Array, devices: Devices) -> list[Array]:
+    """The inverse of `joined`: this device's `[N, K]` of each set."""
+    sizes = [one.cases * one.columns for one in sets]
+    ends = [devices.parts() * sum(sizes[:k]) for k in range(len(sizes) + 1)]
+    return [
+        devices.own(rows[a:b]).reshape(one.cases, one.columns)
+        for one, a, b in zip(sets, ends[:-1], ends[1:], strict=True)
+    ]
+
+
+def centered(sets: Sequence[RowSet], rows: Array, devices: Devices = ALONE) -> Array:
+    """Rows of all devices (of a matrix or vector) less their mean over the cases."""
     result: list[Array] = []
     start = 0
     for one in sets:
-        stop = start + one.cases * one.columns
-        part = rows[start:stop].reshape(one.cases, one.columns, *rows.shape[1:])
-        result.append((part - part.mean(0)).reshape(stop - start, *rows.shape[1:]))
+        cases = devices.parts() * one.cases
+        stop = start + cases * one.columns
+        part = rows[start:stop].reshape(cases, one.columns, *rows.shape[1:])
+        part = part - part.mean(0, keepdims=True)
+        result.append(part.reshape(stop - start, *rows.shape[1:]))
         start = stop
     return jnp.concatenate(result)
