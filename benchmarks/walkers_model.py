@@ -30,14 +30,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from wavefunction_systems import SYSTEMS, System, atom
+from wavefunction_systems import SYSTEMS, System
 
 import kfac_jax
 
 AXIS = "devices"
 DAMPING, MOMENTUM = 1e-3, 0.0
 WINDOW = 5.0  # half width for local energies, in mean absolute deviations
-ATOMS = {"Li": SYSTEMS["Li"], "Be": atom("Be", (2, 2), -14.667356)}
+ATOMS = {name: SYSTEMS[name] for name in ("Li", "Be")}
 
 Params = dict[str, Any]
 Dense = Callable[..., Params]  # from numbers of inputs and outputs

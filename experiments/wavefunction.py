@@ -1,13 +1,13 @@
-"""Finds ground states of H, He, Li and H2 by variational Monte Carlo with K-FAC.
+"""Finds ground states of small atoms and molecules by variational Monte Carlo.
 
 A small neural wavefunction psi is trained to lowest energy. Its electrons are sampled
-from psi^2 by a Markov chain, so there is no data. With the defaults it takes three or
-four minutes on two CPU cores:
+from psi^2 by a Markov chain, so there is no data. With the defaults it takes some ten
+minutes on two CPU cores:
 
     python experiments/wavefunction.py
     python experiments/wavefunction.py --system Li --steps 5000 --precision float64
-    python experiments/wavefunction.py --route optimizer
-    python experiments/wavefunction.py --system Li --route spring
+    python experiments/wavefunction.py --optimizer compat
+    python experiments/wavefunction.py --system Li --optimizer spring
 
 After training, the parameters stay as they are, and the energy and its standard error
 are measured. `wavefunction_results/` gets energies.json, which says for each system
@@ -43,7 +43,7 @@ import tyro
 from jax import Array
 from options import parse
 from tqdm import tqdm
-from wavefunction_methods import ROUTES, Settings, energies
+from wavefunction_methods import OPTIMIZERS, Settings, energies
 from wavefunction_model import Params, Shape, init_params, log_psi
 from wavefunction_report import Result, plot, save, table
 from wavefunction_sampling import (
@@ -79,17 +79,17 @@ QUICK = Scale(walkers=32, steps=6, evaluations=6, width=4)
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Finds ground states of H, He, Li and H2 by variational Monte Carlo with K-FAC."""
+    """Finds ground states of small atoms and molecules by variational Monte Carlo."""
 
-    system: Literal["H", "He", "Li", "H2", "all"] = "all"  # what to solve
-    # K-FAC by one of two interfaces, or the natural gradient in the sample space
-    route: Literal["native", "optimizer", "spring", "minsr"] = "native"
+    system: Literal["H", "He", "Li", "Be", "H2", "LiH", "all"] = "all"  # what to solve
+    # K-FAC, by the front for existing programs, or natural gradients in sample space
+    optimizer: Literal["kfac", "compat", "spring", "minsr"] = "kfac"
     precision: Literal["float32", "float64"] = "float32"
     seed: int = 0  # of everything random
     output: Path = Path("wavefunction_results")  # folder
     quick: bool = False  # a trial that proves nothing: few of all
     scale: Annotated[Scale, tyro.conf.arg(name="")] = Scale()
-    optimizer: Annotated[Settings, tyro.conf.arg(name="")] = Settings()
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = Settings()
 
 
 @dataclass
@@ -146,8 +146,8 @@ def _train(
     for _ in range(SETTLING):
         training.walkers, _ = sample(training.params, training.walkers, 1.0)
     electrons = training.walkers.electrons
-    make = ROUTES[options.route]
-    route = make(system, options.optimizer, training.params, electrons)
+    make = OPTIMIZERS[options.optimizer]
+    route = make(system, options.settings, training.params, electrons)
     state = route.init(training.params, electrons)
     print(f"\n{system.name}\n{route.report()}\n")
     with tqdm(range(scale.steps), desc=f"{system.name:<3}") as bar:
@@ -213,8 +213,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(Options, arguments)
     jax.config.update("jax_enable_x64", options.precision == "float64")
     scale = QUICK if options.quick else options.scale
-    shared = {k: getattr(options, k) for k in ("route", "precision", "seed")}
-    config = shared | asdict(scale) | asdict(options.optimizer)
+    shared = {k: getattr(options, k) for k in ("optimizer", "precision", "seed")}
+    config = shared | asdict(scale) | asdict(options.settings)
     names = list(SYSTEMS) if options.system == "all" else [options.system]
     options.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Result] = {}

@@ -1,8 +1,8 @@
 """Ways to minimize the energy.
 
-One is K-FAC, with a plan and an optax transformation. One is `kfac_jax.Optimizer`, the
-front for programs that were written for the published kfac-jax. Two are the natural
-gradient in the sample space: SPRING and MinSR.
+One is K-FAC, with a plan and an optax transformation. Two are the natural gradient in
+the sample space: SPRING and MinSR. One is `kfac_jax.Optimizer`, the front for programs
+that were written for the published kfac-jax.
 
 The gradient of the energy E = E[e] is not that of what a batch of local energies e
 returns, since its walkers follow psi^2. With O = grad log |psi|,
@@ -88,59 +88,78 @@ def _centred(local: Array) -> Array:
     return limited - limited.mean()
 
 
-def native(
-    system: System, settings: Settings, params: Params, electrons: Array
-) -> Route:
-    """The plan and the optax transformation."""
-    curvature = kfac_jax.make_curvature(
-        partial(surrogate, system),
-        params,
-        electrons,
-        has_aux=True,
-        estimation_mode="fisher_exact",
-    )
-    tx = kfac_jax.kfac(
+class Method(NamedTuple):
+    """A plan's options, and the optax transformation that goes with it."""
+
+    options: dict[str, Any]
+    transformation: Callable[
+        [kfac_jax.Curvature, Settings], optax.GradientTransformation
+    ]
+
+
+def kfac(
+    curvature: kfac_jax.Curvature, settings: Settings
+) -> optax.GradientTransformation:
+    """K-FAC with a given rate and damping."""
+    return kfac_jax.kfac(
         curvature,
         learning_rate=settings.rate,
         momentum=0.0,
-        damping=settings.damping,
-        norm_constraint=settings.norm_constraint,
+        damping=lambda _: settings.damping,
+        norm_constraint=lambda _: settings.norm_constraint,
         decay=settings.decay,
         inverse_every=settings.inverse_every,
     )
 
-    return _route(curvature, tx)
 
-
-def sample_space(
-    system: System,
-    settings: Settings,
-    params: Params,
-    electrons: Array,
-    momentum: kfac_jax.Spring,
-) -> Route:
+def natural_gradient(
+    curvature: kfac_jax.Curvature, settings: Settings, momentum: float
+) -> optax.GradientTransformation:
     """The natural gradient of all parameters together, from the walkers' rows."""
-    curvature = kfac_jax.make_curvature(
+    return kfac_jax.natural_gradient(
+        curvature,
+        settings.rate,
+        lambda _: settings.damping,
+        kfac_jax.Spring(momentum),
+        norm_constraint=lambda _: settings.norm_constraint,
+    )
+
+
+OF_WALKERS = {
+    "structure": kfac_jax.SampleSpace(centered=True),
+    "on_unmatched": "ignore",
+}
+METHODS = {
+    "kfac": Method({}, kfac),
+    "spring": Method(OF_WALKERS, partial(natural_gradient, momentum=0.99)),
+    "minsr": Method(OF_WALKERS, partial(natural_gradient, momentum=0.0)),
+}
+
+
+def plan(
+    method: Method, system: System, params: Params, electrons: Array
+) -> kfac_jax.Curvature:
+    """The plan of a system's energy."""
+    return kfac_jax.make_curvature(
         partial(surrogate, system),
         params,
         electrons,
         has_aux=True,
         estimation_mode="fisher_exact",
-        structure=kfac_jax.SampleSpace(centered=True),
-        on_unmatched="ignore",
+        **method.options,
     )
-    tx = kfac_jax.natural_gradient(
-        curvature,
-        settings.rate,
-        settings.damping,
-        momentum,
-        norm_constraint=settings.norm_constraint,
-    )
-    return _route(curvature, tx)
 
 
-def _route(curvature: kfac_jax.Curvature, tx: optax.GradientTransformation) -> Route:
-    """A plan and a transformation, as a step."""
+def native(
+    method: Method,
+    system: System,
+    settings: Settings,
+    params: Params,
+    electrons: Array,
+) -> Route:
+    """A plan and an optax transformation, as a step."""
+    curvature = plan(method, system, params, electrons)
+    tx = method.transformation(curvature, settings)
     train = kfac_jax.make_step(curvature, tx)
 
     @partial(jax.jit, donate_argnums=(0, 1))
@@ -213,9 +232,5 @@ def total_energy(
     return total_energy
 
 
-ROUTES = {
-    "native": native,
-    "optimizer": optimizer,
-    "spring": partial(sample_space, momentum=kfac_jax.Spring(0.99)),
-    "minsr": partial(sample_space, momentum=kfac_jax.Spring(0.0)),
-}
+OPTIMIZERS = {name: partial(native, method) for name, method in METHODS.items()}
+OPTIMIZERS["compat"] = optimizer

@@ -1,9 +1,10 @@
-"""Atoms and a molecule with few electrons.
+"""Atoms and molecules with few electrons.
 
 Lengths are in bohr, energies in hartree. The exact energies are not relativistic, with
 nuclei at rest: of He from Nakashima & Nakatsuji 2007 (J. Chem. Phys. 127, 224104), of
-Li from Puchalski & Pachucki 2006 (Phys. Rev. A 73, 022503), of H2 from Pachucki 2010
-(Phys. Rev. A 82, 032509).
+Li from Puchalski & Pachucki 2006 (Phys. Rev. A 73, 022503), of Be from Puchalski et al.
+2013 (Phys. Rev. A 87, 030502), of H2 from Pachucki 2010 (Phys. Rev. A 82, 032509), of
+LiH from Cencek & Rychlewski 2000 (Chem. Phys. Lett. 320, 549).
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ SYSTEMS = {
     "H": atom("H", (1,), -0.5, 1e-3),
     "He": atom("He", (1, 1), -2.903724, 5e-3),
     "Li": atom("Li", (2, 1), -7.478060),
+    "Be": atom("Be", (2, 2), -14.667356),
     "H2": System(
         name="H2",
         charges=(1.0, 1.0),
@@ -63,6 +65,13 @@ SYSTEMS = {
         spins=(1, 1),
         exact=-1.174476,
         tolerance=5e-3,
+    ),
+    "LiH": System(
+        name="LiH",
+        charges=(3.0, 1.0),
+        positions=((0.0, 0.0, 0.0), (0.0, 0.0, 3.015)),
+        spins=(2, 2),
+        exact=-8.070548,
     ),
 }
 

@@ -249,11 +249,11 @@ def test_the_plans_fisher_is_that_of_psi_squared():
 @pytest.mark.slow
 def test_both_routes_of_kfac_take_the_same_steps():
     """Without a memory: their averages give the first batches other weights."""
-    from wavefunction_methods import ROUTES, Settings
+    from wavefunction_methods import OPTIMIZERS, Settings
 
     system, params, walkers = network("H2")
     ends = []
-    for make in (ROUTES["native"], ROUTES["optimizer"]):
+    for make in (OPTIMIZERS["kfac"], OPTIMIZERS["compat"]):
         route = make(system, Settings(decay=0.0), params, walkers)
         now, state = jax.tree.map(jnp.copy, params), route.init(params, walkers)
         for key in jax.random.split(jax.random.key(0), 3):
@@ -265,7 +265,7 @@ def test_both_routes_of_kfac_take_the_same_steps():
     assert_trees_close(*ends, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", ["H", "He", "Li", "H2"])
+@pytest.mark.parametrize("name", ["H", "He", "Li", "Be", "H2", "LiH"])
 def test_every_parameter_of_the_wavefunctions_is_covered(name):
     from wavefunction_methods import surrogate
 
@@ -306,3 +306,21 @@ def test_hydrogen_reaches_its_target(tmp_path):
     options = ["--walkers", "128", "--steps", "150", "--evaluations", "50"]
     result = run(tmp_path, "--system", "H", *options)["H"]
     assert result["met"] and result["energy"] == pytest.approx(-0.5, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_a_comparison_tunes_and_measures_every_optimizer(tmp_path):
+    options = ["--seconds", "1", "--trials", "2", "--seeds", "1", "--walkers", "64"]
+    command = ["wavefunction_compare.py", "--system", "He", "--output", str(tmp_path)]
+    process = start(*command, *options)
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, output
+    record = json.loads((tmp_path / "compared.json").read_text())["He"]
+    for name in ("kfac", "spring", "minsr"):
+        (result,) = record[name]["runs"]
+        assert len(record[name]["trials"]) == 2 and record[name]["price"] > 0
+        assert result["standard_error"] > 0
+        scores = [trial["energy"] for trial in record[name]["trials"]]
+        best = record[name]["trials"][int(np.argmin(scores))]
+        assert best | record[name]["best"] == best
+    assert (tmp_path / "compared.png").read_bytes().startswith(b"\x89PNG")
