@@ -730,7 +730,7 @@ def make_curvature(
     if not of_inputs(estimation_mode):
         check_loss(derived.traced, params, args, l2, on_rest)
     means = checks.check_means(derived.traced, on_unmatched)
-    return Curvature(
+    plan = Curvature(
         **options,
         kept_rules=derived.kept_rules,
         layers=derived.layers,
@@ -741,3 +741,7 @@ def make_curvature(
             derived.traced, estimation_mode, independent_cases
         ),
     )
+    if not isinstance(structure, SampleSpace):
+        return plan
+    lines = sample_space.lines(plan, params, args)
+    return dataclasses.replace(plan, notes=plan.notes + lines)

@@ -48,8 +48,7 @@ class SampleSpace:
     def group(self, uses: Uses) -> Grouped:
         """Each layer is a group without a block."""
         bare = (dataclasses.replace(layer, block=None) for layer in uses.layers)
-        note = "Sample space: T has as many rows as all cases have outputs or samples."
-        return Grouped(tuple(map(Single, bare)), (note,))
+        return Grouped(tuple(map(Single, bare)), ())
 
 
 def check_sample_space(what: str, structure: Structure) -> None:

@@ -139,7 +139,7 @@ def _rows(
         str(layer.uses),
         block,
         factors,
-        _bytes(_size_in_bytes(arrays)),
+        in_bytes(_size_in_bytes(arrays)),
     )
     return rows
 
@@ -148,7 +148,8 @@ def _dimensions(shape: Sequence[int]) -> str:
     return "[" + "×".join(map(str, shape)) + "]"
 
 
-def _bytes(count: int) -> str:
+def in_bytes(count: int) -> str:
+    """A number of bytes in words."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if size < 1024 or unit == "GiB":
@@ -191,8 +192,8 @@ def table(
     lines.insert(1, "  ".join("-" * width for width in widths))
     lines.append(
         f"{len(layers)} layers, {total.parameters} parameters, {total.covered} of them "
-        f"covered; factors {_bytes(total.factor_bytes)}, inverses "
-        f"{_bytes(total.inverse_bytes)}."
+        f"covered; factors {in_bytes(total.factor_bytes)}, inverses "
+        f"{in_bytes(total.inverse_bytes)}."
     )
     lines.append(_kinds(total))
     lines.append(_costs(total))
@@ -233,7 +234,7 @@ def _costs(total: Totals) -> str:
     """The line with the arithmetic of refreshes and statistics."""
     text = f"One refresh of the inverses: {total.inversion_cost:.2g} multiply-adds"
     if total.refresh_bytes:
-        text += f", about {_bytes(total.refresh_bytes)} beside them"
+        text += f", about {in_bytes(total.refresh_bytes)} beside them"
     if total.gradient_cost:
         times = total.statistics_cost / total.gradient_cost
         text += f"; statistics of one batch: {times:.2f} × the gradient"

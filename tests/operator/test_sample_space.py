@@ -671,3 +671,56 @@ def test_cases_that_meet_in_data_alone_are_not_evaluated_one_by_one(place, match
     )
     with pytest.raises(ValueError, match=match):
         curvature.gram(p, X)
+
+
+# ----------------------------------------------------------------------- the report
+
+
+@pytest.mark.parametrize(
+    ("name", "ways"),
+    [
+        ("mlp", ["By products of inputs and of output gradients: w+b, o."]),
+        ("shared scan", ["By gradients of cases: u."]),
+        (
+            "cut",
+            [
+                "By products of inputs and of output gradients: w[:,0:3].",
+                "By the gradients of cases that are evaluated one by one: w[:,3:6].",
+            ],
+        ),
+    ],
+)
+def test_the_report_says_how_rows_are_multiplied(name, ways):
+    report = plan(*NETWORKS[name]).report()
+    size = f"({N} cases with {NETWORKS[name][0](NETWORKS[name][1], X).shape[-1]} each)"
+    assert size in report
+    for way in ways:
+        assert way in report, report
+
+
+def test_the_work_of_products_is_that_of_the_program():
+    """Counted in the matrix products of T by themselves."""
+    params = {"w": models.array(0, 40, 40), "o": models.array(1, 40, 2)}
+    x = models.array(2, 16, 40)
+    curvature = plan(lambda p, x: jnp.tanh(x @ p["w"]) @ p["o"], params, x=x)
+    rows = 2 * len(x)
+    expected = rows**2 * ((40 + 40) + (40 + 2))
+    assert f"takes {rows**2 * 8 / 1024:.1f} KiB; its products are" in str(curvature)
+    assert f"products are {expected:.2g} multiply-adds" in str(curvature)
+    assert f"factorisation {rows**3 / 6:.2g}" in str(curvature)
+
+
+def test_a_matrix_that_may_not_fit_is_told_before_it_is_made():
+    shape = jax.ShapeDtypeStruct((40_000, D), X.dtype)
+    with pytest.warns(UserWarning, match=r"T has 80000 rows and takes 47.7 GiB: 40000"):
+        plan(mlp, DENSE, x=shape)
+
+
+def test_the_report_says_why_there_is_no_matrix():
+    def mixing(p, x):
+        h = x @ p["w"]
+        return (h @ h.T) @ x
+
+    with pytest.warns(UserWarning, match="Which examples"):
+        curvature = plan(mixing, {"w": DENSE["w"]})
+    assert "there is no T. The sample space needs to know which" in str(curvature)

@@ -1,8 +1,10 @@
 """The sample space: rows `U = Bᵀ J` of every case, with the Fisher `F = Uᵀ U`.
 
-`gram.py` has `T = U Uᵀ`, whose rows are never formed; `products.py` multiplies by U.
+`gram.py` has `T = U Uᵀ`, whose rows are never formed, of what `layer_rows.py` gathers;
+`products.py` multiplies by U; `costs.py` says what T takes.
 """
 
+from kfac_jax.statistics.sample_space.costs import lines as lines
 from kfac_jax.statistics.sample_space.gram import NAME as NAME
 from kfac_jax.statistics.sample_space.gram import gram as gram
 from kfac_jax.statistics.sample_space.gram import sampled as sampled

@@ -7,37 +7,23 @@ formed, a layer and a chunk of its inputs at a time.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kfac_jax._jaxpr import _compat, axis_types
-from kfac_jax._jaxpr.differentiation import reverse_mode
+from kfac_jax._jaxpr import axis_types
 from kfac_jax._jaxpr.interpreter import run
-from kfac_jax._jaxpr.sites import Site
-from kfac_jax._jaxpr.states import Examples
 from kfac_jax._utils.dtypes import wide
 from kfac_jax.blocks._layout import Arrays
 from kfac_jax.devices import ALONE, Devices
-from kfac_jax.distributions import RegisteredLoss
-from kfac_jax.operator.remote import Remote
-from kfac_jax.operator.summed import GRADIENTS
-from kfac_jax.plan.group import Factors
 from kfac_jax.plan.modes import is_exact
 from kfac_jax.plan.plan import Plan
-from kfac_jax.plan.programs import outputs_program, split_program, tapped_program
+from kfac_jax.plan.programs import outputs_program
 from kfac_jax.statistics.averages import Statistics
-from kfac_jax.statistics.sample_space.rows import (
-    RowSet,
-    cases_of,
-    centered,
-    draws,
-    row_sets,
-    varying,
-)
-from kfac_jax.statistics.sample_space.taps import Rows, one_by_one, tapped
+from kfac_jax.statistics.sample_space.layer_rows import LayerRows, layer_rows
+from kfac_jax.statistics.sample_space.rows import RowSet, centered, draws
 
 NAME = "sample space"
 """The name of the cotangents of sampled rows among statistics."""
@@ -101,78 +87,15 @@ def gram(
     Raises:
       ValueError: if a parameter has no gradient of each case.
     """
-    leaves = varying(plan, params, args)
-    params = jax.tree.unflatten(plan.tree.treedef, leaves)
-    derived = plan.derive(params, args, quiet=True)
-    groups, others = tapped(derived)
-    found, data = derived.traced.found, jax.tree.leaves(args)
-    # without what follows the registered outputs, a gradient of the loss's own for one
-    program, _ = split_program(tapped_program(derived.traced, groups, derived.sites))
-    fixed = jax.lax.stop_gradient([*leaves, *data])
-
-    def probes_of(group: Any) -> Arrays:
-        own = (
-            group.probes()
-            if isinstance(group, Rows)
-            else group.probes(derived.sites, data)[group.name]
-        )
-        return {name: _compat.vary_like(x, *data) for name, x in own.items()}
-
-    probes = {group.layers[0].name: probes_of(group) for group in groups}
-
-    def outputs(probes: Factors) -> tuple[list[Array], list[RegisteredLoss]]:
-        spread = dict(probes)
-        for group in groups:
-            if not isinstance(group, Rows):
-                own = {group.name: probes[group.name]}
-                spread |= group.spread(own, derived.sites, found.graph, fixed)
-        _, losses = run(program, [*leaves, *data], spread)
-        return [loss.z for loss in losses], losses
-
-    zs, pull, losses = jax.vjp(outputs, probes, has_aux=True)
-
-    def pulled(cotangents: list[Array]) -> Factors:
-        with reverse_mode(program.graph, len(leaves)):
-            pairs = zip(cotangents, zs, strict=True)
-            (sums,) = pull([_compat.vary_like(u, z) for u, z in pairs])
-        return sums
-
-    sets = row_sets(plan, losses, found.loss_examples, drawn)
-    # inputs are the same for all rows; only rows without a gradient have none
-    dense = pulled([jax.random.normal(jax.random.key(0), z.shape, z.dtype) for z in zs])
-    columns = [
-        jax.vmap(lambda k, one=one: pulled(one.cotangents(k)))(jnp.arange(one.columns))
-        for one in sets
-    ]
-    parts = [
-        [
-            _of_layer(group, dense, own, one.cases)
-            for one, own in zip(sets, columns, strict=True)
-        ]
-        for group in groups
-    ]
-    if others:
-        arranged = [
-            cases_of(loss, state, plan.independent_cases)
-            for loss, state in zip(losses, found.loss_examples, strict=True)
-        ]
-        by_set: list[list[Array]] = []
-        for one in sets:
-            us = jax.vmap(one.cotangents)(jnp.arange(one.columns))
-            by_set.append(
-                one_by_one(plan, derived, others, args, leaves, us, arranged, one.cases)
-            )
-        for of_sets in zip(*by_set, strict=True):
-            flat = [jnp.moveaxis(g[:, :, None], 0, 1) for g in of_sets]
-            parts.append([_LayerRows(None, g, 0) for g in flat])
-    total = _total(parts, sets, devices)
+    parts, sets = layer_rows(plan, params, args, drawn)
+    total = _total([*parts.values()], sets, devices)
     if plan.structure.centered:  # type: ignore[attr-defined]
         total = centered(sets, centered(sets, total, devices).T, devices)
     return total
 
 
 def _total(
-    parts: Sequence[Sequence["_LayerRows | None"]],
+    parts: Sequence[Sequence[LayerRows | None]],
     sets: Sequence[RowSet],
     devices: Devices,
 ) -> Array:
@@ -199,50 +122,12 @@ def _total(
     return jnp.concatenate([devices.joined(x) for x in rows]) / count
 
 
-class _LayerRows(NamedTuple):
-    """One layer's part of one set's rows, as `Σ_s x dyᵀ` or as gradients."""
-
-    x: Array | None  # [*e, N, S, i], or integers [*e, N, S]; None for gradients
-    dy: Array  # [K, *e, N, S, o], or gradients [K, *e, N, i, o]
-    lead: int  # the number of axes e
-
-    def joined(self, devices: Devices) -> "_LayerRows":
-        """The rows of all devices."""
-        x = None if self.x is None else devices.joined(self.x, self.lead)
-        return self._replace(x=x, dy=devices.joined(self.dy, self.lead + 1))
-
-
-def _of_layer(
-    group: Any, dense: Factors, sums: Factors, size: int
-) -> _LayerRows | None:
-    layer = group.layers[0]
-    lead = len(layer.shape.lead)
-    if not isinstance(group, Rows):
-        own = sums[layer.name][GRADIENTS]
-        if isinstance(group, Remote):
-            own = jax.vmap(jax.vmap(lambda g: layer.to_matrix([g])))(own)
-            own = jnp.moveaxis(own, 1, -3)
-        return _LayerRows(None, own, lead) if own.shape[-3] == size else None
-    mine = [k for k, x in enumerate(group.sites) if _size(x) == size]
-    if not mine:
-        return None
-    axis = -1 if layer.shape.one_hot else -2
-    x = jnp.concatenate([dense[layer.name][f"x{k}"] for k in mine], axis)
-    dy = jnp.concatenate([sums[layer.name][f"dy{k}"] for k in mine], -2)
-    return _LayerRows(x, dy, lead)
-
-
-def _size(site: Site) -> int:
-    assert isinstance(site.examples, Examples)
-    return site.examples.size
-
-
 def _products(
-    sets: Sequence[_LayerRows | None], devices: Devices
+    sets: Sequence[LayerRows | None], devices: Devices
 ) -> Iterator[tuple[int, int, Array]]:
     """One layer's part of T: for pairs of sets the products of their rows."""
     present = [(i, x) for i, x in enumerate(sets) if x is not None]
-    if all(_is_pairwise(x) for _, x in present):
+    if all(is_pairwise(x) for _, x in present):
         everyone = [(i, x.joined(devices)) for i, x in present]
         for i, a in present:
             for j, b in everyone:
@@ -259,7 +144,7 @@ def _products(
                 yield i, j, jnp.einsum("nkp,mlp->nkml", a, b)
 
 
-def _is_pairwise(rows: _LayerRows) -> bool:
+def is_pairwise(rows: LayerRows) -> bool:
     """Whether products of inputs and of output gradients cost less than gradients."""
     if rows.x is None:
         return False
@@ -271,7 +156,7 @@ def _is_pairwise(rows: _LayerRows) -> bool:
     return pairs <= inputs * outputs and (count * positions) ** 2 <= LARGEST
 
 
-def _pair(a: _LayerRows, b: _LayerRows) -> Array:
+def _pair(a: LayerRows, b: LayerRows) -> Array:
     """`[n, k, m, l]`: the sum over positions of `(x · x) (dy · dy)`."""
     assert a.x is not None and b.x is not None
     xa, xb = (_flat(x, lead, 0) for x, lead in ((a.x, a.lead), (b.x, b.lead)))
@@ -291,17 +176,17 @@ def _flat(x: Array, lead: int, before: int) -> Array:
     return x.reshape(*shape[:before], middle, *shape[before + lead :])
 
 
-def _inputs(rows: _LayerRows) -> int:
+def _inputs(rows: LayerRows) -> int:
     return rows.dy.shape[-2] if rows.x is None else rows.x.shape[-1]
 
 
-def _per_input(rows: _LayerRows) -> int:
+def _per_input(rows: LayerRows) -> int:
     """How many numbers the gradients of all rows by one input are."""
     lead = math.prod(rows.dy.shape[1 : 1 + rows.lead])
     return rows.dy.shape[0] * lead * rows.dy.shape[-3] * rows.dy.shape[-1]
 
 
-def _gradients(rows: _LayerRows, start: int, width: int) -> Array:
+def _gradients(rows: LayerRows, start: int, width: int) -> Array:
     """`[N, K, p]`: the gradients by some inputs."""
     dy = _flat(rows.dy, rows.lead, 1)
     if rows.x is None:

@@ -140,7 +140,7 @@ def one_by_one(
     cotangents: Sequence[Array],
     arranged: Sequence[Cases],
     size: int,
-) -> list[Array]:
+) -> dict[str, Array]:
     """The gradients of rows by layers without taps, each case for itself.
 
     Args:
@@ -154,7 +154,7 @@ def one_by_one(
       size: N, the number of cases that the rows are of.
 
     Returns:
-      For each layer `[N, K, entries]`.
+      By layer `[N, K, entries]`.
 
     Raises:
       ValueError: if a case cannot be evaluated for itself.
@@ -176,5 +176,4 @@ def one_by_one(
             "that use, pass what belongs to the batch as arguments, or use "
             "structure=BlockDiagonal()."
         ) from error
-    found = alone.gradients(prepared, by_case)
-    return [found[layer.name] for layer in layers]
+    return alone.gradients(prepared, by_case)
