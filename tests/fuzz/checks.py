@@ -11,6 +11,7 @@ import numpy as np
 import kfac_jax
 from kfac_jax.blocks import TNT, Diagonal, Full, Identity, Kronecker
 from kfac_jax.operator.mapped import Mapped
+from kfac_jax.statistics import sample_space
 from tests.fuzz import expectations
 from tests.fuzz import programs as p
 from tests.fuzz.cases import TOLERANCE, Case, Numbers, compute, make
@@ -428,12 +429,64 @@ def _same_type(a: Any, b: Any) -> None:
     assert a.shape == b.shape and a.dtype == b.dtype
 
 
-def check(program: p.Program, *, steps: bool) -> dict[str, int]:
+def check_rows(case: Case, numbers: Numbers) -> str:
+    """In the sample space `T = U Uᵀ`, where `Uᵀ U` is the exact matrix.
+
+    Args:
+      case: the program.
+      numbers: what was computed of it.
+
+    Returns:
+      What was compared: products with U as well, the eigenvalues of T alone (functions
+      with a `custom_vjp` have no forward mode), or nothing, as there is no T.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = kfac_jax.make_curvature(
+            case.loss_fn,
+            *jax.eval_shape(lambda: (case.params, *case.data)),
+            estimation_mode="ggn_exact",
+            structure=kfac_jax.SampleSpace(),
+            on_unmatched="ignore",
+        )
+    if "there is no T" in str(plan):
+        return "no rows"
+
+    @jax.jit
+    def compute(params: Any, data: Any) -> tuple[Any, Any]:
+        matrix = plan.gram(params, *data)
+        rows = sample_space.products(plan, params, data, [])
+
+        def pull(w: Any) -> Any:
+            return jnp.concatenate([x.reshape(-1).astype(float) for x in rows.pull(w)])
+
+        return matrix, jax.vmap(pull)(jnp.eye(len(matrix)))
+
+    limit = case.tolerance * np.trace(numbers.exact)
+    try:
+        matrix, u = jax.tree.map(np.asarray, compute(case.params, case.data))
+    except ValueError as error:
+        assert "forward mode" in str(error), error
+        matrix = np.asarray(jax.jit(plan.gram)(case.params, *case.data))
+        found, expected = (
+            np.sort(np.linalg.eigvalsh(x))[::-1] for x in (matrix, numbers.exact)
+        )
+        size = max(len(found), len(expected))
+        found, expected = (np.pad(x, (0, size - len(x))) for x in (found, expected))
+        close(found, expected, case.tolerance, "eigenvalues of T", limit)
+        return "rows' eigenvalues"
+    close(u.T @ u, numbers.exact, case.tolerance, "Uᵀ U", limit)
+    close(matrix, u @ u.T, case.tolerance, "T", limit)
+    return "rows"
+
+
+def check(program: p.Program, *, steps: bool, rows: bool) -> dict[str, int]:
     """All checks of one program; returns how many blocks of which kind there were.
 
     Args:
       program: the program.
       steps: whether to try the optimizer and the policy "error", too.
+      rows: whether to try the sample space, too.
 
     Returns:
       Counts by kind of block.
@@ -445,6 +498,8 @@ def check(program: p.Program, *, steps: bool) -> dict[str, int]:
     check_factors(case, numbers)
     counts = check_blocks(case, numbers)
     counts["exact Kronecker"] = check_theory(case, numbers)
+    if rows:
+        counts[check_rows(case, numbers)] = 1
     if steps:
         check_error(case)
         check_steps(case)

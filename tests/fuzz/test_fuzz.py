@@ -20,6 +20,8 @@ COUNT = int(os.environ.get("FUZZ_COUNT", "200"))
 SEED = int(os.environ.get("FUZZ_SEED", "0"))
 CHUNK = 25  # programs in one case, after which JAX forgets what it compiled
 STEPS = (0,)  # the optimizer is tried on programs with these seeds, of ten
+# and the sample space on these
+ROWS = tuple(map(int, os.environ.get("FUZZ_ROWS", "1")))
 
 SETTINGS = hypothesis.settings(
     deadline=None,
@@ -55,12 +57,16 @@ def test_random_programs(chunk, count, record_property):
         if enough and not failed:  # what has failed is shrunk, and run once more
             return
         failed.append(program)
-        blocks = checks.check(program, steps=program.seed in STEPS)
+        blocks = checks.check(
+            program, steps=program.seed in STEPS, rows=program.seed in ROWS
+        )
         failed.pop()
         done.add(known)
         seen["programs"] += 1
         seen.update(p.features(program))
-        seen.update({f"{kind} blocks": n for kind, n in blocks.items()})
+        rows = {k: n for k, n in blocks.items() if "rows" in k}
+        seen.update(rows)
+        seen.update({f"{k} blocks": n for k, n in blocks.items() if k not in rows})
 
     try:
         run()
