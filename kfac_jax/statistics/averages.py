@@ -237,7 +237,6 @@ def average(
     check(groups, "statistics_shapes", statistics.layers)
     _check_products(groups, statistics.products)
     statistics = jax.tree.map(jnp.asarray, statistics)  # which NumPy may have averaged
-    statistics = _in_one_basis(groups, statistics)
     weight, cases, new = _means(groups, statistics, devices)
     offered = weight > 0
     taken = offered & (cases > 0) & usable
@@ -248,7 +247,14 @@ def average(
     if cases_so_far is not None:
         epsilon, mean_cases = _by_cases(epsilon, cases_so_far, weight)
     updated = [group for group in groups if group.name in new]
-    finite = devices.finite([group.looked_at(new) for group in updated])
+    finite = [
+        flag & _in_one_basis(group, new, offered)
+        for flag, group in zip(
+            devices.finite([group.looked_at(new) for group in updated]),
+            updated,
+            strict=True,
+        )
+    ]
     result = dict(factors)
     for group, flag in zip(updated, finite, strict=True):
         averages = group.average(widened([group], factors), new, epsilon)
@@ -279,47 +285,40 @@ def _by_cases(epsilon: Array, before: Array, own: Array) -> tuple[Array, Array]:
     return jnp.where(before > 0, share.astype(epsilon.dtype), epsilon), total
 
 
-def _in_one_basis(groups: Sequence[Group], statistics: Statistics) -> Statistics:
-    """The statistics; those that are sums over different bases become NaN.
+def _in_one_basis(group: Group, means: Factors, offered: Array) -> Array | bool:
+    """Whether what the batch's statistics carry as bases are bases.
 
     Statistics that carry a basis are in it. Only those in one basis add up: a mean of
     different orthogonal matrices shortens vectors, as one random vector shows.
 
     Args:
-      groups: the plan's groups.
-      statistics: the statistics.
+      group: the group.
+      means: the batch's factors.
+      offered: whether there are statistics.
 
     Returns:
-      Statistics whose bases are orthogonal, or not finite.
+      The flag.
 
     Raises:
-      ValueError: naming the layers, if it is known when the program is traced.
+      ValueError: naming the layer, if it is known when the program is traced.
     """
-    bases = {
-        (layer.name, name): statistics.layers[layer.name][name]
-        for layer in layers_of(groups)
-        for name in layer.bases
-    }
-    layers = {name: dict(part) for name, part in statistics.layers.items()}
-    wrong: list[str] = []
-    for (layer, name), x in bases.items():
-        weight = jnp.where(statistics.weight > 0, statistics.weight, 1.0)
-        # a constant, as drawing it would cost more than the product
-        v = np.random.default_rng(0).normal(size=x.shape[-1]).astype(x.dtype)
-        length = jnp.linalg.norm(x @ v / weight.astype(x.dtype), axis=-1)
-        mixed = (statistics.weight > 0) & (length < 0.99 * np.linalg.norm(v)).any()
-        if isinstance(mixed, jax.core.Tracer):
-            layers[layer][name] = jnp.where(mixed, jnp.nan, x)
-        elif mixed:
-            wrong.append(layer)
-    if wrong:
-        raise ValueError(
-            f"statistics of {[*dict.fromkeys(wrong)]} were added up in different "
-            "bases: expected one basis for all batches. Pass factors=... (the "
-            "optimizer state's, or of init_factors) to "
-            "value_grad_and_statistics, or use Curvature.over for a data set."
-        )
-    return statistics._replace(layers=layers)
+    found: Array | bool = True
+    for layer in group.layers:
+        for name in layer.bases:
+            x = means[layer.name][name]
+            # a constant, as drawing it would cost more than the product
+            v = np.random.default_rng(0).normal(size=x.shape[-1]).astype(x.dtype)
+            shorter = jnp.linalg.norm(x @ v, axis=-1) < 0.99 * np.linalg.norm(v)
+            mixed = offered & shorter.any()
+            if not isinstance(mixed, jax.core.Tracer) and mixed:
+                raise ValueError(
+                    f"statistics of '{layer.name}' were added up in different bases: "
+                    "expected one basis for all batches. Pass factors=... (the "
+                    "optimizer state's, or of init_factors) to "
+                    "value_grad_and_statistics, or use Curvature.over for a data set."
+                )
+            found &= ~mixed
+    return found
 
 
 def _means(

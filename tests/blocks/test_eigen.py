@@ -348,7 +348,7 @@ def test_micro_batches_in_different_bases_do_not_add_up():
     compute = lambda x, y: curvature.value_grad_and_statistics(PARAMS, x, y)[2]  # noqa: E731
     parts = [compute(X[i : i + 3], Y[i : i + 3]) for i in (0, 3, 6)]
     total = jax.tree.map(lambda *a: sum(a), *parts)
-    with pytest.raises(ValueError, match=r"of \['a', 'z'\] were added up in different"):
+    with pytest.raises(ValueError, match="of 'a' were added up in different"):
         curvature.update_factors(factors, total, 2)
     kept = jax.jit(curvature.update_factors)(factors, total, 2)
     jax.tree.map(np.testing.assert_array_equal, kept, factors)
