@@ -203,6 +203,20 @@ def test_rows_are_those_of_the_exact_matrix(name, loss):
     np.testing.assert_allclose(first.T @ first, one, rtol=1e-9, atol=1e-12)
 
 
+def test_layers_of_different_types():
+    """T is in the default type, whatever its layers are in."""
+
+    def network(p, x):
+        h = jnp.tanh(x @ p["w"] + p["b"])
+        return (h.astype(jnp.float32) @ p["o"]).astype(float)
+
+    params = DENSE | {"o": DENSE["o"].astype(jnp.float32)}
+    matrix = plan(network, params).gram(params, X)
+    assert matrix.dtype == np.float64
+    expected = plan(mlp, DENSE).gram(DENSE, X)
+    np.testing.assert_allclose(matrix, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("mode", ["fisher_gradients", "fisher_empirical"])
 @pytest.mark.parametrize(
     "name",

@@ -100,24 +100,20 @@ def _total(
     devices: Devices,
 ) -> Array:
     """The sum over layers of the products of rows; this device's rows by all."""
-    blocks: dict[tuple[int, int], Array] = {}
-    for of_sets in parts:
-        for i, j, block in _products(of_sets, devices):  # [n, k, m, l]
-            blocks[i, j] = blocks[i, j] + block if (i, j) in blocks else block
     count = devices.parts()
     sizes = [one.cases * one.columns for one in sets]
+    every = range(len(sets))
     dtype = jnp.result_type(float)
-
-    def of_pair(i: int, j: int) -> Array:
-        shape = sizes[i], count * sizes[j]
-        block = blocks.get((i, j))
-        zeros = jnp.zeros(shape, dtype)
-        return zeros if block is None else block.reshape(shape).astype(dtype)
-
-    rows = [
-        jnp.concatenate([of_pair(i, j) for j in range(len(sets))], 1)
-        for i in range(len(sets))
-    ]
+    blocks = {
+        (i, j): jnp.zeros((sizes[i], count * sizes[j]), dtype)
+        for i in every
+        for j in every
+    }
+    for of_sets in parts:
+        for i, j, block in _products(of_sets, devices):  # [n, k, m, l]
+            old = blocks[i, j]
+            blocks[i, j] = old + block.reshape(old.shape).astype(dtype)
+    rows = [jnp.concatenate([blocks[i, j] for j in every], 1) for i in every]
     # the mean over devices of their own Fisher matrices
     return jnp.concatenate([devices.joined(x) for x in rows]) / count
 
