@@ -183,8 +183,11 @@ class SampleSpaceMethod:
         """`φ = μ φ' + (F + λ)⁻¹ (g - μ F φ')`."""
         matrix, rows, lam = system
         last = [self.decay * x for x in jax.tree.leaves(state.direction)]
-        right, errors = _in_rows(gradient, rows, matrix)
-        pushed = rows.push(right)
+        right, errors, rounding = _in_rows(gradient, rows, matrix)
+        # the same flag on all devices, as the gradient is
+        pushed = jax.lax.cond(
+            rounding, lambda: jnp.zeros_like(errors), lambda: rows.push(right)
+        )
         if self.decay:
             errors = errors - rows.push(last)
         # (F + λ)⁻¹ (Uᵀ e + r) = Uᵀ (T + λ)⁻¹ (e - U r / λ) + r / λ
@@ -271,7 +274,7 @@ def _adapt(
 
 def _in_rows(
     gradient: Sequence[Array], rows: sample_space.Products, matrix: Array
-) -> tuple[list[Array], Array]:
+) -> tuple[list[Array], Array, Array]:
     """Divides a gradient in `Uᵀ e` and a rest.
 
     A rest that is rounding is left out: it would be divided by λ.
@@ -282,8 +285,9 @@ def _in_rows(
       matrix: T.
 
     Returns:
-      The rest, and e: that of the registered losses, with a factor as the gradient may
-      have been scaled; or, where it is not known, e with `T e = U g`.
+      The rest; e: that of the registered losses, with a factor as the gradient may have
+      been scaled; or, where it is not known, e with `T e = U g`. And whether the rest
+      is rounding, and zero.
     """
     if rows.errors is None:
         least = jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
@@ -300,4 +304,4 @@ def _in_rows(
     rest = [g - factor.astype(g.dtype) * x for g, x in zip(gradient, own, strict=True)]
     epsilon = jnp.finfo(jnp.result_type(*gradient)).eps
     rounding = inner_product(rest, rest) <= epsilon * inner_product(gradient, gradient)
-    return [jnp.where(rounding, 0, x) for x in rest], factor * errors
+    return [jnp.where(rounding, 0, x) for x in rest], factor * errors, rounding

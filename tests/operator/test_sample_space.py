@@ -18,6 +18,7 @@ import kfac_jax
 from kfac_jax import SampleSpace, Spring, natural_gradient
 from kfac_jax.losses import softmax_cross_entropy_with_integer_labels, squared_error
 from kfac_jax.statistics import sample_space
+from kfac_jax.statistics.sample_space import gram_matrix
 from tests.helpers import models
 
 pytestmark = pytest.mark.usefixtures("any_rank")
@@ -738,3 +739,18 @@ def test_the_report_says_why_there_is_no_matrix():
     with pytest.warns(UserWarning, match="Which examples"):
         curvature = plan(mixing, {"w": DENSE["w"]})
     assert "there is no T. The sample space needs to know which" in str(curvature)
+
+
+@pytest.mark.parametrize("apply", [mlp, shared_scan], ids=["products", "gradients"])
+def test_a_large_matrix_is_made_in_pieces(apply, monkeypatch):
+    """Of which those on one side of the diagonal are the others' transposes."""
+    params = {"u": models.array(5, D, D)} if apply is shared_scan else DENSE
+    x = models.array(0, 11, D)
+    curvature = plan(apply, params, x=x)
+    whole = curvature.gram(params, x)
+    monkeypatch.setattr(gram_matrix, "LEAST", 1)
+    pieces = curvature.gram(params, x)
+    np.testing.assert_allclose(pieces, whole, rtol=1e-12, atol=1e-14)
+    np.testing.assert_array_equal(pieces, pieces.T)
+    pair = str(jax.make_jaxpr(curvature.gram)(params, x))
+    assert pair.count("transpose[permutation=(1, 0)]") >= 6

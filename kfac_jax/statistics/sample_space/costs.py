@@ -10,7 +10,11 @@ import jax.numpy as jnp
 
 from kfac_jax.plan.plan import Plan
 from kfac_jax.plan.report import in_bytes
-from kfac_jax.statistics.sample_space.gram import is_pairwise, sampled, statistics
+from kfac_jax.statistics.sample_space.gram_matrix import (
+    is_pairwise,
+    sampled,
+    statistics,
+)
 from kfac_jax.statistics.sample_space.layer_rows import LayerRows, layer_rows
 from kfac_jax.statistics.sample_space.rows import RowSet
 from kfac_jax.statistics.sample_space.taps import tapped

@@ -31,6 +31,12 @@ class LayerRows(NamedTuple):
     dy: Array  # [K, *e, N, S, o], or gradients [K, *e, N, i, o]
     lead: int  # the number of axes e
 
+    def of(self, cases: slice) -> "LayerRows":
+        """The rows of some cases."""
+        axes = (slice(None),) * self.lead
+        x = None if self.x is None else self.x[(*axes, cases)]
+        return self._replace(x=x, dy=self.dy[(slice(None), *axes, cases)])
+
     def joined(self, devices: Devices) -> "LayerRows":
         """The rows of all devices."""
         x = None if self.x is None else devices.joined(self.x, self.lead)
@@ -65,13 +71,16 @@ def layer_rows(
     losses, pull = _linearized(derived, groups, leaves, args)
     states = derived.traced.found.loss_examples
     sets = row_sets(plan, losses, states, drawn)
-    # inputs are the same for all rows; only rows without a gradient have none
-    key = jax.random.key(0)
-    dense = pull([jax.random.normal(key, x.z.shape, x.z.dtype) for x in losses])
     columns = [
         jax.vmap(lambda k, one=one: pull(one.cotangents(k)))(jnp.arange(one.columns))
         for one in sets
     ]
+    if all(one.columns == 1 for one in sets):
+        dense = jax.tree.map(lambda *own: sum(x[0] for x in own), *columns)
+    else:
+        # inputs are the same for all rows; only rows without a gradient have none
+        key = jax.random.key(0)
+        dense = pull([jax.random.normal(key, x.z.shape, x.z.dtype) for x in losses])
     parts = {
         group.layers[0].name: [
             _of_layer(group, dense, own, one.cases)

@@ -5,9 +5,10 @@ have the products `(x_n · x_m) (dy_nr · dy_mq)`; of others the gradients of ca
 formed, a layer and a chunk of its inputs at a time.
 """
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,9 @@ NAME = "sample space"
 
 LARGEST = 2**26
 """How many numbers the gradients of all rows by a chunk of inputs are, at most."""
+
+PIECES, LEAST = 4, 64
+"""Into how many pieces T is cut, and how many rows these have at least."""
 
 
 def statistics(
@@ -100,44 +104,77 @@ def _total(
     devices: Devices,
 ) -> Array:
     """The sum over layers of the products of rows; this device's rows by all."""
-    count = devices.parts()
-    sizes = [one.cases * one.columns for one in sets]
-    every = range(len(sets))
-    dtype = jnp.result_type(float)
+    alone, dtype = devices.size() == 1, jnp.result_type(float)
+    pieces = [x for i, one in enumerate(sets) for x in _pieces(i, one, alone)]
+    every = range(len(pieces))
+    # T is symmetric, of which one device computes one side of the diagonal's pieces
+    pairs = [(p, q) for p in every for q in every if not alone or p <= q]
     blocks = {
-        (i, j): jnp.zeros((sizes[i], count * sizes[j]), dtype)
-        for i in every
-        for j in every
+        (p, q): jnp.zeros((pieces[p].rows, devices.parts() * pieces[q].rows), dtype)
+        for p, q in pairs
     }
     for of_sets in parts:
-        for i, j, block in _products(of_sets, devices):  # [n, k, m, l]
-            old = blocks[i, j]
-            blocks[i, j] = old + block.reshape(old.shape).astype(dtype)
-    rows = [jnp.concatenate([blocks[i, j] for j in every], 1) for i in every]
+        for p, q, block in _products(of_sets, pieces, pairs, devices):  # [n, k, m, l]
+            old = blocks[p, q]
+            blocks[p, q] = old + block.reshape(old.shape).astype(dtype)
+    grid = [
+        [blocks[p, q] if (p, q) in blocks else blocks[q, p].T for q in every]
+        for p in every
+    ]
+    rows = [devices.joined(jnp.concatenate(row, 1)) for row in grid]
     # the mean over devices of their own Fisher matrices
-    return jnp.concatenate([devices.joined(x) for x in rows]) / count
+    return jnp.concatenate(rows) / devices.parts()
+
+
+class _Piece(NamedTuple):
+    """Some of a set's cases."""
+
+    set: int
+    cases: slice
+    rows: int
+
+
+def _pieces(index: int, one: RowSet, alone: bool) -> list[_Piece]:
+    """Those of one set: several for a device by itself, if they are large."""
+    count = PIECES if alone and one.cases * one.columns >= PIECES * LEAST else 1
+    ends = [one.cases * k // count for k in range(count + 1)]
+    return [
+        _Piece(index, slice(a, b), (b - a) * one.columns)
+        for a, b in itertools.pairwise(ends)
+    ]
 
 
 def _products(
-    sets: Sequence[LayerRows | None], devices: Devices
+    sets: Sequence[LayerRows | None],
+    pieces: Sequence[_Piece],
+    pairs: Sequence[tuple[int, int]],
+    devices: Devices,
 ) -> Iterator[tuple[int, int, Array]]:
-    """One layer's part of T: for pairs of sets the products of their rows."""
-    present = [(i, x) for i, x in enumerate(sets) if x is not None]
-    if all(is_pairwise(x) for _, x in present):
-        everyone = [(i, x.joined(devices)) for i, x in present]
-        for i, a in present:
-            for j, b in everyone:
-                yield i, j, _pair(a, b)
+    """One layer's part of T: for pairs of pieces the products of their rows."""
+    present = {i: x for i, x in enumerate(sets) if x is not None}
+    if all(map(is_pairwise, present.values())):
+        mine = {
+            p: present[x.set].of(x.cases)
+            for p, x in enumerate(pieces)
+            if x.set in present
+        }
+        everyone = {p: x.joined(devices) for p, x in mine.items()}
+        for p, q in pairs:
+            if p in mine and q in mine:
+                yield p, q, _pair(mine[p], everyone[q])
         return
     # the gradients of all rows, by a chunk of the inputs at a time
-    inputs = _inputs(present[0][1])
-    width = max(1, min(inputs, LARGEST // sum(_per_input(x) for _, x in present)))
+    inputs = _inputs(next(iter(present.values())))
+    width = max(1, min(inputs, LARGEST // sum(map(_per_input, present.values()))))
     for start in range(0, inputs, width):
-        rows = [(i, _gradients(x, start, width)) for i, x in present]
-        everyone = [(i, devices.joined(x)) for i, x in rows]
-        for i, a in rows:
-            for j, b in everyone:
-                yield i, j, jnp.einsum("nkp,mlp->nkml", a, b)
+        rows = {i: _gradients(x, start, width) for i, x in present.items()}
+        own = {
+            p: rows[x.set][x.cases] for p, x in enumerate(pieces) if x.set in present
+        }
+        others = {p: devices.joined(x) for p, x in own.items()}
+        for p, q in pairs:
+            if p in own and q in own:
+                yield p, q, jnp.einsum("nkp,mlp->nkml", own[p], others[q])
 
 
 def is_pairwise(rows: LayerRows) -> bool:
