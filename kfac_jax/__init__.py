@@ -5,6 +5,8 @@ from typing import Any as _Any
 
 from kfac_jax import blocks as blocks
 from kfac_jax import distributions as distributions
+from kfac_jax import influence as influence
+from kfac_jax import laplace as laplace
 from kfac_jax import linalg as linalg
 from kfac_jax import losses as losses
 from kfac_jax.curvature import Curvature as Curvature

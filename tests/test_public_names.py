@@ -17,7 +17,8 @@ ExponentialBatchSize GraftState Health Info KFACState Layer LevenbergMarquardt
 MultiStepsState NaturalGradientState OverAxis SampleSpace Spring
 OverMesh QuadraticModel Refine RefreshSchedule SeparateDamping SharingReport Statistics
 Totals
-average_iterates blocks distributions graft health initializers kfac linalg losses
+average_iterates blocks distributions graft health influence initializers kfac laplace
+linalg losses
 make_curvature make_step multi_steps muon_dimension_numbers natural_gradient
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution
@@ -52,13 +53,23 @@ LOSSES = """
 convex normal_negative_log_likelihood sigmoid_binary_cross_entropy softmax_cross_entropy
 softmax_cross_entropy_with_integer_labels squared_error
 """
-MODULES = ("blocks", "distributions", "initializers", "linalg", "losses")
+LAPLACE = "Laplace expected_softmax probit"
+INFLUENCE = "Top gradients_of queries refined scores top"
+MODULES = (
+    "blocks",
+    "distributions",
+    "influence",
+    "initializers",
+    "laplace",
+    "linalg",
+    "losses",
+)
 CURVATURE = """
 approximation at gram init_factors matvec over quadratic_form renew_factors report
 update_factors
 value_and_grad value_and_statistics value_grad_and_statistics zero_statistics
 """
-OPERATOR = "diagonal logdet matvec power sample solve to_dense trace"
+OPERATOR = "diagonal eigenvalues logdet matvec power sample solve to_dense trace"
 SIGNATURES = {  # parameters, `*` before those by keyword only
     "make_curvature": (
         "loss_fn params *args has_aux estimation_mode blocks structure weight_sharing "
@@ -98,6 +109,16 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "OverAxis": "axis state_axes",
     "OverMesh": "mesh axes state_axes",
     "RefreshSchedule": "every * shares stale phase warm_up",
+    "laplace.Laplace": "* mean curvature cases prior_precision",
+    "laplace.probit": "mean covariance",
+    "laplace.expected_softmax": "key mean covariance samples",
+    "influence.queries": "losses params *args operator damping damping_mode",
+    "influence.gradients_of": "losses params *args",
+    "influence.refined": (
+        "found losses params *args curvature batches operator damping steps"
+    ),
+    "influence.scores": "found losses params *args",
+    "influence.top": "found losses params batches k",
     "losses.convex": "per_case_loss outputs *data mask weight",
     "losses.normal_negative_log_likelihood": "mean log_variance targets * mask weight",
     "Curvature.approximation": "self factors",
@@ -114,6 +135,7 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "Curvature.value_grad_and_statistics": "self params *args rng factors",
     "Curvature.zero_statistics": "self params",
     "Approximation.diagonal": "self",
+    "Approximation.eigenvalues": "self",
     "Approximation.logdet": "self damping damping_mode",
     "Approximation.matvec": "self v",
     "Approximation.power": "self v exponent damping damping_mode",
@@ -150,6 +172,7 @@ def test_names_for_existing_programs():
 FLOORS = (  # each imports from those after it only, see CONTRIBUTING
     "__init__",
     "compat",
+    "influence laplace",
     "optimization",
     "curvature",
     "statistics",
@@ -285,7 +308,9 @@ def test_no_public_function_is_left_out():
     methods = {f"Curvature.{name}" for name in CURVATURE.split()}
     methods |= {f"Approximation.{name}" for name in OPERATOR.split()}
     losses = {f"losses.{n}" for n in LOSSES.split() if not hasattr(optax.losses, n)}
-    assert {*SIGNATURES} == functions | methods | losses
+    more = {f"laplace.{name}" for name in LAPLACE.split()}
+    more |= {f"influence.{name}" for name in INFLUENCE.split() if name != "Top"}
+    assert {*SIGNATURES} == functions | methods | losses | more
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -77,12 +77,31 @@ class Approximation:
         """The groups whose layers have a block."""
         return [x for x in self.groups if x.layers[0].block is not None]
 
-    def _check(self, damping: Any, mode: str) -> None:
-        """Checks that every group can be damped in this way."""
-        _check_damping(damping)
+    def _dampings(self, damping: Any, mode: str) -> dict[str, Any]:
+        """λ by the groups' names, checked."""
         arguments.choice("damping_mode", mode, ("factored", "exact"))
+        if not isinstance(damping, Mapping):
+            _check_damping(damping)
+            found = {group.name: damping for group in self._blocks}
+        else:
+            for value in damping.values():
+                _check_damping(value)
+            names = [name for group in self._blocks for name in group.names]
+            if {*damping} != {*names}:
+                raise ValueError(
+                    "damping (λ) must be a number, or have one for each layer with a "
+                    f"block: expected {sorted(names)}, got {sorted(damping)}."
+                )
+            linked = [x.names for x in self._blocks if len(x.names) > 1]
+            if linked:
+                raise ValueError(
+                    "Linked layers are damped together: expected one number as "
+                    f"damping (λ), got one for each layer of {linked[0]}."
+                )
+            found = {group.name: damping[group.names[0]] for group in self._blocks}
         for group in self._blocks:
-            group.check_mode(damping, mode)
+            group.check_mode(found[group.name], mode)
+        return found
 
     def matvec(self, v: Vector) -> Vector:
         """Returns `F v`.
@@ -105,7 +124,7 @@ class Approximation:
 
         Args:
           v: like the parameters.
-          damping: λ, at least 0.
+          damping: λ, at least 0; or one for each layer with a block, by its name.
           damping_mode: "factored" or "exact".
 
         Returns:
@@ -119,15 +138,22 @@ class Approximation:
         References:
           Martens & Grosse 2015, sections 4.2, 4.3 and 6.3.
         """
-        self._check(damping, damping_mode)
+        dampings = self._dampings(damping, damping_mode)
         exact = [x for x in self._blocks if damping_mode == "exact" and x.has_spectrum]
         rest = [x for x in self._blocks if x not in exact]
+        # one refresh of all groups, whose matrices of one size are inverted together
+        together = [([x], dampings[x.name]) for x in rest]
+        if not isinstance(damping, Mapping):
+            together = [(rest, damping)]
 
         def apply(vectors: Vectors) -> Vectors:
-            inverses, _ = compute(rest, self.factors, damping)
-            result = apply_inverses(rest, self.factors, inverses, vectors, {})
+            result: Vectors = {}
+            for groups, own in together:
+                inverses, _ = compute(groups, self.factors, own)
+                result |= apply_inverses(groups, self.factors, inverses, vectors, {})
             for group in exact:
-                result |= group.power(self.factors, vectors, -1.0, damping, "exact")
+                own = dampings[group.name]
+                result |= group.power(self.factors, vectors, -1.0, own, "exact")
             return result
 
         return self._map(v, apply)
@@ -144,7 +170,7 @@ class Approximation:
         Args:
           v: like the parameters.
           exponent: p; negative ones need a positive definite matrix.
-          damping: λ, at least 0.
+          damping: λ, at least 0; or one for each layer with a block, by its name.
           damping_mode: "exact" or "factored".
 
         Returns:
@@ -157,10 +183,11 @@ class Approximation:
         """
         arguments.number("exponent (p)", exponent, arrays=True)
         arguments.within("exponent (p)", exponent, -float("inf"), float("inf"))
-        self._check(damping, damping_mode)
+        dampings = self._dampings(damping, damping_mode)
 
         def apply(group: Group, vectors: Vectors) -> Vectors:
-            return group.power(self.factors, vectors, exponent, damping, damping_mode)
+            own = dampings[group.name]
+            return group.power(self.factors, vectors, exponent, own, damping_mode)
 
         return self._each(v, apply)
 
@@ -202,7 +229,7 @@ class Approximation:
         """Returns `log det(F + λ I)`.
 
         Args:
-          damping: λ, at least 0.
+          damping: λ, at least 0; or one for each layer with a block, by its name.
           damping_mode: "exact" or "factored".
 
         Returns:
@@ -213,10 +240,26 @@ class Approximation:
           ValueError: for negative damping, or an unknown mode (or "exact" for linked
             layers).
         """
-        self._check(damping, damping_mode)
+        dampings = self._dampings(damping, damping_mode)
         return _total(
-            [x.logdet(self.factors, damping, damping_mode) for x in self._blocks]
+            [
+                x.logdet(self.factors, dampings[x.name], damping_mode)
+                for x in self._blocks
+            ]
         )
+
+    def eigenvalues(self) -> dict[str, Array]:
+        """The eigenvalues of each layer's block, undamped.
+
+        Returns:
+          Arrays by layer name, of any shape and in any order; none of layers without a
+          block.
+
+        Raises:
+          ValueError: for blocks without a spectrum in closed form (linked layers, sums
+            of products).
+        """
+        return {x.name: x.eigenvalues(self.factors) for x in self._blocks}
 
     def sample(
         self, key: Array, damping: Any = 0.0, damping_mode: str = "factored"
@@ -228,7 +271,7 @@ class Approximation:
 
         Args:
           key: a random key.
-          damping: λ, at least 0.
+          damping: λ, at least 0; or one for each layer with a block, by its name.
           damping_mode: "exact" or "factored".
 
         Returns:
@@ -240,7 +283,7 @@ class Approximation:
             layers).
         """
         arguments.key("key", key)
-        self._check(damping, damping_mode)
+        dampings = self._dampings(damping, damping_mode)
         keys = jax.random.split(key, len(self.tree.paths))
         noise = [
             jax.random.normal(k, s, d)
@@ -249,7 +292,8 @@ class Approximation:
         tree = jax.tree.unflatten(self.tree.treedef, noise)
 
         def apply(group: Group, vectors: Vectors) -> Vectors:
-            return group.sample(self.factors, vectors, damping, damping_mode)
+            own = dampings[group.name]
+            return group.sample(self.factors, vectors, own, damping_mode)
 
         return self._each(tree, apply)
 

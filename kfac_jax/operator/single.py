@@ -221,6 +221,12 @@ class Single(Group):
         scale = (spectrum.eigenvalues(damping, mode) ** exponent).astype(v.dtype)
         return {self.name: spectrum.from_basis(scale * spectrum.to_basis(v))}
 
+    def eigenvalues(self, factors: Factors) -> Array:
+        """Those of the block."""
+        if not self.has_spectrum:
+            return super().eigenvalues(factors)
+        return self._spectrum(factors).eigenvalues(0.0, "exact")
+
     def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
         """The sum of the logarithms of the block's eigenvalues."""
         return jnp.log(self._spectrum(factors).eigenvalues(damping, mode)).sum()

@@ -331,6 +331,18 @@ class Group(abc.ABC):
           ValueError: without a spectrum.
         """
 
+    def eigenvalues(self, factors: Factors) -> Array:
+        """Those of the undamped block.
+
+        Raises:
+          ValueError: without a spectrum.
+        """
+        raise ValueError(
+            f"The block of {self.names} has no eigenvalues in closed form: expected a "
+            f"plan with structure=BlockDiagonal() and blocks of one product, got "
+            f"{type(self).__name__}."
+        )
+
     @abc.abstractmethod
     def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
         """The logarithm of the damped curvature's determinant."""

@@ -172,6 +172,7 @@ def plans() -> dict[str, Call]:
         "to_dense": call(operator().to_dense),
         "diagonal": call(operator().diagonal),
         "trace": call(operator().trace),
+        "eigenvalues": call(operator().eigenvalues),
     }
     return {
         "make_curvature": allowing(
