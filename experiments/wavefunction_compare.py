@@ -54,6 +54,7 @@ class Options:
     """Energies of K-FAC, SPRING and MinSR after equal times."""
 
     system: Literal["He", "Li", "Be", "H2", "LiH"] = "Li"  # what to solve
+    optimizers: tuple[Literal["kfac", "spring", "minsr"], ...] = tuple(METHODS)
     seconds: float = 60.0  # of training at the measured prices
     trials: int = 12  # of each optimizer
     seeds: int = 3  # with the best trial's constants
@@ -70,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     options.output.mkdir(parents=True, exist_ok=True)
     records = json.loads(path.read_text()) if path.exists() else {}
     if not options.plot:
-        records[options.system] = compared(SYSTEMS[options.system], options)
+        before = records.get(options.system, {})
+        records[options.system] = before | compared(SYSTEMS[options.system], options)
         write_json(path, records)
     print(table(records))
     plot(options.output / "compared.png", records)
@@ -79,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def compared(system: System, options: Options) -> dict[str, Any]:
     """Tunes and runs all optimizers for one system."""
-    runners = {name: runner(name, system, options) for name in METHODS}
+    runners = {name: runner(name, system, options) for name in options.optimizers}
     prices = measured(runners)
     tried = draws(options.trials)
     result: dict[str, Any] = {"options": {"system": system.name}, "exact": system.exact}
@@ -226,11 +228,13 @@ def table(records: dict[str, Any]) -> str:
     """One line for each system and optimizer: the median seed's energy."""
     rows = []
     for system, record in records.items():
-        for name in METHODS:
+        present = [name for name in METHODS if name in record]
+        for name in present:
             found = record[name]
-            runs = sorted(found["runs"], key=lambda run: run["energy"])
+            # a run that has failed has no energy
+            runs = sorted(found["runs"], key=lambda run: run["energy"] or 0.0)
             middle = runs[len(runs) // 2]
-            prices = [record[other]["price"] for other in METHODS]
+            prices = [record[other]["price"] for other in present]
             rows.append(
                 {
                     "system": system,
@@ -239,9 +243,9 @@ def table(records: dict[str, Any]) -> str:
                     "steps": found["steps"],
                     "energy": middle["energy"],
                     "error": middle["standard_error"],
-                    "above exact": middle["energy"] - record["exact"],
-                    "best seed": runs[0]["energy"] - record["exact"],
-                    "worst seed": runs[-1]["energy"] - record["exact"],
+                    "above exact": (middle["energy"] or 0.0) - record["exact"],
+                    "best seed": (runs[0]["energy"] or 0.0) - record["exact"],
+                    "worst seed": (runs[-1]["energy"] or 0.0) - record["exact"],
                 }
             )
     frame = pandas.DataFrame(rows)
@@ -255,6 +259,8 @@ def plot(path: Path, records: dict[str, Any]) -> None:
     )
     for axis, (system, record) in zip(axes[0], records.items(), strict=True):
         for color, name in enumerate(METHODS):
+            if name not in record:
+                continue
             found = record[name]
             for i, run in enumerate(found["runs"]):
                 steps, means, errors = windows(run["energies"])

@@ -219,9 +219,10 @@ class SampleSpaceMethod:
             rate = jnp.asarray(schedules.at(self.learning_rate, state.step), float)
         if self.norm_constraint is not None:
             most = jnp.asarray(schedules.at(self.norm_constraint, state.step), float)
-            square = jnp.where(phi.square > 0, phi.square, 1)
-            longest = jnp.sqrt(most / square)
-            rate = jnp.where(rate * rate * phi.square > most, longest, rate)
+            # the last direction's part outside of this batch's rows has no length in F
+            square = phi.length if self.decay else phi.square
+            longest = jnp.sqrt(most / jnp.where(square > 0, square, 1))
+            rate = jnp.where(rate * rate * square > most, longest, rate)
         return rate
 
     def _kept(self, phi: _Direction, state: Any, finite: Array) -> Any:
