@@ -1,0 +1,41 @@
+"""The experiment on calibration: its scores, and a quick run."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from tests.experiments.test_parallel import EXPERIMENTS, LIMIT, start
+
+
+@pytest.fixture(autouse=True)
+def experiments_on_path(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
+
+
+def test_scores():
+    """Of four images, two of them with a confidence of 0.9 and 0.6 each."""
+    import uncertainty
+
+    p = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.4, 0.6]])
+    turned = np.array([[0.5, 0.5], [0.2, 0.8], [0.4, 0.6]])
+    found = uncertainty.scores(p, turned, np.array([0, 1, 1, 1]))
+    assert found["error"] == pytest.approx(0.25)
+    assert found["NLL"] == pytest.approx(-np.log([0.9, 0.1, 0.6, 0.6]).mean())
+    assert found["ECE"] == pytest.approx(0.5 * abs(0.9 - 0.5) + 0.5 * abs(0.6 - 1.0))
+    # of 12 pairs 8 are in order, and two are equal
+    assert found["AUROC"] == pytest.approx((2 * 3 + 2 * 1 + 0.5 * 2) / 12)
+
+
+@pytest.mark.slow
+def test_a_quick_run_compares_all_methods(tmp_path):
+    process = start("uncertainty.py", "--quick", "--output", str(tmp_path))
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, output
+    rows = json.loads((tmp_path / "uncertainty.json").read_text())
+    assert len(rows) == 6 and "evidence" in output
+    assert all(np.isfinite([*row.values()]).all() for row in rows.values())
+    # the linearised mean is the network's output: so is the most likely class by probit
+    assert rows["Laplace, probit"]["error"] == rows["trained network"]["error"]
+    assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
