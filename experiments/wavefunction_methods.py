@@ -43,7 +43,8 @@ class Settings:
     learning_rate: float = 0.2  # alpha at the start
     halved_after: float = 1000.0  # steps after which alpha is half of that
     damping: float = 1e-3  # lambda
-    norm_constraint: float = 1e-2  # largest alpha^2 D'g, direction D, grad. g
+    # largest alpha^2 D'FD of a direction D; of SPRING alpha^2 D'D
+    norm_constraint: float = 1e-2
     decay: float = 0.95  # of the factors' averages
     inverse_every: int = 1  # steps between inverses, T3
 
