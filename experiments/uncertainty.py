@@ -1,11 +1,12 @@
 """Calibration of a classifier of clothes: its Laplace approximation and an ensemble.
 
 A small network is trained on images of Fashion-MNIST by K-FAC, of which nothing is
-chosen, with the penalty that a prior is. Its class probabilities are compared with those
-of the Laplace approximation (over all layers, with that prior and with priors of largest
-evidence, and over the last layer) and of an ensemble of five: mean negative log likelihood, expected calibration error, and how well
-the largest probability tells images from the same ones turned by a right angle (the
-area under the curve). Three or four minutes on two CPU cores:
+chosen, with the penalty that a prior is. Its class probabilities are compared with
+those of the Laplace approximation (over all layers, with that prior and with priors of
+largest evidence, and over the last layer) and of an ensemble of five: mean negative log
+likelihood, expected calibration error, and how well the largest probability tells
+images from the same ones turned by a right angle (the area under the curve). Three or
+four minutes on two CPU cores:
 
     python experiments/uncertainty.py
     python experiments/uncertainty.py --quick
