@@ -69,7 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(Options, arguments)
     path = options.output / "compared.json"
     options.output.mkdir(parents=True, exist_ok=True)
-    records = json.loads(path.read_text()) if path.exists() else {}
+    found = json.loads(path.read_text()) if path.exists() else {}
+    records = {name: found[name] for name in SYSTEMS if name in found}
     if not options.plot:
         before = records.get(options.system, {})
         records[options.system] = before | compared(SYSTEMS[options.system], options)

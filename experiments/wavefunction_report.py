@@ -58,7 +58,8 @@ def windows(energies: Sequence[float]) -> tuple[np.ndarray, np.ndarray, np.ndarr
     """
     size = max(len(energies) // WINDOWS, 2)
     count = len(energies) // size
-    parts = np.asarray(energies[: count * size]).reshape(count, size)
+    # a run that has failed has no number in its last step
+    parts = np.asarray(energies[: count * size], float).reshape(count, size)
     steps = size * np.arange(1, count + 1)
     return steps, parts.mean(1), parts.std(1, ddof=1) / size**0.5
 

@@ -11,6 +11,7 @@ from jax import Array
 
 from kfac_jax._utils import arguments
 from kfac_jax.blocks import Identity
+from kfac_jax.linalg._psd import eigh
 from kfac_jax.operator.approximation import Approximation
 from kfac_jax.operator.inverses import to_vectors
 from kfac_jax.plan.group import layers_of
@@ -294,7 +295,7 @@ def expected_softmax(
       Probabilities `[..., classes]`.
     """
     arguments.count("samples", samples, 1)
-    values, vectors = jnp.linalg.eigh(covariance)
+    values, vectors = eigh(covariance)
     root = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
     noise = jax.random.normal(key, (samples, *mean.shape), mean.dtype)
     logits = mean[None] + jnp.einsum("...ij,s...j->s...i", root, noise)
