@@ -36,6 +36,4 @@ def test_a_quick_run_compares_all_methods(tmp_path):
     rows = json.loads((tmp_path / "uncertainty.json").read_text())
     assert len(rows) == 8 and "evidence" in output
     assert all(np.isfinite([*row.values()]).all() for row in rows.values())
-    # the linearised mean is the network's output: so is the most likely class by probit
-    assert rows["Laplace, probit"]["error"] == rows["trained network"]["error"]
     assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
