@@ -34,6 +34,7 @@ def test_a_quick_run_compares_all_methods(tmp_path):
     output, _ = process.communicate(timeout=LIMIT)
     assert process.returncode == 0, output
     rows = json.loads((tmp_path / "uncertainty.json").read_text())
+    assert rows.pop("device") == "cpu"
     assert len(rows) == 8 and "evidence" in output
     assert all(np.isfinite([*row.values()]).all() for row in rows.values())
     assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
