@@ -55,6 +55,20 @@ def user_settings():
             yield
 
 
+@pytest.fixture
+def any_rank():
+    """As users write programs: `g * w` of different ranks."""
+    with jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture
+def any_type():
+    """What optax and flax rely on."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_collection_modifyitems(config, items):
     """Marks the cases that `sampled` leaves out, and takes one part of those chosen.

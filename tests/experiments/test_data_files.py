@@ -36,8 +36,7 @@ SHA256 = hashlib.sha256(ARCHIVE).hexdigest()
 
 
 @pytest.fixture(autouse=True)
-def experiments_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
+def no_proxies(monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
 

@@ -2,21 +2,12 @@
 
 import doctest
 import importlib
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 import kfac_jax
-
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-
-
-@pytest.fixture(autouse=True)
-def experiments_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
 
 
 def test_an_epoch_holds_each_case_once_and_arrays_stay_together():

@@ -10,7 +10,6 @@ import json
 import math
 import sys
 import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,16 +19,10 @@ import pytest
 from tests.helpers import oracles
 from tests.helpers.models import array
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
 CASES = 8
 SIZES = (3, 2, 3, 2, 3)  # two middle layers
 CHAIN = (3, 2, 3, 2, 2, 3)  # three
 GAMMA = 0.1
-
-
-@pytest.fixture(autouse=True)
-def experiments_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
 
 
 def network(sizes=SIZES):

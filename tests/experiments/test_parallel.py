@@ -22,11 +22,6 @@ SMALL = ["--shrink", "8", "--batch-size", "256", "--iterations", "4"]
 RTOL = 1e-4  # float32, summed in another order; four steps multiply it
 
 
-@pytest.fixture(autouse=True)
-def experiments_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
-
-
 def start(script, *arguments):
     """A script of the experiments, in a session of its own, with a user's settings."""
     environment = {

@@ -1,20 +1,13 @@
 """The equations, their points, and a run of three steps."""
 
 import json
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
-
-
-@pytest.fixture(autouse=True)
-def experiments_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
+pytestmark = pytest.mark.usefixtures("any_rank")
 
 
 @pytest.fixture(params=["poisson2", "poisson5", "heat"])
@@ -24,13 +17,7 @@ def problem(request):
     return PROBLEMS[request.param]
 
 
-@pytest.fixture
-def ordinary():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
-def test_solutions_solve(problem, ordinary):
+def test_solutions_solve(problem):
     inside, _ = problem.points(jax.random.key(0))
     residual = problem.residual(problem.solution, inside[:20])
     np.testing.assert_allclose(residual, 0, atol=1e-10)
@@ -39,7 +26,7 @@ def test_solutions_solve(problem, ordinary):
     )
 
 
-def test_points_are_inside_and_on_every_side_but_the_last_time(problem, ordinary):
+def test_points_are_inside_and_on_every_side_but_the_last_time(problem):
     inside, edge = problem.points(jax.random.key(1))
     assert inside.shape == (problem.inside, problem.dimensions)
     assert ((inside > 0) & (inside < 1)).all()
@@ -50,7 +37,7 @@ def test_points_are_inside_and_on_every_side_but_the_last_time(problem, ordinary
     assert jnp.stack(on).any(0).all()
 
 
-def test_the_loss_is_that_of_exact_derivatives(problem, ordinary):
+def test_the_loss_is_that_of_exact_derivatives(problem):
     from pde_problems import network
 
     params = problem.init(jax.random.key(2))
@@ -75,7 +62,7 @@ def test_the_loss_is_that_of_exact_derivatives(problem, ordinary):
 
 
 @pytest.mark.slow
-def test_three_steps_of_each_kind(tmp_path, ordinary, capsys):
+def test_three_steps_of_each_kind(tmp_path, capsys):
     from pde import main
 
     options = ["--problem", "poisson2", "--quick", "--output", str(tmp_path)]

@@ -1,17 +1,11 @@
 """The experiment on calibration: its scores, and a quick run."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
 
-from tests.experiments.test_parallel import EXPERIMENTS, LIMIT, start
-
-
-@pytest.fixture(autouse=True)
-def experiments_on_path(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
+from tests.experiments.test_parallel import LIMIT, start
 
 
 def test_scores():

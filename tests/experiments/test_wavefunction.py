@@ -6,7 +6,6 @@ Fisher with dense formulas over O = grad log |psi|.
 
 import functools
 import json
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfac_jax
-from tests.experiments.test_parallel import EXPERIMENTS, LIMIT, start
+from tests.experiments.test_parallel import LIMIT, start
 from tests.helpers import oracles
 from tests.helpers.models import assert_trees_close
 
@@ -26,11 +25,7 @@ SAMPLES, RADIUS_TOLERANCE = 512 * 100, 0.03
 TIME_TOLERANCE = 0.2  # relative, of the correlation time, whose error here is 7 %
 
 
-@pytest.fixture(autouse=True)
-def as_an_experiment(monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
-    with jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("any_rank")
 
 
 @functools.cache

@@ -25,12 +25,6 @@ PARAMS = {
 }
 
 
-@pytest.fixture
-def any_rank():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def network(q, k, v, stack, o, x):
     h = jnp.tanh(x @ q[0] + q[1]) * jnp.tanh(x @ k[0] + k[1]) + x @ v[0] + v[1]
     for w, b in stack:

@@ -32,12 +32,6 @@ DENSE = {
 }
 
 
-@pytest.fixture
-def any_rank():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
 def mlp(p, x):
     return jnp.tanh(x @ p["w"] + p["b"]) @ p["o"]
 
@@ -154,12 +148,15 @@ def fisher(apply, params, loss_fn, x=X):
     return np.einsum("nop,nom,nmq->pq", j, h, j) / len(x)
 
 
-def plan(apply, params, loss=squares, mode="ggn_exact", **options):
-    centered = options.pop("centered", False)
+def plan(apply, params, loss=squares, **options):
+    return plan_of(loss(apply), params, options.pop("x", X), **options)
+
+
+def plan_of(loss_fn, params, *args, mode="ggn_exact", centered=False, **options):
     return kfac_jax.make_curvature(
-        loss(apply),
+        loss_fn,
         params,
-        options.pop("x", X),
+        *args,
         structure=SampleSpace(centered=centered),
         estimation_mode=mode,
         on_unmatched="ignore",
@@ -244,7 +241,7 @@ def test_sampled_rows(name, mode):
 
 @pytest.mark.slow
 def test_many_samples_have_the_exact_matrix_as_their_mean():
-    curvature = plan(mlp, DENSE, classes, "fisher_gradients", num_samples=1000)
+    curvature = plan(mlp, DENSE, classes, mode="fisher_gradients", num_samples=1000)
     statistics = curvature.value_grad_and_statistics(DENSE, X, rng=jax.random.key(1))[2]
     drawn = sample_space.sampled(statistics)
     rows = sample_space.products(curvature, DENSE, (X,), drawn)
@@ -297,15 +294,7 @@ def test_losses_of_batches_of_two_lengths(by_hessian):
             squared_error(z, jnp.ones_like(z)).sum(-1).mean() for z in (first, second)
         )
 
-    curvature = kfac_jax.make_curvature(
-        loss_fn,
-        DENSE,
-        X,
-        wall,
-        structure=SampleSpace(),
-        estimation_mode="ggn_exact",
-        on_unmatched="ignore",
-    )
+    curvature = plan_of(loss_fn, DENSE, X, wall)
     u, same, matrix = dense_rows(curvature, DENSE, X, wall)
     np.testing.assert_allclose(u, same, rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(matrix, u @ u.T, rtol=1e-9, atol=1e-11)
@@ -599,14 +588,8 @@ def test_a_loss_with_a_gradient_of_its_own():
 
         return jax.value_and_grad(surrogate)(p)
 
-    curvature = kfac_jax.make_curvature(
-        own_gradient,
-        DENSE,
-        X,
-        has_aux=True,
-        structure=SampleSpace(centered=True),
-        estimation_mode="fisher_exact",
-        on_unmatched="ignore",
+    curvature = plan_of(
+        own_gradient, DENSE, X, mode="fisher_exact", centered=True, has_aux=True
     )
     (_, grads), statistics = curvature.value_and_statistics(DENSE, X)
     flat, restore = jax.flatten_util.ravel_pytree(DENSE)
@@ -633,14 +616,7 @@ def test_cases_that_cannot_be_evaluated_one_by_one_are_refused():
     def loss_fn(p, x):
         return squared_error(laplacian(p, x), jnp.ones((N, 1))).sum(-1).mean()
 
-    curvature = kfac_jax.make_curvature(
-        loss_fn,
-        DENSE,
-        X,
-        structure=SampleSpace(),
-        estimation_mode="ggn_exact",
-        on_unmatched="ignore",
-    )
+    curvature = plan_of(loss_fn, DENSE, X)
     match = "cases cannot be evaluated one by one: A normal distribution expects"
     with pytest.raises(ValueError, match=match):
         curvature.gram(DENSE, X)
@@ -658,14 +634,7 @@ def test_outputs_as_wide_as_the_batch_is_long_are_not_evaluated_one_by_one():
         return squared_error(wide).sum(-1).mean()
 
     p = jnp.linspace(0.5, 1.0, X.shape[1])
-    curvature = kfac_jax.make_curvature(
-        loss_fn,
-        p,
-        X,
-        structure=SampleSpace(),
-        estimation_mode="ggn_exact",
-        on_unmatched="ignore",
-    )
+    curvature = plan_of(loss_fn, p, X)
     match = r"of one case the registered outputs have shapes \[\(1, 1\)\]"
     with pytest.raises(ValueError, match=match):
         curvature.gram(p, X)
@@ -689,14 +658,7 @@ def test_cases_that_meet_in_data_alone_are_not_evaluated_one_by_one(place, match
         return squared_error(jax.lax.scan(step, p, length=1)[1][0]).sum(-1).mean()
 
     p = jnp.linspace(0.5, 1.0, X.shape[1])
-    curvature = kfac_jax.make_curvature(
-        loss_fn,
-        p,
-        X,
-        structure=SampleSpace(),
-        estimation_mode="ggn_exact",
-        on_unmatched="ignore",
-    )
+    curvature = plan_of(loss_fn, p, X)
     with pytest.raises(ValueError, match=match):
         curvature.gram(p, X)
 

@@ -31,18 +31,7 @@ from tests.reliability.reported import (
     square,
 )
 
-
-@pytest.fixture(autouse=True)
-def any_rank():
-    with jax.numpy_rank_promotion("allow"):
-        yield
-
-
-@pytest.fixture
-def any_type():
-    """What optax and flax rely on."""
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("any_rank")
 
 
 # --------------------------------------------------------- optimizers in other wrappers
