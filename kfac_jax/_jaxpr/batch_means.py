@@ -46,8 +46,9 @@ def made_of_means(
         return means
     if not by_entry:
         return None
-    divided = node.name in ("div", "mul") and states[-1] is None
-    is_mean = means.is_mean or divided
+    scaled = node.name == "mul" and None in states
+    divided = node.name == "div" and states[-1] is None
+    is_mean = means.is_mean or scaled or divided
     is_root = means.is_root or (is_mean and node.name in _ROOTS)
     return dataclasses.replace(means, is_mean=is_mean, is_root=is_root)
 

@@ -23,6 +23,7 @@ from kfac_jax.blocks._sides import (
     sides,
 )
 from kfac_jax.blocks._tied import SECOND, TRANSPOSED, as_matrix, join, split
+from kfac_jax.blocks.kronecker import Kronecker
 from kfac_jax.linalg._psd import eigh
 
 BASIS, RATIO = "_basis", "_ratio"
@@ -80,6 +81,15 @@ class KroneckerSum(Block):
         check_max_factor_dim(self.max_factor_dim)
         _moments.check_weight_sharing(self.weight_sharing)
         check_pi(self.pi)
+
+    @property
+    def alone(self) -> Kronecker:
+        """What it is for a weight with a single product."""
+        return Kronecker(
+            max_factor_dim=self.max_factor_dim,
+            weight_sharing=self.weight_sharing,
+            pi=self.pi,
+        )
 
     @property
     def needs_examples(self) -> bool:

@@ -1,18 +1,18 @@
 """Gradients preconditioned by their layers' inputs, for other optimizers."""
 
 import dataclasses
-import math
 
 import optax
 
 from kfac_jax._utils import arguments
-from kfac_jax.blocks import InputOnly
+from kfac_jax.blocks import Identity, InputOnly
 from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Sharing
 from kfac_jax.operator.input_powers import InputPower
 from kfac_jax.operator.single import Single
 from kfac_jax.optimization.checks import check_plan
 from kfac_jax.optimization.transform import scale_by_kfac
+from kfac_jax.plan import Layer
 from kfac_jax.plan.group import Group
 from kfac_jax.rules import RefreshSchedule
 
@@ -68,22 +68,24 @@ def scale_by_inputs(
     """
     check_plan(curvature)
     arguments.number("power (p)", power)
-    if not -1 <= power < 0 or not math.isfinite(power):
+    if not -1 <= power < 0:
         raise ValueError(f"power (p) must be in [-1, 0); got {power}.")
-    groups = tuple(_with_power(group, float(power)) for group in curvature.groups)
-    if not any(isinstance(group, InputPower) for group in groups):
-        blocks = sorted({repr(layer.block) for layer in curvature.layers})
+    blocks = [layer.block for layer in curvature.layers]
+    others = [x for x in blocks if not isinstance(x, InputOnly | Identity | None)]
+    if others or not any(isinstance(x, InputOnly) for x in blocks):
         raise ValueError(
-            "scale_by_inputs needs layers with blocks.InputOnly(): expected a plan of "
-            f'make_curvature(..., estimation_mode="inputs"), got blocks {blocks}.'
+            "scale_by_inputs needs layers with blocks.InputOnly(), and no other "
+            "statistics: expected a plan of "
+            'make_curvature(..., estimation_mode="inputs"), got blocks '
+            f"{sorted({repr(x) for x in blocks})}."
         )
+    groups = tuple(_with_power(layer, float(power)) for layer in curvature.layers)
     own = dataclasses.replace(curvature, groups=groups)
     return scale_by_kfac(own, damping, decay, inverse_every, devices=devices)
 
 
-def _with_power(group: Group, power: float) -> Group:
-    """The group for that power; without a block if it is of more than inputs."""
-    (layer, *_) = group.layers
+def _with_power(layer: Layer, power: float) -> Group:
+    """The group for that power; without a block if it has no inputs."""
     if isinstance(layer.block, InputOnly):
         return InputPower(layer, power)
     return Single(dataclasses.replace(layer, block=None))

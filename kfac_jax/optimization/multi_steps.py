@@ -24,6 +24,7 @@ class MultiStepsState(NamedTuple):
     grads: Any  # of gradients, in float32 or wider, and
     value: Array  # [], losses, times these numbers,
     statistics: Statistics  # and of statistics
+    cases: Array  # [], of the last micro-batch with statistics; 0 before any
 
 
 def multi_steps(
@@ -47,7 +48,8 @@ def multi_steps(
       The transformation. Its updates are zero but for every k-th; `tx` then gets the
       mean gradient and loss over all cases, the sum of statistics, and the further
       arguments of the last micro-batch (`args`, on which the adaptive rules evaluate
-      the loss).
+      the loss). Statistics tell the number of cases: a micro-batch without them counts
+      like the last one that had some.
 
     Raises:
       TypeError: if an argument is of the wrong type; by `update`, without statistics.
@@ -76,7 +78,7 @@ def multi_steps(
         )
     inner = optax.with_extra_args_support(tx)
 
-    def empty(params: optax.Params, state: Any) -> MultiStepsState:
+    def empty(params: optax.Params, state: Any, cases: Array) -> MultiStepsState:
         zeros = lambda x: jnp.zeros_like(x, dtype=wide_dtype(x.dtype))  # noqa: E731
         return MultiStepsState(
             jnp.zeros((), jnp.int32),
@@ -85,10 +87,11 @@ def multi_steps(
             jax.tree.map(zeros, params),
             jnp.zeros((), float),
             curvature.zero_statistics(params),
+            cases,
         )
 
     def init(params: optax.Params) -> MultiStepsState:
-        return empty(params, inner.init(params))
+        return empty(params, inner.init(params), jnp.zeros((), jnp.float32))
 
     def update(
         updates: optax.Updates,
@@ -103,20 +106,28 @@ def multi_steps(
         arguments.instance("state", state, MultiStepsState, what)
         check_statistics(statistics)
         assert statistics is not None
-        # steps between those that gather statistics count alike
-        weight = jnp.where(statistics.weight > 0, statistics.weight, 1.0)
+        # a micro-batch without statistics counts like the last one that had some;
+        # what came before any had counted as one case each
+        known = statistics.weight > 0
+        before = jnp.where(state.cases > 0, state.cases, 1.0)
+        weight = jnp.where(known, statistics.weight, before)
+        factor = jnp.where(known & (state.cases == 0), weight, 1.0)
         loss = jnp.zeros((), float) if value is None else loss_of(value)
         sums = MultiStepsState(
             state.micro_step + 1,
             state.inner,
-            state.weight + weight,
+            factor * state.weight + weight,
             jax.tree.map(
-                lambda x, g: x + weight.astype(x.dtype) * g.astype(x.dtype),
+                lambda x, g: (
+                    factor.astype(x.dtype) * x
+                    + weight.astype(x.dtype) * g.astype(x.dtype)
+                ),
                 state.grads,
                 updates,
             ),
-            state.value + weight.astype(loss.dtype) * loss,
+            factor.astype(loss.dtype) * state.value + weight.astype(loss.dtype) * loss,
             jax.tree.map(jnp.add, state.statistics, statistics),
+            jnp.where(known, statistics.weight, state.cases),
         )
 
         def go(sums: MultiStepsState) -> tuple[optax.Updates, MultiStepsState]:
@@ -133,7 +144,7 @@ def multi_steps(
                 **given,
                 **extra,
             )
-            return result, empty(updates, own)
+            return result, empty(updates, own, sums.cases)
 
         def wait(sums: MultiStepsState) -> tuple[optax.Updates, MultiStepsState]:
             return jax.tree.map(jnp.zeros_like, updates), sums

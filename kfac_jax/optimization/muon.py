@@ -64,7 +64,7 @@ def _axes(layer: Layer) -> list[tuple[int, str, Any]]:
     """For each parameter its index, role and axes; no axes if one of them is both."""
     result: list[tuple[int, str, Any]] = []
     for index, role, layout in zip(
-        layer.leaves, layer.roles, layer.layouts, strict=True
+        layer.leaves, layer.roles, layer.leaf_layouts, strict=True
     ):
         last = len(layout.shape) - 1
         inputs = [i for i, to in enumerate(layout.axes) if last - 1 in to]

@@ -365,15 +365,16 @@ def _choose(
     result: list[tuple[Layer, list[Site]]] = []
     for layer, sites in made:
         block = rule(layer)
+        if isinstance(block, KroneckerSum) and is_remote(sites):
+            block = block.alone
         mapped = has_mapped_sides(layer, sites, block)
         remote = is_remote(sites) and not mapped
-        if isinstance(block, Kronecker | KroneckerSum) and remote:
+        if isinstance(block, Kronecker) and remote:
             # its sides are of inputs and output gradients, these of gradients
-            scalars = isinstance(block, Kronecker) and block.exact_scalars
             block = TNT(
                 max_factor_dim=block.max_factor_dim,
                 pi=block.pi,
-                exact_scalars=scalars,
+                exact_scalars=block.exact_scalars,
             )
         if isinstance(block, Kronecker) and layer.shape.tied:
             block = dataclasses.replace(block, fit="independent")

@@ -157,6 +157,17 @@ class Layer:
     def _boxes(self) -> tuple[Box | None, ...]:
         return self.boxes or (None,) * len(self.leaves)
 
+    @property
+    def leaf_layouts(self) -> tuple[Layout, ...]:
+        """The layouts, of parts in the shape that they have in their leaves."""
+        pairs = zip(self.layouts, self._boxes, strict=True)
+        return tuple(
+            layout
+            if box is None
+            else dataclasses.replace(layout, source_shape=box.shape)
+            for layout, box in pairs
+        )
+
     def to_matrix(self, leaves: Sequence[Array]) -> Array:
         """Joins the layer's parameters (or vectors like them) as `[*e, i, o]`."""
         parts = [
@@ -183,12 +194,14 @@ class Layer:
           leaves: where the layer has a part of a leaf, the other entries; else zeros.
 
         Returns:
-          Arrays like the leaves.
+          Arrays like the leaves; the same one for parameters that are parts of one.
         """
-        results: list[Array] = []
-        others = leaves or (None,) * len(self.leaves)
-        for layout, box, role, other in zip(
-            self.layouts, self._boxes, self.roles, others, strict=True
+        found: dict[int, Array] = {}
+        for leaf, other in zip(self.leaves, leaves or (), strict=leaves is not None):
+            if other is not None:
+                found[leaf] = other
+        for leaf, layout, box, role in zip(
+            self.leaves, self.layouts, self._boxes, self.roles, strict=True
         ):
             if role == "bias":
                 part = matrix[..., -1, :]
@@ -196,8 +209,7 @@ class Layer:
                 part = matrix[..., :-1, :] if self.homogeneous else matrix
             own = layout.from_matrix(part)
             if box is not None:
-                whole = jnp.zeros(box.array_shape) if other is None else other
-                whole = whole.astype(own.dtype)
+                whole = found.get(leaf, jnp.zeros(box.array_shape)).astype(own.dtype)
                 own = whole.at[box.slices].set(own.reshape(box.shape))
-            results.append(own)
-        return results
+            found[leaf] = own
+        return [found[leaf] for leaf in self.leaves]

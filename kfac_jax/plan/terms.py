@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from kfac_jax._jaxpr.graph import Graph, is_value
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.slicing import differentiated
-from kfac_jax.blocks import Kronecker, KroneckerSum
+from kfac_jax.blocks import KroneckerSum
 from kfac_jax.plan.layer import Layer
 
 Sites = Mapping[str, Sequence[Site]]
@@ -42,12 +42,7 @@ def with_terms(
         reached = [_reached(site, leading) for site in own]
         first = min(reached)
         if all(x == first for x in reached):
-            alone = Kronecker(
-                max_factor_dim=block.max_factor_dim,
-                weight_sharing=block.weight_sharing,
-                pi=block.pi,
-            )
-            result[i] = dataclasses.replace(layer, block=alone)
+            result[i] = dataclasses.replace(layer, block=block.alone)
             continue
         shape = dataclasses.replace(layer.shape, products=2)
         result[i] = dataclasses.replace(layer, shape=shape)

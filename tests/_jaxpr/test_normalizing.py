@@ -53,6 +53,8 @@ def fused(h, p, keep):
 
 
 def centred(h, p, keep):
+    """By a sum, with the constant behind it and in front of it."""
+    h = h - keep((1 / N) * h.sum(0))
     return (h - keep(h.sum(0) * (1 / N))) * p["s"] + p["t"]
 
 

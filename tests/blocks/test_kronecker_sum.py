@@ -252,6 +252,19 @@ def test_a_single_loss_has_a_single_product():
     assert {type(x.block) for x in curvature.layers} == {Kronecker}
 
 
+def test_a_computed_weight_has_what_kronecker_has():
+    mask = jnp.asarray([[1.0, 0.0, 1.0]] * 4)
+
+    def loss_fn(w, x):
+        return squared_error(x @ (w * mask)).sum(-1).mean()
+
+    w, x = models.array(0, 4, 3), models.array(1, 6, 4)
+    plans = [
+        make(loss_fn, w, x, blocks=block) for block in (Kronecker(), KroneckerSum())
+    ]
+    assert plans[0].layers == plans[1].layers
+
+
 def test_exact_damping_and_powers_are_refused():
     operator, _ = operator_of(interior_and_boundary(), INSIDE, EDGE)
     with pytest.raises(ValueError, match="A sum of two Kronecker products has no"):

@@ -93,6 +93,47 @@ def test_parts_are_layers_like_parameters_of_their_own(block):
     assert "qkv[:,3:6]" in str(mine) and mine.totals.covered == mine.totals.parameters
 
 
+def test_a_weight_and_its_bias_may_be_parts_of_one_parameter():
+    """Each is written where the other was written before."""
+    table, x = models.array(7, D + 1, H), models.array(8, N, D)
+
+    def joined(p, x):
+        return jnp.tanh(x @ p["t"][:D] + p["t"][D]) @ p["o"]
+
+    def separate_ones(p, x):
+        return jnp.tanh(x @ p["w"] + p["b"]) @ p["o"]
+
+    o = models.array(9, H, 2)
+    params = {"t": table, "o": o}
+    others = {"w": table[:D], "b": table[D], "o": o}
+    plans = [
+        kfac_jax.make_curvature(loss_of(f), p, x, estimation_mode="fisher_exact")
+        for f, p in ((joined, params), (separate_ones, others))
+    ]
+    assert plans[0].layers[-1].params == (f"t[0:{D}]", f"t[{D}]")
+
+    def apart(tree):
+        return {"w": tree["t"][:D], "b": tree["t"][D], "o": tree["o"]}
+
+    v = oracles.random_like(params, 6)
+    mine, theirs = plans[0].at(params, x), plans[1].at(others, x)
+    for function in (
+        lambda op, v: op.matvec(v),
+        lambda op, v: op.solve(v, damping=0.1),
+        lambda op, v: op.power(v, -0.5, damping=0.1),
+    ):
+        models.assert_trees_close(
+            apart(function(mine, v)), function(theirs, apart(v)), rtol=1e-9
+        )
+    models.assert_trees_close(apart(mine.diagonal()), theirs.diagonal(), rtol=1e-9)
+    found = []
+    for plan, p in zip(plans, (params, others), strict=True):
+        tx = kfac_jax.kfac(plan, 0.1, 0.9, 0.1)
+        step = jax.jit(kfac_jax.make_step(plan, tx))
+        found.append(step(p, tx.init(p), jax.random.key(0), x)[0])
+    models.assert_trees_close(apart(found[0]), found[1], rtol=1e-9)
+
+
 def test_training_is_that_of_parameters_of_their_own():
     (mine, theirs), _ = both(None)
     params, others = PARAMS, separate(PARAMS)

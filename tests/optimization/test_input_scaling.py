@@ -271,6 +271,37 @@ def test_muon_knows_inputs_and_outputs(user_settings):
     tx.update(grads, tx.init(params), params)
 
 
+def test_muon_knows_the_axes_of_parts_in_their_parameters(user_settings):
+    """Parts that are cut from an axis that the program has in another shape."""
+    params = {"rows": models.array(0, 8, 4), "columns": models.array(1, 4, 8)}
+
+    def loss_fn(p, x):
+        rows = p["rows"].reshape(2, 4, 4)
+        columns = p["columns"].reshape(4, 2, 4)
+        for i in range(2):
+            x = jnp.tanh(jnp.tanh(x @ rows[i]) @ columns[:, i])
+        return jnp.square(x).mean()
+
+    params, x = narrow((params, models.array(2, N, 4)))
+    curvature = make(loss_fn, params, x)
+    assert all(layer.boxes for layer in curvature.layers)
+    found = kfac_jax.muon_dimension_numbers(curvature)
+    numbers = optax.contrib.MuonDimensionNumbers((0,), (1,))
+    assert found == {"rows": numbers, "columns": numbers}
+
+
+def test_a_plan_with_other_statistics_is_refused():
+    def loss_fn(p, x):
+        z = jnp.tanh(x @ p["a"]) @ p["b"]
+        return losses.squared_error(z, jnp.zeros((N, 3))).sum(-1).mean()
+
+    params = {"a": models.array(0, 5, 4), "b": models.array(1, 4, 3)}
+    mixed = {"a": blocks.InputOnly(), "b": blocks.Kronecker()}
+    curvature = kfac_jax.make_curvature(loss_fn, params, X, blocks=mixed)
+    with pytest.raises(ValueError, match="and no other statistics: expected a plan"):
+        kfac_jax.scale_by_inputs(curvature)
+
+
 def test_what_needs_output_gradients_is_refused():
     def with_loss(p, x):
         return losses.squared_error(models.mlp(p, x), jnp.zeros((N, 3))).sum(-1).mean()

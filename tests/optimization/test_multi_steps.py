@@ -48,7 +48,8 @@ def test_micro_batches_make_the_update_of_the_whole_batch(cuts):
         assert np.any(jax.tree.leaves(updates)[0]) == (part is cuts[-1])
     models.assert_trees_close(updates, expected, rtol=1e-6)
     models.assert_trees_close(state.inner, inner_state, rtol=1e-6)
-    fresh = tx.init(PARAMS)._replace(inner=state.inner)
+    fresh = tx.init(PARAMS)._replace(inner=state.inner, cases=state.cases)
+    assert int(state.cases) == len(X[cuts[-1]])
     jax.tree.map(np.testing.assert_array_equal, state, fresh)
 
 
@@ -78,6 +79,25 @@ def test_gradients_count_where_no_statistics_are_gathered():
     zero = curvature.zero_statistics(PARAMS)
     _, state = tx.update(ones, state, PARAMS, statistics=zero)
     models.assert_trees_close(state.grads, ones)
+
+
+@pytest.mark.parametrize("gathers", [(1, 0), (0, 1), (0, 0), (1, 1)])
+def test_micro_batches_without_statistics_count_like_those_with(gathers):
+    """In the first batch, and in the next, whichever of two gathers statistics."""
+    curvature = plan(estimation_mode="fisher_exact")
+    tx = kfac_jax.multi_steps(curvature, kfac_jax.scale_by_kfac(curvature), every=3)
+    state, zero = tx.init(PARAMS), curvature.zero_statistics(PARAMS)
+    _, _, statistics = curvature.value_grad_and_statistics(PARAMS, X[:6], Y[:6])
+    for _ in range(2):
+        for i, yes in enumerate(gathers):
+            grads = jax.tree.map(lambda w, i=i: jnp.full_like(w, i), PARAMS)
+            own = statistics if yes else zero
+            _, state = tx.update(grads, state, PARAMS, statistics=own)
+        weight = float(state.weight)
+        mean = jax.tree.map(lambda x, n=weight: x / n, state.grads)
+        half = jax.tree.map(lambda w: jnp.full_like(w, 0.5), PARAMS)
+        models.assert_trees_close(mean, half)
+        _, state = tx.update(grads, state, PARAMS, statistics=zero)
 
 
 def test_gradients_of_half_precision_add_up_in_float32():
