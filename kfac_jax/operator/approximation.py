@@ -13,6 +13,7 @@ from jax import Array
 
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments
+from kfac_jax._utils.dtypes import wide
 from kfac_jax._utils.trees import TreeSpec
 from kfac_jax.operator.inverses import apply as apply_inverses
 from kfac_jax.operator.inverses import compute, to_leaves, to_vectors
@@ -141,16 +142,10 @@ class Approximation:
         dampings = self._dampings(damping, damping_mode)
         exact = [x for x in self._blocks if damping_mode == "exact" and x.has_spectrum]
         rest = [x for x in self._blocks if x not in exact]
-        # one refresh of all groups, whose matrices of one size are inverted together
-        together = [([x], dampings[x.name]) for x in rest]
-        if not isinstance(damping, Mapping):
-            together = [(rest, damping)]
 
         def apply(vectors: Vectors) -> Vectors:
-            result: Vectors = {}
-            for groups, own in together:
-                inverses, _ = compute(groups, self.factors, own)
-                result |= apply_inverses(groups, self.factors, inverses, vectors, {})
+            inverses, _ = compute(rest, self.factors, dampings)
+            result = apply_inverses(rest, self.factors, inverses, vectors, {})
             for group in exact:
                 own = dampings[group.name]
                 result |= group.power(self.factors, vectors, -1.0, own, "exact")
@@ -222,7 +217,7 @@ class Approximation:
 
     def trace(self) -> Array:
         """Returns the trace of F."""
-        parts = [leaf.sum() for leaf in jax.tree.leaves(self.diagonal())]
+        parts = [wide(leaf).sum() for leaf in jax.tree.leaves(self.diagonal())]
         return _total(parts)
 
     def logdet(self, damping: Any = 0.0, damping_mode: str = "factored") -> Array:

@@ -112,7 +112,7 @@ def refresh(
 def compute(
     groups: Sequence[Group],
     factors: Factors,
-    damping: Numeric,
+    damping: Numeric | Mapping[str, Numeric],
     devices: Devices = ALONE,
 ) -> tuple[Factors, dict[str, Array]]:
     """Inverts the damped factors of all groups, matrices of one size as one batch.
@@ -120,14 +120,18 @@ def compute(
     Args:
       groups: the groups.
       factors: the moving averages, by layer name.
-      damping: λ + η.
+      damping: λ + η, of all groups or by their names.
       devices: the devices that share the inversion.
 
     Returns:
       The inverses by layer name, and whether they are finite by the group's name.
     """
     factors = widened(groups, factors)
-    wanted = {group.name: group.to_invert(factors, damping) for group in groups}
+    names = [group.name for group in groups]
+    dampings = (
+        damping if isinstance(damping, Mapping) else dict.fromkeys(names, damping)
+    )
+    wanted = {x.name: x.to_invert(factors, dampings[x.name]) for x in groups}
     inverted: dict[Name, Inverted] = {}
     for part in wanted.values():
         for name, (factor, shift) in part.elementwise.items():
@@ -145,7 +149,9 @@ def compute(
     for group in groups:
         part = wanted[group.name]
         own = {name: inverted[name] for name in (*part.elementwise, *part.matrices)}
-        arrays, finite[group.name] = group.inverses(own, factors, damping, devices)
+        arrays, finite[group.name] = group.inverses(
+            own, factors, dampings[group.name], devices
+        )
         result |= arrays
     return result, finite
 

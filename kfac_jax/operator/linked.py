@@ -23,9 +23,10 @@ from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.states import Examples
 from kfac_jax._utils import fresh
 from kfac_jax.blocks import Block
-from kfac_jax.devices import ALONE, Devices
+from kfac_jax.devices import Devices
 from kfac_jax.linalg import Inverted
 from kfac_jax.linalg._coherence import pseudo_inverse
+from kfac_jax.operator.inverses import compute
 from kfac_jax.operator.products import by_themselves, not_one_product
 from kfac_jax.operator.single import site_statistics, statistics_cost
 from kfac_jax.plan.group import (
@@ -384,7 +385,7 @@ class Linked(Group):
 
     def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
         """`log det F̂ = -log det Λ`, as Ξ has unit determinant."""
-        inverses, total = self._inverses(factors, damping), jnp.zeros(())
+        inverses, total = compute([self], factors, damping)[0], jnp.zeros(())
         for x in self.layers:
             own = inverses[x.name]
             a, g = (jnp.linalg.slogdet(own[f"{side}_basis"])[1] for side in SIDES)
@@ -396,25 +397,12 @@ class Linked(Group):
         self, factors: Factors, noise: Vectors, damping: Numeric, mode: str
     ) -> Vectors:
         """Applies a root of Λ, then `Ξᵀ`."""
-        inverses, left = self._inverses(factors, damping), Vectors()
+        inverses, left = compute([self], factors, damping)[0], Vectors()
         for name in self.names:
             own = inverses[name]
             x = noise[name] / jnp.sqrt(_unexplained(own))
             left[name] = own["input_basis"] @ x @ own["output_basis"].T
         return self._transposed(inverses, left)
-
-    def _inverses(self, factors: Factors, damping: Numeric) -> Factors:
-        """The inverses of given factors, computed on this device."""
-        wanted = self.to_invert(factors, damping).matrices
-        shifted = {
-            name: (x, jnp.broadcast_to(s, x.shape[:-2]))
-            for name, (x, s) in wanted.items()
-        }
-        found = {
-            name: Inverted(root, jnp.asarray(True))
-            for name, root in ALONE.roots(shifted).items()
-        }
-        return self.inverses(found, factors, damping, ALONE)[0]
 
     # ------------------------------------------------------------------ costs, report
 

@@ -17,10 +17,11 @@ from kfac_jax.blocks.kronecker_sum import (
     log_determinant_of_bases,
     total,
 )
-from kfac_jax.devices import ALONE, Devices, Task
+from kfac_jax.devices import Devices, Task
 from kfac_jax.linalg import Inverted
+from kfac_jax.operator.inverses import compute
 from kfac_jax.operator.single import Single
-from kfac_jax.plan.group import Arrays, Factors, FactorShapes, Name, ToInvert, Vectors
+from kfac_jax.plan.group import Arrays, Factors, FactorShapes, Name, Vectors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,29 +93,14 @@ class TwoProducts(Single):
         """False: the eigenvectors have no closed form."""
         return False
 
-    def _inverses(self, factors: Factors, damping: Numeric) -> Arrays:
-        """K and s of given factors, computed on this device."""
-        wanted: ToInvert = self.to_invert(factors, damping)
-        shifted = {
-            name: (x, jnp.broadcast_to(s, x.shape[:-2]))
-            for name, (x, s) in wanted.matrices.items()
-        }
-        found = {
-            name: Inverted(root, jnp.asarray(True))
-            for name, root in ALONE.roots(shifted).items()
-        }
-        for name, (x, s) in wanted.elementwise.items():
-            found[name] = Inverted(1 / (x + s), jnp.asarray(True))
-        return self.inverses(found, factors, damping, ALONE)[0][self.name]
-
     def logdet(self, factors: Factors, damping: Numeric, mode: str) -> Array:
         """`Σ log(1 + s_A s_Gᵀ) - 2 log |det (K_A ⊗ K_G)|`."""
-        own = self._inverses(factors, damping)
+        own = compute([self], factors, damping)[0][self.name]
         return jnp.log(total(own)).sum() - 2 * log_determinant_of_bases(own)
 
     def sample(
         self, factors: Factors, noise: Vectors, damping: Numeric, mode: str
     ) -> Vectors:
         """Multiplies the noise by a root of the inverse."""
-        own = self._inverses(factors, damping)
+        own = compute([self], factors, damping)[0][self.name]
         return {self.name: from_basis(own, noise[self.name] / jnp.sqrt(total(own)))}

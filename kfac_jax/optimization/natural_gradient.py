@@ -35,7 +35,8 @@ def natural_gradient(
     Args:
       curvature: a plan with `structure=SampleSpace()`.
       learning_rate: η, a number, a schedule of the step, or `QuadraticModel()`: the
-        step to the minimum of the damped quadratic model along the direction.
+        step to the minimum of the damped quadratic model along the direction, without
+        the options that it has in `kfac`.
       damping: λ > 0, a number, a schedule, or a `LevenbergMarquardt` rule, which
         evaluates the loss after a step and needs `value=`.
       momentum: `Spring(μ)`, or 0.
@@ -54,6 +55,11 @@ def natural_gradient(
       of T. Where `T + λ I` has no Cholesky factor, an eigendecomposition with
       eigenvalues of at least zero is used; an update that is not finite is zero. Both
       are counted in the state.
+
+      Of the gradient, what is neither of the registered losses nor of the l2 penalty,
+      and is smaller than the root of the program's precision, is taken for rounding and
+      left out: put `optax.add_decayed_weights` after this. On a mesh with Explicit axes
+      the loss function runs with Auto ones here, and may not name shardings.
 
     Raises:
       TypeError: if an argument is of the wrong type.
@@ -104,6 +110,13 @@ def _check(
 ) -> None:
     """Checks the arguments that are numbers, schedules or rules."""
     inf = float("inf")
+    plain = QuadraticModel()
+    if isinstance(learning_rate, QuadraticModel) and learning_rate != plain:
+        raise ValueError(
+            "natural_gradient takes the step to the minimum along its direction, on "
+            "the whole batch and without a limit: expected QuadraticModel() without "
+            f"options, got {learning_rate!r}. Use norm_constraint to limit steps."
+        )
     if not isinstance(learning_rate, QuadraticModel):
         what = "a number, a schedule or QuadraticModel()"
         schedules.check("learning_rate", learning_rate, 0.0, inf, allowed=what)

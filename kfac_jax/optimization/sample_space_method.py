@@ -10,7 +10,7 @@ import optax
 from jax import Array
 
 from kfac_jax._jaxpr import axis_types
-from kfac_jax._utils import arguments, fresh, schedules
+from kfac_jax._utils import arguments, fresh
 from kfac_jax._utils.vectors import inner_product
 from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices
@@ -48,6 +48,7 @@ class _System(NamedTuple):
     matrix: Array  # T
     rows: sample_space.Products
     damping: Array  # λ + l2
+    params: Sequence[Array]  # the parameters' leaves
 
 
 class _Direction(NamedTuple):
@@ -175,18 +176,19 @@ class SampleSpaceMethod:
         lam = jnp.asarray(given, matrix.dtype) + plan.l2
         # of less, rounding would decide
         lam = jnp.maximum(lam, jnp.finfo(matrix.dtype).eps * jnp.trace(matrix))
-        return _System(matrix, rows, lam)
+        return _System(matrix, rows, lam, plan.tree.leaves(params, "params"))
 
     def _direction(
         self, gradient: Sequence[Array], state: Any, system: _System
     ) -> _Direction:
         """`φ = μ φ' + (F + λ)⁻¹ (g - μ F φ')`."""
-        matrix, rows, lam = system
+        matrix, rows, lam = system.matrix, system.rows, system.damping
         last = [self.decay * x for x in jax.tree.leaves(state.direction)]
-        right, errors, rounding = _in_rows(gradient, rows, matrix)
+        penalty = [self.curvature.l2 * x for x in system.params]
+        right, errors, empty = _in_rows(gradient, penalty, rows, matrix)
         # the same flag on all devices, as the gradient is
         pushed = jax.lax.cond(
-            rounding, lambda: jnp.zeros_like(errors), lambda: rows.push(right)
+            empty, lambda: jnp.zeros_like(errors), lambda: rows.push(right)
         )
         if self.decay:
             errors = errors - rows.push(last)
@@ -216,9 +218,9 @@ class SampleSpaceMethod:
             positive = jnp.where(curved > 0, curved, 1)
             rate = jnp.where(curved > 0, phi.inner / positive, 0.0)
         else:
-            rate = jnp.asarray(schedules.at(self.learning_rate, state.step), float)
+            rate = at(self.learning_rate, state.step)
         if self.norm_constraint is not None:
-            most = jnp.asarray(schedules.at(self.norm_constraint, state.step), float)
+            most = at(self.norm_constraint, state.step)
             # the last direction's part outside of this batch's rows has no length in F
             square = phi.length if self.decay else phi.square
             longest = jnp.sqrt(most / jnp.where(square > 0, square, 1))
@@ -274,35 +276,49 @@ def _adapt(
 
 
 def _in_rows(
-    gradient: Sequence[Array], rows: sample_space.Products, matrix: Array
+    gradient: Sequence[Array],
+    penalty: Sequence[Array],
+    rows: sample_space.Products,
+    matrix: Array,
 ) -> tuple[list[Array], Array, Array]:
     """Divides a gradient in `Uᵀ e` and a rest.
 
-    A rest that is rounding is left out: it would be divided by λ.
+    The gradient is `c (Uᵀ e + η θ)` with the factor c of a transformation before, plus
+    what a transformation has added. Of that, what is rounding is left out: it would be
+    divided by λ.
 
     Args:
       gradient: the gradient's leaves.
+      penalty: η θ.
       rows: products with U.
       matrix: T.
 
     Returns:
-      The rest; e: that of the registered losses, with a factor as the gradient may have
-      been scaled; or, where it is not known, e with `T e = U g`. And whether the rest
-      is rounding, and zero.
+      The rest, penalty included; e: that of the registered losses, times c; or, where
+      it is not known, e with `T e = U g`. And whether the rest is zero.
     """
     if rows.errors is None:
         least = jnp.finfo(matrix.dtype).eps * jnp.trace(matrix)
         least = jnp.where(least > 0, least, 1)
         pushed = rows.push(gradient).astype(matrix.dtype)
         errors, factor = clipped_solve(matrix, least, pushed)[0], jnp.ones(())
+        penalty = [jnp.zeros_like(x) for x in penalty]  # what is in U is part of it
     else:
         errors, factor = rows.errors, None
-    pulled = zip(gradient, rows.pull(errors), strict=True)
-    own = [x.astype(g.dtype) for g, x in pulled]
+    known = [
+        x.astype(g.dtype) + own.astype(g.dtype)
+        for g, x, own in zip(gradient, rows.pull(errors), penalty, strict=True)
+    ]
     if factor is None:
-        size = inner_product(own, own)
-        factor = inner_product(gradient, own) / jnp.where(size > 0, size, 1)
-    rest = [g - factor.astype(g.dtype) * x for g, x in zip(gradient, own, strict=True)]
-    epsilon = jnp.finfo(jnp.result_type(*gradient)).eps
-    rounding = inner_product(rest, rest) <= epsilon * inner_product(gradient, gradient)
-    return [jnp.where(rounding, 0, x) for x in rest], factor * errors, rounding
+        size = inner_product(known, known)
+        factor = inner_product(gradient, known) / jnp.where(size > 0, size, 1)
+    scaled = [factor.astype(x.dtype) * x for x in known]
+    rest = [g - x for g, x in zip(gradient, scaled, strict=True)]
+    limit = rows.epsilon * inner_product(gradient, gradient)
+    rounding = inner_product(rest, rest) <= limit
+    total = [
+        jnp.where(rounding, 0, x) + factor.astype(x.dtype) * own.astype(x.dtype)
+        for x, own in zip(rest, penalty, strict=True)
+    ]
+    empty = rounding & (inner_product(penalty, penalty) == 0)
+    return total, factor * errors, empty

@@ -430,6 +430,71 @@ def test_a_norm_constraint_limits_the_length_in_the_curvature():
     assert float(state.learning_rate) < 1
 
 
+def updates_in(params, x, lam, **options):
+    """Of one step with a fixed λ, and the dense solution in float64."""
+
+    def loss_fn(p, x):
+        size = sum(jnp.square(w.astype(jnp.float32)).sum() for w in p.values())
+        z = p["w"].astype(x.dtype)
+        z = jnp.tanh(x @ z + p["b"].astype(x.dtype)) @ p["o"].astype(x.dtype)
+        z = z.astype(jnp.float32)
+        penalty = 0.5 * options.get("l2", 0.0) * size
+        return squared_error(z, jnp.ones_like(z)).sum(-1).mean() + penalty
+
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):
+        curvature = plan_of(loss_fn, params, x, **options)
+        tx = natural_gradient(curvature, 1.0, damping=lam)
+        _, grads, statistics = curvature.value_grad_and_statistics(params, x)
+        updates, _ = jax.jit(tx.update)(
+            grads, tx.init(params), params, statistics=statistics, args=(x,)
+        )
+    wide = {k: jnp.asarray(np.asarray(v, np.float64)) for k, v in params.items()}
+    x, l2 = jnp.asarray(np.asarray(x, np.float64)), options.get("l2", 0.0)
+    flat, restore = jax.flatten_util.ravel_pytree(wide)
+    f = fisher(mlp, wide, squares, x) + (lam + l2) * np.eye(len(flat))
+    g = jax.grad(lambda v: squares(mlp)(restore(v), x))(flat) + l2 * flat
+    found = [np.asarray(updates[k], float).ravel() for k in sorted(updates)]
+    return np.concatenate(found), -np.linalg.solve(f, np.asarray(g))
+
+
+NARROW = {k: np.asarray(v, np.float32) for k, v in DENSE.items()}
+NARROW_X = np.asarray(models.array(3, 4, D), np.float32)  # fewer rows than parameters
+
+
+@pytest.mark.parametrize("l2", [0.0, 1e-4, 1e-2])
+def test_a_penalty_of_any_size_is_not_taken_for_rounding(l2):
+    params = jax.tree.map(jnp.asarray, NARROW)
+    found, expected = updates_in(params, jnp.asarray(NARROW_X), 1e-4, l2=l2)
+    assert np.linalg.norm(found - expected) < 1e-2 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("narrow", ["w", "o", "wbo", "data"])
+def test_rounding_of_half_precision_is_not_divided_by_the_damping(narrow):
+    """Of some parameters, all of them, or of what is computed with them."""
+    half = {k: jnp.bfloat16 if k in narrow else jnp.float32 for k in NARROW}
+    if narrow == "data":
+        half = dict.fromkeys(NARROW, jnp.float32)
+    params = {k: jnp.asarray(v, half[k]) for k, v in NARROW.items()}
+    x = jnp.asarray(NARROW_X, jnp.bfloat16 if narrow == "data" else jnp.float32)
+    found, expected = updates_in(params, x, 1e-2)
+    assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
+
+
+def test_long_sequences_of_integers_take_no_pairs_of_positions(monkeypatch):
+    """Products of all pairs of positions would be the square of their number."""
+
+    def network(p, x):
+        ids = (10 * jnp.abs(x)).astype(int) % 6
+        return jnp.tanh(p["e"][ids]).sum(1) @ p["o"]
+
+    params = {"e": models.array(0, 6, 3), "o": models.array(1, 3, 2)}
+    curvature = plan(network, params)
+    pairs = curvature.gram(params, X)
+    monkeypatch.setattr(gram_matrix, "LARGEST", 100)
+    np.testing.assert_allclose(curvature.gram(params, X), pairs, rtol=1e-12, atol=1e-14)
+    assert "By gradients of cases: e." in str(plan(network, params))
+
+
 def test_with_spring_a_norm_constraint_limits_the_length():
     """Of which F does not see what other batches have left."""
     curvature = plan(mlp, DENSE)
@@ -521,6 +586,10 @@ def test_what_does_not_fit():
         ValueError, match="kfac needs blocks, which a plan of the sample"
     ):
         kfac_jax.kfac(curvature)
+    with pytest.raises(
+        ValueError, match=r"expected QuadraticModel\(\) without options"
+    ):
+        natural_gradient(curvature, kfac_jax.QuadraticModel(fraction=0.5))
     with pytest.raises(ValueError, match="must be positive in the sample space"):
         natural_gradient(curvature, damping=0)
     with pytest.raises(TypeError, match=r"momentum must be kfac_jax.Spring\(μ\) or 0"):
@@ -704,7 +773,9 @@ def test_a_matrix_that_may_not_fit_is_told_before_it_is_made():
     shape = jax.ShapeDtypeStruct((40_000, D), X.dtype)
     with pytest.warns(UserWarning, match="Use fewer cases, a sampled mode") as caught:
         plan(mlp, DENSE, x=shape)
-    assert "T has 80000 rows and takes 47.7 GiB: 40000" in str(caught[0].message)
+    assert "T has 80000 rows (40000 cases with 2 each)" in str(caught[0].message)
+    assert "takes 47.7 GiB" in str(caught[0].message)
+    assert caught[0].filename == __file__  # where the plan is made
 
 
 def test_the_report_says_why_there_is_no_matrix():

@@ -16,7 +16,7 @@ from kfac_jax.statistics.sample_space.gram_matrix import (
     statistics,
 )
 from kfac_jax.statistics.sample_space.layer_rows import LayerRows, layer_rows
-from kfac_jax.statistics.sample_space.rows import RowSet
+from kfac_jax.statistics.sample_space.rows import RowsError, RowSet
 from kfac_jax.statistics.sample_space.taps import tapped
 
 LARGE = 2**33
@@ -35,6 +35,7 @@ def lines(plan: Plan, params: Any, args: Any) -> tuple[str, ...]:
       The lines. If there is no T, one with the reason.
     """
     found: list[str] = []
+    sizes: list[int] = []
 
     def trace(params: Any, args: Any, key: Any) -> None:
         leaves = plan.tree.leaves(params, "params")
@@ -42,11 +43,18 @@ def lines(plan: Plan, params: Any, args: Any) -> tuple[str, ...]:
         parts, sets = layer_rows(plan, params, args, drawn)
         _, others = tapped(plan.derive(params, args, quiet=True))
         found.extend(_lines(parts, sets, others))
+        sizes.extend(one.cases * one.columns for one in sets)
 
     try:
         jax.eval_shape(trace, params, args, jax.random.key(0))
-    except ValueError as error:
+    except RowsError as error:
         return (f"Sample space: there is no T. {error}",)
+    if sum(sizes) ** 2 * jnp.result_type(float).itemsize > LARGE:
+        warnings.warn(
+            f"{found[0]} Use fewer cases, a sampled mode with one row for each "
+            '(estimation_mode="fisher_gradients"), or statistics_fraction.',
+            stacklevel=3,  # the caller of make_curvature
+        )
     return tuple(found)
 
 
@@ -58,13 +66,6 @@ def _lines(
     rows = sum(one.cases * one.columns for one in sets)
     size = rows**2 * jnp.result_type(float).itemsize
     kinds = " and ".join(f"{one.cases} cases with {one.columns} each" for one in sets)
-    if size > LARGE:
-        warnings.warn(
-            f"T has {rows} rows and takes {in_bytes(size)}: {kinds}. Use fewer cases, "
-            "a sampled mode with one row for each (estimation_mode="
-            '"fisher_gradients"), or statistics_fraction.',
-            stacklevel=2,
-        )
     ways: dict[str, list[str]] = {"inputs": [], "gradients": [], "one": []}
     work = 0
     for name, of_sets in parts.items():
@@ -90,13 +91,12 @@ def _work(a: LayerRows, everyone: Sequence[LayerRows], pairwise: bool) -> int:
     """Multiply-adds of one set's products with all."""
     stack = math.prod(a.dy.shape[1 : 1 + a.lead])
     outputs, positions = a.dy.shape[-1], 1 if a.x is None else a.dy.shape[-2]
-    one_hot = a.x is not None and a.x.ndim == a.lead + 2
-    inputs = 1 if one_hot else a.dy.shape[-2] if a.x is None else a.x.shape[-1]
     pairs = _rows(a) * sum(map(_rows, everyone))
     if pairwise:
+        inputs = 1 if a.of_integers else a.inputs
         return stack * pairs * positions**2 * (inputs + outputs)
     forming = 0 if a.x is None else _rows(a) * positions
-    return stack * inputs * outputs * (forming + pairs)
+    return stack * a.inputs * outputs * (forming + pairs)
 
 
 def _rows(rows: LayerRows) -> int:

@@ -89,7 +89,7 @@ def gram(
       T, the same on all devices.
 
     Raises:
-      ValueError: if a parameter has no gradient of each case.
+      RowsError: if a parameter has no gradient of each case.
     """
     parts, sets = layer_rows(plan, params, args, drawn)
     total = _total([*parts.values()], sets, devices)
@@ -104,6 +104,7 @@ def _total(
     devices: Devices,
 ) -> Array:
     """The sum over layers of the products of rows; this device's rows by all."""
+    # of several, also under `jit`, cases may be spread over devices, and are not cut
     alone, dtype = devices.size() == 1, jnp.result_type(float)
     pieces = [x for i, one in enumerate(sets) for x in _pieces(i, one, alone)]
     every = range(len(pieces))
@@ -164,7 +165,7 @@ def _products(
                 yield p, q, _pair(mine[p], everyone[q])
         return
     # the gradients of all rows, by a chunk of the inputs at a time
-    inputs = _inputs(next(iter(present.values())))
+    inputs = next(iter(present.values())).inputs
     width = max(1, min(inputs, LARGEST // sum(map(_per_input, present.values()))))
     for start in range(0, inputs, width):
         rows = {i: _gradients(x, start, width) for i, x in present.items()}
@@ -181,12 +182,11 @@ def is_pairwise(rows: LayerRows) -> bool:
     """Whether products of inputs and of output gradients cost less than gradients."""
     if rows.x is None:
         return False
-    if rows.x.ndim == rows.lead + 2:  # integers
-        return True
-    positions, inputs = rows.x.shape[-2:]
-    count, outputs = rows.dy.shape[0] * rows.x.shape[-3], rows.dy.shape[-1]
-    pairs = positions**2 * (inputs + outputs)
-    return pairs <= inputs * outputs and (count * positions) ** 2 <= LARGEST
+    cases, positions, outputs = rows.dy.shape[-3:]
+    if (rows.dy.shape[0] * cases * positions) ** 2 > LARGEST:
+        return False
+    pairs = positions**2 * (rows.inputs + outputs)
+    return rows.of_integers or pairs <= rows.inputs * outputs
 
 
 def _pair(a: LayerRows, b: LayerRows) -> Array:
@@ -194,7 +194,7 @@ def _pair(a: LayerRows, b: LayerRows) -> Array:
     assert a.x is not None and b.x is not None
     xa, xb = (_flat(x, lead, 0) for x, lead in ((a.x, a.lead), (b.x, b.lead)))
     ya, yb = (wide(_flat(x.dy, x.lead, 1)) for x in (a, b))  # [k, e, n, s, o]
-    if a.x.ndim == a.lead + 2:  # integers [e, n, s]
+    if a.of_integers:  # [e, n, s]
         inputs = (xa[..., None, None] == xb[:, None, None]).astype(ya.dtype)
     else:
         inputs = jnp.einsum("ensi,emti->ensmt", wide(xa), wide(xb))
@@ -209,10 +209,6 @@ def _flat(x: Array, lead: int, before: int) -> Array:
     return x.reshape(*shape[:before], middle, *shape[before + lead :])
 
 
-def _inputs(rows: LayerRows) -> int:
-    return rows.dy.shape[-2] if rows.x is None else rows.x.shape[-1]
-
-
 def _per_input(rows: LayerRows) -> int:
     """How many numbers the gradients of all rows by one input are."""
     lead = math.prod(rows.dy.shape[1 : 1 + rows.lead])
@@ -225,7 +221,13 @@ def _gradients(rows: LayerRows, start: int, width: int) -> Array:
     if rows.x is None:
         own = dy[..., start : start + width, :]
     else:
-        x = _flat(rows.x, rows.lead, 0)[..., start : start + width]
-        own = jnp.einsum("ensi,kenso->kenio", wide(x), wide(dy))
+        x = _flat(rows.x, rows.lead, 0)
+        if rows.of_integers:
+            stop = min(start + width, rows.inputs)
+            x = x[..., None] == jnp.arange(start, stop, dtype=x.dtype)
+            x = x.astype(wide(dy).dtype)
+        else:
+            x = wide(x[..., start : start + width])
+        own = jnp.einsum("ensi,kenso->kenio", x, wide(dy))
     moved = jnp.moveaxis(wide(own), 2, 0)  # [N, K, e, i, o]
     return moved.reshape(*moved.shape[:2], -1)

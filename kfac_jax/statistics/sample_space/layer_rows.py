@@ -30,6 +30,12 @@ class LayerRows(NamedTuple):
     x: Array | None  # [*e, N, S, i], or integers [*e, N, S]; None for gradients
     dy: Array  # [K, *e, N, S, o], or gradients [K, *e, N, i, o]
     lead: int  # the number of axes e
+    inputs: int  # i
+
+    @property
+    def of_integers(self) -> bool:
+        """Whether x are places of ones in rows that are zero elsewhere."""
+        return self.x is not None and self.x.ndim == self.lead + 2
 
     def of(self, cases: slice) -> "LayerRows":
         """The rows of some cases."""
@@ -62,7 +68,7 @@ def layer_rows(
       The rows by layer, and the sets that they are of.
 
     Raises:
-      ValueError: if a parameter has no gradient of each case.
+      RowsError: if a parameter has no gradient of each case.
     """
     leaves = varying(plan, params, args)
     params = jax.tree.unflatten(plan.tree.treedef, leaves)
@@ -99,7 +105,7 @@ def layer_rows(
         found = one_by_one(plan, derived, others, args, leaves, us, arranged, one.cases)
         for name, g in found.items():
             flat = jnp.moveaxis(g[:, :, None], 0, 1)
-            parts.setdefault(name, []).append(LayerRows(None, flat, 0))
+            parts.setdefault(name, []).append(LayerRows(None, flat, 0, 1))
     return parts, sets
 
 
@@ -150,14 +156,16 @@ def _of_layer(group: Any, dense: Factors, sums: Factors, size: int) -> LayerRows
         if isinstance(group, Remote):
             own = jax.vmap(jax.vmap(lambda g: layer.to_matrix([g])))(own)
             own = jnp.moveaxis(own, 1, -3)
-        return LayerRows(None, own, lead) if own.shape[-3] == size else None
+        if own.shape[-3] != size:
+            return None
+        return LayerRows(None, own, lead, own.shape[-2])
     mine = [k for k, x in enumerate(group.sites) if _size(x) == size]
     if not mine:
         return None
     axis = -1 if layer.shape.one_hot else -2
     x = jnp.concatenate([dense[layer.name][f"x{k}"] for k in mine], axis)
     dy = jnp.concatenate([sums[layer.name][f"dy{k}"] for k in mine], -2)
-    return LayerRows(x, dy, lead)
+    return LayerRows(x, dy, lead, layer.shape.inputs)
 
 
 def _size(site: Site) -> int:

@@ -10,6 +10,7 @@ from jax import Array
 
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.differentiation import check_forward_mode, reverse_mode
+from kfac_jax._jaxpr.graph import Graph
 from kfac_jax._jaxpr.interpreter import Program, run
 from kfac_jax._utils.dtypes import wide
 from kfac_jax.devices import ALONE, Devices
@@ -40,11 +41,13 @@ class Products(NamedTuple):
       pull: rows to leaves, `Uᵀ w`.
       errors: e with `Uᵀ e` the gradient of the registered losses; None where that is
         not in the space of the rows (sampled ones), or without targets.
+      epsilon: the precision of the least precise type that the program computes in.
     """
 
     push: Callable[[Sequence[Array]], Array]
     pull: Callable[[Array], list[Array]]
     errors: Array | None
+    epsilon: float
 
 
 def products(
@@ -122,7 +125,15 @@ def products(
     errors = _errors(losses) if is_exact(plan.estimation_mode) else None
     if errors is not None:
         errors = all_rows([one.arrange(errors) for one in sets])
-    return Products(rows, columns, errors)
+    return Products(rows, columns, errors, _epsilon(program.graph, leaves))
+
+
+def _epsilon(graph: Graph, leaves: Sequence[Array]) -> float:
+    """The largest ε of the types of a program's values."""
+    types = {x.dtype for x in leaves}
+    types |= {x.aval.dtype for node in graph.walk() for x in node.equation.outvars}
+    inexact = [x for x in types if jnp.issubdtype(x, jnp.floating)]
+    return max(float(jnp.finfo(x).eps) for x in inexact)
 
 
 def _errors(losses: Sequence[RegisteredLoss]) -> list[Array] | None:

@@ -19,6 +19,10 @@ from kfac_jax.statistics import estimation
 from kfac_jax.statistics.estimation import Cases
 
 
+class RowsError(ValueError):
+    """A case has no rows, or none that could be told from those of others."""
+
+
 class RowSet(NamedTuple):
     """Rows of U with as many for each case: outputs, or samples.
 
@@ -60,12 +64,12 @@ def cases_of(loss: RegisteredLoss, state: State, independent: bool) -> Cases:
       The arrangement.
 
     Raises:
-      ValueError: if it is not known.
+      RowsError: if it is not known.
     """
     within = estimation.within(loss, state, independent)
     if within[1] == 1 and len(loss.z) > 1:
         where = getattr(state, "where", "") or "the registered loss"
-        raise ValueError(
+        raise RowsError(
             "The sample space needs to know which outputs belong to one case, which "
             f"could not be followed since {where}. Pass independent_cases=True if no "
             "case's output depends on another's input, or use another structure."

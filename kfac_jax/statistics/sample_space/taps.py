@@ -13,6 +13,7 @@ from kfac_jax._jaxpr.graph import Graph, is_value
 from kfac_jax._jaxpr.interpreter import JOINING
 from kfac_jax._jaxpr.sites import Site
 from kfac_jax._jaxpr.states import Examples
+from kfac_jax._utils.dtypes import wide_dtype
 from kfac_jax.blocks import Full
 from kfac_jax.blocks._layout import Arrays
 from kfac_jax.operator.remote import Remote
@@ -22,6 +23,7 @@ from kfac_jax.plan.plan import Derived, Plan
 from kfac_jax.plan.summing import cases, is_remote, no_sums
 from kfac_jax.statistics import alone
 from kfac_jax.statistics.estimation import Cases
+from kfac_jax.statistics.sample_space.rows import RowsError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +66,8 @@ class Rows:
             dy = shapes[site.output]
             rows = jax.eval_shape(functools.partial(self.rows, site), x, dy)
             for name, row in zip((f"x{k}", f"dy{k}"), rows, strict=True):
-                dtype = jnp.promote_types(row.dtype, self.layer.dtype)
+                both = wide_dtype(row.dtype), jnp.dtype(self.layer.dtype)
+                dtype = max(both, key=lambda x: jnp.finfo(x).bits)
                 result[name] = jnp.zeros((*stacked, *row.shape), dtype)
         return result
 
@@ -157,7 +160,7 @@ def one_by_one(
       By layer `[N, K, entries]`.
 
     Raises:
-      ValueError: if a case cannot be evaluated for itself.
+      RowsError: if a case cannot be evaluated for itself.
     """
     by_case = [
         jnp.moveaxis(jax.vmap(at.split)(u), 1, 0)
@@ -170,7 +173,7 @@ def one_by_one(
         prepared = alone.prepare(plan, derived, layers, args, leaves, arranged, size)
     except alone.CaseError as error:
         name, reason = next(iter(others.items()))
-        raise ValueError(
+        raise RowsError(
             f"The sample space needs the gradient of each case by '{name}', but "
             f"{reason}, and cases cannot be evaluated one by one: {error}. Rewrite "
             "that use, pass what belongs to the batch as arguments, or use "
