@@ -10,7 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 import kfac_jax
-from kfac_jax.blocks import Diagonal, Eigen, Full, Kronecker
+from kfac_jax.blocks import Diagonal, Eigen, Full, Identity, Kronecker, KroneckerSum
 from kfac_jax.laplace import Laplace, expected_softmax, probit
 from kfac_jax.losses import softmax_cross_entropy_with_integer_labels
 from tests.helpers import models
@@ -198,32 +198,156 @@ def test_probabilities_of_normal_logits():
 
 
 def test_the_probit_approximation_is_near_the_mean_of_a_logistic_function():
-    """Of two classes, where it is MacKay's; without variances it is the softmax."""
+    """Of two classes with one logit at zero; without variances it is the softmax."""
     mean = jnp.stack([jnp.linspace(-3.0, 3.0, 7), jnp.zeros(7)], -1)
-    covariance = jnp.broadcast_to(jnp.diag(jnp.array([2.0, 2.0])), (7, 2, 2))
-    expected = expected_softmax(jax.random.key(0), mean, covariance, 50_000)
-    np.testing.assert_allclose(probit(mean, covariance), expected, atol=0.05)
+    covariance = jnp.broadcast_to(jnp.diag(jnp.array([4.0, 0.0])), (7, 2, 2))
+    points, weights = np.polynomial.hermite_e.hermegauss(60)
+    logistic = 1 / (1 + np.exp(-(np.asarray(mean)[:, :1] + 2 * points)))
+    expected = logistic @ weights / weights.sum()
+    found = probit(mean, covariance)
+    np.testing.assert_allclose(found[:, 0], expected, atol=0.02)
     plain = jax.nn.softmax(mean)
-    assert np.abs(plain - expected).max() > 0.1
+    assert np.abs(plain[:, 0] - expected).max() > 0.1
     np.testing.assert_allclose(probit(mean, 0 * covariance), plain)
 
 
-def test_bad_input():
-    with pytest.raises(ValueError, match=r"expected \['o', 'w\+b'\], got \['w'\]"):
-        Laplace(
-            mean=PARAMS,
-            curvature=operator(Kronecker()),
-            cases=N,
-            prior_precision={"w": 1.0},
+def test_what_no_layer_covers_is_random_by_its_diagonal():
+    """Unless the plan ignores it, or its block is the identity."""
+
+    def loss(p, x, labels):
+        """A scan over a parameter in a branch, which its exponential cannot leave."""
+
+        def run():
+            step = lambda _, g: (None, x @ jnp.exp(g))  # noqa: E731
+            return jax.lax.scan(step, None, p["g"][None])[1][0]
+
+        z = jnp.tanh(jax.lax.cond(x.sum() > -1e9, run, lambda: x)) @ p["w"]
+        return softmax_cross_entropy_with_integer_labels(z, labels).mean()
+
+    params = {"w": PARAMS["o"][:3], "g": 0.1 * models.array(8, 3, 3)}
+
+    def posterior(**options):
+        curvature = kfac_jax.make_curvature(
+            loss, params, X, LABELS, estimation_mode="fisher_exact", **options
         )
-    op = operator(Kronecker())
-    for wrong, words in (
-        ({"cases": 0}, r"cases \(N\) must be positive; got 0"),
-        ({"prior_precision": -1.0}, r"prior_precision \(δ\) must be positive"),
-        ({"prior_precision": {"w+b": 1.0, "o": 0.0}}, r"\(δ\) must be positive; got 0"),
+        operator = curvature.over(params, [(X, LABELS)])
+        return Laplace(mean=params, curvature=operator, cases=N)
+
+    key = jax.random.key(0)
+    with pytest.warns(UserWarning, match="no layer covers a diagonal block"):
+        random = posterior()
+    assert np.all(random.sample(key)["g"] != params["g"])
+    v = jax.tree.map(jnp.ones_like, params)
+    diagonal = N * random.curvature.diagonal()["g"] + 1.0
+    np.testing.assert_allclose(random.covariance(v)["g"], 1 / diagonal)
+    for options in (
+        {"on_unmatched": "ignore"},
+        {"on_unmatched": "ignore", "blocks": {"g": Identity()}},
     ):
-        with pytest.raises(ValueError, match=words):
-            Laplace(**{"mean": PARAMS, "curvature": op, "cases": N} | wrong)
+        fixed = posterior(**options)
+        assert list(fixed.sizes) == ["w"]
+        np.testing.assert_array_equal(fixed.sample(key)["g"], params["g"])
+        np.testing.assert_array_equal(fixed.covariance(v)["g"], 0.0)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_where_nothing_is_known_the_prior_stays(by_layer):
+    zeros = jax.tree.map(jnp.zeros_like, PARAMS)
+    posterior = dataclasses.replace(made("Kronecker, by layer"), mean=zeros)
+    tuned = posterior.tuned(by_layer=by_layer).prior_precision
+    expected = BY_LAYER if by_layer else 1.25
+    models.assert_trees_close(tuned, expected)
+
+
+@pytest.mark.parametrize("name", ["Kronecker", "last layer"])
+def test_parameters_of_half_precision(name):
+    """Their evidence, predictions and draws are near those of full precision."""
+    posterior = made(name)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+
+    def blocks(layer):
+        return Kronecker() if name == "Kronecker" or layer.name == "o" else None
+
+    curvature = kfac_jax.make_curvature(
+        lambda p, x, y: loss_fn(jax.tree.map(lambda x: x.astype(float), p), x, y),
+        half,
+        X,
+        LABELS,
+        estimation_mode="fisher_exact",
+        blocks=blocks,
+    )
+    operator = curvature.over(half, [(X, LABELS)])
+    other = dataclasses.replace(posterior, mean=half, curvature=operator)
+    narrow, wide = other.log_evidence(-3.2), posterior.log_evidence(-3.2)
+    np.testing.assert_allclose(narrow, wide, rtol=0.05)
+
+    def outputs(p, x):
+        return apply(jax.tree.map(lambda x: x.astype(float), p), x)
+
+    found, expected = other.predict(outputs, X)[1], posterior.predict(apply, X)[1]
+    np.testing.assert_allclose(found, expected, atol=0.05 * np.abs(expected).max())
+    drawn = other.tuned(by_layer=name == "last layer").sample(jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(drawn)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_bad_input():
+    op = operator(Kronecker())
+    batches = X, LABELS, X[:4], LABELS[:4]
+    summed = kfac_jax.make_curvature(
+        lambda p, x, y, u, v: loss_fn(p, x, y) + loss_fn(p, u, v),
+        PARAMS,
+        *batches,
+        estimation_mode="fisher_exact",
+        blocks=KroneckerSum(),
+    ).at(PARAMS, *batches)
+    made = {"mean": PARAMS, "curvature": op, "cases": N}
+    for wrong, error, words in (
+        ({"cases": 0}, ValueError, r"cases \(N\) must be positive; got 0"),
+        ({"cases": "12"}, TypeError, r"cases \(N\) must be a number or a scalar"),
+        ({"curvature": PARAMS}, TypeError, "curvature must be an operator, curvature"),
+        (
+            {"prior_precision": -1.0},
+            ValueError,
+            r"prior_precision \(δ\) must be positive; got -1.0. Without a prior",
+        ),
+        (
+            {"prior_precision": {"w+b": 1.0, "o": 0.0}},
+            ValueError,
+            r"\(δ\) must be positive; got 0",
+        ),
+        (
+            {"prior_precision": {"w": 1.0}},
+            ValueError,
+            r"have one for each layer with a block: expected \['o', 'w\+b'\], got",
+        ),
+        (
+            {"prior_precision": jnp.ones(3)},
+            TypeError,
+            r"prior_precision \(δ\) must be a number or a scalar array; got float64",
+        ),
+        (
+            {"curvature": summed},
+            ValueError,
+            r"needs blocks with eigenvectors in closed form: .* got TwoProducts for",
+        ),
+    ):
+        posterior = Laplace(**made | wrong)
+        for call in (
+            lambda x: x.covariance(PARAMS),
+            lambda x: x.log_evidence(0.0),
+            lambda x: x.tuned(),
+            lambda x: x.sample(jax.random.key(0)),
+            lambda x: x.predict(apply, X),
+        ):
+            with pytest.raises(error, match=words):
+                call(posterior)
+    posterior = Laplace(**made)
+    with pytest.raises(ValueError, match=r"predict must return outputs of each case, "):
+        posterior.predict(lambda p, x: apply(p, x).sum(-1), X)
+    with pytest.raises(TypeError, match=r"log_likelihood must be a number"):
+        posterior.log_evidence(jnp.ones(2))
+    with pytest.raises(TypeError, match="key must be a random key"):
+        expected_softmax(0, jnp.ones(2), jnp.eye(2))
     with pytest.raises(ValueError, match="samples must"):
         expected_softmax(jax.random.key(0), jnp.ones(2), jnp.eye(2), 0)
     with pytest.raises(ValueError, match=r"one for each layer with a block: expected"):
@@ -242,6 +366,8 @@ def test_bad_input():
         linked.solve(PARAMS, {"w+b": 1.0, "o": 1.0})
     with pytest.raises(ValueError, match="no eigenvalues in closed form: expected a"):
         linked.eigenvalues()
+    with pytest.raises(ValueError, match=r"got Linked for .* Use blocks.Eigen\(\) "):
+        Laplace(**made | {"curvature": linked}).covariance(PARAMS)
 
 
 @pytest.mark.parametrize("mode", ["exact", "factored"])

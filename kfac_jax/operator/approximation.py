@@ -15,6 +15,7 @@ from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments
 from kfac_jax._utils.dtypes import wide
 from kfac_jax._utils.trees import TreeSpec
+from kfac_jax.blocks import Identity
 from kfac_jax.operator.inverses import apply as apply_inverses
 from kfac_jax.operator.inverses import compute, to_leaves, to_vectors
 from kfac_jax.plan.group import Factors, Group, Vectors, layers_of
@@ -299,3 +300,26 @@ def _total(parts: list[Array]) -> Array:
         return jnp.zeros(())
     dtype = max((x.dtype for x in parts), key=lambda d: jnp.finfo(d).bits)
     return jnp.stack([x.astype(dtype) for x in parts]).sum()
+
+
+def sizes_with_curvature(operator: Approximation) -> dict[str, int]:
+    """How many parameters each layer has, of those with a block but `Identity`."""
+    return {
+        x.name: math.prod(x.shape.matrix)
+        for x in layers_of(operator.groups)
+        if x.block is not None and not isinstance(x.block, Identity)
+    }
+
+
+def only_with_curvature(operator: Approximation, v: Vector) -> Vector:
+    """The vector with zeros for the parameters of all other layers."""
+    kept = sizes_with_curvature(operator)
+    leaves = [jnp.asarray(x) for x in operator.tree.leaves(v, "the vector v")]
+    for layer in layers_of(operator.groups):
+        if layer.name in kept:
+            continue
+        boxes = layer.boxes or (None,) * len(layer.leaves)
+        for i, box in zip(layer.leaves, boxes, strict=True):
+            at = ... if box is None else box.slices
+            leaves[i] = leaves[i].at[at].set(0)
+    return jax.tree.unflatten(operator.tree.treedef, leaves)
