@@ -1,8 +1,8 @@
 """Finds ground states of small atoms and molecules by variational Monte Carlo.
 
 A small neural wavefunction psi is trained to lowest energy. Its electrons are sampled
-from psi^2 by a Markov chain, so there is no data. With the defaults it takes some ten
-minutes on two CPU cores:
+from psi^2 by a Markov chain, so there is no data. With the defaults it takes four or
+five minutes on two CPU cores:
 
     python experiments/wavefunction.py
     python experiments/wavefunction.py --system Li --steps 5000 --precision float64

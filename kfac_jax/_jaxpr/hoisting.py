@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kfac_jax._jaxpr import _compat
+from kfac_jax._jaxpr import _compat, view_rules
 from kfac_jax._jaxpr.graph import plain_call
 
 
@@ -240,25 +240,17 @@ def _body(equation: Any) -> Any:
     return None if body is None else _compat.open_jaxpr(body)[0]
 
 
-_VIEWS = (
-    "broadcast_in_dim",
-    "convert_element_type",
-    "copy",
-    "name",
-    "neg",
-    "reduce_precision",
-    "reshape",
-    "sharding_constraint",
-    "squeeze",
-    "transpose",
-)
+# What a slice by the loop's own number is of is known before the loop only.
+_VIEWS = view_rules.TABLE.keys() - {"dynamic_slice", "gather"}
 
 
 def _is_view(equation: Any) -> bool:
     """Whether discovery follows a slice through the equation inside of the loop."""
-    if equation.primitive.name in ("mul", "div"):
-        return isinstance(equation.invars[1], _compat.Literal)
-    return equation.primitive.name in _VIEWS
+    name = equation.primitive.name
+    if name in ("mul", "div"):
+        factors = equation.invars if name == "mul" else equation.invars[1:]
+        return any(isinstance(x, _compat.Literal) for x in factors)
+    return name in _VIEWS
 
 
 class _Values:

@@ -41,8 +41,8 @@ def natural_gradient(
         evaluates the loss after a step and needs `value=`.
       momentum: `Spring(μ)`, or 0.
       norm_constraint: the largest `η² φᵀ F φ`, a number or a schedule; None for none.
-        With `Spring` it is the largest `η² φᵀ φ`, as published: this batch's F does not
-        see what is left of directions of other batches.
+        With `Spring` it is the largest `η² φᵀ φ`: this batch's F does not see what is
+        left of directions of other batches.
       devices: `OverAxis(axis)` in a step that every device runs on its part of the
         batch: each multiplies its rows by those of all, and T is solved with on each.
         Gradients must be averages already. Under `jit` with sharded arrays nothing need

@@ -88,7 +88,7 @@ def test_views_and_copies_for_each_case_stay():
     """What discovery follows inside, and what takes much memory."""
 
     def views(w, x):
-        step = lambda h, w: (jnp.tanh(h @ w.T.reshape(D, D) * 2), None)  # noqa: E731
+        step = lambda h, w: (jnp.tanh(h @ (0.5 * w.T.reshape(D, D)) * 2), None)  # noqa: E731
         return jax.lax.scan(step, x, w)[0]
 
     assert rewritten(views, W, X) is None
