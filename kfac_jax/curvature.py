@@ -31,7 +31,7 @@ from kfac_jax.plan.plan import Options, Plan
 from kfac_jax.statistics import averages, sample_space
 from kfac_jax.statistics.averages import Statistics
 from kfac_jax.statistics.exact_products import ExactProducts
-from kfac_jax.statistics.linearization import linearize
+from kfac_jax.statistics.linearization import estimated_diagonals, linearize
 
 Params = Any
 
@@ -741,7 +741,8 @@ def make_curvature(
             derived.traced, estimation_mode, independent_cases
         ),
     )
-    if not isinstance(structure, SampleSpace):
-        return plan
-    lines = sample_space.lines(plan, params, args)
+    if isinstance(structure, SampleSpace):
+        lines = sample_space.lines(plan, params, args)
+    else:
+        lines = estimated_diagonals(plan, derived, params, args)
     return dataclasses.replace(plan, notes=plan.notes + lines)

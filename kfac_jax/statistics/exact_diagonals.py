@@ -44,8 +44,8 @@ def exact_diagonals(
     Returns:
       The statistics of the layers that are small enough, by layer name.
     """
-    small = _small(layers)
-    if not small or not has_forward_mode(program.graph):
+    small = by_entries(layers, program)
+    if not small:
         return {}
     places = [*dict.fromkeys(leaf for layer in small for leaf in layer.leaves)]
 
@@ -77,6 +77,11 @@ def exact_diagonals(
         return result
 
     return axis_types.auto(diagonals)(losses, own)
+
+
+def by_entries(layers: Sequence[Layer], program: Program) -> list[Layer]:
+    """Those that have their diagonal from here: the smallest, with a forward mode."""
+    return _small(layers) if has_forward_mode(program.graph) else []
 
 
 def _small(layers: Sequence[Layer]) -> list[Layer]:

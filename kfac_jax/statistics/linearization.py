@@ -20,10 +20,10 @@ from kfac_jax.plan.group import Factors, Group, Products, layers_of
 from kfac_jax.plan.layer import Layer
 from kfac_jax.plan.modes import is_exact, of_inputs
 from kfac_jax.plan.plan import Derived, Plan
-from kfac_jax.plan.programs import split_program
+from kfac_jax.plan.programs import outputs_program, split_program
 from kfac_jax.statistics import alone, estimation
 from kfac_jax.statistics.averages import Statistics
-from kfac_jax.statistics.exact_diagonals import exact_diagonals
+from kfac_jax.statistics.exact_diagonals import by_entries, exact_diagonals
 from kfac_jax.statistics.gathering import Squares, gather
 
 
@@ -139,6 +139,43 @@ def linearize(
     return Linearized(value, None if other else gradient, statistics)
 
 
+def estimated_diagonals(
+    plan: Plan, derived: Derived, params: Any, args: Any
+) -> tuple[str, ...]:
+    """Lines for the report: the diagonals that an exact mode has by random signs.
+
+    Args:
+      plan: the plan.
+      derived: its program and layers.
+      params: the parameters, or their shapes.
+      args: the loss function's further arguments, or their shapes.
+
+    Returns:
+      The lines; none if all are exact.
+    """
+    program = outputs_program(derived.traced)
+    squared = [layer for layer in plan.layers if layer.is_squared]
+    known = by_entries(squared, program)
+    others = [layer for layer in squared if layer not in known]
+    if not others or not is_exact(plan.estimation_mode):
+        return ()
+
+    def trace(params: Any, args: Any) -> None:
+        leaves = plan.tree.leaves(params, "params")
+        losses = run(program, [*leaves, *jax.tree.leaves(args)], None)[1]
+        _by_case(plan, derived, others, args, leaves, losses)
+
+    try:
+        jax.eval_shape(trace, params, args)
+    except alone.CaseError as error:
+        names = ", ".join(layer.name for layer in others)
+        return (
+            "Diagonals estimated with random signs, as cases cannot be evaluated one "
+            f"by one ({error}): {names}.",
+        )
+    return ()
+
+
 def _probes(
     derived: Derived, groups: Sequence[Group], data: Sequence[Any], carried: Factors
 ) -> Factors:
@@ -196,20 +233,41 @@ def _squares_by_case(
 
     None if there are no such layers, or cases cannot be evaluated one by one.
     """
+    if not layers:
+        return None
+    try:
+        return _by_case(plan, derived, layers, args, leaves, losses)
+    except alone.CaseError:
+        return None
+
+
+def _by_case(
+    plan: Plan,
+    derived: Derived,
+    layers: Sequence[Layer],
+    args: Any,
+    leaves: Sequence[Array],
+    losses: Sequence[RegisteredLoss],
+) -> Squares:
+    """What sums squares of the cases' gradients by some layers.
+
+    Raises:
+      CaseError: if cases cannot be evaluated one by one.
+    """
     states = derived.traced.found.loss_examples
     divided = [
         estimation.within(loss, state, False)
         for loss, state in zip(losses, states, strict=True)
     ]
     sizes = {cases.size for cases in divided}
-    lost = any(isinstance(state, Lost) for state in states)
-    if not layers or lost or len(sizes) > 1:
-        return None
+    for state in states:
+        if isinstance(state, Lost):
+            where = state.where or "an argument"
+            raise alone.CaseError(f"they could not be followed since {where}")
+    if len(sizes) > 1:
+        raise alone.CaseError(f"the losses are of {sorted(sizes)} cases")
     (size,) = sizes
-    try:
-        prepared = alone.prepare(plan, derived, layers, args, leaves, divided, size)
-    except alone.CaseError:
-        return None
+    prepared = alone.prepare(plan, derived, layers, args, leaves, divided, size)
 
     def squares(cotangents: Sequence[Array]) -> Factors:
         pairs = zip(divided, cotangents, strict=True)
