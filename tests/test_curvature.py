@@ -180,6 +180,7 @@ def test_the_input_factor_is_the_mean_over_rows_in_every_mode(mode):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("mode", MODES)
 def test_rows_count_whatever_the_random_cotangents_are(mode, classes):

@@ -43,6 +43,7 @@ def flat(tree):
     return jax.vmap(lambda x: ravel_pytree(x)[0])(tree)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("block", [Kronecker(), Eigen(), Full()], ids=repr)
 def test_scores_are_those_of_dense_algebra(block):
     _, op = planned(block)

@@ -93,6 +93,7 @@ def dense(posterior):
     return covariance, np.linalg.slogdet(precision)[1], np.asarray(delta)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_covariance_and_evidence_are_those_of_dense_algebra(name):
     posterior = made(name)
@@ -109,6 +110,7 @@ def test_covariance_and_evidence_are_those_of_dense_algebra(name):
     np.testing.assert_allclose(posterior.log_evidence(-3.2), expected, rtol=1e-8)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_predictions_are_those_of_the_jacobian(name):
     posterior = made(name)

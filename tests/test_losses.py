@@ -179,6 +179,7 @@ def test_roots_multiply_to_the_hessian(name, variant):
     np.testing.assert_allclose(b @ bt, expected, atol=1e-13)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_samples_have_mean_zero_and_the_fisher_as_covariance(name, variant):

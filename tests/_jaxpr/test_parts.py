@@ -68,6 +68,7 @@ def test_other_parts(function, shape):
     assert found(function, shape) is None
 
 
+@pytest.mark.slow
 def test_chains_of_random_slices_and_reshapes():
     rng = np.random.default_rng(0)
     seen = [0, 0]

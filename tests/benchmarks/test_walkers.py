@@ -160,6 +160,7 @@ def test_every_layer_is_found(kind):
         assert layer.uses == (2 if "jastrow" in layer.name else 1)
 
 
+@pytest.mark.slow
 def test_the_native_plans_blocks_are_the_fishers():
     system, _, params, positions = network("streams")
     shape = model.Shape(**SIZES, jastrow=False)
@@ -189,7 +190,7 @@ def test_the_native_plans_blocks_are_the_fishers():
         np.testing.assert_allclose(block, expected, atol=1e-10)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:kfac_jax gives 2 parameter")
 @pytest.mark.parametrize("kind", ["streams", "attention"])
 def test_a_step_of_the_optimizer(kind):

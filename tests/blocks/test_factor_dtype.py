@@ -102,6 +102,7 @@ def test_linked_layers():
     assert 0 < _distance(rounded.solve(v, DAMPING), exact.solve(v, DAMPING)) < SOLVE
 
 
+@pytest.mark.slow
 def test_tied_weights():
     table = models.array(0, 7, 4).astype(jnp.float32)
     ids = models.classes(1, 7, 16, 3)
@@ -199,6 +200,7 @@ def test_a_state_of_another_type_is_refused():
         tx.update(grads, other, statistics=statistics)
 
 
+@pytest.mark.slow
 def test_double_precision_may_keep_single():
     params, x = (jax.tree.map(lambda x: x.astype(float), t) for t in (PARAMS, X))
     solved = []

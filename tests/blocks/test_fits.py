@@ -122,6 +122,7 @@ def test_kl_has_the_least_divergence():
     assert better
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fit", FITS)
 def test_the_scale_is_the_best_for_any_weights(fit):
     """After one batch with weights that are not of it: `tr(M (P ⊗ Q))` is kept."""
@@ -139,6 +140,7 @@ def test_the_scale_is_the_best_for_any_weights(fit):
         assert own.shape == (len(p), len(q))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("fit", FITS)
 def test_sums_of_batches_are_those_of_one(fit):
     curvature = plan(fit)

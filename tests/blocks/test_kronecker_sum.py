@@ -224,6 +224,7 @@ def test_more_losses_than_two_share_the_second_product():
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_layers_of_a_scan_have_a_sum_each():
     stack = jnp.stack([models.array(i, 3, 3) for i in range(2)])
 

@@ -136,7 +136,7 @@ CASES = [  # the adaptive rules also take what fixed ones do
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(("layout", "structure", "rules"), CASES)
 def test_steps_are_those_on_one_device(layout, structure, rules):
@@ -328,6 +328,7 @@ def test_nothing_is_brought_together_for_statistics():
     assert len({text.count(" all-reduce(") for text in texts}) == 1
 
 
+@pytest.mark.slow
 @models.EIGHT_DEVICES
 def test_without_a_mesh_in_the_context():
     """The arrays' types tell; and steps without `jit` do as well in a context."""

@@ -72,7 +72,7 @@ ROUTES = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @models.EIGHT_DEVICES
 @DEVICES
 @LINKED_FIRST

@@ -37,6 +37,7 @@ def test_of_one_batch_with_full_blocks_it_is_the_exact_fisher():
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "block", [None, blocks.Full(), blocks.Diagonal(), blocks.TNT(), blocks.Eigen()]
 )

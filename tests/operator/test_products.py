@@ -155,6 +155,7 @@ def test_other_gradients_than_the_products_are_recognised(change):
     )
 
 
+@pytest.mark.slow
 def test_sums_of_micro_batches_are_recognised():
     p = problem(cases=8)
 

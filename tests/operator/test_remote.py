@@ -500,7 +500,7 @@ FAST = (
 )
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "block"),
     [

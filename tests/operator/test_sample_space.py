@@ -180,7 +180,7 @@ def dense_rows(curvature, params, *args):
     return np.asarray(pulled), np.asarray(pushed).T, matrix
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "loss", [squares, pytest.param(classes, marks=pytest.mark.slow)]
 )

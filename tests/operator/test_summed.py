@@ -153,7 +153,7 @@ def operator(name, block):
     return plan, plan.approximation(factors)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("block", BLOCKS, ids=repr)
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_block_is_that_of_examples_gradients(name, block):

@@ -84,6 +84,7 @@ def test_kfac_with_a_line_search(search, user_settings):
     assert found[-1] < 0.5 * found[0]
 
 
+@pytest.mark.slow
 def test_the_loss_is_that_of_all_devices_and_without_auxiliary_data():
     seen = {}
 

@@ -100,6 +100,7 @@ def test_micro_batches_without_statistics_count_like_those_with(gathers):
         _, state = tx.update(grads, state, PARAMS, statistics=zero)
 
 
+@pytest.mark.slow
 def test_gradients_of_half_precision_add_up_in_float32():
     """Many cases of bfloat16 gradients, whose sum has more digits than they."""
     params = jax.tree.map(lambda w: w.astype(jnp.bfloat16), PARAMS)

@@ -68,7 +68,7 @@ def conjugate_gradients(gradient, matrix, inverse, steps):
     return delta
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 4, 7])
 def test_the_update_is_that_of_conjugate_gradients(steps):
     delta, state = updated(kfac_jax.Refine(steps=steps))

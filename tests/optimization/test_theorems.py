@@ -120,6 +120,7 @@ def to_plain(params, phis, omegas):
     }
 
 
+@pytest.mark.sampled(2)
 @structures
 @families
 def test_the_update_does_not_depend_on_the_parameterisation(structure, family):
@@ -413,6 +414,7 @@ def sum_of_linear(params, x):
     return x[:, :3] @ first["w"] + half
 
 
+@pytest.mark.sampled(2)
 @structures
 def test_momentum_on_a_quadratic_is_preconditioned_conjugate_gradients(structure):
     """The factors stay: the same batch each time, and a model linear in θ."""

@@ -438,6 +438,7 @@ def test_debug_nans_finds_none(options, compiled):
     assert int(state.step) == 2
 
 
+@pytest.mark.slow
 def test_no_tracer_leaks():
     tx = kfac_jax.kfac(plan(), *ADAPTIVE)
     params = make_params()
@@ -472,6 +473,7 @@ def signature(tree):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("x64", [True, False])
 @pytest.mark.parametrize(

@@ -518,7 +518,7 @@ def computed(name, wrap):
 # -------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("check", ["gradient", *BLOCKS])
 @pytest.mark.parametrize(
     ("name", "wrap"),

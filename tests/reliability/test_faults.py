@@ -165,6 +165,7 @@ def table():
             yield pytest.param(name, fault, marks=marks, id=f"{name}-{fault}")
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("name", "fault"), list(table()))
 def test_a_fault_is_refused_and_training_reaches_the_same_loss(name, fault):
     check(name, fault, place(name, fault))
@@ -195,6 +196,7 @@ FAST_FAULTS = (
 )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", ["adaptive", "eigen"])
 @pytest.mark.parametrize("fault", FAST_FAULTS)
 def test_the_same_in_short_for_other_configurations(name, fault):

@@ -229,6 +229,7 @@ def plan_around(apply, x, **options):
     return params, plan, factors
 
 
+@pytest.mark.slow
 def test_layers_around_a_root():
     apply, full = around(root), blocks.Full()
     params, plan, factors = plan_around(apply, X, blocks={"v": full, "w": full})
@@ -249,6 +250,7 @@ def linear_system(a, h):
     return jax.lax.custom_linear_solve(lambda v: v @ matrix, h, inverse, symmetric=True)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:Which examples the registered")
 @pytest.mark.parametrize("solver", [flow, linear_system])
 def test_factors_around_a_solver_of_all_cases(solver):

@@ -290,6 +290,7 @@ def test_donated_buffers():
     assert_trees_close((params, state), looped(0.3), rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_debug_nans_and_leaks():
     tx = separate(0.3)
     with jax.debug_nans(True), jax.checking_leaks():

@@ -41,6 +41,7 @@ def exact():
     return oracles.ggn(outputs, lambda z: (z**2).sum(), NET)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", [n for n in models.WRAPPERS if n != "custom_vjp"])
 def test_exact_products_through(name):
     plan = plan_of(models.WRAPPERS[name](lambda p, x: models.mlp(p, x)))

@@ -100,7 +100,7 @@ EQUAL = {  # the same function written with joined and with separate parameters
 }
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("block", ["Kronecker", "Diagonal", "Full", "Eigen"])
 @pytest.mark.parametrize("name", EQUAL)
 def test_joined_parameters_have_the_factors_of_separate_ones(name, block):

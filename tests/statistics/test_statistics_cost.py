@@ -6,6 +6,7 @@ from itertools import pairwise
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import kfac_jax
 
@@ -68,6 +69,7 @@ def test_sampled_gradients_of_weights_are_not_computed():
     assert products(compiled(statistics_of(curvature), *args)) == expected
 
 
+@pytest.mark.slow
 def test_a_pass_over_a_fraction_ends_at_what_is_registered():
     """It neither computes what the loss needs besides, nor changes the statistics."""
     args = problem()

@@ -89,6 +89,7 @@ def test_bases_of_different_batches():
     )
 
 
+@pytest.mark.slow
 def test_the_last_smaller_batch_counts_by_its_cases():
     """In an optimizer's averages; ε is 1 - 1/k here, so that these are plain means."""
     x, y = models.array(1, 23, 4), models.array(2, 23, 3)
