@@ -83,6 +83,7 @@ def _reshape(node: Node, states: Sequence[State]) -> list[State]:
         state = dataclasses.replace(state, axis=tuple(order).index(state.axis))
         old = tuple(old[a] for a in order)
     before = math.prod(old[: state.axis]) * state.outer
+    found: list[Examples] = []
     for axis, size in enumerate(new):
         start = math.prod(new[:axis])
         # In row-major order one example's entries are `before` blocks apart. The new
@@ -92,8 +93,12 @@ def _reshape(node: Node, states: Sequence[State]) -> list[State]:
             outer = before // start
             inner = size // (outer * state.size)
             if inner and outer * state.size * inner == size:
-                return [Examples(axis, state.size, outer, inner)]
-    return [LOST]
+                found.append(Examples(axis, state.size, outer, inner))
+    if not found:
+        return [LOST]
+    # a single example may be along any axis of length 1, or be a part of longer ones
+    near = lambda x: (x.outer * x.inner, abs(x.axis - state.axis))  # noqa: E731
+    return [min(found, key=near)]
 
 
 def _dot_general(node: Node, states: Sequence[State]) -> list[State]:

@@ -8,8 +8,10 @@ plain dictionaries.
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
 
 from kfac_jax._jaxpr import _compat
 
@@ -128,6 +130,14 @@ class Sources(NamedTuple):
     makers: Mapping[int, Node]
     outer: Mapping[int, Atom]  # inputs of bodies that are values around them
     constants: Mapping[int, Any]
+
+    def constant(self, atom: Atom) -> Any:
+        """What a value is that is a literal or a constant; None for others."""
+        while is_value(atom) and atom not in self.constants:
+            if atom not in self.outer:
+                return None
+            atom = self.outer[atom]
+        return self.constants[atom] if is_value(atom) else atom.val
 
 
 def given(node: Node, body: Graph) -> Iterator[tuple[int, Atom]]:
@@ -272,3 +282,18 @@ def use_counts(graph: Graph) -> dict[int, int]:
             if is_value(atom):
                 counts[atom] = counts.get(atom, 0) + 1
     return counts
+
+
+def epsilon(graph: Graph, dtypes: Iterable[Any]) -> float:
+    """The precision of a program.
+
+    Args:
+      graph: the program.
+      dtypes: those of its arguments.
+
+    Returns:
+      The largest ε of the floating types of these and of the results of equations.
+    """
+    made = (x.aval.dtype for node in graph.walk() for x in node.equation.outvars)
+    types = {x for x in (*dtypes, *made) if jnp.issubdtype(x, jnp.floating)}
+    return max(float(jnp.finfo(x).eps) for x in types)

@@ -457,3 +457,65 @@ def test_a_table_that_is_a_product():
     assert [type(x.block).__name__ for x in plan.layers] == ["Kronecker"] * 2
     matrix = np.asarray(plan.at(params, ids).to_dense())
     assert np.linalg.eigvalsh(matrix).min() >= -1e-12 and np.trace(matrix) > 0
+
+
+def test_a_single_example_keeps_its_axis_through_reshapes():
+    """It is a part of any axis; a loop's carry had another one at its end."""
+    x = models.array(0, 1, 2, 6)
+    params = {"w": models.array(1, 3, 2, 3, 2), "o": models.array(2, 4, 6)}
+
+    def apply(p, x):
+        def step(h, w):  # [positions, 1, 6], heads of each position
+            heads = jnp.einsum("hio,pbhi->pbho", w, h.reshape(2, 1, 2, 3))
+            return jnp.tanh(heads.reshape(2, 1, 4) @ p["o"]), None
+
+        h, _ = jax.lax.scan(step, x.swapaxes(0, 1), p["w"])
+        return h.swapaxes(0, 1).reshape(1, 12)
+
+    full = kfac_jax.blocks.Full()  # a warning would say that the example is lost
+    plan, found, exact = blocks_of(apply, params, x, blocks={"o": full})
+    assert plan.lost_examples == ""
+    assert_exact(plan, found, exact, params, ("o",))
+
+
+@pytest.mark.parametrize("narrow", [float, jnp.float32], ids=["float64", "float32"])
+def test_a_custom_rule_knows_the_constants_that_it_closes_over(narrow):
+    """They are operands of its equation, too, which it does not read."""
+    params = {"w": models.array(1, 2, 2), "v": models.array(2, 2, 2)}
+    mask = jnp.array([[1.0, 0.0], [0.0, 1.0]], narrow)
+
+    @jax.custom_jvp
+    def function(w, v, x):
+        h = (x @ w).astype(narrow)
+        return (h @ (v.astype(narrow) * mask)).astype(float)
+
+    @function.defjvp
+    def rule(primals, tangents):
+        return jax.jvp(function.fun, primals, tangents)
+
+    def apply(p, x):
+        return function(p["w"], p["v"], x) @ p["w"]
+
+    plan, *_ = blocks_of(apply, params, on_unmatched="error")
+    assert {layer.kind for layer in plan.layers} == {"dense"}
+
+
+def test_a_custom_rule_agrees_to_the_precision_that_it_computes_in():
+    """Which may be less than that of the function's operands."""
+    params = {"w": models.array(1, 300, 2)}
+
+    @jax.custom_jvp
+    def product(x, w):
+        return (x.astype(jnp.float16) @ w.astype(jnp.float16)).astype(float)
+
+    @product.defjvp
+    def rule(primals, tangents):  # adds up from the other end
+        (x, w), (u, v) = primals, tangents
+        backwards = product(x[:, ::-1], v[::-1]) + product(u[:, ::-1], w[::-1])
+        return product(x, w), backwards
+
+    x = models.array(2, 4, 300) / 300
+    plan, *_ = blocks_of(
+        lambda p, x: product(x, p["w"]), params, x, on_unmatched="error"
+    )
+    assert [layer.kind for layer in plan.layers] == ["dense"]

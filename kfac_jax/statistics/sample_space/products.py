@@ -10,7 +10,7 @@ from jax import Array
 
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr.differentiation import check_forward_mode, reverse_mode
-from kfac_jax._jaxpr.graph import Graph
+from kfac_jax._jaxpr.graph import epsilon
 from kfac_jax._jaxpr.interpreter import Program, run
 from kfac_jax._utils.dtypes import wide
 from kfac_jax.devices import ALONE, Devices
@@ -125,15 +125,8 @@ def products(
     errors = _errors(losses) if is_exact(plan.estimation_mode) else None
     if errors is not None:
         errors = all_rows([one.arrange(errors) for one in sets])
-    return Products(rows, columns, errors, _epsilon(program.graph, leaves))
-
-
-def _epsilon(graph: Graph, leaves: Sequence[Array]) -> float:
-    """The largest ε of the types of a program's values."""
-    types = {x.dtype for x in leaves}
-    types |= {x.aval.dtype for node in graph.walk() for x in node.equation.outvars}
-    inexact = [x for x in types if jnp.issubdtype(x, jnp.floating)]
-    return max(float(jnp.finfo(x).eps) for x in inexact)
+    precision = epsilon(program.graph, (x.dtype for x in leaves))
+    return Products(rows, columns, errors, precision)
 
 
 def _errors(losses: Sequence[RegisteredLoss]) -> list[Array] | None:
