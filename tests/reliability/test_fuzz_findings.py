@@ -502,19 +502,18 @@ def test_a_custom_rule_knows_the_constants_that_it_closes_over(narrow):
 
 def test_a_custom_rule_agrees_to_the_precision_that_it_computes_in():
     """Which may be less than that of the function's operands."""
-    params = {"w": models.array(1, 300, 2)}
+    params = {"w": models.array(1, 5, 2)}
 
     @jax.custom_jvp
     def product(x, w):
         return (x.astype(jnp.float16) @ w.astype(jnp.float16)).astype(float)
 
     @product.defjvp
-    def rule(primals, tangents):  # adds up from the other end
+    def rule(primals, tangents):  # rounds thirds
         (x, w), (u, v) = primals, tangents
-        backwards = product(x[:, ::-1], v[::-1]) + product(u[:, ::-1], w[::-1])
-        return product(x, w), backwards
+        return product(x, w), 3 * (product(x, v / 3) + product(u, w / 3))
 
-    x = models.array(2, 4, 300) / 300
+    x = models.array(2, 4, 5)
     plan, *_ = blocks_of(
         lambda p, x: product(x, p["w"]), params, x, on_unmatched="error"
     )
