@@ -24,8 +24,8 @@ export OPENBLAS_NUM_THREADS := 1
 .NOTPARALLEL:
 .PHONY: test test-slow fuzz faults kills compiled-check doctest lint format types
 .PHONY: docs clean bench gpu opponents
-.PHONY: examples demo classifier language-model wavefunction pde uncertainty paper
-.PHONY: data-parallel multi-process
+.PHONY: examples demo classifier language-model wavefunction pde uncertainty influence
+.PHONY: paper data-parallel multi-process
 
 test: $(VENV)/test.stamp
 	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
@@ -88,6 +88,9 @@ wavefunction: $(VENV)/experiments.stamp
 
 pde: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/pde.py
+
+influence: $(VENV)/experiments.stamp
+	$(BIN)/python experiments/influence.py
 
 uncertainty: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/uncertainty.py
