@@ -52,7 +52,7 @@ compiled-check: $(VENV)/experiments.stamp
 kills: $(VENV)/test.stamp
 	KFAC_KILLS=100 $(PYTEST) -rP tests/reliability/test_kills.py
 
-doctest: $(VENV)/test.stamp
+doctest: $(VENV)/test.stamp $(VENV)/docs.stamp
 	$(PYTEST) --doctest-modules --doctest-glob="*.md" kfac_jax docs README.md
 
 lint: $(VENV)/dev.stamp
