@@ -147,7 +147,9 @@ def _plan(jaxpr: Any, origins: Sequence[_Origin], *, stays: bool = False) -> _Pl
             if _is_scan(equation):
                 inner[i] = _plan_of_scan(equation, operands)
             else:
-                inner[i] = _plan(body, operands, stays=stays)
+                call = _plan(body, operands, stays=stays)
+                if call.takes or call.changes:  # others are run as they are
+                    inner[i] = call
         elif whole.is_ahead and whole.weight and not _is_view(equation) and not stays:
             ahead.add(i)
 

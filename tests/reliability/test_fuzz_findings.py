@@ -518,3 +518,21 @@ def test_a_custom_rule_agrees_to_the_precision_that_it_computes_in():
         lambda p, x: product(x, p["w"]), params, x, on_unmatched="error"
     )
     assert [layer.kind for layer in plan.layers] == ["dense"]
+
+
+def test_a_call_in_a_loop_may_have_an_operand_that_it_does_not_read():
+    """The loop's slice was left out, as what is computed from it leaves the loop."""
+    params = {"w": models.array(1, 2, 2, 2), "b": models.array(2, 2)}
+
+    @jax.jit
+    def act(h, b, _):
+        return jnp.tanh(add(h, b))
+
+    def apply(p, x):
+        def step(h, w):
+            return act(h @ jnp.tril(w), p["b"], w), None
+
+        return jax.lax.scan(step, x, p["w"])[0]
+
+    plan, found, exact = blocks_of(apply, params, blocks=kfac_jax.blocks.Full())
+    assert_exact(plan, found, exact, params, ("b",))
