@@ -63,7 +63,8 @@ def both(block):
         )
         for apply, p in ((cut, PARAMS), (apart, separate(PARAMS)))
     ]
-    return plans, [plans[0].at(PARAMS, X), plans[1].at(separate(PARAMS), X)]
+    trees = (PARAMS, separate(PARAMS))
+    return plans, [jax.jit(x.at)(p, X) for x, p in zip(plans, trees, strict=True)]
 
 
 @pytest.mark.sampled(2)
@@ -77,19 +78,26 @@ def test_parts_are_layers_like_parameters_of_their_own(block):
     assert sorted(x.kind for x in mine.layers) == sorted(x.kind for x in theirs.layers)
     assert mine.layers[0].params == ("qkv[:,0:3]", "bias[0:3]")
     v = oracles.random_like(PARAMS, 6)
-    key = jax.random.key(0)
-    for function in (
-        lambda op, v: op.matvec(v),
-        lambda op, v: op.solve(v, damping=0.1),
-        lambda op, v: op.solve(v, damping=0.1, damping_mode="exact"),
-        lambda op, v: op.power(v, -0.5, damping=0.1),
-    ):
-        found, expected = function(own, v), function(other, separate(v))
-        models.assert_trees_close(separate(found), expected, rtol=1e-9)
-    models.assert_trees_close(separate(own.diagonal()), other.diagonal(), rtol=1e-9)
-    for number in (lambda op: op.trace(), lambda op: op.logdet(damping=0.1)):
-        np.testing.assert_allclose(number(own), number(other), rtol=1e-9)
-    assert np.isfinite(oracles.vector(own.sample(key, damping=0.1))).all()
+
+    @jax.jit
+    def compute(op, v):
+        vectors = [
+            op.matvec(v),
+            op.solve(v, damping=0.1),
+            op.solve(v, damping=0.1, damping_mode="exact"),
+            op.power(v, -0.5, damping=0.1),
+            op.diagonal(),
+        ]
+        return vectors, [op.trace(), op.logdet(damping=0.1)]
+
+    (found, mine_too), (expected, numbers) = (
+        compute(own, v),
+        compute(other, separate(v)),
+    )
+    models.assert_trees_close([*map(separate, found)], expected, rtol=1e-9)
+    np.testing.assert_allclose(mine_too, numbers, rtol=1e-9)
+    drawn = jax.jit(lambda op: op.sample(jax.random.key(0), damping=0.1))(own)
+    assert np.isfinite(oracles.vector(drawn)).all()
     assert "qkv[:,3:6]" in str(mine) and mine.totals.covered == mine.totals.parameters
 
 
