@@ -1,6 +1,7 @@
 """The plan: a loss function's layers and every computation that follows."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -466,6 +467,8 @@ class Curvature(Plan):
     def at(self, params: Params, *args: Any, rng: Array | None = None) -> Approximation:
         """The operator of one batch, without an optimizer.
 
+        What is done is compiled, once for each shape.
+
         Args:
           params: the parameters.
           *args: the loss function's further arguments.
@@ -487,7 +490,7 @@ class Curvature(Plan):
         4.0
         """
         self._has_factors("at")
-        return self._of_all(params, [args], rng, self._with_batch)
+        return self._of_all(params, [args], rng)
 
     def over(
         self, params: Params, batches: Iterable[Any], *, rng: Array | None = None
@@ -518,14 +521,13 @@ class Curvature(Plan):
                 "iterated again, a list or a data loader, got an iterator. Pass "
                 "list(batches)."
             )
-        return self._of_all(params, batches, rng, jax.jit(self._with_batch))
+        return self._of_all(params, batches, rng)
 
     def _of_all(
         self,
         params: Params,
         batches: Iterable[Any],
         rng: Array | None,
-        with_batch: Callable[..., tuple[Factors, Array]],
     ) -> Approximation:
         """The operator of several batches, with bases of all of them."""
         if rng is not None:
@@ -543,13 +545,22 @@ class Curvature(Plan):
             for count, args in enumerate(batches, 1):
                 arguments.sequence("each batch", args, "arguments of the loss function")
                 key = None if rng is None else jax.random.fold_in(rng, count)
-                factors, seen = with_batch(factors, seen, params, tuple(args), key)
+                factors, seen = self._add(factors, seen, params, tuple(args), key)
             if not count:
                 raise ValueError(
                     "over needs at least one batch, a tuple of the loss function's "
                     "arguments after the parameters; got none."
                 )
         return self.approximation(factors)
+
+    @functools.cached_property
+    def _add(self) -> Callable[..., tuple[Factors, Array]]:
+        """`_with_batch`, compiled once for each shape in this plan's life."""
+        return jax.jit(self._with_batch)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What is pickled: all but what is compiled."""
+        return {name: x for name, x in vars(self).items() if name != "_add"}
 
     def _with_batch(
         self,

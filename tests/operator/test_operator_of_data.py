@@ -1,5 +1,7 @@
 """The operator of a batch and of a data set, against exact matrices."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,3 +120,24 @@ def test_powers_logarithms_and_samples_are_of_one_matrix():
     np.testing.assert_allclose(
         operator.logdet(0.1), -np.linalg.slogdet(inverse)[1], rtol=1e-9
     )
+
+
+def counted_loss(params, x):
+    counted_loss.times += 1
+    return loss_fn(params, x)
+
+
+def test_batches_of_one_shape_share_a_program():
+    """Also in a later call; and a plan that has one can be pickled."""
+    counted_loss.times = 0
+    curvature = kfac_jax.make_curvature(
+        counted_loss, PARAMS, X, estimation_mode="fisher_exact"
+    )
+    first = curvature.at(PARAMS, X)
+    before = counted_loss.times
+    again = curvature.over(PARAMS, [(X,), (X,)])
+    assert counted_loss.times == before
+    np.testing.assert_allclose(again.to_dense(), first.to_dense(), rtol=1e-12)
+    loaded = pickle.loads(pickle.dumps(curvature))
+    assert loaded == curvature
+    np.testing.assert_array_equal(loaded.at(PARAMS, X).trace(), first.trace())
