@@ -143,7 +143,10 @@ def _must_be_covered(own: Sequence[tuple[p.Op, p.Weight, list[p.Op]]]) -> bool:
     choice for each example: that chooses between parameters, too.
     """
     first, weight, _ = own[0]
-    if not isinstance(first, p.Dense) or first.tag or len(weight.params) > 1:
+    if not isinstance(first, p.Dense) or len(weight.params) > 1:
+        return False
+    # a tag of a layer whose weight is generic has no layer for its bias either
+    if any(isinstance(op, p.Dense) and op.tag for op, _, _ in own):
         return False
     same = {(type(op), w.view, getattr(op, "out", 0)) for op, w, _ in own}
     sliced = any(
