@@ -544,6 +544,7 @@ class Curvature(Plan):
             seen, count = jnp.zeros((), float), 0
             for count, args in enumerate(batches, 1):
                 arguments.sequence("each batch", args, "arguments of the loss function")
+                arguments.trees("args", tuple(args))
                 key = None if rng is None else jax.random.fold_in(rng, count)
                 factors, seen = self._add(factors, seen, params, tuple(args), key)
             if not count:

@@ -27,6 +27,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("targets", ["closed over", "given"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_curvature_is_that_of_data_as_arguments(name, targets):

@@ -154,6 +154,7 @@ def promotion():
         yield
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "name",
     [

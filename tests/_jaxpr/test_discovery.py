@@ -77,6 +77,7 @@ def _dense_case(name):
     return (lambda p, x: apply(p["w"], x)), {"w": models.array(2, *shape)}, x
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", DENSE)
 def test_any_dot_general_is_a_dense_layer(name):
     """With one layer, the Fisher is `E[x xᵀ ⊗ dy dyᵀ]`: compare the full block."""
@@ -452,6 +453,7 @@ STOPPED = {  # networks in which no gradient reaches "w" [I, I]
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", STOPPED)
 def test_a_parameter_that_no_gradient_reaches_is_unused(name):
     params = {"v": models.array(0, I, O), "w": models.array(1, I, I)}
@@ -627,6 +629,7 @@ def _unrolled_layers(params, x):
     return x
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "block", [blocks.Kronecker(), blocks.Diagonal(), blocks.Full()]
 )
@@ -975,6 +978,7 @@ def _sharded(check_vma):
     return apply
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("block", SHARDED, ids=lambda block: type(block).__name__)
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map_statistics_are_those_of_the_whole_batch(block, check_vma):

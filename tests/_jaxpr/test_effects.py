@@ -70,6 +70,7 @@ def checked(w, x):
     return checkify.checkify(network)(w, x)[1]
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "apply", [printed, printed_constants, called_back, in_loops, under_vmap, checked]
 )

@@ -206,6 +206,7 @@ AT = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", AT)
 def test_the_axis_is_followed(name):
     f, expected = AT[name]
@@ -289,6 +290,7 @@ OF_ONE_EXAMPLE = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", OF_ONE_EXAMPLE)
 def test_what_vmap_maps_keeps_the_axis(name):
     """And each result depends on its own example only, as is claimed."""
@@ -304,6 +306,7 @@ def test_what_vmap_maps_keeps_the_axis(name):
     np.testing.assert_array_equal(others, 0.0)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name",
     [name for name in OF_ONE_EXAMPLE if name not in ("loop until", "own noise")],
@@ -361,6 +364,7 @@ def _pooled(params, x, layout):
     return models.dense(params["layer1"], jnp.tanh(h).mean(1))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("block", [blocks.Full(), blocks.Diagonal()])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sums_within_an_example_are_exact(layout, block):

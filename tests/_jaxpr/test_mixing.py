@@ -129,6 +129,7 @@ def note(layer):
     return f"{layer.name}: {layer.kind} {layer.reason}"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.filterwarnings("ignore:Which examples", "ignore:kfac_jax gives")
 @pytest.mark.parametrize("apply", MIXED)
 def test_full_is_exact_or_refused_where_examples_are_mixed(apply):

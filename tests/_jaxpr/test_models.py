@@ -501,6 +501,7 @@ def traced(build, x):
     return plan, jax.eval_shape(factors, params, x)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", WHOLE)
 def test_every_parameter_of_a_large_model_is_covered(name):
     x = jax.ShapeDtypeStruct((4, 64, 64, 3), jnp.float32)

@@ -150,6 +150,7 @@ def _dense(kind, damping=0.0, mode="exact"):
     return result
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_to_dense_matvec_diagonal_and_trace(kind):
     _, _, op = _case(kind)
@@ -163,7 +164,7 @@ def test_to_dense_matvec_diagonal_and_trace(kind):
     np.testing.assert_allclose(op.trace(), np.trace(dense), rtol=1e-12)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("mode", ["factored", "exact"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_solve_and_powers(kind, mode):
@@ -186,7 +187,7 @@ def test_solve_and_powers(kind, mode):
         np.testing.assert_allclose(oracles.vector(found), expected, **tolerance)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize("mode", ["factored", "exact"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_logdet(kind, mode):
@@ -245,6 +246,7 @@ DEGENERATE = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", DEGENERATE)
 @pytest.mark.parametrize("kind", ["Kronecker", "Diagonal", "Full", "Eigen", "TNT"])
 def test_degenerate_factors_stay_finite_with_damping(kind, name):
@@ -303,7 +305,7 @@ def test_a_layer_without_a_block_is_the_identity_without_damping():
 # ------------------------------------------------------------------------- narrow types
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.parametrize(
     "dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16]
 )

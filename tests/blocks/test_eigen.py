@@ -91,6 +91,7 @@ def test_it_is_closer_to_the_exact_block_than_kronecker():
     assert max(errors["z"]) < 1e-12  # the last layer of squared errors: exact
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("limit", [1, 2, 3, None])
 def test_moments_are_exact_with_shared_weights_and_long_sides(weight_sharing, limit):

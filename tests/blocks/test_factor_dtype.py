@@ -74,7 +74,7 @@ def _both(kind, structure=kfac_jax.BlockDiagonal()):  # noqa: B008
     return [(plan, jax.jit(functools.partial(_averages, plan))()) for plan in plans]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_factors_and_solutions_are_close_to_those_of_the_wide_type(kind):
     (plan, wide), (narrow_plan, narrow) = _both(kind)
@@ -143,6 +143,7 @@ def test_averages_are_computed_in_the_wide_type():
             assert (np.abs(_float32(x) - wide) <= rounding + 1e-7).all()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("block", [Kronecker(), Eigen(), Diagonal()])
 def test_training(block):
     """The state is smaller, its inverses are wide, and training is what it was."""

@@ -199,6 +199,7 @@ def test_everything_by_position_and_everything_by_keyword():
     assert isinstance(by_keyword, kfac_jax.optimizer.Optimizer)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("aux", "state", "rng"), list(itertools.product([False, True], repeat=3))
 )
@@ -280,6 +281,7 @@ def test_inside_the_callers_jit_and_scan():
     np.testing.assert_allclose(losses, [s["loss"] for s in stats])
 
 
+@pytest.mark.slow
 def test_burn_in_takes_batches_of_its_own_that_count_alike():
     optimizer = kfac_jax.Optimizer(
         VALUE_AND_GRAD, 0.0, estimation_mode="fisher_exact", num_burnin_steps=3

@@ -23,6 +23,7 @@ from tests.compat.optimizer_problem import (
 from tests.helpers import models
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("momentum", ["number", "replicated", "adaptive"])
 def test_devices_are_like_one(momentum):
     devices = jax.local_device_count()

@@ -49,6 +49,7 @@ def in_a_loop(params, batch):
     return jax.lax.fori_loop(0, 1, body, jnp.zeros(()))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "loss_fn",
     [

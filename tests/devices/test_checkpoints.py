@@ -140,7 +140,7 @@ PLACES = [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(("run", "devices"), PLACES)
 def test_a_run_that_is_killed_at_any_step_goes_on_bitwise(run, devices):
@@ -224,6 +224,7 @@ def carried_on(run, old, new, whole_one):
     )
 
 
+@pytest.mark.sampled(2)
 @models.EIGHT_DEVICES
 @moves
 def test_a_whole_state_goes_on_on_other_devices(run, old, new, by_rows, tmp_path):

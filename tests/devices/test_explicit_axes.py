@@ -136,7 +136,7 @@ CASES = [  # the adaptive rules also take what fixed ones do
 ]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(("layout", "structure", "rules"), CASES)
 def test_steps_are_those_on_one_device(layout, structure, rules):
@@ -281,7 +281,7 @@ PROGRAMS = {
 }
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_programs_are_those_on_one_device(program):

@@ -104,7 +104,7 @@ def close(found, expected):
     models.assert_trees_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("checked", [True, False])
 @pytest.mark.parametrize("name", CASES)
 def test_shard_map(name, checked):

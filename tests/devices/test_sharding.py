@@ -482,7 +482,7 @@ def collectives(sizes, route, state_axes, structure="diagonal"):
     return curvature, over, re.findall(COLLECTIVE, compiled.as_text())
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("state_axes", [(), "batch"])
 @pytest.mark.parametrize("route", ["jit", "shard_map", "shard_map, unchecked"])
@@ -493,7 +493,7 @@ def test_collectives_do_not_grow_with_layers(route, state_axes):
     assert 0 < len(few) <= 10
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(4)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("state_axes", [(), "batch"])

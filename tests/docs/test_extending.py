@@ -139,6 +139,7 @@ def _problem(name, block, **options):
     return plan, factors, params, [_second_moment(r) for r in rows()], places(params)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", CASES)
 def test_the_block_of_the_page_is_exact(name, block):
     plan, factors, params, moments, places = _problem(name, block)

@@ -37,6 +37,7 @@ def test_points_are_inside_and_on_every_side_but_the_last_time(problem):
     assert jnp.stack(on).any(0).all()
 
 
+@pytest.mark.sampled(2)
 def test_the_loss_is_that_of_exact_derivatives(problem):
     from pde_problems import network
 

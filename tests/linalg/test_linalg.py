@@ -55,6 +55,7 @@ def test_inverse_many_keeps_order_shape_and_type():
     assert linalg.inverse_many([]) == []
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("d", [127, 128, 257, 640, 1000])
 def test_inverse_of_large_matrices(d):
     rng = np.random.default_rng(5)

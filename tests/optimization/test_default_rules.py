@@ -436,6 +436,7 @@ TRANSFORMATIONS = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", TRANSFORMATIONS)
 def test_a_step_is_the_three_calls(kind):
     curvature = plan(**SAMPLED)
@@ -496,6 +497,7 @@ def test_statistics_of_every_third_step():
     assert int(states[-1].info.skipped_updates) == 0
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("products", [False, True])
 @pytest.mark.parametrize("rates", [(), (0.5, 0.9, 1e-2)])
 def test_rare_statistics_are_those_of_calls_by_hand(rates, products):
@@ -704,6 +706,7 @@ def test_steps_on_devices_that_keep_rows_are_those_of_one():
         models.assert_trees_close((after[0], after[2]), (wanted[0], wanted[2]))
 
 
+@pytest.mark.sampled(3)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize("route", ROUTES)
 def test_samples_differ_between_devices(route):
@@ -880,6 +883,7 @@ def test_mean_loss_and_its_lowest_value_are_kept():
     np.testing.assert_array_equal([x.lowest_loss for x in infos], lowest)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_loss_of_zero_or_nan_does_not_end_a_run(bad, first):
@@ -925,6 +929,7 @@ def classification():
     return jax.tree.map(np.float32, params), np.float32(x), np.int32(y)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     ("rates", "batch"),
     [

@@ -62,7 +62,7 @@ def _limited(block, limit):
     return dataclasses.replace(block, max_factor_dim=limit)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(5)
 @pytest.mark.filterwarnings("ignore:kfac_jax gives")  # tied, for most blocks
 @pytest.mark.parametrize("limit", [None, 3])
 @pytest.mark.parametrize("block", BLOCKS, ids=repr)

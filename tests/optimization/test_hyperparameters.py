@@ -108,6 +108,7 @@ def without_next_damping(state):
     )
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_a_constant_schedule_is_the_number(case):
     make, values = CASES[case]
@@ -119,6 +120,7 @@ def test_a_constant_schedule_is_the_number(case):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("case", CASES)
 def test_a_schedule_is_the_run_with_its_numbers(case):
     make, values = CASES[case]

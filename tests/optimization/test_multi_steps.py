@@ -81,6 +81,7 @@ def test_gradients_count_where_no_statistics_are_gathered():
     models.assert_trees_close(state.grads, ones)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("gathers", [(1, 0), (0, 1), (0, 0), (1, 1)])
 def test_micro_batches_without_statistics_count_like_those_with(gathers):
     """In the first batch, and in the next, whichever of two gathers statistics."""

@@ -83,6 +83,7 @@ def test_the_update_is_that_of_conjugate_gradients(steps):
     assert (state.info.learning_rate, state.info.momentum) == (1.0, 0.0)
 
 
+@pytest.mark.slow
 def test_many_iterations_solve_the_exact_damped_problem():
     """And what follows convergence changes nothing."""
     gradient, matrix, _ = dense()

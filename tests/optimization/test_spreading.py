@@ -192,6 +192,7 @@ def mapped(function, devices, outs, *ins, **options):
     )
 
 
+@pytest.mark.sampled(3)
 @models.EIGHT_DEVICES
 @pytest.mark.parametrize(
     "name",
@@ -484,6 +485,7 @@ ROUTES = {
 }
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("state_axes", [(), "data"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_an_axis_that_is_not_there(route, state_axes):

@@ -171,6 +171,7 @@ def trainer(rates, structure, network, family, params, steps=3):
     return train
 
 
+@pytest.mark.sampled(2)
 @structures
 @pytest.mark.parametrize("rates", [(0.1, 0.9), (kfac_jax.QuadraticModel(), None)])
 def test_whole_runs_do_not_depend_on_the_parameterisation(structure, rates):
@@ -210,6 +211,7 @@ def to_sigmoid(params):
     return result
 
 
+@pytest.mark.sampled(2)
 @structures
 @families
 def test_sigmoid_or_tanh_makes_no_difference(structure, family):
@@ -227,6 +229,7 @@ def test_sigmoid_or_tanh_makes_no_difference(structure, family):
     assert_different(*both(0.1))
 
 
+@pytest.mark.sampled(2)
 @structures
 @families
 def test_whitening_the_inputs_makes_no_difference(structure, family):

@@ -423,6 +423,7 @@ def test_disable_jit_gives_the_same():
     assert_trees_close(after, adaptive_run(0, 1), rtol=1e-7)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("options", [(0.1, 0.9, 0.2), ADAPTIVE])
 def test_debug_nans_finds_none(options, compiled):
@@ -473,7 +474,7 @@ def signature(tree):
     )
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("x64", [True, False])
 @pytest.mark.parametrize(

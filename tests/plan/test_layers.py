@@ -518,7 +518,7 @@ def computed(name, wrap):
 # -------------------------------------------------------------------------------- tests
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("check", ["gradient", *BLOCKS])
 @pytest.mark.parametrize(
     ("name", "wrap"),
@@ -551,7 +551,7 @@ def test_statistics_and_gradient(name, wrap, check):
     close(found, wanted)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("name", "steps"), [*((name, 2) for name in EACH), ("groups", 1), ("w[ids]", 1)]
 )
@@ -568,7 +568,7 @@ def test_a_scan_that_shares_the_layer_is_the_unrolled_loop(name, steps):
         check_factors(case, factors[layer.name], a, g)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("block", ["Full", "Eigen"])
 @pytest.mark.parametrize("name", EACH)
 def test_blocks_that_sum_within_an_example_take_a_shared_layer(name, block):
@@ -641,7 +641,7 @@ def two_layers_oracle(case, params):
     ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", EACH)
 def test_a_scan_over_stacked_layers_is_a_batch_of_layers(name):
     """Two layers side by side, in a scan over both and one after the other."""
@@ -791,6 +791,7 @@ POSITIONS = {  # rows of a table of positions, in order, are added to [4, 3, 2, 
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", POSITIONS)
 def test_a_table_of_positions_is_a_shift(name):
     shape, rows = POSITIONS[name]
@@ -819,6 +820,7 @@ def test_a_table_of_positions_is_a_shift(name):
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [np.int64, np.int32, np.uint8, bool])
 @pytest.mark.parametrize("block", [None, "Kronecker", "Full", "Diagonal", "TNT"])
 def test_integers_as_inputs_count_as_their_numbers(dtype, block):

@@ -57,7 +57,7 @@ def _curvature(loss_fn, *args):
     return grads, plan.approximation(factors).to_dense(), plan.matvec, plan
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("weight", [1.0, 0.7])
 @pytest.mark.parametrize("name", CASES)
 def test_a_masked_mean_is_the_mean_of_the_cases_that_count(name, weight):

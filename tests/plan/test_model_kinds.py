@@ -235,6 +235,7 @@ def test_the_plan_covers_parameters_by_factors_of_their_sides(name):
         check_sides(layer)
 
 
+@pytest.mark.sampled(2)
 @of("cost", (NOT_CHEAP, pytest.fail.Exception))
 def test_statistics_cost_a_few_gradients_at_most(name):
     """And do not change value and gradient."""
@@ -254,7 +255,7 @@ def test_statistics_cost_a_few_gradients_at_most(name):
         pytest.fail(f"statistics cost {with_statistics / gradient:.1f} gradients")
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @of("full")
 def test_full_blocks_are_the_exact_ones(name):
     entry, kind = KINDS[name], made(name)

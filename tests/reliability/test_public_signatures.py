@@ -277,7 +277,7 @@ def problems(entry):
                     yield f"{argument}={name} is accepted"
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("table", TABLES)
 def test_wrong_values_are_refused_with_an_error_that_says_so(table):
     found = []

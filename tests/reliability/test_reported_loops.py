@@ -384,6 +384,7 @@ def residual(params, x):
     return models.dense(params["out"], jax.lax.scan(block, h, params["blocks"])[0])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("rates", [(), (0.1, 0.9, 1e-2)], ids=["default", "given"])
 def test_a_residual_stack_trains(rates, user_settings):
     """From three starts, without a rise on the way."""

@@ -82,6 +82,7 @@ def separate(initial=None, every=2, inverse_every=1, damping=0.1, **options):
 # ---------------------------------------------------------------------- what γ does
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_gamma_squared_takes_the_place_of_the_damping_in_every_block(kind):
     gamma, params = 0.7, PARAMS
@@ -99,6 +100,7 @@ def test_gamma_squared_takes_the_place_of_the_damping_in_every_block(kind):
     assert abs(float(state.info.learning_rate - other.info.learning_rate)) > 1e-3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_the_candidate_that_would_lower_the_model_most_is_kept(kind):
     """Each candidate alone, as a γ that stays, from the same state."""

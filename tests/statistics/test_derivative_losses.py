@@ -316,6 +316,7 @@ def test_every_layer_is_found_with_all_its_uses(name):
     jax.tree.map(functools.partial(close, rtol=1e-12), found, expected)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", FORMS)
 def test_factors_are_those_of_weight_sharing_over_all_uses(name):
     _, _, factors, _ = computed(name)
@@ -458,6 +459,7 @@ SHARED = {  # with constants, with a copy for each point; kinds in exact modes
 SAMPLES, MONTE_CARLO = 6000, 0.05  # the largest error, relative to the largest entry
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", SHARED)
 def test_sampled_factors_of_constants_are_those_of_copies(name):
     """Under vmap, what all points share: directions, the one that grad begins with.

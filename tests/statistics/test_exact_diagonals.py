@@ -364,3 +364,17 @@ def test_the_optimizers_first_update_does_not_depend_on_the_key():
         for key in jax.random.split(jax.random.key(0))
     ]
     models.assert_trees_equal(*pair)
+
+
+def test_losses_of_batches_of_different_lengths_are_estimated_and_it_is_said():
+    params, outputs, _ = _wide(100)
+
+    def loss_fn(params, *batches):
+        total = jnp.zeros(())
+        for x, labels in zip(batches[::2], batches[1::2], strict=True):
+            z = outputs(params, x)
+            total += softmax_cross_entropy_with_integer_labels(z, labels).mean()
+        return total
+
+    curvature = _plan(loss_fn, params, X, LABELS, X[:4], LABELS[:4])
+    assert "(the losses are of [4, 8] cases)" in str(curvature)

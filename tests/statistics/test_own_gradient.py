@@ -25,6 +25,7 @@ def plans(**options):
     return plain, mine
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "options",
     [

@@ -46,7 +46,7 @@ BLOCKS = {
 }
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("loss_fn", [plain, hidden, counted], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("name", BLOCKS)
 def test_sums_over_unequal_batches_are_those_of_all_cases(name, loss_fn):

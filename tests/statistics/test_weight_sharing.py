@@ -69,6 +69,7 @@ def _dense(loss_fn, params, **options):
     return plan, np.asarray(plan.approximation(factors).to_dense())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("net", NETS)
 def test_each_setting_is_exact_on_its_deep_linear_nets(net, setting):
