@@ -73,8 +73,8 @@ def any_type():
 def pytest_collection_modifyitems(config, items):
     """Marks the cases that `sampled` leaves out, and takes one part of those chosen.
 
-    With KFAC_JAX_TEST_PART=0/2 each test function runs every other of its cases, and
-    with 1/2 the others. Those with one case are in every part.
+    With KFAC_JAX_TEST_PART=0/3 each test function runs every third of its cases, and
+    with 1/3 and 2/3 the others. Those with one case are in every part.
     """
     counts = collections.Counter()
     for item in items:
