@@ -100,8 +100,11 @@ def _agrees(node: Node, values: Collection[int], sources: Sources) -> bool:
       Whether it does.
     """
     known = [sources.constant(atom) for atom in node.inputs]
+    # of constants that an outer trace will know only their types are known
     operands = [
-        _random(x.aval, i) if value is None else jnp.asarray(value, x.aval.dtype)
+        _random(x.aval, i)
+        if value is None or isinstance(value, jax.core.Tracer)
+        else jnp.asarray(value, x.aval.dtype)
         for i, (x, value) in enumerate(zip(node.equation.invars, known, strict=True))
     ]
     real = [

@@ -292,8 +292,9 @@ def epsilon(graph: Graph, dtypes: Iterable[Any]) -> float:
       dtypes: those of its arguments.
 
     Returns:
-      The largest ε of the floating types of these and of the results of equations.
+      The largest ε of the inexact types of these and of the results of equations; 0
+      without any.
     """
     made = (x.aval.dtype for node in graph.walk() for x in node.equation.outvars)
-    types = {x for x in (*dtypes, *made) if jnp.issubdtype(x, jnp.floating)}
-    return max(float(jnp.finfo(x).eps) for x in types)
+    types = {x for x in (*dtypes, *made) if jnp.issubdtype(x, jnp.inexact)}
+    return max((float(jnp.finfo(x).eps) for x in types), default=0.0)

@@ -242,8 +242,9 @@ def _body(equation: Any) -> Any:
     return None if body is None else _compat.open_jaxpr(body)[0]
 
 
-# What a slice by the loop's own number is of is known before the loop only.
-_VIEWS = view_rules.TABLE.keys() - {"dynamic_slice", "gather"}
+# Without those that pick entries: with strides, or by the loop's own number, they are
+# views only before the loop, or not at all.
+_VIEWS = view_rules.TABLE.keys() - {"dynamic_slice", "gather", "slice", "tile"}
 
 
 def _is_view(equation: Any) -> bool:

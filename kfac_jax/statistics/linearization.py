@@ -1,5 +1,6 @@
 """One forward pass of a plan's loss, and the pull-backs through it."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Sequence
@@ -129,7 +130,10 @@ def linearize(
         wanted = squared if is_exact(plan.estimation_mode) else []
         known = exact_diagonals(wanted, program, leaves, data)
         others = [layer for layer in wanted if layer.name not in known]
-        squares = _squares_by_case(plan, derived, others, args, leaves, losses)
+        squares = None
+        if others:
+            with contextlib.suppress(alone.CaseError):  # the report tells it
+                squares = _by_case(plan, derived, others, args, leaves, losses)
         return _statistics(
             plan, losses, examples, pull_outputs, known, squares, carried, rng
         )
@@ -219,26 +223,6 @@ def _carried(groups: Sequence[Group], factors: Factors | None) -> Factors:
         for layer, names in group.carried.items()
         if names
     }
-
-
-def _squares_by_case(
-    plan: Plan,
-    derived: Derived,
-    layers: Sequence[Layer],
-    args: Any,
-    leaves: Sequence[Array],
-    losses: Sequence[RegisteredLoss],
-) -> Squares | None:
-    """What sums squares of the cases' gradients by some layers.
-
-    None if there are no such layers, or cases cannot be evaluated one by one.
-    """
-    if not layers:
-        return None
-    try:
-        return _by_case(plan, derived, layers, args, leaves, losses)
-    except alone.CaseError:
-        return None
 
 
 def _by_case(

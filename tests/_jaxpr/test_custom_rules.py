@@ -164,3 +164,26 @@ def test_a_rule_may_index_a_constant():
     key = jax.random.key(0)
     _, grads, _ = jax.jit(plan.value_grad_and_statistics)(PARAMS, X, rng=key)
     models.assert_trees_close(grads, jax.grad(loss_fn)(PARAMS, X))
+
+
+def test_a_rule_of_complex_numbers_alone_is_not_refused():
+    """Nothing in it is of a real type, of which a precision could be told."""
+
+    @jax.custom_jvp
+    def product(w, x):
+        return x @ w
+
+    @product.defjvp
+    def rule(primals, tangents):
+        return jax.jvp(product.fun, primals, tangents)
+
+    def loss_fn(p, x):
+        z = product(jax.lax.complex(p["a"], p["b"]), jax.lax.complex(x, x))
+        both = jnp.concatenate([z.real, z.imag], -1)
+        return kfac_jax.losses.squared_error(both).sum(-1).mean()
+
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones((3, 2))}
+    plan = kfac_jax.make_curvature(
+        loss_fn, params, jnp.ones((4, 3)), on_unmatched="error"
+    )
+    assert {layer.kind for layer in plan.layers} == {"dense"}

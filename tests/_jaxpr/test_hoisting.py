@@ -69,6 +69,18 @@ def test_what_is_left_of_a_step():
     assert "dynamic_slice" not in names(scan)
 
 
+def test_strided_slices_leave_a_loop_for_layers():
+    """Inside they are no views."""
+
+    def apply(p, x):
+        step = lambda h, w: (jnp.tanh(h @ w[::2]), None)  # noqa: E731
+        return jax.lax.scan(step, x, p)[0]
+
+    wide = jnp.concatenate([W, W], 1)
+    (scan,) = scans(rewritten(apply, wide, X))
+    assert "slice" not in names(scan)
+
+
 def test_what_depends_on_cases_or_on_the_carry_stays():
     def of_data(w, x):
         step = lambda h, xs: (h + xs[1] @ (xs[0] @ xs[0]), None)  # noqa: E731

@@ -18,7 +18,7 @@ import kfac_jax
 from kfac_jax import SampleSpace, Spring, natural_gradient
 from kfac_jax.losses import softmax_cross_entropy_with_integer_labels, squared_error
 from kfac_jax.statistics import sample_space
-from kfac_jax.statistics.sample_space import gram_matrix
+from kfac_jax.statistics.sample_space import gram_matrix, layer_rows
 from tests.helpers import models
 
 pytestmark = pytest.mark.usefixtures("any_rank")
@@ -478,6 +478,20 @@ def test_rounding_of_half_precision_is_not_divided_by_the_damping(narrow):
     x = jnp.asarray(NARROW_X, jnp.bfloat16 if narrow == "data" else jnp.float32)
     found, expected = updates_in(params, x, 1e-2)
     assert np.linalg.norm(found - expected) < 0.1 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("cases", "positions", "inputs", "expected"),
+    [(10_000, 1, 50_000, True), (64, 256, 1000, False), (8, 4, 10, True)],
+)
+def test_integers_go_in_pairs_if_these_fit_or_cost_less(
+    cases, positions, inputs, expected
+):
+    x = jax.ShapeDtypeStruct((cases, positions), int)
+    dy = jax.ShapeDtypeStruct((1, cases, positions, 64), float)
+    rows = layer_rows.LayerRows(x, dy, 0, inputs)
+    assert rows.of_integers
+    assert gram_matrix.is_pairwise(rows) == expected
 
 
 def test_long_sequences_of_integers_take_no_pairs_of_positions(monkeypatch):

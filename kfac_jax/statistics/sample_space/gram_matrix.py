@@ -183,10 +183,10 @@ def is_pairwise(rows: LayerRows) -> bool:
     if rows.x is None:
         return False
     cases, positions, outputs = rows.dy.shape[-3:]
-    if (rows.dy.shape[0] * cases * positions) ** 2 > LARGEST:
-        return False
-    pairs = positions**2 * (rows.inputs + outputs)
-    return rows.of_integers or pairs <= rows.inputs * outputs
+    fits = (rows.dy.shape[0] * cases * positions) ** 2 <= LARGEST
+    inputs = 1 if rows.of_integers else rows.inputs
+    cheaper = positions**2 * (inputs + outputs) <= rows.inputs * outputs
+    return fits or cheaper if rows.of_integers else fits and cheaper
 
 
 def _pair(a: LayerRows, b: LayerRows) -> Array:
