@@ -74,7 +74,7 @@ def pytest_collection_modifyitems(config, items):
     """Marks the cases that `sampled` leaves out, and takes one part of those chosen.
 
     With KFAC_JAX_TEST_PART=0/3 each test function runs every third of its cases, and
-    with 1/3 and 2/3 the others. Those with one case are in every part.
+    with 1/3 and 2/3 the others. Functions begin in turn, so that the parts are as long.
     """
     counts = collections.Counter()
     for item in items:
@@ -86,14 +86,13 @@ def pytest_collection_modifyitems(config, items):
         counts[item.function] += 1
     result = yield  # pytest chooses by markers
     part, parts = map(int, os.environ.get("KFAC_JAX_TEST_PART", "0/1").split("/"))
-    totals = collections.Counter(map(_function_of, items))
-    seen, kept, left_out = collections.Counter(), [], []
+    turns = {}  # whose is each function's next case
+    kept, left_out = [], []
     for item in items:
         name = _function_of(item)
-        every = min(parts, totals[name])
-        mine = seen[name] % every == part % every
-        (kept if mine else left_out).append(item)
-        seen[name] += 1
+        turn = turns.get(name, len(turns))
+        (kept if turn % parts == part else left_out).append(item)
+        turns[name] = turn + 1
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
     return result
