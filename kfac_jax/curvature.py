@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from kfac_jax._jaxpr import axis_types
 from kfac_jax._utils import arguments
-from kfac_jax._utils.trees import tree_spec
+from kfac_jax._utils.trees import rebuilt, tree_spec
 from kfac_jax.blocks._moments import check_weight_sharing
 from kfac_jax.operator import inverses
 from kfac_jax.operator.approximation import Approximation
@@ -92,7 +92,11 @@ class Curvature(Plan):
           ValueError: if the parameters differ from the plan's.
         """
         self.tree.leaves(params, "params")
-        return jax.value_and_grad(self.loss_fn, has_aux=self.has_aux)(params, *args)
+
+        def loss_fn(params: Params) -> Any:
+            return self.loss_fn(params, *rebuilt(args))
+
+        return jax.value_and_grad(loss_fn, has_aux=self.has_aux)(params)
 
     @jax.named_scope("kfac_statistics")
     def value_grad_and_statistics(
@@ -189,7 +193,7 @@ class Curvature(Plan):
         (3, 2)
         """
         if isinstance(self.structure, SampleSpace):
-            return self.loss_fn(params, *args), self._sample_statistics(
+            return self.loss_fn(params, *rebuilt(args)), self._sample_statistics(
                 params, args, rng
             )
         products = [group.name for group in self.groups if group.product_rows]
@@ -204,7 +208,7 @@ class Curvature(Plan):
             self, params, part, leaves, factors, own_gradient=True
         )
         if self.statistics_fraction < 1.0:
-            value = self.loss_fn(params, *args)
+            value = self.loss_fn(params, *rebuilt(args))
         return value, statistics(rng)
 
     def zero_statistics(self, params: Params) -> Statistics:

@@ -186,3 +186,12 @@ def tree_spec(params: Any) -> TreeSpec:
         shapes.append(tuple(jnp.shape(leaf)))
         dtypes.append(str(dtype))
     return TreeSpec(treedef, tuple(paths), tuple(shapes), tuple(dtypes))
+
+
+def rebuilt(tree: Any) -> Any:
+    """The same leaves, in containers that are built anew.
+
+    The variables of flax nnx, such as running means among a loss function's arguments,
+    may only be written in the trace in which they were made.
+    """
+    return jax.tree.map(lambda x: x, tree)

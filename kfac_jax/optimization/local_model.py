@@ -10,7 +10,7 @@ from jax import Array
 from kfac_jax._jaxpr import _compat, axis_types
 from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices
-from kfac_jax.optimization.loss import loss_of
+from kfac_jax.optimization.loss import loss_at
 from kfac_jax.plan import batch as batch_lib
 
 
@@ -93,6 +93,6 @@ class LocalModel:
         """The batch's loss at other parameters."""
 
         def own(params: optax.Params) -> Array:
-            return loss_of(self.curvature.loss_fn(params, *self.args))
+            return loss_at(self.curvature, params, self.args)
 
         return self.devices.mean(axis_types.explicit(own, self.params)(params))

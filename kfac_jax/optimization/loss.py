@@ -4,10 +4,13 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import optax
 from jax import Array
 
 from kfac_jax._utils.arguments import number
 from kfac_jax._utils.dtypes import wide_dtype
+from kfac_jax._utils.trees import rebuilt
+from kfac_jax.curvature import Curvature
 from kfac_jax.devices import Devices
 from kfac_jax.optimization.state import KFACState, nan
 
@@ -27,6 +30,11 @@ def averaged_loss(devices: Devices, value: Any) -> Array | None:
 def loss_of(value: Any) -> Array:
     """The loss in `value`, which may be `(loss, aux)`; NaN for None."""
     return nan() if value is None else jnp.asarray(_loss_in(value), float)
+
+
+def loss_at(curvature: Curvature, params: optax.Params, args: Any) -> Array:
+    """The loss of a batch, in whatever trace the caller is."""
+    return loss_of(curvature.loss_fn(params, *rebuilt(args)))
 
 
 def _loss_in(value: Any) -> Any:

@@ -15,7 +15,7 @@ from kfac_jax.devices import OverAxis, Sharing, checked
 from kfac_jax.operator.structures import SampleSpace
 from kfac_jax.optimization.checks import check_plan, check_transformation
 from kfac_jax.optimization.health import kfac_state
-from kfac_jax.optimization.loss import loss_of
+from kfac_jax.optimization.loss import loss_at, loss_of
 
 
 def make_step(
@@ -126,7 +126,7 @@ def make_step(
 
         def objective(params: optax.Params, statistics: Any, args: Any) -> Array:
             del statistics  # optax's line searches pass whatever update gets
-            return over_devices(loss_of(curvature.loss_fn(params, *args)))
+            return over_devices(loss_at(curvature, params, args))
 
         if axis is not None:
             grads = _mean(grads, loss_of(value), axis)

@@ -299,6 +299,37 @@ def test_flax_nnx_optimizer():
     assert int(optimizer.opt_state.step[...]) == 3
 
 
+def test_variables_of_flax_that_the_loss_writes_may_be_arguments(user_settings):
+    """The rules evaluate the loss in a branch of its own, statistics in a derivative's."""
+    from flax import nnx
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layer = nnx.Linear(3, 5, rngs=rngs)
+            self.calls = nnx.BatchStat(jnp.zeros(()))
+
+        def __call__(self, x):
+            self.calls[...] = self.calls[...] + 1
+            return self.layer(x)
+
+    graph, params, rest = nnx.split(Model(nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss_fn(params, rest, x, y):
+        model = nnx.merge(graph, params, rest)
+        loss = kfac_jax.losses.squared_error(model(x), y).sum(-1).mean()
+        return loss, nnx.state(model, nnx.Not(nnx.Param))
+
+    batch = jnp.ones((4, 3)), jnp.zeros((4, 5))
+    curvature = kfac_jax.make_curvature(
+        loss_fn, params, rest, *batch, has_aux=True, batch_argnums=(1, 2)
+    )
+    tx = kfac_jax.kfac(curvature)
+    step = jax.jit(kfac_jax.make_step(curvature, tx))
+    key, state = jax.random.key(0), tx.init(params)
+    _, _, (_, after) = step(params, state, key, rest, *batch)
+    assert rest["calls"][...] == 0 and after["calls"][...] == 1
+
+
 # ------------------------------------------------------------------ JAX transformations
 
 
