@@ -43,7 +43,6 @@ def natural(problem: Problem, params: Params, momentum: Any) -> Method:
         *problem.points(KEY),
         structure=kfac_jax.SampleSpace(),
         estimation_mode="ggn_exact",
-        on_unmatched="ignore",
     )
     rule = kfac_jax.LevenbergMarquardt(1.0, every=1, factor=0.7)
     tx = kfac_jax.natural_gradient(curvature, kfac_jax.QuadraticModel(), rule, momentum)

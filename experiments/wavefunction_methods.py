@@ -126,10 +126,7 @@ def natural_gradient(
     )
 
 
-OF_WALKERS = {
-    "structure": kfac_jax.SampleSpace(centered=True),
-    "on_unmatched": "ignore",
-}
+OF_WALKERS = {"structure": kfac_jax.SampleSpace(centered=True)}
 METHODS = {
     "kfac": Method({}, kfac),
     "spring": Method(OF_WALKERS, partial(natural_gradient, momentum=0.99)),

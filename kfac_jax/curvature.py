@@ -739,7 +739,9 @@ def make_curvature(
         independent_cases=independent_cases,
         factor_dtype=checks.check_factor_dtype(factor_dtype),
     )
-    derived = Options(**options).derive(params, args, quiet=False)
+    # In the sample space nothing is approximated: cases are taken one by one at worst.
+    exact = isinstance(structure, SampleSpace)
+    derived = Options(**options).derive(params, args, quiet=exact)
     checks.check_sharing(derived.layers, blocks is not None, weight_sharing)
     if statistics_fraction < 1.0:
         batch_lib.batch_size(args, derived.traced.in_batch)
@@ -757,7 +759,7 @@ def make_curvature(
             derived.traced, estimation_mode, independent_cases
         ),
     )
-    if isinstance(structure, SampleSpace):
+    if exact:
         lines = sample_space.lines(plan, params, args)
     else:
         lines = estimated_diagonals(plan, derived, params, args)

@@ -37,8 +37,7 @@ def queries(
       losses: the loss of each case.
       params: the trained parameters.
       *args: the loss function's further arguments, with the queries in front.
-      operator: the curvature of the training set, `curvature.over(...)`; best of
-        `blocks.Eigen()`.
+      operator: the curvature of the training set, `curvature.over(...)`.
       damping: λ > 0, a number or one for each layer.
       damping_mode: "exact" or "factored".
 

@@ -124,6 +124,21 @@ def test_the_returned_loss_is_the_registered_one(name):
         )
 
 
+def test_a_mean_over_positions_makes_them_cases():
+    w, x, labels = jnp.ones((3, 5)), jnp.ones((4, 6, 3)), jnp.zeros((4, 6), int)
+    loss = losses.softmax_cross_entropy_with_integer_labels
+
+    def over_positions(w, x, labels):
+        return loss(x @ w, labels).mean()
+
+    def of_positions(w, x, labels):
+        return loss((x @ w).reshape(-1, 5), labels.reshape(-1)).mean()
+
+    with pytest.raises(ValueError, match="A mean over positions, too, makes each"):
+        kfac_jax.make_curvature(over_positions, w, x, labels)
+    kfac_jax.make_curvature(of_positions, w, x, labels)
+
+
 # ---------------------------------------------------------- distributions by themselves
 
 ONE = jnp.ones(())

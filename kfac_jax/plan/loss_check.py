@@ -108,7 +108,17 @@ def _tell(
         "over the leading axis of what is registered, of the sum within a case"
         + (f" plus (l2 / 2)·‖params‖² with l2={l2}" if l2 else "")
     )
-    if _is_factor(ratio, traced):
+    shapes = [
+        node.shape() for node in traced.found.graph.walk() if node.name == "kfac_loss"
+    ]
+    if any(_close(ratio, 1 / math.prod(shape[1:-1])) for shape in shapes if shape[2:]):
+        raise ValueError(
+            f"{told}. A mean over positions, too, makes each of them a case: give them "
+            "to the loss as such, as in `loss(logits.reshape(-1, logits.shape[-1]), "
+            f"labels.reshape(-1)).mean()`, or pass `weight={ratio:.6g}` to the "
+            "registered loss."
+        )
+    if _is_factor(ratio, shapes):
         raise ValueError(
             f"{told}. Average over cases (not a sum), or pass `weight={ratio:.6g}` to "
             "the registered loss."
@@ -123,15 +133,12 @@ def _tell(
     warnings.warn(advice, stacklevel=4)
 
 
-def _is_factor(ratio: float, traced: Traced) -> bool:
+def _is_factor(ratio: float, shapes: Sequence[tuple[int, ...]]) -> bool:
     """Whether a ratio is ½, 2, or a product of lengths of registered outputs' axes.
 
     These are the ratios if a mean is taken in place of a sum, or the other way round,
     along some axes.
     """
-    shapes = [
-        node.shape() for node in traced.found.graph.walk() if node.name == "kfac_loss"
-    ]
     sums = {
         math.prod(lengths)
         for shape in shapes
@@ -140,7 +147,11 @@ def _is_factor(ratio: float, traced: Traced) -> bool:
     }
     factors = {a * b for a in sums for b in (0.5, 1.0, 2.0)} - {0.0, 1.0}
     factors |= {1 / f for f in factors} | {-1.0}  # -1: a log-likelihood, not minus it
-    return any(math.isclose(ratio, f, rel_tol=_FACTOR_TOLERANCE) for f in factors)
+    return any(_close(ratio, f) for f in factors)
+
+
+def _close(ratio: float, factor: float) -> bool:
+    return math.isclose(ratio, factor, rel_tol=_FACTOR_TOLERANCE)
 
 
 _FACTOR_TOLERANCE = 1e-3

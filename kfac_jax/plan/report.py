@@ -201,7 +201,9 @@ def table(
     lines.extend(_out_of_proportion(layers, factors))
     uncovered = [layer for layer in layers if layer.reason]
     if uncovered:
-        lines.append("Not covered by a layer:")
+        alone = all(layer.block is None for layer in layers)  # the sample space
+        way = ", so that gradients are taken case by case" if alone else ""
+        lines.append(f"Not covered by a layer{way}:")
         lines.extend(explain(layer) for layer in uncovered)
     return "\n".join(lines)
 

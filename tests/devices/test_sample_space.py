@@ -72,7 +72,6 @@ def made(name):
         *args,
         structure=kfac_jax.SampleSpace(centered=options.get("centered", False)),
         estimation_mode=options.get("mode", "ggn_exact"),
-        on_unmatched="ignore",
     )
     make = functools.partial(
         kfac_jax.natural_gradient,
@@ -175,7 +174,6 @@ def test_samples_differ_between_devices():
         Y,
         structure=kfac_jax.SampleSpace(),
         num_samples=2,
-        on_unmatched="ignore",
     )
     over = kfac_jax.OverAxis("data")
 

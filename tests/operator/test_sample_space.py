@@ -159,7 +159,6 @@ def plan_of(loss_fn, params, *args, mode="ggn_exact", centered=False, **options)
         *args,
         structure=SampleSpace(centered=centered),
         estimation_mode=mode,
-        on_unmatched="ignore",
         **options,
     )
 

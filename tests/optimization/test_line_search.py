@@ -61,7 +61,6 @@ def test_a_natural_gradient_never_rises(search, user_settings):
         *to32((PARAMS, INSIDE, WALL)),
         structure=kfac_jax.SampleSpace(),
         estimation_mode="ggn_exact",
-        on_unmatched="ignore",
     )
     alone = kfac_jax.natural_gradient(curvature, 1.0, damping=1e-6)
     plain = run32(curvature, alone, 3)
