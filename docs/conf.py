@@ -4,7 +4,7 @@ import importlib.metadata
 
 project = "kfac_jax"
 author = "The kfac_jax authors"
-release = importlib.metadata.version("kfac_jax")
+release = importlib.metadata.version("kfac-optax")
 
 extensions = [
     "myst_parser",

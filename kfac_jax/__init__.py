@@ -9,6 +9,8 @@ from kfac_jax import influence as influence
 from kfac_jax import laplace as laplace
 from kfac_jax import linalg as linalg
 from kfac_jax import losses as losses
+from kfac_jax._utils.installed import warn_of_the_other as _warn_of_the_other
+from kfac_jax.citing import cite as cite
 from kfac_jax.curvature import Curvature as Curvature
 from kfac_jax.curvature import make_curvature as make_curvature
 from kfac_jax.devices import OverAxis as OverAxis
@@ -71,7 +73,9 @@ from kfac_jax.tags import register_squared_error_loss as register_squared_error_
 register_categorical_predictive_distribution = register_softmax_cross_entropy_loss
 register_multi_bernoulli_predictive_distribution = register_sigmoid_cross_entropy_loss
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+
+_warn_of_the_other()
 
 _FOR_EXISTING_PROGRAMS = {
     "curvature_blocks": """

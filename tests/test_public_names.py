@@ -17,8 +17,8 @@ ExponentialBatchSize GraftState Health Info KFACState Layer LevenbergMarquardt
 MultiStepsState NaturalGradientState OverAxis SampleSpace Spring
 OverMesh QuadraticModel Refine RefreshSchedule SeparateDamping SharingReport Statistics
 Totals
-average_iterates blocks distributions graft health influence initializers kfac laplace
-linalg losses
+average_iterates blocks cite distributions graft health influence initializers kfac
+laplace linalg losses
 make_curvature make_step multi_steps muon_dimension_numbers natural_gradient
 register_categorical_predictive_distribution register_conv2d register_dense
 register_generic register_loss register_multi_bernoulli_predictive_distribution
@@ -87,6 +87,7 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "health": "state",
     "average_iterates": "decay * start",
     "graft": "direction magnitude",
+    "cite": "*used",
     "multi_steps": "curvature tx every",
     "natural_gradient": "curvature learning_rate damping momentum * "
     "norm_constraint devices",
@@ -172,6 +173,7 @@ def test_names_for_existing_programs():
 FLOORS = (  # each imports from those after it only, see CONTRIBUTING
     "__init__",
     "compat",
+    "citing",
     "influence laplace",
     "optimization",
     "curvature",

@@ -105,9 +105,9 @@ def test_a_module_that_reaches_for_the_network_is_noticed(tmp_path):
 def installed():
     """The files of what pip installed, without what pip and Python add.
 
-    A build leaves kfac_jax.egg-info in the repository, which is on the path as well.
+    A build leaves kfac_optax.egg-info in the repository, which is on the path as well.
     """
-    found = importlib.metadata.distributions(name="kfac_jax")
+    found = importlib.metadata.distributions(name="kfac-optax")
     (files,) = (x.files or [] for x in found if x.read_text("RECORD"))
     own = ("INSTALLER", "REQUESTED", "direct_url.json", "RECORD")
     return [x for x in files if x.name not in own and "__pycache__" not in x.parts]
@@ -122,15 +122,16 @@ def test_the_wheel_holds_the_package_only():
     assert len(infos) == 1
     assert {x.parts[0] for x in files} == {"kfac_jax", *infos}
     package = {x.as_posix() for x in files if x.parts[0] == "kfac_jax"}
-    assert "kfac_jax/py.typed" in package
-    assert {x.rpartition(".")[2] for x in package} == {"py", "typed"}
+    assert {"kfac_jax/py.typed", "kfac_jax/references.bib"} <= package
+    assert {x.rpartition(".")[2] for x in package} == {"bib", "py", "typed"}
     names = {"METADATA", "WHEEL", "top_level.txt", "LICENSE"}
     assert {x.name for x in files if x.parts[0] in infos} == names
     (top,) = (x for x in files if x.name == "top_level.txt")
     assert top.read_text().split() == ["kfac_jax"]
     expected = {f"{x.replace('.', '/')}" for x in modules_of_the_package()}
     found = {x.removesuffix(".py").removesuffix("/__init__") for x in package}
-    assert found - {"kfac_jax/py.typed"} == expected
+    data = {"kfac_jax/py.typed", "kfac_jax/references.bib"}
+    assert found - data == expected
 
 
 # ---------------------------------------------------------------------------- pickles

@@ -300,7 +300,7 @@ def test_flax_nnx_optimizer():
 
 
 def test_variables_of_flax_that_the_loss_writes_may_be_arguments(user_settings):
-    """The rules evaluate the loss in a branch of its own, statistics in a derivative's."""
+    """Rules evaluate the loss in a branch of its own, statistics in a derivative's."""
     from flax import nnx
 
     class Model(nnx.Module):
