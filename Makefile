@@ -23,7 +23,7 @@ export OPENBLAS_NUM_THREADS := 1
 
 .NOTPARALLEL:
 .PHONY: test test-slow fuzz faults kills compiled-check doctest lint format types
-.PHONY: docs clean bench gpu opponents
+.PHONY: docs site-check dist clean bench gpu opponents
 .PHONY: examples demo classifier language-model wavefunction pde uncertainty influence
 .PHONY: paper data-parallel multi-process
 
@@ -68,6 +68,16 @@ types: $(VENV)/dev.stamp
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/sphinx-build --fail-on-warning --keep-going docs site
+
+# Every page in a browser, 1280 and 390 pixels wide. Needs Chromium.
+site-check: $(VENV)/docs.stamp docs
+	$(BIN)/python docs/check_site.py
+
+# sdist and wheel, as they are published.
+dist: $(VENV)/dev.stamp
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
 
 # Two programs to copy, each of one file: a minute or so together.
 examples: $(VENV)/examples.stamp
@@ -119,7 +129,7 @@ opponents: $(VENV)/bench.stamp
 	$(BIN)/python benchmarks/environments.py
 
 clean:
-	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist site
+	rm -rf $(VENV) $(VENV)-oldest $(VENV)-newest build dist site jupyter_execute
 	rm -rf $(VENV)-published $(VENV)-published-jax $(VENV)-shampoo $(VENV)-psgd
 	rm -rf benchmarks/results
 

@@ -1,24 +1,36 @@
 """Sphinx configuration. Pages are Markdown (MyST); `make docs` builds site/."""
 
 import importlib.metadata
+import pathlib
 
 project = "kfac_jax"
-author = "The kfac_jax authors"
+author = copyright = "The kfac_jax authors"
 release = importlib.metadata.version("kfac-optax")
 
 extensions = [
-    "myst_parser",
+    "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.mathjax",
     "sphinx.ext.napoleon",
+    "sphinx_design",
 ]
 html_theme = "furo"
 html_title = f"kfac_jax {release}"
+html_static_path = ["static"]
+html_css_files = ["site.css"]
 
-myst_enable_extensions = ["dollarmath"]
+myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
-# The README is shown as the first page, and its links are relative to the repository.
-suppress_warnings = ["myst.xref_missing"]
+
+# Notebooks run where they have changed since the last build. An error ends the build.
+nb_execution_mode = "cache"
+nb_execution_cache_path = str(
+    pathlib.Path(__file__).parents[1] / ".cache" / "notebooks"
+)
+nb_execution_timeout = 300
+nb_execution_raise_on_error = True
+nb_merge_streams = True
+nb_execution_show_tb = True
 
 # Single backticks mean code in docstrings, as they do in Markdown.
 default_role = "code"
