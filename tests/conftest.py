@@ -73,19 +73,26 @@ def any_type():
 def pytest_collection_modifyitems(config, items):
     """Marks the cases that `sampled` leaves out, and takes one part of those chosen.
 
+    With KFAC_JAX_SLOW_PART=0/2 every second of those that it leaves out is "full", too,
+    and with 1/2 the others.
+
     With KFAC_JAX_TEST_PART=0/3 each test function runs every third of its cases, and
     with 1/3 and 2/3 the others. Functions begin in turn, so that the parts are as long.
     """
-    counts = collections.Counter()
+    counts, slow = collections.Counter(), 0
+    part, parts = _part("KFAC_JAX_SLOW_PART")
     for item in items:
         mark = item.get_closest_marker("sampled")
         if mark is None:
             continue
         if counts[item.function] % mark.args[0]:
             item.add_marker("slow")
+            if slow % parts != part:
+                item.add_marker("full")
+            slow += 1
         counts[item.function] += 1
     result = yield  # pytest chooses by markers
-    part, parts = map(int, os.environ.get("KFAC_JAX_TEST_PART", "0/1").split("/"))
+    part, parts = _part("KFAC_JAX_TEST_PART")
     turns = {}  # whose is each function's next case
     kept, left_out = [], []
     for item in items:
@@ -96,6 +103,10 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
     return result
+
+
+def _part(variable):
+    return map(int, os.environ.get(variable, "0/1").split("/"))
 
 
 def _function_of(item):
