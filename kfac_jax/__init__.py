@@ -54,6 +54,7 @@ from kfac_jax.rules import RefreshSchedule as RefreshSchedule
 from kfac_jax.rules import SeparateDamping as SeparateDamping
 from kfac_jax.rules import Spring as Spring
 from kfac_jax.statistics.averages import Statistics as Statistics
+from kfac_jax.statistics.data_set import Gathered as Gathered
 from kfac_jax.tags import register_conv2d as register_conv2d
 from kfac_jax.tags import register_dense as register_dense
 from kfac_jax.tags import register_generic as register_generic

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ from kfac_jax.plan.modes import needs_rng, of_inputs
 from kfac_jax.plan.plan import Options, Plan
 from kfac_jax.statistics import averages, sample_space
 from kfac_jax.statistics.averages import Statistics
+from kfac_jax.statistics.data_set import Gathered, check_start, gathered
 from kfac_jax.statistics.exact_products import ExactProducts
 from kfac_jax.statistics.linearization import estimated_diagonals, linearize
 
@@ -494,7 +495,8 @@ class Curvature(Plan):
         4.0
         """
         self._has_factors("at")
-        return self._of_all(params, [args], rng)
+        *_, last = self._gathered(params, [args], rng)
+        return self.approximation(last.factors)
 
     def over(
         self, params: Params, batches: Iterable[Any], *, rng: Array | None = None
@@ -519,44 +521,72 @@ class Curvature(Plan):
             can be had only once.
           ValueError: if there is no batch, and as `value_grad_and_statistics`.
         """
+        steps = self.gathered(params, batches, rng=rng)
+        last = functools.reduce(lambda _, step: step, steps)
+        return self.approximation(last.factors)
+
+    def gathered(
+        self,
+        params: Params,
+        batches: Iterable[Any],
+        *,
+        rng: Array | None = None,
+        start: Gathered | None = None,
+    ) -> Iterator[Gathered]:
+        """`over`, batch by batch: for runs that may be interrupted.
+
+        Args:
+          params: the parameters.
+          batches: as for `over`, and the same ones in each run.
+          rng: as for `over`.
+          start: what an earlier run yielded last; its batches are passed over.
+
+        Returns:
+          An iterator, of what is gathered after each batch: a pytree of arrays and
+          numbers. `approximation(gathered.factors)` of the last is what `over` returns.
+
+        Raises:
+          TypeError: if `start` is something else, and as `over`.
+          ValueError: if `start` is of another plan, and as `over`.
+
+        >>> import jax.numpy as jnp, kfac_jax
+        >>> def loss_fn(w, x, y):
+        ...     return kfac_jax.losses.squared_error(x @ w, y).sum(-1).mean()
+        >>> w, batch = jnp.ones((3, 2)), (jnp.eye(3), jnp.zeros((3, 2)))
+        >>> curvature = kfac_jax.make_curvature(
+        ...     loss_fn, w, *batch, estimation_mode="fisher_exact")
+        >>> first = next(curvature.gathered(w, [batch, batch]))
+        >>> rest = curvature.gathered(w, [batch, batch], start=first)
+        >>> [(x.batches, int(x.cases)) for x in (first, *rest)]
+        [(1, 3), (2, 6)]
+        """
+        self._has_factors("over")
         if any(group.moves for group in self.groups) and iter(batches) is batches:
             raise TypeError(
                 "blocks.Eigen takes two passes over the batches: expected what can be "
                 "iterated again, a list or a data loader, got an iterator. Pass "
                 "list(batches)."
             )
-        return self._of_all(params, batches, rng)
+        return self._gathered(params, batches, rng, start)
 
-    def _of_all(
+    def _gathered(
         self,
         params: Params,
         batches: Iterable[Any],
         rng: Array | None,
-    ) -> Approximation:
-        """The operator of several batches, with bases of all of them."""
+        start: Gathered | None = None,
+    ) -> Iterator[Gathered]:
         if rng is not None:
             arguments.key("rng", rng)
-        factors = self.init_factors(params)
-        moving = [group for group in self.groups if group.moves]
-        for _ in range(2 if moving else 1):
-            if moving:
-                bases = inverses.move(moving, factors)
-                factors = self.init_factors(params)
-                for group in moving:
-                    for layer, names in group.carried.items():
-                        factors[layer] |= {name: bases[layer][name] for name in names}
-            seen, count = jnp.zeros((), float), 0
-            for count, args in enumerate(batches, 1):
-                arguments.sequence("each batch", args, "arguments of the loss function")
-                arguments.trees("args", tuple(args))
-                key = None if rng is None else jax.random.fold_in(rng, count)
-                factors, seen = self._add(factors, seen, params, tuple(args), key)
-            if not count:
-                raise ValueError(
-                    "over needs at least one batch, a tuple of the loss function's "
-                    "arguments after the parameters; got none."
-                )
-        return self.approximation(factors)
+        if start is not None:
+            check_start(start, self.groups)
+            averages.check(self.groups, "factor_shapes", start.factors)
+
+        def add(factors: Factors, cases: Array, args: Any, key: Any) -> Any:
+            return self._add(factors, cases, params, args, key)
+
+        empty = self.init_factors(params)
+        return gathered(self.groups, add, empty, batches, rng, start)
 
     @functools.cached_property
     def _add(self) -> Callable[..., tuple[Factors, Array]]:

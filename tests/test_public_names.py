@@ -13,7 +13,7 @@ import kfac_jax
 
 TOP = """
 Approximation AverageIteratesState BlockDiagonal BlockTridiagonal Curvature
-ExponentialBatchSize GraftState Health Info KFACState Layer LevenbergMarquardt
+ExponentialBatchSize Gathered GraftState Health Info KFACState Layer LevenbergMarquardt
 MultiStepsState NaturalGradientState OverAxis SampleSpace Spring
 OverMesh QuadraticModel Refine RefreshSchedule SeparateDamping SharingReport Statistics
 Totals
@@ -65,8 +65,8 @@ MODULES = (
     "losses",
 )
 CURVATURE = """
-approximation at gram init_factors matvec over quadratic_form renew_factors report
-update_factors
+approximation at gathered gram init_factors matvec over quadratic_form renew_factors
+report update_factors
 value_and_grad value_and_statistics value_grad_and_statistics zero_statistics
 """
 OPERATOR = "diagonal eigenvalues logdet matvec power sample solve to_dense trace"
@@ -125,6 +125,7 @@ SIGNATURES = {  # parameters, `*` before those by keyword only
     "Curvature.approximation": "self factors",
     "Curvature.at": "self params *args rng",
     "Curvature.over": "self params batches * rng",
+    "Curvature.gathered": "self params batches * rng start",
     "Curvature.init_factors": "self params",
     "Curvature.matvec": "self params v *args matrix",
     "Curvature.quadratic_form": "self params vectors *args",

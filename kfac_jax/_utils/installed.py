@@ -1,6 +1,7 @@
 """Whether another distribution with a package of this name is installed."""
 
 import importlib.metadata
+import sys
 import warnings
 from collections.abc import Iterable
 
@@ -16,8 +17,8 @@ def warn_of_the_other(path: Iterable[str] | None = None) -> None:
     Args:
       path: where to look; None for `sys.path`.
     """
-    where = {} if path is None else {"path": list(path)}
-    for found in importlib.metadata.distributions(name=OTHER, **where):
+    where = sys.path if path is None else list(path)
+    for found in importlib.metadata.distributions(name=OTHER, path=where):
         if any(file.parts[:2] == ("kfac_jax", "_src") for file in found.files or ()):
             warnings.warn(
                 f"The distribution {OTHER} {found.version} is installed beside "

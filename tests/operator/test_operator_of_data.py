@@ -69,6 +69,44 @@ def test_bases_are_those_of_all_data():
             np.testing.assert_allclose(turned, jnp.diag(jnp.diag(turned)), atol=1e-10)
 
 
+BATCHES = [(x,) for x in PARTS]
+
+
+@pytest.mark.parametrize("block", [None, blocks.Eigen()])
+@pytest.mark.parametrize("after", [1, 3, 4, 6])
+def test_a_run_that_ends_goes_on_bit_by_bit(block, after):
+    """At the end of a pass, too: with bases there are two."""
+    curvature = plan(block, estimation_mode="fisher_gradients")
+    key = jax.random.key(0)
+    whole = list(curvature.gathered(PARAMS, BATCHES, rng=key))
+    assert len(whole) == (6 if block else 3)
+    if after > len(whole):
+        pytest.skip("it has ended")
+    saved = pickle.loads(pickle.dumps(whole[after - 1]))
+    rest = list(curvature.gathered(PARAMS, BATCHES, rng=key, start=saved))
+    assert len(rest) == len(whole) - after
+    models.assert_trees_equal([*whole[:after], *rest][-1], whole[-1])
+    op = curvature.over(PARAMS, BATCHES, rng=key)
+    models.assert_trees_equal(whole[-1].factors, op.factors)
+    assert int(whole[-1].cases) == len(X)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        (lambda x: tuple(x), TypeError, "start must be what Curvature.gathered yield"),
+        (lambda x: x._replace(passes=1), ValueError, "less than 1 complete passes"),
+        (lambda x: x._replace(batches=0.5), TypeError, "start.batches must be an int"),
+        (lambda x: x._replace(factors={}), ValueError, "factors"),
+    ],
+)
+def test_what_a_run_cannot_go_on_from_is_refused(change, error, match):
+    curvature = plan()
+    last = next(curvature.gathered(PARAMS, BATCHES))
+    with pytest.raises(error, match=match):
+        curvature.gathered(PARAMS, BATCHES, start=change(last))
+
+
 def test_sampled_modes_draw_anew_for_each_batch():
     curvature = plan(estimation_mode="fisher_gradients")
     key = jax.random.key(0)
