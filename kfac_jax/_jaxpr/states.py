@@ -74,8 +74,14 @@ def merge(states: Sequence[State]) -> State:
     if found and all(isinstance(state, OfBatch) for state in found):
         return joined_means(found)
     lost = next((state for state in found if isinstance(state, Lost)), None)
-    if lost is not None or len(set(found)) > 1:
-        return lost or LOST
+    if lost is not None:
+        return lost
+    alone = [x for x in found if isinstance(x, Examples) and x.size == 1]
+    if alone and len(alone) == len(found):
+        # a single example is along any axis: that with the fewest other entries
+        return min(alone, key=lambda x: x.outer * x.inner)
+    if len(set(found)) > 1:
+        return LOST
     return found[0] if found else None
 
 

@@ -478,6 +478,24 @@ def test_a_single_example_keeps_its_axis_through_reshapes():
     assert_exact(plan, found, exact, params, ("o",))
 
 
+def test_a_single_example_is_the_same_whatever_branch_it_takes():
+    """One branch has it at the front, the other behind the positions."""
+    x = models.array(0, 1, 3, 2)
+    params = {"w": models.array(1, 2, 2), "v": models.array(2, 2, 2)}
+
+    def apply(p, x):
+        def of_positions(x):  # [positions, 1, 2]
+            return jnp.tanh(x.swapaxes(0, 1) @ p["v"]).reshape(1, 3, 2)
+
+        h = jax.lax.cond(x.sum() > 0, lambda x: x @ p["w"], of_positions, x)
+        return h.reshape(1, 6)
+
+    full = kfac_jax.blocks.Full()
+    plan, found, exact = blocks_of(apply, params, x, blocks=full)
+    assert plan.lost_examples == ""
+    assert_exact(plan, found, exact, params, ("w",))
+
+
 @pytest.mark.parametrize("narrow", [float, jnp.float32], ids=["float64", "float32"])
 def test_a_custom_rule_knows_the_constants_that_it_closes_over(narrow):
     """They are operands of its equation, too, which it does not read."""
