@@ -253,8 +253,7 @@ class Finder:
         on_device = at in self.on_devices
         site = dataclasses.replace(site, count=count, on_device=on_device)
         linear = dataclasses.replace(linear, site=site)
-        # a tag's bias is added once, however many terms its weight has
-        first = node not in self.layers
+        known, added = self._in_tag(node, views)
         state = self.states.get(node.outputs[0])
         if site.leaf >= len(self.leaves) and varies(site, state):
             part = lifted(self.graph, [self.computed[site.leaf - len(self.leaves)]])
@@ -262,9 +261,24 @@ class Finder:
             self.by_case.update(reached.intersection(self.computed))
         self.layers.setdefault(node, []).append(Consumed(linear, views))
         self.behind_layers.update(node.outputs)
-        self.uses.append(site)
-        if linear.shift is not None and first:
+        if not known:
+            self.uses.append(site)
+        if linear.shift is not None and not added:
             self.uses.append(dataclasses.replace(linear.shift, count=count))
+
+    def _in_tag(self, node: Node, views: Sequence[View | None]) -> tuple[bool, bool]:
+        """Whether a tag's weight, and its bias, have been recorded already.
+
+        Either may be a sum, of which each term comes with the other in turn.
+        """
+        if node.name != "kfac_layer":
+            return False, False
+        weight = 1 + node.params["num_inputs"]
+        earlier = [x.views for x in self.layers.get(node, [])]
+        return (
+            any(old[weight] is views[weight] for old in earlier),
+            any(old[-1] is views[-1] for old in earlier),
+        )
 
     def _refuse(self, node: Node, views: Sequence[View | None], reason: str) -> None:
         line, at = node.source, node.outputs[0] if node.outputs else None

@@ -277,11 +277,18 @@ class Builder:
 
 
 def _beyond_jax(body: tuple[p.Op, ...], place: str) -> bool:
-    """A choice for each example in a `custom_jvp`: `jax.grad` cannot transpose it."""
+    """What `jax.grad` cannot transpose, in a `custom_jvp` under a map.
+
+    A choice for each example, and a function with a `custom_vjp`.
+    """
     for op, inside in p.walk(body):
         kinds = {x.kind for x in inside if isinstance(x, p.Nest)}
         mapped = place == "vmap" or not kinds.isdisjoint(("vmap", "map"))
         if isinstance(op, p.Cond) and "custom_jvp" in kinds and mapped:
+            return True
+        mapped = mapped or not kinds.isdisjoint(("positions vmap", "ensemble"))
+        with_vjp = isinstance(op, p.Nest) and op.kind == "custom_vjp"
+        if with_vjp and "custom_jvp" in kinds and mapped:
             return True
     return False
 

@@ -554,3 +554,42 @@ def test_a_call_in_a_loop_may_have_an_operand_that_it_does_not_read():
 
     plan, found, exact = blocks_of(apply, params, blocks=kfac_jax.blocks.Full())
     assert_exact(plan, found, exact, params, ("b",))
+
+
+@pytest.mark.parametrize("tag", [True, False])
+def test_a_tagged_layer_may_have_a_sum_as_its_bias(tag, any_rank):
+    """Its weight was counted once for each term, and all terms but the first not."""
+    params = {
+        "w": models.array(1, 2, 3),
+        "b": models.array(2, 3),
+        "c": models.array(3, 3),
+        "v": models.array(4, 3, 2),
+    }
+
+    def apply(p, x):
+        bias = p["b"] + p["c"]
+        z = x @ p["w"] + bias
+        if tag:
+            z = kfac_jax.register_dense(z, x, p["w"], bias)
+        return jnp.tanh(z) @ p["v"]
+
+    full = kfac_jax.blocks.Full()
+    plan, found, exact = blocks_of(apply, params, blocks=full, on_unmatched="error")
+    uses = {layer.params: layer.uses for layer in plan.layers}
+    assert uses == {("w", "b"): 1, ("c",): 1, ("v",): 1}
+    assert_exact(plan, found, exact, params, ("w", "b"), ("c",), ("v",))
+
+
+def test_a_tagged_scale_may_have_a_sum_as_its_shift(any_rank):
+    params = {"s": models.array(1, 2), "b": models.array(2, 2), "c": models.array(3, 2)}
+
+    def apply(p, x):
+        shift = p["b"] + p["c"]
+        z = x * p["s"] + shift
+        return kfac_jax.register_scale_and_shift(z, x, p["s"], shift)
+
+    plan, found, exact = blocks_of(apply, params, on_unmatched="error")
+    assert all(layer.uses == 1 for layer in plan.layers)
+    assert sorted(p for layer in plan.layers for p in layer.params) == ["b", "c", "s"]
+    diagonals = np.diag(found), np.diag(exact)
+    np.testing.assert_allclose(*diagonals, rtol=1e-9)
