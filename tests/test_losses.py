@@ -534,9 +534,12 @@ def test_a_wrong_scale_is_refused_with_the_ratio(factor, ratio):
 
 
 def test_a_declared_penalty_is_part_of_the_registered_loss():
+    def without(params, x, y):
+        return _scaled(1.0)(params["w"], x, y)
+
     def loss_fn(params, x, y):
         penalty = sum(jnp.vdot(p, p) for p in jax.tree.leaves(params))
-        return _scaled(1.0)(params["w"], x, y) + 0.05 * penalty
+        return without(params, x, y) + 0.05 * penalty
 
     params, x, y = (
         {"w": models.array(0, 3, 2)},
@@ -548,6 +551,8 @@ def test_a_declared_penalty_is_part_of_the_registered_loss():
         kfac_jax.make_curvature(loss_fn, params, x, y)
     with pytest.warns(UserWarning, match=r"l2=0\.2"):
         kfac_jax.make_curvature(loss_fn, params, x, y, l2=0.2)
+    with pytest.warns(UserWarning, match="The loss lacks the penalty that l2=0.1"):
+        kfac_jax.make_curvature(without, params, x, y, l2=0.1)
 
 
 def test_without_targets_or_concrete_arrays_the_scale_is_not_checked():

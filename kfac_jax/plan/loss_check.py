@@ -52,54 +52,68 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) 
 
     def compared(
         leaves: Sequence[Any], outputs: Sequence[Any], losses: Sequence[RegisteredLoss]
-    ) -> tuple[Array, Array, Array, Array]:
+    ) -> tuple[Array, ...]:
         low = min((loss.z.dtype for loss in losses), key=lambda d: jnp.finfo(d).bits)
         tolerance = jnp.sqrt(jnp.asarray(float(jnp.finfo(low).eps)))
         concavity = _concavity(losses)
         # a loss without targets has no value to compare with
         known.append(on_rest != "ignore" and all(loss.data for loss in losses))
         if not known[-1]:
-            return jnp.zeros(()), jnp.zeros(()), tolerance, concavity
+            return *[jnp.zeros(())] * 3, tolerance, concavity
         n = len(jax.tree.leaves(params))
         penalty = sum(jnp.vdot(x, x).astype(float) for x in leaves[:n]) * (l2 / 2)
         values = [loss.value().astype(float) for loss in losses]
-        total = functools.reduce(jnp.add, values) + penalty
-        return outputs[0], total, tolerance, concavity
+        total = functools.reduce(jnp.add, values)
+        return outputs[0], total, jnp.asarray(penalty), tolerance, concavity
 
     @jax.jit
-    def values(leaves: Sequence[Any]) -> tuple[Array, Array, Array, Array]:
+    def values(leaves: Sequence[Any]) -> tuple[Array, ...]:
         return axis_types.auto(compared)(leaves, *run(program, leaves, None))
 
     # Compiled before the context, which lets values be known while a caller's jit is
     # being traced around the plan: in it JAX compiles each constant expression alone.
     compiled = values.lower(leaves).compile()
     with jax.ensure_compile_time_eval():
-        returned, registered, tolerance, concavity = map(float, compiled(leaves))
+        numbers = map(float, compiled(leaves))
+        returned, registered, penalty, tolerance, concavity = numbers
     if concavity > tolerance:
         _warn_of_concavity(concavity)
     if not known[-1] or not np.isfinite(returned):
         return
-    if abs(returned - registered) <= max(tolerance, 1e-6) * max(
-        abs(registered), abs(returned), 1e-6
-    ):
+
+    def is_returned(value: float) -> bool:
+        size = max(abs(value), abs(returned), 1e-6)
+        return abs(returned - value) <= max(tolerance, 1e-6) * size
+
+    if is_returned(registered + penalty):
         return
-    _tell(returned, registered, traced, l2, on_rest)
+    if penalty > 0 and is_returned(registered):
+        advice = (
+            f"The loss lacks the penalty that l2={l2} declares: expected "
+            f"{registered + penalty:.6g}, got {returned:.6g}, which is the registered "
+            "loss alone. Add (l2 / 2)·‖params‖² to the loss, or leave l2 out."
+        )
+    else:
+        advice = _difference(returned, registered + penalty, traced, l2)
+    if on_rest == "error":
+        raise ValueError(advice)
+    warnings.warn(advice, stacklevel=3)
 
 
-def _tell(
-    returned: float, registered: float, traced: Traced, l2: float, on_rest: str
-) -> None:
-    """Tells both losses and their ratio.
+def _difference(returned: float, registered: float, traced: Traced, l2: float) -> str:
+    """Tells both losses, their ratio, and what to do about a rest.
 
     Args:
       returned: the returned loss.
-      registered: the registered one.
+      registered: the registered one, with the declared penalty.
       traced: the traced loss function.
       l2: the weight of the declared penalty.
-      on_rest: "warn" or "error".
+
+    Returns:
+      The message.
 
     Raises:
-      ValueError: if they differ by a factor, or by a rest that is to be an error.
+      ValueError: if they differ by a factor.
     """
     ratio = returned / registered if registered else float("inf")
     told = (
@@ -123,14 +137,11 @@ def _tell(
             f"{told}. Average over cases (not a sum), or pass `weight={ratio:.6g}` to "
             "the registered loss."
         )
-    advice = (
+    return (
         f"{told}. If cases are masked, pass `mask=` to the registered loss; declare a "
         "penalty with `l2`, another factor with `weight`. If the loss has a term that "
         'is not registered, only its gradient counts: say so by on_rest="ignore".'
     )
-    if on_rest == "error":
-        raise ValueError(advice)
-    warnings.warn(advice, stacklevel=4)
 
 
 def _is_factor(ratio: float, shapes: Sequence[tuple[int, ...]]) -> bool:
