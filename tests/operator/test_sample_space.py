@@ -645,6 +645,7 @@ def test_cases_that_depend_on_each_other_are_refused():
         curvature.gram({"w": DENSE["w"]}, X)
 
 
+@pytest.mark.filterwarnings("ignore:Means over the batch:UserWarning")
 def test_a_batch_norms_means_are_constants_here_too():
     def normed(p, x, keep=lambda x: x):
         h = x @ p["w"]
@@ -722,6 +723,7 @@ def test_outputs_as_wide_as_the_batch_is_long_are_not_evaluated_one_by_one():
         curvature.gram(p, X)
 
 
+@pytest.mark.filterwarnings("ignore:Means over the batch:UserWarning")
 @pytest.mark.parametrize(
     ("place", "match"),
     [
