@@ -689,7 +689,8 @@ def make_curvature(
         exact diagonal, by a forward pass for each entry of the smallest, up to 32, and
         by the gradient of each case for others (where cases may meet before the
         outputs `N · ḡ²` with random signs of the cases, from `rng`). "error" raises,
-        "ignore" gives them the identity.
+        "ignore" gives them the identity. `SampleSpace()` takes their gradients case by
+        case, exactly, and has no use for this.
       on_rest: what to do if the returned loss has terms that are not registered, as a
         bound's KL divergence or an auxiliary loss. They have no curvature; the gradient
         is always that of the returned loss. "warn" tells the difference, "error"
