@@ -782,6 +782,7 @@ def make_curvature(
     plan = Curvature(
         **options,
         kept_rules=derived.kept_rules,
+        agreements=derived.traced.agreements,
         layers=derived.layers,
         groups=derived.grouped.groups,
         notes=derived.grouped.notes + means,

@@ -15,7 +15,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from kfac_jax._jaxpr import _compat
-from kfac_jax._jaxpr.graph import Graph, Node, Sources, epsilon, has_own_rule, is_value
+from kfac_jax._jaxpr.graph import (
+    Graph,
+    Node,
+    Sources,
+    build,
+    custom_body,
+    epsilon,
+    has_own_rule,
+    is_value,
+)
 from kfac_jax._jaxpr.interpreter import Program, run
 from kfac_jax._jaxpr.sites import OtherUse, Site, Use
 from kfac_jax._jaxpr.slicing import dependent
@@ -113,7 +122,52 @@ def _agrees(node: Node, values: Collection[int], sources: Sources) -> bool:
         for i, (atom, x) in enumerate(zip(node.inputs, operands, strict=True))
         if is_value(atom) and atom in values and jnp.issubdtype(x.dtype, jnp.floating)
     ]
-    program = Program(node.bodies[0], {}, {})
+    return _same_derivatives(node.equation, node.bodies[0], operands, real)
+
+
+class Agreements:
+    """Whether rules of functions agree with their bodies, asked in a fixed order.
+
+    A rule is tried when the plan is made. When the program is traced again, maybe for
+    other shapes, the answers are those of the plan.
+    """
+
+    def __init__(self, known: Sequence[bool] | None = None):
+        self._known = None if known is None else iter(known)
+        self.answers: list[bool] = []
+
+    def __call__(self, equation: Any, varies: Sequence[bool]) -> bool:
+        """Whether a function's rule gives the derivative of its body.
+
+        Args:
+          equation: the function's.
+          varies: for each operand whether it may depend on parameters.
+
+        Returns:
+          Whether it does, at random operands.
+        """
+        if self._known is not None:
+            answer = next(self._known, False)
+        else:
+            operands = [
+                jnp.asarray(x.val) if isinstance(x, _compat.Literal) else _random(x.aval, i)
+                for i, x in enumerate(equation.invars)
+            ]
+            real = [
+                i
+                for i, (yes, x) in enumerate(zip(varies, operands, strict=True))
+                if yes and jnp.issubdtype(x.dtype, jnp.floating)
+            ]
+            body = build(custom_body(equation))
+            answer = _same_derivatives(equation, body, operands, real)
+        self.answers.append(answer)
+        return answer
+
+
+def _same_derivatives(
+    equation: Any, body: Graph, operands: Sequence[Array], real: Sequence[int]
+) -> bool:
+    program = Program(body, {}, {})
 
     def derivatives(function: Any) -> list[Array]:
         def outputs(values: list[Array]) -> list[Array]:
@@ -129,7 +183,7 @@ def _agrees(node: Node, values: Collection[int], sources: Sources) -> bool:
 
     try:
         with jax.ensure_compile_time_eval():
-            by_rule = derivatives(lambda x: _compat.evaluate(node.equation, x))
+            by_rule = derivatives(lambda x: _compat.evaluate(equation, x))
             by_body = derivatives(lambda x: run(program, x, None)[0])
             precision = epsilon(program.graph, (x.dtype for x in operands))
             close = functools.partial(_close, precision=precision)

@@ -54,6 +54,8 @@ BODY_OFFSETS = {
 """Equations whose bodies passes follow values into, and the index of the operand that
 is the body's first input. (The first operand of `cond` chooses the branch.)"""
 
+_CUSTOM = ("custom_jvp", "custom_vjp")
+
 _CALL_PARAMS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -254,9 +256,16 @@ def build(closed: Any) -> Graph:
     return _Builder().graph(closed)
 
 
+def custom_body(equation: Any) -> Any:
+    """The jaxpr of a function with a custom derivative rule; None of others."""
+    if not equation.primitive.name.startswith(_CUSTOM):
+        return None
+    return next(iter(_bodies(equation)), None)
+
+
 def has_own_rule(node: Node) -> bool:
     """Whether a node is a function with a custom derivative rule."""
-    return node.name.startswith(("custom_jvp", "custom_vjp"))
+    return node.name.startswith(_CUSTOM)
 
 
 def read_inputs(node: Node) -> tuple[Atom, ...]:

@@ -3,7 +3,8 @@
 A step of a `scan` may compute its weight from its slice of a parameter, as in
 `w * mask` or `jnp.split(w, 3)`, or may take the slice by its own number, as in `w[i]`.
 Such equations depend on no carry, so they can be applied to all slices at once before
-the loop, which then runs over weights. The results are the same.
+the loop, which then runs over weights. The results are the same. A function with a
+custom derivative rule around such a loop becomes its body, where its rule agrees.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ import jax
 import jax.numpy as jnp
 
 from kfac_jax._jaxpr import _compat, view_rules
-from kfac_jax._jaxpr.graph import plain_call
+from kfac_jax._jaxpr.custom_rules import Agreements
+from kfac_jax._jaxpr.graph import custom_body, plain_call
 
 
 class _Origin(NamedTuple):
@@ -34,7 +36,11 @@ class _Origin(NamedTuple):
 
 
 def hoisted(
-    closed: Any, args: Sequence[Any], is_weight: Sequence[bool], is_data: Sequence[bool]
+    closed: Any,
+    args: Sequence[Any],
+    is_weight: Sequence[bool],
+    is_data: Sequence[bool],
+    agreements: Agreements | None = None,
 ) -> Any:
     """Takes equations out of loops.
 
@@ -43,6 +49,7 @@ def hoisted(
       args: its inputs, or their shapes.
       is_weight: for each input whether it is a parameter.
       is_data: for each input whether it has cases.
+      agreements: says which functions may be replaced by their bodies.
 
     Returns:
       The closed jaxpr of the same function; None if it would be the same program.
@@ -51,7 +58,7 @@ def hoisted(
     found = None
     while True:  # what has left an inner loop may leave the next one
         jaxpr, constants = _compat.open_jaxpr(closed if found is None else found)
-        plan = _plan(jaxpr, origins)
+        plan = _plan(jaxpr, origins, agreements or Agreements())
         if not plan.changes:
             return found
         run = functools.partial(_rest, plan, constants, iter(()))
@@ -95,7 +102,7 @@ class _Plan:
 
     @property
     def calls(self) -> list["_Plan"]:
-        """The plans of calls and checkpoints."""
+        """The plans of functions and checkpoints."""
         pairs = self.inner.items()
         return [plan for i, plan in pairs if not _is_scan(self.jaxpr.eqns[i])]
 
@@ -114,12 +121,19 @@ class _Plan:
         return max(largest, own + sum(inner), *inner, 0)
 
 
-def _plan(jaxpr: Any, origins: Sequence[_Origin], *, stays: bool = False) -> _Plan:
+def _plan(
+    jaxpr: Any,
+    origins: Sequence[_Origin],
+    agreements: Agreements,
+    *,
+    stays: bool = False,
+) -> _Plan:
     """Decides which equations leave the loop that a jaxpr is the body of.
 
     Args:
       jaxpr: an open jaxpr.
       origins: what its inputs depend on.
+      agreements: says which functions may be replaced by their bodies.
       stays: whether none do.
 
     Returns:
@@ -145,10 +159,13 @@ def _plan(jaxpr: Any, origins: Sequence[_Origin], *, stays: bool = False) -> _Pl
         body = _body(equation)
         if body is not None and whole.data and whole.weight:
             if _is_scan(equation):
-                inner[i] = _plan_of_scan(equation, operands)
+                inner[i] = _plan_of_scan(equation, operands, agreements)
             else:
-                call = _plan(body, operands, stays=stays)
-                if call.takes or call.changes:  # others are run as they are
+                call = _plan(body, operands, agreements, stays=stays)
+                changed = call.takes or call.changes  # others are run as they are
+                if changed and custom_body(equation) is not None:
+                    changed = agreements(equation, [x.data or x.weight for x in operands])
+                if changed:
                     inner[i] = call
         elif whole.is_ahead and whole.weight and not _is_view(equation) and not stays:
             ahead.add(i)
@@ -183,7 +200,9 @@ def _variables(atoms: Sequence[Any], chosen: Sequence[bool] | None = None) -> li
     return [x for x, yes in pairs if yes and not isinstance(x, _compat.Literal)]
 
 
-def _plan_of_scan(equation: Any, operands: Sequence[_Origin]) -> _Plan:
+def _plan_of_scan(
+    equation: Any, operands: Sequence[_Origin], agreements: Agreements
+) -> _Plan:
     layout = _compat.scan_layout(equation.params)
     first, end = layout.num_consts, layout.num_consts + layout.num_carry
     body = _body(equation)
@@ -195,12 +214,12 @@ def _plan_of_scan(equation: Any, operands: Sequence[_Origin]) -> _Plan:
         ),
         *(x._replace(step=True) for x in operands[end:]),
     ]
-    plan = _plan(body, origins)
+    plan = _plan(body, origins, agreements)
     # not what is much larger than what it is computed from, as copies for each case
     given = zip(equation.invars, operands, strict=True)
     room = sum(math.prod(x.aval.shape) for x, own in given if not own.data)
     if plan.room * layout.length > 2 * room:
-        return _plan(body, origins, stays=True)
+        return _plan(body, origins, agreements, stays=True)
     return plan
 
 
@@ -235,10 +254,17 @@ def _is_checkpoint(equation: Any) -> bool:
     return equation.primitive.name in ("checkpoint", "remat", "remat2")
 
 
+def _callee(equation: Any) -> Any:
+    """The jaxpr of a loop, of a checkpoint or of a function; None of others."""
+    if _is_scan(equation) or _is_checkpoint(equation):
+        return equation.params["jaxpr"]
+    own = custom_body(equation)
+    return plain_call(equation) if own is None else own
+
+
 def _body(equation: Any) -> Any:
-    """The open jaxpr of a loop, of a call or of a checkpoint."""
-    loop = _is_scan(equation) or _is_checkpoint(equation)
-    body = equation.params["jaxpr"] if loop else plain_call(equation)
+    """The open jaxpr of a loop, of a checkpoint or of a function."""
+    body = _callee(equation)
     return None if body is None else _compat.open_jaxpr(body)[0]
 
 
@@ -357,8 +383,7 @@ def _rest(
 
 
 def _constants(equation: Any) -> Sequence[Any]:
-    body = equation.params["jaxpr"] if _is_checkpoint(equation) else None
-    return _compat.open_jaxpr(plain_call(equation) if body is None else body)[1]
+    return _compat.open_jaxpr(_callee(equation))[1]
 
 
 def _call(

@@ -44,6 +44,7 @@ class Options:
     independent_cases: bool = dataclasses.field(default=False, repr=False)
     factor_dtype: str | None = None
     kept_rules: tuple[int, ...] | None = dataclasses.field(default=None, repr=False)
+    agreements: tuple[bool, ...] | None = dataclasses.field(default=None, repr=False)
 
     def derive(self, params: Params, args: Any, *, quiet: bool) -> "Derived":
         """Traces the loss function and finds layers and groups.
@@ -70,6 +71,7 @@ class Options:
             args,
             self.batch_argnums,
             of_inputs(self.estimation_mode),
+            self.agreements,
         )
         found = traced.found
         rules = self.kept_rules

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from kfac_jax._jaxpr import _compat
 from kfac_jax._jaxpr import graph as graph_lib
+from kfac_jax._jaxpr.custom_rules import Agreements
 from kfac_jax._jaxpr.discovery import Found, discover
 from kfac_jax._jaxpr.hoisting import hoisted
 from kfac_jax._jaxpr.sites import unmatched
@@ -27,6 +28,7 @@ class Traced:
     found: Found
     aux_tree: Any
     in_batch: tuple[bool, ...]  # for each array of the arguments
+    agreements: tuple[bool, ...]  # of derivative rules with bodies, as they were asked
 
     def unflatten_aux(self, leaves: Sequence[Any]) -> Any:
         """Rebuilds the auxiliary output."""
@@ -41,6 +43,7 @@ def trace(
     args: Any,
     batch_argnums: batch.Argnums,
     whole: bool = False,
+    agreements: Sequence[bool] | None = None,
 ) -> Traced:
     """Traces the loss function abstractly and finds its layers.
 
@@ -52,6 +55,7 @@ def trace(
       args: the further arguments, or their shapes.
       batch_argnums: the indices of the arguments that are the batch, or None.
       whole: whether layers are found from the loss, and none need be registered.
+      agreements: those of an earlier trace; None to try the rules.
 
     Returns:
       The program and its layers.
@@ -96,7 +100,9 @@ def trace(
     found = discover(program, tree.shapes, states, whole)
     is_weight = [True] * len(tree.shapes) + [False] * len(states)
     is_data = [False] * len(tree.shapes) + [state is not None for state in states]
-    better = hoisted(closed, jax.tree.leaves((params, args)), is_weight, is_data)
+    asked = Agreements(agreements)
+    leaves = jax.tree.leaves((params, args))
+    better = hoisted(closed, leaves, is_weight, is_data, asked)
     if better is not None:
         other = discover(graph_lib.build(better), tree.shapes, states, whole)
         found = other if unmatched(other.uses) <= unmatched(found.uses) else found
@@ -112,7 +118,8 @@ def trace(
         )
     _check_references(program)
     _check_closures(program)
-    return Traced(found, structure[-1], tuple(state is not None for state in states))
+    in_batch = tuple(state is not None for state in states)
+    return Traced(found, structure[-1], in_batch, tuple(asked.answers))
 
 
 def _check_cases(program: graph_lib.Graph) -> None:

@@ -90,7 +90,13 @@ def prepare(
     params = jax.tree.unflatten(plan.tree.treedef, leaves)
     try:
         traced = trace(
-            plan.loss_fn, plan.has_aux, plan.tree, params, single, plan.batch_argnums
+            plan.loss_fn,
+            plan.has_aux,
+            plan.tree,
+            params,
+            single,
+            plan.batch_argnums,
+            agreements=plan.agreements,
         )
     except (TypeError, ValueError) as error:
         raise CaseError(str(error)) from error

@@ -110,7 +110,13 @@ class ExactProducts:
     def _outputs(self) -> tuple[Callable[[list[Array]], Any], Graph]:
         """The registered outputs as a function of the parameters, and its program."""
         traced = trace(
-            self.loss_fn, self.has_aux, self.tree, self.params, self.args, None
+            self.loss_fn,
+            self.has_aux,
+            self.tree,
+            self.params,
+            self.args,
+            None,
+            agreements=(),  # layers are of no interest here: all rules stay
         )
         program = outputs_program(traced)
         data = jax.tree.leaves(self.args)

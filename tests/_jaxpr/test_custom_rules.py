@@ -187,3 +187,61 @@ def test_a_rule_of_complex_numbers_alone_is_not_refused():
         loss_fn, params, jnp.ones((4, 3)), on_unmatched="error"
     )
     assert {layer.kind for layer in plan.layers} == {"dense"}
+
+
+def by_number(w, x):
+    return jax.lax.fori_loop(0, len(w), lambda i, h: jnp.tanh(h @ w[i]), x)
+
+
+STACK = {"w": models.array(3, 3, 3, 3)}
+
+
+def of_stack(factor, wrap):
+    """A loop over `w[i]` in a function whose rule is its derivative, times a factor."""
+
+    @jax.custom_vjp
+    def loop(w, x):
+        return by_number(w, x)
+
+    def backward(saved, g):
+        return jax.tree.map(lambda u: factor * u, jax.vjp(by_number, *saved)[1](g))
+
+    loop.defvjp(lambda w, x: (by_number(w, x), (w, x)), backward)
+
+    def loss_fn(p, x):
+        return squared_error(wrap(loop)(p["w"], x)).sum(-1).mean()
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+def test_a_loop_over_weights_by_number_in_an_agreeing_function_is_a_layer(wrap):
+    loss_fn = of_stack(1.0, wrap)
+    options = {"estimation_mode": "fisher_exact", "blocks": kfac_jax.blocks.Full()}
+    plan = kfac_jax.make_curvature(
+        loss_fn, STACK, X, on_unmatched="error", **options
+    )
+    assert [layer.kind for layer in plan.layers] == ["dense"]
+    step = jax.jit(plan.value_grad_and_statistics)  # where the rule cannot be tried
+    _, grads, _ = step(STACK, X)
+    models.assert_trees_close(grads, jax.grad(loss_fn)(STACK, X))
+    factors = factors_of(plan, STACK, X)
+    expected = oracles.ggn(
+        lambda p: by_number(p["w"], X), lambda z: (z**2).sum(), STACK
+    )
+    size = STACK["w"][0].size
+    found = np.asarray(plan.approximation(factors).to_dense())
+    for k in range(len(STACK["w"])):
+        own = np.s_[k * size : (k + 1) * size]
+        np.testing.assert_allclose(
+            found[own, own], expected[own, own], rtol=1e-9, atol=1e-12
+        )
+
+
+def test_a_loop_over_weights_in_a_function_with_another_rule_is_reported():
+    with pytest.warns(UserWarning, match="w: consumed by `dynamic_slice`"):
+        plan = kfac_jax.make_curvature(of_stack(2.0, lambda f: f), STACK, X)
+    assert plan.agreements == (False,)
+    key = jax.random.key(0)
+    _, grads, _ = jax.jit(plan.value_grad_and_statistics)(STACK, X, rng=key)
+    models.assert_trees_close(grads, jax.grad(of_stack(2.0, lambda f: f))(STACK, X))
