@@ -150,7 +150,9 @@ class Agreements:
             answer = next(self._known, False)
         else:
             operands = [
-                jnp.asarray(x.val) if isinstance(x, _compat.Literal) else _random(x.aval, i)
+                jnp.asarray(x.val)
+                if isinstance(x, _compat.Literal)
+                else _random(x.aval, i)
                 for i, x in enumerate(equation.invars)
             ]
             real = [

@@ -164,7 +164,9 @@ def _plan(
                 call = _plan(body, operands, agreements, stays=stays)
                 changed = call.takes or call.changes  # others are run as they are
                 if changed and custom_body(equation) is not None:
-                    changed = agreements(equation, [x.data or x.weight for x in operands])
+                    changed = agreements(
+                        equation, [x.data or x.weight for x in operands]
+                    )
                 if changed:
                     inner[i] = call
         elif whole.is_ahead and whole.weight and not _is_view(equation) and not stays:

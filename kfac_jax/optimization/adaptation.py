@@ -37,6 +37,7 @@ def adapted(
     loss: Array,
     usable: Array,
     curvature: Array,
+    alpha: Array | float = 0.0,
 ) -> Array:
     """The next λ.
 
@@ -51,6 +52,7 @@ def adapted(
       loss: h(θ).
       usable: `[]` bool, whether loss and gradient are finite at θ.
       curvature: the running mean of `Δᵀ F Δ / Δᵀ Δ`.
+      alpha: the quadratic model's α for K-FAC's direction; 0 for others.
 
     Returns:
       λ, within the rule's limits.
@@ -60,7 +62,7 @@ def adapted(
     rounding = 16 * jnp.finfo(loss.dtype).eps * jnp.maximum(jnp.abs(loss), 1.0)
     tells = usable & ~(jnp.abs(predicted.astype(loss.dtype)) < rounding)
     unchanged = rule.clip(damping, curvature)
-    return jnp.where(tells, rule.update(damping, rho, curvature), unchanged)
+    return jnp.where(tells, rule.update(damping, rho, curvature, alpha), unchanged)
 
 
 def averaged_curvature(old: Array, new: Array) -> Array:

@@ -162,6 +162,9 @@ class Optimizer:
         # Outside of the branch, because most callers compute θ + δ as well. XLA then
         # computes it once, which it cannot do across a `cond`.
         params = step.model.moved(moved.delta)
+        # a user's α says nothing about Δ, nor does that of a refined Δ, which is 1
+        tells = isinstance(self.learning_rate, QuadraticModel)
+        alpha = chosen.solution.learning_rate if tells else jnp.zeros(())
 
         def measure() -> tuple[Array, Array, Array, Array]:
             rho, change, along = step.reduction_ratio(
@@ -171,7 +174,7 @@ class Optimizer:
             usable = step.usable & jnp.isfinite(inner_product(gradient, gradient))
             curvature = averaged_curvature(state.curvature, along)
             loss = loss_of(batch.value)
-            found = adapted(rule, old, rho, change, loss, usable, curvature)
+            found = adapted(rule, old, rho, change, loss, usable, curvature, alpha)
             return found, rho, change, curvature
 
         def keep() -> tuple[Array, Array, Array, Array]:

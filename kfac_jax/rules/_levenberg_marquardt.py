@@ -24,6 +24,12 @@ class LevenbergMarquardt:
     is lost in rounding ρ is noise, and λ climbs: keep it below `relative_maximum` times
     that, too.
 
+    With `QuadraticModel`, `α = -∇hᵀ Δ / Δᵀ (F + (λ+η) I) Δ` compares K-FAC's model of a
+    step with the exact one: it is 1 where they agree, and small where K-FAC sees too
+    little curvature, which is also so where Δ is the noise of one batch. Where α is at
+    least `trusted_rate`, λ may fall faster, by `trusted_factor`. This is what large
+    batches need, whose α stays large (docs/tuning.md).
+
     Attributes:
       initial: λ0.
       every: T1, in steps.
@@ -34,6 +40,8 @@ class LevenbergMarquardt:
       relative_maximum: nor above this multiple of the curvature along the steps.
       lower: λ rises where ρ is below.
       upper: λ falls where ρ is above.
+      trusted_factor: in (0, ω1], in place of ω1 where α is large; None for ω1.
+      trusted_rate: the least such α.
 
     References:
       Martens & Grosse 2015, section 6.5.
@@ -52,6 +60,8 @@ class LevenbergMarquardt:
     relative_maximum: float = float("inf")
     lower: float = 0.25
     upper: float = 0.75
+    trusted_factor: float | None = None
+    trusted_rate: float = 0.2
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -76,6 +86,19 @@ class LevenbergMarquardt:
                 f"Need 0 < lower < upper (thresholds of ρ); got {self.lower} and "
                 f"{self.upper}."
             )
+        arguments.number("trusted_rate (α)", self.trusted_rate)
+        if not self.trusted_rate > 0.0:
+            raise ValueError(
+                f"trusted_rate (α) must be positive; got {self.trusted_rate}."
+            )
+        if self.trusted_factor is None:
+            return
+        arguments.number("trusted_factor", self.trusted_factor)
+        if not 0.0 < self.trusted_factor <= self.omega:
+            raise ValueError(
+                "trusted_factor must be in (0, ω1], so that λ falls at least as fast "
+                f"as elsewhere; got {self.trusted_factor} and ω1 = {self.omega:.3g}."
+            )
 
     @property
     def omega(self) -> float:
@@ -87,12 +110,26 @@ class LevenbergMarquardt:
         damping: Array | float,
         rho: Array | float,
         curvature: Array | float = 0.0,
+        learning_rate: Array | float = 0.0,
     ) -> Array:
-        """Returns the next λ from this one, a measured ρ and `Δᵀ F Δ / Δᵀ Δ`."""
+        """Returns the next λ.
+
+        Args:
+          damping: λ, `[]`.
+          rho: the measured ρ, `[]`.
+          curvature: `Δᵀ F Δ / Δᵀ Δ`, `[]`; 0 if it is not known.
+          learning_rate: the quadratic model's α, `[]`; 0 if there is none.
+
+        Returns:
+          λ, within its limits.
+        """
         damping = arguments.real("damping (λ)", damping).astype(float)
         rho = arguments.real("rho (ρ)", rho).astype(float)
         curvature = arguments.real("curvature", curvature).astype(float)
-        lower, raise_ = damping * self.omega, damping / self.omega
+        alpha = arguments.real("learning_rate (α)", learning_rate)
+        fast = self.omega if self.trusted_factor is None else self.trusted_factor
+        lower = damping * jnp.where(alpha >= self.trusted_rate, fast, self.omega)
+        raise_ = damping / self.omega
         good = (rho > self.upper) & (rho < jnp.inf)
         bad = ~((rho >= self.lower) & (rho < jnp.inf))  # also where ρ is NaN
         new = jnp.where(good, lower, jnp.where(bad, raise_, damping))

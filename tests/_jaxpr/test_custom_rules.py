@@ -218,9 +218,7 @@ def of_stack(factor, wrap):
 def test_a_loop_over_weights_by_number_in_an_agreeing_function_is_a_layer(wrap):
     loss_fn = of_stack(1.0, wrap)
     options = {"estimation_mode": "fisher_exact", "blocks": kfac_jax.blocks.Full()}
-    plan = kfac_jax.make_curvature(
-        loss_fn, STACK, X, on_unmatched="error", **options
-    )
+    plan = kfac_jax.make_curvature(loss_fn, STACK, X, on_unmatched="error", **options)
     assert [layer.kind for layer in plan.layers] == ["dense"]
     step = jax.jit(plan.value_grad_and_statistics)  # where the rule cannot be tried
     _, grads, _ = step(STACK, X)

@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import kfac_jax
-from kfac_jax import LevenbergMarquardt, QuadraticModel
+from kfac_jax import LevenbergMarquardt, QuadraticModel, Refine
 from kfac_jax.optimization import transform
 from kfac_jax.rules import Solution
 from tests.helpers import models
@@ -280,6 +280,58 @@ def test_damping_never_rises_above_its_part_of_the_curvature():
         np.testing.assert_allclose(damping, 10.0 * curvature, rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("rho", "alpha", "factor"),
+    [
+        (1.0, 0.3, 0.2),  # K-FAC's model and the exact one agree, and the loss follows
+        (1.0, 0.29, 0.5),
+        (1.0, 0.0, 0.5),
+        (1.0, float("nan"), 0.5),
+        (0.5, 1.0, 1.0),
+        (0.0, 1.0, 2.0),
+        (float("nan"), 1.0, 2.0),
+    ],
+)
+def test_damping_falls_faster_where_the_exact_model_agrees(rho, alpha, factor):
+    rule = LevenbergMarquardt(factor=0.5, trusted_factor=0.2, trusted_rate=0.3)
+    np.testing.assert_allclose(rule.update(3.0, rho, 0.0, alpha), 3 * factor, rtol=1e-6)
+    limited = LevenbergMarquardt(
+        factor=0.5, trusted_factor=0.2, trusted_rate=0.3, relative_minimum=1.0
+    )
+    found = limited.update(3.0, rho, 2.5, alpha)
+    np.testing.assert_allclose(found, max(3 * factor, 2.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trusted_factor": 0.0}, r"trusted_factor must be in \(0, ω1\].*ω1 = 0.774"),
+        ({"trusted_factor": 0.8}, r"trusted_factor must be in \(0, ω1\].*got 0.8"),
+        ({"trusted_rate": 0.0}, r"trusted_rate \(α\) must be positive; got 0.0"),
+        ({"trusted_rate": float("nan")}, r"trusted_rate \(α\) must be positive"),
+    ],
+)
+def test_trust_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        LevenbergMarquardt(**options)
+
+
+@pytest.mark.parametrize(
+    ("rate", "factor"), [(QuadraticModel(), 0.1), (0.1, 0.5), (Refine(steps=2), 0.5)]
+)
+def test_only_the_models_rate_for_the_own_direction_makes_damping_fall_faster(
+    rate, factor
+):
+    """A given α says nothing of Δ, nor does that of a refined one, which is 1."""
+    rule = LevenbergMarquardt(
+        100.0, every=1, factor=0.5, trusted_factor=0.1, trusted_rate=1e-3
+    )
+    tx = kfac_jax.kfac(plan(), rate, damping=rule, norm_constraint=None)
+    ((_, state, _),) = run(jax.jit(kfac_jax.make_step(plan(), tx)), tx, 1)
+    assert state.info.rho > 0.75 and state.info.learning_rate > 1e-3
+    np.testing.assert_allclose(state.damping, 100 * factor, rtol=1e-6)
+
+
 @pytest.mark.parametrize("rate", [0.1, QuadraticModel()])
 def test_curvature_along_steps_is_measured_and_limits_the_damping(rate):
     """With a given rate only where ρ is measured: every fifth step."""
@@ -351,7 +403,9 @@ def test_damping_stays_bounded_after_convergence_and_a_new_task_is_learnt():
 
 def test_the_defaults_are_those_that_are_written():
     tx = kfac_jax.kfac(plan())
-    damping = LevenbergMarquardt(0.1, relative_minimum=1e-4, relative_maximum=10.0)
+    damping = LevenbergMarquardt(
+        0.1, relative_minimum=1e-4, relative_maximum=10.0, trusted_factor=1 / 3
+    )
     model = QuadraticModel(largest_momentum=0.95, longest=2.0)
     # (no limit of λ is met in a few steps)
     assert (transform.QUADRATIC_MODEL, transform.DAMPING) == (model, damping)

@@ -650,6 +650,8 @@ def rules() -> dict[str, Call]:
                 relative_maximum=10.0,
                 lower=0.25,
                 upper=0.75,
+                trusted_factor=0.25,
+                trusted_rate=0.2,
             ),
             legal={
                 "initial": NUMBER,
@@ -659,6 +661,8 @@ def rules() -> dict[str, Call]:
                 "maximum": NUMBER,
                 "relative_maximum": NUMBER,
                 "upper": NUMBER,
+                "trusted_factor": OPTIONAL,
+                "trusted_rate": NUMBER,
             },
         ),
         "LevenbergMarquardt.update": allowing(
@@ -667,8 +671,11 @@ def rules() -> dict[str, Call]:
                 damping=1.0,
                 rho=1.0,
                 curvature=1.0,
+                learning_rate=0.3,
             ),
-            legal={"damping": shapes, "rho": shapes, "curvature": shapes},
+            legal=dict.fromkeys(
+                ("damping", "rho", "curvature", "learning_rate"), shapes
+            ),
         ),
         "QuadraticModel": allowing(
             call(
