@@ -104,6 +104,7 @@ influence: $(VENV)/experiments.stamp
 
 uncertainty: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/uncertainty.py
+	$(BIN)/python experiments/regression.py
 
 paper: $(VENV)/experiments.stamp
 	$(BIN)/python experiments/paper.py

@@ -1,4 +1,4 @@
-"""The experiment on calibration: its scores, and a quick run."""
+"""The experiments on calibration: their scores, and quick runs."""
 
 import json
 
@@ -32,3 +32,31 @@ def test_a_quick_run_compares_all_methods(tmp_path):
     assert len(rows) == 8 and "evidence" in output
     assert all(np.isfinite([*row.values()]).all() for row in rows.values())
     assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scores_of_a_regression():
+    """Two cases, a mixture of two; the first lies at its 50 %, the second beyond 95 %."""
+    import regression
+
+    means, variances = np.array([[0.0, 0.0], [2.0, 0.0]]), np.ones((2, 2))
+    y = np.array([1.0, 1.7])
+    found = regression.scores(regression.Normal(means, variances), y)
+
+    def density(x):
+        return np.exp(-0.5 * x**2) / np.sqrt(2 * np.pi)
+
+    nll = [-np.log(density(1.0)), -np.log(density(1.7))]
+    assert found["NLL"] == pytest.approx(np.mean(nll))
+    assert found["RMSE"] == pytest.approx(np.sqrt((0.0**2 + 1.7**2) / 2))
+    assert found["in 90 %"] == pytest.approx(0.5)
+
+
+@pytest.mark.slow
+def test_a_quick_regression_compares_all_methods(tmp_path):
+    process = start("regression.py", "--quick", "--output", str(tmp_path))
+    output, _ = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, output
+    rows = json.loads((tmp_path / "regression.json").read_text())
+    assert rows.pop("device") == "cpu"
+    assert set(rows) == {"trained network", "ensemble of 2", "Laplace"}
+    assert all(np.isfinite([*row.values()]).all() for row in rows.values())
