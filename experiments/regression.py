@@ -74,7 +74,7 @@ def network(params: Params, x: Array) -> Array:
 
 
 def loss_of(variance: float) -> Any:
-    """The mean negative log likelihood, up to a constant, for a variance of the noise."""
+    """The mean negative log likelihood but for a constant, by the noise's variance."""
 
     def loss_fn(params: Params, x: Array, y: Array) -> Array:
         z = network(params, x)

@@ -35,7 +35,7 @@ def test_a_quick_run_compares_all_methods(tmp_path):
 
 
 def test_scores_of_a_regression():
-    """Two cases, a mixture of two; the first lies at its 50 %, the second beyond 95 %."""
+    """Of mixtures of two; the targets lie at 50 % and beyond 95 %."""
     import regression
 
     means, variances = np.array([[0.0, 0.0], [2.0, 0.0]]), np.ones((2, 2))
