@@ -113,11 +113,14 @@ def _positions(folded: Folded, node: Node, views: Sequence[View | None]) -> View
         if view is None:
             return None
     # The result has the axes of a row at `offset_dims`, those of the indices elsewhere.
-    # So bring the picked axis to the front, split it like the indices, and move both.
+    # So bring the picked axis to the front, split it like the indices, and move both. A
+    # row that is a slice of length one, as `vmap` makes it, still has the picked axis.
+    numbers = node.params["dimension_numbers"]
     features = [a for a in range(len(view.axes)) if a != picked.axis]
     first = view.transpose([picked.axis, *features])
-    shape = [*rows, *(node.shape(0)[a] for a in features)]
-    outs = node.params["dimension_numbers"].offset_dims
+    sizes = enumerate(node.params["slice_sizes"])
+    shape = [*rows, *(n for a, n in sizes if a not in numbers.collapsed_slice_dims)]
+    outs = numbers.offset_dims
     order = iter(range(len(rows)))
     places = [
         len(rows) + outs.index(p) if p in outs else next(order)

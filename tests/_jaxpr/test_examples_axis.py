@@ -683,3 +683,46 @@ def test_places_of_the_batch_that_do_not_exist(value, error, message):
         kfac_jax.make_curvature(
             _constants_loss, params, x, models.array(2, 3, 5), batch_argnums=value
         )
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_rows_taken_one_by_one_under_vmap_are_those_of_a_table(data):
+    """Slices of length one, whose gather keeps the axis that they are picked along."""
+    params = {"t": models.array(0, 4, 3), "w": models.array(1, 3, 2)}
+    x, ids = models.array(2, 5, 4, 3), jnp.asarray([[0, 1, 3, 1]] * 4 + [[2, 2, 0, 3]])
+
+    def row(table, i):
+        return jax.lax.dynamic_slice(table, (i, 0), (1, 3))
+
+    def outputs(p, x, ids):
+        take = jax.vmap(row, (None, 0))
+        if data:
+            rows = jax.vmap(take, (None, 0))(p["t"], ids)
+        else:
+            rows = take(p["t"], jnp.arange(4))[None]
+        return jnp.tanh(x + rows.squeeze(-2)) @ p["w"]
+
+    def loss_fn(p, x, ids):
+        return squared_error(outputs(p, x, ids)).sum((-1, -2)).mean()
+
+    plan = kfac_jax.make_curvature(
+        loss_fn,
+        params,
+        x,
+        ids,
+        estimation_mode="fisher_exact",
+        blocks=kfac_jax.blocks.Full(),
+        on_unmatched="error",
+    )
+    kinds = {layer.name: layer.kind for layer in plan.layers}
+    assert kinds == {"t": "embedding" if data else "shift", "w": "dense"}
+    exact = oracles.ggn(
+        lambda p: outputs(p, x, ids).reshape(5, -1), lambda z: (z**2).sum(), params
+    )
+    for name in params:
+        np.testing.assert_allclose(
+            oracles.block(np.asarray(plan.at(params, x, ids).to_dense()), params, name),
+            oracles.block(exact, params, name),
+            rtol=1e-9,
+            atol=1e-12,
+        )

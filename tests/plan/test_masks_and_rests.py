@@ -180,3 +180,33 @@ def test_a_masked_mean_without_a_mask_is_told_of_it():
     with pytest.warns(UserWarning, match="pass `mask=` to the registered loss") as told:
         kfac_jax.make_curvature(loss_fn, PARAMS, *ARGS, MASK)
     assert "weight=" not in str(told[0].message)
+
+
+@pytest.mark.parametrize("on_rest", ["warn", "error"])
+@pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
+@pytest.mark.parametrize("own", [0.3, 0.5])
+def test_a_constant_is_no_rest(own, kind, on_rest):
+    """That of a normal distribution, whose logarithm libraries return as it is."""
+
+    def loss_fn(params, x, y):
+        z = outputs(params, x)
+        kfac_jax.register_normal_predictive_distribution(z, y, variance=own)
+        return -jax.scipy.stats.norm.logpdf(y, z, own**0.5).sum(-1).mean()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kfac_jax.make_curvature(
+            loss_fn, jax.tree.map(kind, PARAMS), *ARGS, on_rest=on_rest
+        )
+
+
+def test_a_constant_whose_loss_doubles_is_no_factor():
+    """The ratio is 2 at these parameters, but the difference is the same elsewhere."""
+
+    def plain(params, x, y):
+        return losses.squared_error(outputs(params, x), y).sum(-1).mean()
+
+    value = float(plain(PARAMS, *ARGS))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        kfac_jax.make_curvature(lambda *args: plain(*args) + value, PARAMS, *ARGS)
