@@ -1,6 +1,7 @@
 """Traces a loss function and discovers its layers."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -105,7 +106,11 @@ def trace(
     better = hoisted(closed, leaves, is_weight, is_data, asked)
     if better is not None:
         other = discover(graph_lib.build(better), tree.shapes, states, whole)
-        found = other if unmatched(other.uses) <= unmatched(found.uses) else found
+        left, before = (
+            sum(math.prod(tree.shapes[leaf]) for leaf in unmatched(x.uses))
+            for x in (other, found)
+        )
+        found = other if left <= before else found
     if not found.losses and not whole:
         raise ValueError(
             "No loss is registered. Expected a call to a function of kfac_jax.losses "

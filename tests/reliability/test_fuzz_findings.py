@@ -593,3 +593,31 @@ def test_a_tagged_scale_may_have_a_sum_as_its_shift(any_rank):
     assert sorted(p for layer in plan.layers for p in layer.params) == ["b", "c", "s"]
     diagonals = np.diag(found), np.diag(exact)
     np.testing.assert_allclose(*diagonals, rtol=1e-9)
+
+
+def test_a_slice_by_number_leaves_the_loop_though_a_product_of_weights_stays():
+    """`w[i] @ m` is followed in neither program, `v[i]` only in the one that has it."""
+    params = {
+        "m": models.array(1, 2, 2),
+        "v": models.array(2, 3, 2, 2),
+        "w": models.array(3, 3, 2, 2),
+    }
+
+    def apply(params, x):
+        def step(i, h):
+            inner = params["w"][i] @ params["m"]
+            h = jax.lax.scan(lambda h, _: (jnp.tanh(h @ inner), None), h, length=2)[0]
+            return jnp.tanh(h @ params["v"][i])
+
+        return jax.lax.fori_loop(0, 3, step, x)
+
+    plan, found, exact = blocks_of(
+        apply, params, blocks=kfac_jax.blocks.Full(), on_unmatched="ignore"
+    )
+    kinds = {layer.name: layer.kind for layer in plan.layers}
+    assert kinds["v"] == "dense"
+    for k in range(3):
+        own = np.arange(4 + 4 * k, 8 + 4 * k)  # after those of m
+        np.testing.assert_allclose(
+            found[np.ix_(own, own)], exact[np.ix_(own, own)], rtol=1e-9, atol=1e-12
+        )
