@@ -605,9 +605,12 @@ def test_a_slice_by_number_leaves_the_loop_though_a_product_of_weights_stays():
 
     def apply(params, x):
         def step(i, h):
-            inner = params["w"][i] @ params["m"]
-            h = jax.lax.scan(lambda h, _: (jnp.tanh(h @ inner), None), h, length=2)[0]
-            return jnp.tanh(h @ params["v"][i])
+            w, v = params["w"][i], params["v"][i]
+
+            def cell(carry, _):
+                return jnp.tanh(h @ (w @ params["m"]) + carry), None
+
+            return jnp.tanh(jax.lax.scan(cell, h, length=2)[0] @ v)
 
         return jax.lax.fori_loop(0, 3, step, x)
 
