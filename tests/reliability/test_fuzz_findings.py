@@ -624,3 +624,26 @@ def test_a_slice_by_number_leaves_the_loop_though_a_product_of_weights_stays():
         np.testing.assert_allclose(
             found[np.ix_(own, own)], exact[np.ix_(own, own)], rtol=1e-9, atol=1e-12
         )
+
+
+def test_uses_of_one_weight_in_two_types_are_rows_of_one_layer():
+    """The sample space joined them as they were, which strict promotion refuses."""
+    params = {"w": models.array(1, 2, 2).astype(jnp.float32)}
+
+    def output(params, x):
+        low = x.astype(jnp.float32) @ params["w"]
+        return jnp.sin(jnp.tanh(low).astype(x.dtype) @ params["w"].astype(x.dtype))
+
+    def loss_fn(params, x):
+        return squared_error(output(params, x)).sum(-1).mean()
+
+    plan = kfac_jax.make_curvature(
+        loss_fn,
+        params,
+        X,
+        estimation_mode="fisher_exact",
+        structure=kfac_jax.SampleSpace(),
+    )
+    jacobian = np.asarray(jax.jacobian(output)(params, X)["w"], float).reshape(8, 4)
+    expected = 2 * jacobian @ jacobian.T / len(X)
+    np.testing.assert_allclose(plan.gram(params, X), expected, rtol=1e-4, atol=1e-6)

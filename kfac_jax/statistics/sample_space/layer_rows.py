@@ -163,9 +163,15 @@ def _of_layer(group: Any, dense: Factors, sums: Factors, size: int) -> LayerRows
     if not mine:
         return None
     axis = -1 if layer.shape.one_hot else -2
-    x = jnp.concatenate([dense[layer.name][f"x{k}"] for k in mine], axis)
-    dy = jnp.concatenate([sums[layer.name][f"dy{k}"] for k in mine], -2)
+    x = _joined([dense[layer.name][f"x{k}"] for k in mine], axis)
+    dy = _joined([sums[layer.name][f"dy{k}"] for k in mine], -2)
     return LayerRows(x, dy, lead, layer.shape.inputs)
+
+
+def _joined(rows: list[Array], axis: int) -> Array:
+    """Joins the rows of several uses, in the widest of their types."""
+    widest = max((x.dtype for x in rows), key=lambda dtype: dtype.itemsize)
+    return jnp.concatenate([x.astype(widest) for x in rows], axis)
 
 
 def _size(site: Site) -> int:
