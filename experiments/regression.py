@@ -57,8 +57,14 @@ class Options:
     quick: bool = False  # a trial that proves nothing: few of all
 
 
-QUICK = {"splits": 1, "hidden": 3, "steps": 5, "members": 2}
-QUICK |= {"variances": (0.5,), "precisions": (1.0,)}
+QUICK: dict[str, Any] = {
+    "splits": 1,
+    "hidden": 3,
+    "steps": 5,
+    "variances": (0.5,),
+    "precisions": (1.0,),
+    "members": 2,
+}
 
 
 class Normal(NamedTuple):

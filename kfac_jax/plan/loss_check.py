@@ -27,8 +27,8 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) 
     They may differ by a constant, such as that of a normal distribution, and by a rest
     without curvature of its own (a bound's KL term, an auxiliary loss, a clipped
     objective). A difference that looks like a factor, as if a sum were used in place of
-    a mean, is an error. Also warns about convex losses that
-    are not convex at these arrays.
+    a mean, is an error. Also warns about convex losses that are not convex at these
+    arrays.
 
     Args:
       traced: the traced loss function.
@@ -111,8 +111,14 @@ def check_loss(traced: Traced, params: Any, args: Any, l2: float, on_rest: str) 
 
 
 def _moved(x: Any) -> Any:
-    """A parameter at another point; numbers that are no arrays stay."""
-    return 1.1 * x + 0.01 if isinstance(x, Array | np.ndarray) else x
+    """A parameter at another point; numbers that are no arrays stay.
+
+    Entries move by different amounts: a rest that keeps its value where all are scaled,
+    as one of directions, is no constant.
+    """
+    if not isinstance(x, Array | np.ndarray):
+        return x
+    return x + (0.1 * jnp.sin(37 * jnp.real(x) + 1)).astype(x.dtype)
 
 
 _CONSTANT = 1e-3

@@ -1,11 +1,9 @@
 """The experiment on influence: its score, and a quick run."""
 
-import json
-
 import numpy as np
 import pytest
 
-from tests.experiments.test_parallel import LIMIT, start
+from tests.experiments.test_parallel import quick_rows
 
 
 def test_agreement_is_that_of_ranks():
@@ -22,11 +20,6 @@ def test_agreement_is_that_of_ranks():
 
 @pytest.mark.slow
 def test_a_quick_run_compares_all_methods(tmp_path):
-    process = start("influence.py", "--quick", "--output", str(tmp_path))
-    output, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, output
-    rows = json.loads((tmp_path / "influence.json").read_text())
-    assert rows.pop("device") == "cpu"
+    rows, output = quick_rows("influence", tmp_path)
     assert len(rows) == 5 and "5 trainings" in output
-    assert all(np.isfinite([*row.values()]).all() for row in rows.values())
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")

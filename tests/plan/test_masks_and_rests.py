@@ -210,3 +210,15 @@ def test_a_constant_whose_loss_doubles_is_no_factor():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         kfac_jax.make_curvature(lambda *args: plain(*args) + value, PARAMS, *ARGS)
+
+
+def test_a_rest_of_directions_is_no_constant():
+    """It keeps its value where all weights are scaled."""
+
+    def loss_fn(params, x, y):
+        fit = losses.squared_error(outputs(params, x), y).sum(-1).mean()
+        w = params["hidden"]
+        return fit + 0.3 * w.sum() / jnp.linalg.norm(w)
+
+    with pytest.warns(UserWarning, match="a term that is not registered"):
+        kfac_jax.make_curvature(loss_fn, PARAMS, *ARGS)
